@@ -1,0 +1,1 @@
+"""Evaluation of pruning pipelines: benchmarks, results, and the bundled real LVLM."""
