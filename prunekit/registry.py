@@ -1,0 +1,115 @@
+"""Names to lazy targets: strategies and short model names, each with its origin. Nothing is imported before `get_*`."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+from prunekit.errors import DuplicateName, PluginError, UnknownName
+
+NAME = re.compile(r"[a-z][a-z0-9_.-]*")
+TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name.
+
+    target: `package.module:Attr`, imported when asked for.
+    origin: the distribution and version that brought it, such as `prunekit 0.1.0`.
+    plugin: the name of the plugin that registered it, as PRUNEKIT_DISABLE_PLUGINS takes it.
+    """
+
+    name: str
+    target: str
+    summary: str
+    origin: str
+    plugin: str
+
+    def load(self) -> Any:
+        """Import the target. Raises PluginError, naming the origin, when that fails."""
+        module, _, attribute = self.target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            raise PluginError(
+                f"'{self.name}' ({self.target}) from {self.origin}, plugin '{self.plugin}', does not import: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Registry:
+    """What plugins have registered. Two that take one name clash loudly; a name nobody took gets suggestions.
+
+    `plugin` and `origin` are stamped on what is registered through this object; `signed` gives another signature.
+    """
+
+    plugin: str = "local"
+    origin: str = "local code"
+    _strategies: dict[str, Entry] = field(default_factory=dict)
+    _models: dict[str, Entry] = field(default_factory=dict)
+
+    def signed(self, plugin: str, origin: str) -> Registry:
+        """The same registry, signing what is registered through it with another plugin and origin."""
+        return Registry(plugin, origin, self._strategies, self._models)
+
+    def strategy(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
+        """Register a strategy class: `target` is `package.module:Class`. Raises DuplicateName, PluginError."""
+        self._add("strategy", self._strategies, name, target, summary, origin)
+
+    def model(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
+        """Register a short model name: `target` is a function without arguments that returns the model's folder."""
+        self._add("model", self._models, name, target, summary, origin)
+
+    def strategies(self) -> tuple[Entry, ...]:
+        """Every strategy, by name."""
+        return tuple(sorted(self._strategies.values(), key=lambda entry: entry.name))
+
+    def models(self) -> tuple[Entry, ...]:
+        """Every short model name, by name."""
+        return tuple(sorted(self._models.values(), key=lambda entry: entry.name))
+
+    def strategy_entry(self, name: str) -> Entry:
+        """The entry of a strategy, without importing it. Raises UnknownName."""
+        return _find("strategy", self._strategies, name)
+
+    def get_strategy(self, name: str) -> type[Any]:
+        """Import a strategy class. Raises UnknownName, or PluginError when the target is not a class."""
+        entry = self.strategy_entry(name)
+        target = entry.load()
+        if not isinstance(target, type):
+            raise PluginError(f"strategy '{name}' of {entry.origin}: {entry.target} is {target!r}, which is no class")
+        return target
+
+    def get_model(self, name: str) -> Callable[[], str | PathLike[str]]:
+        """The function that returns the folder of a model. Raises UnknownName."""
+        entry = _find("model", self._models, name)
+        target = entry.load()
+        if not callable(target):
+            raise PluginError(f"model '{name}' of {entry.origin}: {entry.target} is {target!r}, which is no function")
+        return target  # type: ignore[no-any-return]
+
+    def _add(
+        self, kind: str, table: dict[str, Entry], name: str, target: str, summary: str, origin: str | None
+    ) -> None:
+        entry = Entry(name, target, summary, origin or self.origin, self.plugin)
+        who = f"plugin '{entry.plugin}' of {entry.origin}"
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            raise PluginError(f"{who}: {kind} name {name!r} must be lower-case letters, digits, '_', '-' or '.'")
+        if not isinstance(target, str) or not TARGET.fullmatch(target):
+            raise PluginError(f"{who}: target {target!r} of {kind} '{name}' must be written 'package.module:Attribute'")
+        if name in table:
+            first = table[name]
+            raise DuplicateName(kind, name, f"plugin '{first.plugin}' of {first.origin}", who)
+        table[name] = entry
+
+
+def _find(kind: str, table: Mapping[str, Entry], name: str) -> Entry:
+    if name not in table:
+        raise UnknownName(kind, name, table)
+    return table[name]
