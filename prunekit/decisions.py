@@ -76,7 +76,7 @@ class ModelShape:
     """The numbers of a model that pipelines are checked and costed against.
 
     visual_tokens: per image, or None where it depends on the picture.
-    linear_params: weights of the matrix products of one decoder layer (attention projections and MLP).
+    attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 

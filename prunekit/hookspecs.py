@@ -36,7 +36,8 @@ class TokenHooks:
         attention: float (B, V), the attention that each visual token receives, as declared by the strategy in
             `inputs = {"attention": Rows(...)}`; padded columns hold 0.
         hidden: float (B, V, H), visual tokens as they enter the site; at `encoder` the projected image features.
-        coords: int64 (B, V, 3): number of the image in the prompt, row, column; padding holds -1.
+        coords: int64 (B, V, 5): number of the image in the prompt, row, column, and how many rows and columns that
+            image has; padding holds -1.
         valid: bool (B, V), False on padding.
         count: how many tokens to leave of each sample, a tuple of B ints; None for a strategy that takes no `keep`.
         seed: a tuple of B ints, one per sample, drawn from its token ids and pixels: equal in every batch and run.

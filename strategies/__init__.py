@@ -1,0 +1,1 @@
+"""The built-in strategies: one file per paper, written against prunekit's public names only."""

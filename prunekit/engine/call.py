@@ -1,0 +1,60 @@
+"""One call of the LVLM's base model: what it was given, and what of it cannot be pruned exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.prompt import Prompt
+from prunekit.errors import Unsupported
+from prunekit.families.base import Parts
+
+# Where the checksum of an image's pixels waits on its features.
+CHECKSUM = "_prunekit_checksum"
+
+
+class Call:
+    """One call of the LVLM's base model: its arguments, and the image features once they are known."""
+
+    def __init__(self, given: Mapping[str, Any], features: Any) -> None:
+        self.given, self.features = given, features
+
+    def refuse_unsupported(self) -> None:
+        """Raise Unsupported for what cannot be answered on fewer tokens."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if self.given.get(name):
+                raise Unsupported(
+                    f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
+                )
+        mask = self.given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
+        if self.given.get("input_ids") is None:
+            raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
+
+    def refuse_new_images(self, parts: Parts, tokens: int) -> None:
+        """Raise Unsupported when later tokens on a pruned cache bring images (decoding steps are not looked at)."""
+        if tokens > 1 and _visual(self.given["input_ids"], parts).any():
+            raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
+
+    def prompt(self, parts: Parts, kwargs: Mapping[str, Any]) -> Prompt:
+        """The prompt batch of a prefill; one read back from the device."""
+        ids = self.given.get("input_ids")
+        if ids is None:
+            ids = torch.zeros(
+                kwargs["inputs_embeds"].shape[:2], dtype=torch.int64, device=kwargs["inputs_embeds"].device
+            )
+        mask = self.given.get("attention_mask")
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
+        visual = _visual(ids, parts) & real
+        visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()
+        features = () if self.features is None else self.features
+        images = tuple((len(image), getattr(image, CHECKSUM, None)) for image in features)
+        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), images)
+
+
+def _visual(ids: Tensor, parts: Parts) -> Tensor:
+    return torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device))

@@ -1,0 +1,43 @@
+"""Dividing the grids of images into even cells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
+    """The largest grid (r, c) with r <= rows, c <= columns and r * c <= count; of equals, the one nearest in proportion."""
+    best, fit = (1, 1), (0, 0.0)
+    for r in range(1, min(rows, count) + 1):
+        c = min(columns, count // r)
+        quality = (r * c, -abs(r / c - rows / columns))
+        if quality > fit:
+            best, fit = (r, c), quality
+    return best
+
+
+def grid_cells(coords: Tensor, count: int) -> Tensor:
+    """A cell number for each visual token, so that the images of a sample fall into at most about `count` even cells.
+
+    coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Every image gets a share
+    of `count` in proportion to its grid, at least one cell. Cells whose tokens are all gone have no number.
+    """
+    cells = torch.zeros(len(coords), dtype=torch.int64, device=coords.device)
+    images, first = coords[:, 0].unique(return_inverse=True)
+    grids = [tuple(coords[first == i, 3:][0].tolist()) for i in range(len(images))]
+    total = sum(rows * columns for rows, columns in grids)
+    before = start = 0
+    for i, (rows, columns) in enumerate(grids):
+        upto = before + rows * columns
+        r, c = even_grid(rows, columns, max(count * upto // total - count * before // total, 1))
+        cell = coords[:, 1] * r // rows * c + coords[:, 2] * c // columns + start
+        cells = torch.where(first == i, cell, cells)
+        before, start = upto, start + r * c
+    return cells
+
+
+def middles(cells: Tensor) -> Tensor:
+    """True at one token of each cell, the middle one in raster order (the later of two): bool (V,)."""
+    same = cells[:, None] == cells[None, :]
+    return same.tril(-1).sum(1) == same.sum(1) // 2

@@ -1,0 +1,29 @@
+"""DivPrune (https://arxiv.org/abs/2503.02175): keep the subset of visual tokens that is most diverse.
+
+Rule: vbdi/divprune@799e2d9, max-min over cosine distance of the projected features. The authors round the count half to even,
+prunekit half up, as for every strategy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from prunekit import Sites, hookimpl
+from prunekit.ops import max_min
+
+
+@dataclass(frozen=True)
+class DivPrune:
+    """Repeatedly keep the token that is farthest from all kept ones."""
+
+    sites = Sites()
+    per_sample = True
+
+    @hookimpl
+    def select_tokens(self, hidden: Tensor, count: int) -> Tensor:
+        """Bool (V,) from the tokens' states, float (V, H)."""
+        directions = normalize(hidden, dim=-1)
+        chosen = max_min(1 - directions @ directions.T, count)
+        return torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill(0, chosen, True)

@@ -1,0 +1,25 @@
+"""Registers the built-in strategies, through the same entry-point group as anyone's."""
+
+from __future__ import annotations
+
+from prunekit import hookimpl
+from prunekit.registry import Registry
+
+STRATEGIES = {
+    "dense": ("dense:Dense", "the model as it is"),
+    "blind": ("blind:Blind", "no visual tokens"),
+    "random": ("random:Random", "a random subset, seeded per sample"),
+    "stride": ("stride:Stride", "a uniform sub-grid"),
+    "pool": ("pool:Pool", "average-pool of the grid"),
+    "fastv": ("fastv:FastV", "most attended by the last prompt token (FastV, ECCV 2024)"),
+    "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
+    "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
+    "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, or of their attention or MLP"),
+}
+
+
+@hookimpl
+def prunekit_register(registry: Registry) -> None:
+    """Names and lazy targets; nothing is imported until a pipeline uses it."""
+    for name, (target, summary) in STRATEGIES.items():
+        registry.strategy(name, f"prunekit_strategies.{target}", summary=summary)

@@ -1,0 +1,29 @@
+"""Baseline: average-pool the grid of visual tokens, as a smaller picture would; hard to beat (https://arxiv.org/abs/2502.11501)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunekit import Selection, Sites, hookimpl
+from prunekit.ops import grid_cells, middles
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Average the tokens of each cell of an even grid into the cell's middle token.
+
+    The grid is the largest one with no more cells than `count`, so fewer tokens than asked for may be left: 16 of 17 on a
+    square picture. Cells that an earlier stage emptied give no token.
+    """
+
+    sites = Sites()
+    per_sample = True
+
+    @hookimpl
+    def select_tokens(self, coords: Tensor, count: int) -> Selection:
+        """Keep one token a cell, bool (V,), with the weights of its average, float (V, V)."""
+        cells = grid_cells(coords, count)
+        same = cells[:, None] == cells[None, :]
+        return Selection(keep=middles(cells), weights=same / same.sum(1, keepdim=True))

@@ -1,0 +1,28 @@
+"""Baseline: a uniform sub-grid of the picture, which takes no account of its content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunekit import Sites, hookimpl
+from prunekit.ops import grid_cells, middles
+
+
+@dataclass(frozen=True)
+class Stride:
+    """Keep the middle tokens of the cells of an even grid; what is left of `count` is spread over the rest in raster order."""
+
+    sites = Sites()
+    per_sample = True
+
+    @hookimpl
+    def select_tokens(self, coords: Tensor, count: int) -> Tensor:
+        """Bool (V,) with exactly `count` True."""
+        keep = middles(grid_cells(coords, count))
+        rest = (~keep).nonzero()[:, 0]
+        missing = count - (len(keep) - len(rest))
+        places = (2 * torch.arange(missing, device=rest.device) + 1) * len(rest) // (2 * max(missing, 1))
+        return keep.index_fill(0, rest[places], True)
