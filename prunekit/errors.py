@@ -1,4 +1,4 @@
-"""One error tree. Every message says what is wrong, where, and what to do next; `prunekit` prints it and exits with 2."""
+"""One error tree. Every message says what is wrong, where, and what to do next; the program exits with 2."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def registry() -> Registry:
         _guarded(signed, manager().subset_hook_caller("prunekit_register", others), registry=signed)
         for models in _guarded(signed, manager().subset_hook_caller("prunekit_models", others)):
             if not isinstance(models, Mapping):
-                raise PluginError(f"plugin '{name}' of {signed.origin}: prunekit_models returned {models!r}, not a dict")
+                raise PluginError(f"plugin '{name}' of {signed.origin}: prunekit_models gave {models!r}, not a dict")
             for model, target in models.items():
                 signed.model(model, target)
     return filled
@@ -137,7 +137,7 @@ def _register(built: Host, plugin: object, name: str | None, source: str) -> str
         registered = built.register(plugin, name)
         built.check_pending()
     except (ValueError, pluggy.PluginValidationError) as error:
-        shown = name or getattr(plugin, "__name__", str(plugin))
+        shown = name or str(getattr(plugin, "__name__", plugin))
         if not known and built.is_registered(plugin):
             built.unregister(plugin)
         reason = " ".join(str(error).split())

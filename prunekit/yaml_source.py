@@ -1,0 +1,218 @@
+"""YAML text to a tree whose every node knows file, line and column. Plain data only: no tags, no anchors.
+
+Scalars follow YAML 1.2 (`yes` and `010` are text and a decimal number). Faults are collected, not raised, so that a
+reader of a file sees all of them at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunekit.errors import Fault, Where
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+INT_LIMIT = 1 << 63  # what a tensor or a seed can hold
+
+Scalar = str | int | float | bool | None
+
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+# A word in one of the three casings of YAML's core schema: lower, Capital, UPPER.
+_CORE = {form(word): value for word, value in _WORDS.items() for form in (str, str.capitalize, str.upper)}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value. `key` is the place of its key (its own for a list item); places are None for data from a dict."""
+
+    data: Scalar | list[Node] | dict[str, Node]
+    where: Where | None = None
+    key: Where | None = None
+
+    def plain(self) -> Any:
+        """The value as plain dicts, lists and scalars."""
+        if isinstance(self.data, dict):
+            return {key: node.plain() for key, node in self.data.items()}
+        if isinstance(self.data, list):
+            return [node.plain() for node in self.data]
+        return self.data
+
+    def places(self, path: str) -> dict[str, Where | None]:
+        """The place of this value and of everything in it, by key path below `path`."""
+        found = {path: self.where}
+        if isinstance(self.data, dict):
+            for key, node in self.data.items():
+                found |= node.places(f"{path}.{key}")
+        elif isinstance(self.data, list):
+            for index, node in enumerate(self.data):
+                found |= node.places(f"{path}[{index}]")
+        return found
+
+
+def read_file(path: Path, at: Fault, faults: list[Fault]) -> str | None:
+    """The text of a pipeline file, or None after adding to `faults`: `at` with the reason as its message."""
+    try:
+        if path.is_dir():
+            return _no(at, f"'{path}' is a directory", "name a pipeline file in it", faults)
+        if not path.exists():
+            return _no(at, f"no such file: '{path}'", _near(path), faults)
+        if not path.is_file():
+            return _no(at, f"'{path}' is not a regular file", "", faults)
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        return _no(at, f"cannot read '{path}': {getattr(error, 'strerror', None) or error}", "", faults)
+    start = Where(str(path), 1, 1)
+    if len(raw) > MAX_BYTES:
+        return _no(Fault(start, "", ""), f"is larger than {MAX_BYTES} bytes", "is this a pipeline file?", faults)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        place = Where(str(path), line, error.start - (raw.rfind(b"\n", 0, error.start) + 1) + 1)
+        return _no(Fault(place, "", ""), "is binary or not UTF-8 text", "a pipeline is a YAML text file", faults)
+
+
+def parse(text: str, file: str, faults: list[Fault]) -> Node | None:
+    """The tree of YAML or JSON `text`, or None when it has none; adds what is wrong with it to `faults`."""
+    try:
+        reader = _Reader(text, file, faults)
+        root = reader.get_single_node()
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        place = Where(file, before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1)
+        faults.append(Fault(place, "", f"character {ord(text[error.position]):#06x} cannot stand in a YAML file"))
+        return None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = Where(file, mark.line + 1, mark.column + 1) if mark else Where(file, 1, 1)
+        parts = " ".join(part for part in (error.context, error.problem) if part)
+        faults.append(Fault(place, "", f"not YAML: {parts}", "indent with blanks" if "'\\t'" in parts else ""))
+        return None
+    except (ValueError, OverflowError) as error:  # PyYAML lets both out of bad escapes and directives
+        faults.append(Fault(Where(file, 1, 1), "", f"not YAML: {error}"))
+        return None
+    return _convert(root, file, "", faults) if root else None
+
+
+def from_data(value: object, path: str, faults: list[Fault], depth: int = 0) -> Node:
+    """The tree of plain Python data; its places are None. Adds to `faults` what YAML could not have said."""
+    if depth > MAX_DEPTH:
+        faults.append(Fault(None, path[:80], f"is nested more than {MAX_DEPTH} levels deep"))
+        return Node(None)
+    if isinstance(value, Mapping):
+        bad = [key for key in value if not isinstance(key, str)]
+        faults.extend(Fault(None, path, f"key {key!r} is not text") for key in bad)
+        items = ((key, child) for key, child in value.items() if isinstance(key, str))
+        return Node({key: from_data(child, _join(path, key), faults, depth + 1) for key, child in items})
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return Node([from_data(child, f"{path}[{i}]", faults, depth + 1) for i, child in enumerate(value)])
+    if value is None or isinstance(value, str | int | float | bool):
+        _check_int(value, None, path, faults)
+        return Node(value)
+    faults.append(Fault(None, path, f"{value!r} is not plain data", "use text, numbers, lists and dicts"))
+    return Node(None)
+
+
+class _Reader(yaml.SafeLoader):
+    """Composes nodes, refusing what could name Python objects (tags) or blow up (anchors, depth)."""
+
+    def __init__(self, text: str, file: str, faults: list[Fault]) -> None:
+        super().__init__(text)
+        self.file, self.faults, self.depth = file, faults, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        place = Where(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
+        if isinstance(event, yaml.AliasEvent):
+            self.get_event()  # type: ignore[no-untyped-call]
+            self.faults.append(Fault(place, "", f"alias '*{event.anchor}' is not allowed", "write the value out"))
+            start: Any = event.start_mark
+            return yaml.ScalarNode("", "", start, start)
+        if event.anchor is not None:
+            self.faults.append(Fault(place, "", f"anchor '&{event.anchor}' is not allowed", "remove it"))
+            event.anchor = None
+        if getattr(event, "tag", None) is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self.faults.append(Fault(place, "", f"tag '{tag}' is not allowed", "pipeline files hold plain data"))
+        if self.depth == MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"nested over {MAX_DEPTH} levels deep", problem_mark=event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _convert(node: Any, file: str, path: str, faults: list[Fault], key: Where | None = None) -> Node:
+    where = Where(file, node.start_mark.line + 1, node.start_mark.column + 1)
+    if isinstance(node, yaml.SequenceNode):
+        items = [_convert(child, file, f"{path}[{i}]", faults) for i, child in enumerate(node.value)]
+        return Node(items, where, key or where)
+    if isinstance(node, yaml.MappingNode):
+        return Node(_entries(node, file, path, faults), where, key or where)
+    text = node.value
+    plain = node.style is None
+    return Node(_scalar(text, where, path, faults) if plain else text, where, key or where)
+
+
+def _entries(node: yaml.MappingNode, file: str, path: str, faults: list[Fault]) -> dict[str, Node]:
+    found: dict[str, Node] = {}
+    for name, child in node.value:
+        place = Where(file, name.start_mark.line + 1, name.start_mark.column + 1)
+        if not isinstance(name, yaml.ScalarNode):
+            faults.append(Fault(place, path, "a key must be a name, not a list or a mapping"))
+            continue
+        value = _convert(child, file, _join(path, name.value), faults, place)
+        if name.value in found:
+            first = found[name.value].key
+            hint = f"first on line {first.line}; keep one of them" if first else ""
+            faults.append(Fault(place, _join(path, name.value), "this key stands here twice", hint))
+        found.setdefault(name.value, value)
+    return found
+
+
+def _scalar(text: str, where: Where, path: str, faults: list[Fault]) -> Scalar:
+    if text in _CORE:
+        return _CORE[text]
+    if _INT.fullmatch(text):
+        value = int(text) if len(text) < 30 else INT_LIMIT
+        return value if _check_int(value, where, path, faults) else 0
+    if _FLOAT.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".I", "I").replace(".N", "N"))
+    return text
+
+
+def _check_int(value: object, where: Where | None, path: str, faults: list[Fault]) -> bool:
+    if isinstance(value, int) and not -INT_LIMIT <= value < INT_LIMIT:
+        faults.append(Fault(where, path, "the number does not fit into 64 bits"))
+        return False
+    return True
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _no(at: Fault, message: str, hint: str, faults: list[Fault]) -> str | None:
+    faults.append(Fault(at.where, at.key, message, hint))
+    return None
+
+
+def _near(path: Path) -> str:
+    """Files beside a missing one that may have been meant."""
+    if not path.parent.is_dir():
+        return f"there is no directory '{path.parent}'"
+    beside = [other.name for other in path.parent.iterdir() if other.suffix in (".yaml", ".yml", ".json")]
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5) or difflib.get_close_matches(
+        path.name + ".yaml", beside, n=1, cutoff=0.5
+    )
+    return f"did you mean '{path.parent / close[0]}'?" if close else "see `prunekit list pipelines`"
