@@ -34,7 +34,7 @@ def check(
     except Exception as error:
         raise PluginError(f"the field types of {cls.__qualname__} cannot be read: {error}") from error
     known = (*stage_keys, *fields)
-    for key in values.keys() - fields.keys():
+    for key in (key for key in values if key not in fields):
         problems.append(Problem(key, "unknown key", f"{did_you_mean(key, known)}known keys: {', '.join(known)}"))
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

@@ -38,6 +38,15 @@ class Node:
     where: Where | None = None
     key: Where | None = None
 
+    def __str__(self) -> str:
+        """The value as messages show it, shortened."""
+        if self.data is None:
+            return "nothing"
+        if isinstance(self.data, dict | list):
+            return "a mapping" if isinstance(self.data, dict) else "a list"
+        shown = repr(self.data)
+        return shown if len(shown) <= 60 else shown[:57] + "..."
+
     def plain(self) -> Any:
         """The value as plain dicts, lists and scalars."""
         if isinstance(self.data, dict):
