@@ -4,7 +4,8 @@
         output = model.generate(**inputs)
     print(run.report)
 
-Names are loaded when first used, so that `import prunekit` costs nothing and commands that need no model import no torch.
+Names are loaded when first used, so that `import prunekit` costs nothing and commands that need no model import no
+torch.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class LayerPlan:
     def __getitem__(self, layer: int) -> LayerAction:
         return self.actions.get(layer, LayerAction.RUN)
 
-    def __iter__(self) -> Iterator[tuple[int, LayerAction]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, LayerAction]]:
         return iter(sorted(self.actions.items()))
 
     def merge(self, other: LayerPlan) -> LayerPlan:

@@ -96,7 +96,9 @@ class HostHooks:
 
     @hookspec
     def prunekit_register(self, registry: Registry) -> None:
-        """Add strategies: `registry.strategy(name, "package.module:Class", summary="one line")`. Import nothing heavy."""
+        """Add strategies: `registry.strategy(name, "package.module:Class", summary="one line")`. Import nothing
+        heavy.
+        """
 
     @hookspec
     def prunekit_models(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """DivPrune (https://arxiv.org/abs/2503.02175): keep the subset of visual tokens that is most diverse.
 
-Rule: vbdi/divprune@799e2d9, max-min over cosine distance of the projected features. The authors round the count half to even,
-prunekit half up, as for every strategy.
+Rule: vbdi/divprune@799e2d9, max-min over cosine distance of the projected features. The authors round the count half
+to even, prunekit half up, as for every strategy.
 """
 
 from dataclasses import dataclass

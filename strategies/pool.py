@@ -14,8 +14,8 @@ from prunekit.ops import grid_cells, middles
 class Pool:
     """Average the tokens of each cell of an even grid into the cell's middle token.
 
-    The grid is the largest one with no more cells than `count`, so fewer tokens than asked for may be left: 16 of 17 on a
-    square picture. Cells that an earlier stage emptied give no token.
+    The grid is the largest one with no more cells than `count`, so fewer tokens than asked for may be left: 16 of 17
+    on a square picture. Cells that an earlier stage emptied give no token.
     """
 
     sites = Sites()

@@ -14,8 +14,8 @@ from prunekit import Sites, hookimpl
 class Random:
     """Keep tokens uniformly at random.
 
-    seed: another seed, another draw. The draw of a sample depends on `seed` and on its own prompt and pixels, so it is the
-    same alone and in any batch, and differs between samples.
+    seed: another seed, another draw. The draw of a sample depends on `seed` and on its own prompt and pixels, so it is
+    the same alone and in any batch, and differs between samples.
     """
 
     seed: int = 0

@@ -36,8 +36,8 @@ def apply(
 
     pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`.
     Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
-    model is as it was, bit for bit. Raises SpecError for a pipeline that is wrong or does not fit the model, Unsupported
-    for a model or a call that cannot be pruned exactly; both before any compute.
+    model is as it was, bit for bit. Raises SpecError for a pipeline that is wrong or does not fit the model,
+    Unsupported for a model or a call that cannot be pruned exactly; both before any compute.
     """
     attached = Attached(model, pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides))
     attached.attach()
@@ -73,7 +73,8 @@ class Attached:
         parts = self.parts
         if is_overridden(parts.base, "forward"):
             raise Unsupported(
-                "this model is already inside a prunekit.apply block; leave it first, or put both sets of stages into one pipeline"
+                "this model is already inside a prunekit.apply block; leave it first, "
+                "or put both sets of stages into one pipeline"
             )
         self._check_attention()
         replace = self._overrides.replace
@@ -111,7 +112,7 @@ class Attached:
         self._overrides.restore()
 
     def _check_attention(self) -> None:
-        used = self.parts.text.config._attn_implementation
+        used = self.parts.attention_implementation
         if self.active and used not in SUPPORTED:
             raise Unsupported(
                 f"attention implementation '{used}' is not supported by this version; load the model with "
@@ -183,7 +184,7 @@ class Attached:
                 kv.check(cache)
             prefill = session is None
             session = session or Session(self.bound, self.parts, call.prompt(self.parts, kwargs))
-            additive = self.parts.text.config._attn_implementation == "eager"
+            additive = self.parts.attention_implementation == "eager"
             token = STEP.set(Step(session, prefill, tokens, additive))
             try:
                 output = original(*args, **kwargs)

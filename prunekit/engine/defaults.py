@@ -11,7 +11,9 @@ from prunekit.ops import top_k_mask
 
 
 class DefaultSelection:
-    """Keep the highest scores; registered in every token stage before its strategy, which therefore has the first word."""
+    """Keep the highest scores; registered in every token stage before its strategy, which therefore has the first
+    word.
+    """
 
     @hookimpl
     def select_tokens(self, scores: Tensor, count: Sequence[int], valid: Tensor) -> Tensor:

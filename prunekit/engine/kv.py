@@ -1,8 +1,9 @@
 """Ragged per-layer KV: physical keys and values of the kept tokens, answering transformers in logical lengths.
 
-`generate()` sizes masks and positions from the cache. A layer that stored fewer tokens, or none, must still say how long the
-sequence is; so these layers count logical tokens beside the physical ones. All per-row state lives on them, and therefore
-follows the cache through beam reordering, row selection and cropping.
+`generate()` sizes masks and positions from the cache. A layer that stored fewer tokens, or none, must still say how
+long the
+sequence is; so these layers count logical tokens beside the physical ones. All per-row state lives on them, and
+therefore follows the cache through beam reordering, row selection and cropping.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _SESSION = "_prunekit_session"
 
 
-class RaggedLayer(DynamicLayer):
+class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The KV of one decoder layer.
 
     layout: which prompt tokens it holds; None: all of them. logical: tokens that have passed the layer, kept or not.
@@ -30,7 +31,7 @@ class RaggedLayer(DynamicLayer):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layout: Layout | None = None
         self.logical = 0
         self._opened = False

@@ -22,8 +22,8 @@ class Layout:
     index: Tensor
     valid: Tensor | None
     length: int
-    # The newest `select`: the KV layers that share a layout are reordered one by one with the same index tensor, and must
-    # go on sharing, so that masks are gathered once a step and not once a layer.
+    # The newest `select`: the KV layers that share a layout are reordered one by one with the same index tensor, and
+    # must go on sharing, so that masks are gathered once a step and not once a layer.
     _selected: list[tuple[Tensor, Layout]] = field(default_factory=list, repr=False)
 
     @property
@@ -63,9 +63,10 @@ class Layout:
         return Layout(self.index.gather(1, slots), valid, self.length), slots
 
     @classmethod
-    def full(cls, rows: int, length: int, device: torch.device) -> Layout:
-        """Every token in its own slot."""
-        return cls(torch.arange(length, device=device).expand(rows, length), None, length)
+    def full(cls, ids: Tensor) -> Layout:
+        """Every token of int64 (B, S) in its own slot."""
+        rows, length = ids.shape
+        return cls(torch.arange(length, device=ids.device).expand(rows, length), None, length)
 
 
 def rightmost(mask: Tensor, width: int) -> Tensor:

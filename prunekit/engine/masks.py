@@ -1,7 +1,7 @@
 """Logical attention masks to physical ones.
 
-transformers makes one mask for the complete sequence; a layer that runs on fewer tokens, or attends to fewer cached ones,
-needs the matching rows and columns of it.
+transformers makes one mask for the complete sequence; a layer that runs on fewer tokens, or attends to fewer cached
+ones, needs the matching rows and columns of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def prefill_mask(mask: Tensor | None, layout: Layout, like: Tensor, additive: bo
 def decode_mask(
     mask: Tensor | None, layout: Layout, tail: int, queries: int, like: Tensor, additive: bool
 ) -> Tensor | None:
-    """The mask for `queries` new tokens on a cache that holds the slots of `layout` and, after them, `tail` later tokens.
+    """The mask for `queries` new tokens on a cache that holds the slots of `layout` and, after them, `tail` later
+    tokens.
 
     mask: None (the new tokens see everything) or (B|1, 1, Q, S + tail), where the tail contains the new tokens.
     Returns None or (B, 1, Q, K + tail).

@@ -1,7 +1,7 @@
 """Instance-level overrides of module methods, and the stack that undoes them.
 
-Nothing of a model is replaced: a function is put into the instance's `__dict__`, where Python finds it before the class's
-method, and is taken out again. Classes, parameter names, configs and hooks stay as they are.
+Nothing of a model is replaced: a function is put into the instance's `__dict__`, where Python finds it before the
+class's method, and is taken out again. Classes, parameter names, configs and hooks stay as they are.
 """
 
 from __future__ import annotations

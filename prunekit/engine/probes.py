@@ -1,9 +1,10 @@
 """Attention rows on demand, without a full attention map.
 
-Under sdpa a layer never forms its attention probabilities. The functions in transformers' public `AttentionInterface` get
-the rotated queries and keys, so a wrapper there can compute the one row that a strategy asks for. The wrapper does nothing
-unless a tap is open in the current context for the very module that is being run. Under eager attention the module returns
-its probabilities anyway, and the row is read from them.
+Under sdpa a layer never forms its attention probabilities. The functions in transformers' public `AttentionInterface`
+get the rotated queries and keys, so a wrapper there can compute the one row that a strategy asks for. The wrapper does
+nothing
+unless a tap is open in the current context for the very module that is being run. Under eager attention the module
+returns its probabilities anyway, and the row is read from them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ SUPPORTED = ("sdpa", "eager")
 class Tap:
     """Takes the attention row of one query per sample from one attention module.
 
-    query: int64 (B,), the physical slot of that query. row: float (B, A, K) once the module has run, over physical slots.
+    query: int64 (B,), the physical slot of that query. row: float (B, A, K) once the module has run, over physical
+    slots.
     """
 
     module: nn.Module
@@ -56,7 +58,9 @@ class Tap:
         self.row = weights[torch.arange(weights.shape[0], device=weights.device), :, slot]
 
     def logical(self, index: Tensor | None, length: int) -> Tensor:
-        """The row over logical positions, float (B, A, S); `index` (B, K) says where each slot stands, None: at itself."""
+        """The row over logical positions, float (B, A, S); `index` (B, K) says where each slot stands, None: at
+        itself.
+        """
         if self.row is None:
             raise RuntimeError("the tapped attention module has not run")
         if index is None:

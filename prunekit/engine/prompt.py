@@ -15,7 +15,8 @@ from torch import Tensor
 class Prompt:
     """What is known of a prompt batch before the decoder runs.
 
-    ids: int64 (B, S). real, visual: bool (B, S), not padding; filled with image features. visual_counts, lengths: per row,
+    ids: int64 (B, S). real, visual: bool (B, S), not padding; filled with image features. visual_counts, lengths: per
+    row,
     visual tokens, and tokens without padding. images: for each image in order, its visual tokens and a checksum of its
     pixels, which is an int64 tensor of one element, or None where only encoded features were given.
     """

@@ -74,7 +74,7 @@ class Session:
         return hidden
 
     def _prune(self, site: Site, stage: Stage, hidden: Tensor) -> Tensor:
-        layout = self.layout or Layout.full(*self.prompt.ids.shape, self.prompt.ids.device)
+        layout = self.layout or Layout.full(self.prompt.ids)
         present = layout.gather(self.prompt.real) if layout.valid is None else layout.valid
         visual = layout.gather(self.prompt.visual) & present
         wanted = None

@@ -32,7 +32,7 @@ def decide(stage: Stage, view: View) -> Selection:
     for b, length in enumerate(view.counts):
         if length == 0:
             continue
-        one = _decide(stage, view.valid[b, :length], lambda name, b=b: view.of_sample(name, b))  # type: ignore[misc]
+        one = _decide(stage, view.valid[b, :length], lambda name, b=b: view.of_sample(name, b))
         keep[b, :length] = one.keep
         if one.weights is not None:
             if weights is None:

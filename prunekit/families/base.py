@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,15 @@ class Parts:
     attention: str = "self_attn"
     mlp: str = "mlp"
 
+    @property
+    def attention_implementation(self) -> str:
+        """How the decoder attends: `sdpa`, `eager` ..."""
+        config: Any = self.text.config
+        return str(config._attn_implementation)
+
     def shape(self) -> ModelShape:
         """The numbers of the model; it may live on the meta device."""
-        config = self.text.config
+        config: Any = self.text.config
         layer = self.layers[0]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -1,4 +1,6 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP or SigLIP tower, projector, Llama-style decoder, one square grid an image."""
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP or SigLIP tower, projector, Llama-style decoder, one square
+grid an image.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
-    """The largest grid (r, c) with r <= rows, c <= columns and r * c <= count; of equals, the one nearest in proportion."""
+    """The largest grid (r, c) with r <= rows, c <= columns and r * c <= count; of equals, the one nearest in
+    proportion.
+    """
     best, fit = (1, 1), (0, 0.0)
     for r in range(1, min(rows, count) + 1):
         c = min(columns, count // r)
@@ -20,11 +22,11 @@ def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
 def grid_cells(coords: Tensor, count: int) -> Tensor:
     """A cell number for each visual token, so that the images of a sample fall into at most about `count` even cells.
 
-    coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Every image gets a share
-    of `count` in proportion to its grid, at least one cell. Cells whose tokens are all gone have no number.
+    coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Every image gets a
+    share of `count` in proportion to its grid, at least one cell. Cells whose tokens are all gone have no number.
     """
     cells = torch.zeros(len(coords), dtype=torch.int64, device=coords.device)
-    images, first = coords[:, 0].unique(return_inverse=True)
+    images, first = torch.unique(coords[:, 0], return_inverse=True)
     grids = [tuple(coords[first == i, 3:][0].tolist()) for i in range(len(images))]
     total = sum(rows * columns for rows, columns in grids)
     before = start = 0

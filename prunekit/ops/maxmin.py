@@ -9,8 +9,8 @@ from torch import Tensor
 def max_min(distance: Tensor, count: int) -> Tensor:
     """Indices of `count` items in the order of choice: int64 (count,).
 
-    distance: float (V, V), symmetric. The first item is the one whose nearest other item is farthest; then always the one
-    with the largest distance to its nearest chosen item. The lower index wins ties. The rule is DivPrune's
+    distance: float (V, V), symmetric. The first item is the one whose nearest other item is farthest; then always the
+    one with the largest distance to its nearest chosen item. The lower index wins ties. The rule is DivPrune's
     (https://arxiv.org/abs/2503.02175).
     """
     items = distance.shape[0]
