@@ -1,0 +1,72 @@
+# Two commands from a bare clone: `make demo` and `make test`. Both share one virtual environment that they make themselves.
+# Assumed: python3 (3.11 or newer) and make. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Extra arguments, e.g. `make test PYTEST_ARGS="-k fastv"` or `make demo DEMO_ARGS="--limit 50"`.
+TORCH_ARGS ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+# Processes that run tests; results do not depend on it.
+WORKERS ?= 2
+
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+LOCKED := $(PIP) install -c constraints.txt
+# Once packages are installed nothing is fetched: the Hub's libraries are told so.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-full lint bench wheel clean
+
+help: ## list the targets
+	@echo "prunekit: pruning strategies for Large Vision-Language Models"
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv: $(STAMP) ## make the virtual environment in .venv and install the pinned versions
+
+demo: $(STAMP) ## score several pipelines on the bundled model through lmms-eval, and compare them
+	@$(OFFLINE) $(BIN)/prunekit demo $(DEMO_ARGS)
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: lint ## ruff, mypy and the test suite
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-full: lint ## the same with the full exactness matrix
+	$(PYTEST) $(PYTEST_ARGS)
+
+bench: $(STAMP) ## measure what prunekit costs and what it saves
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
+
+wheel: $(STAMP) ## build dist/prunekit-*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove the virtual environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "prunekit needs Python 3.11 or newer, and '$(PYTHON)' was not found. Install it, or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "prunekit needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1). Name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "1/4  virtual environment in $(VENV), with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON)' cannot make virtual environments. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@$(LOCKED) -U pip setuptools
+	@echo "2/4  PyTorch (large; for the build without CUDA see docs/install.md)"
+	@$(LOCKED) torch $(TORCH_ARGS)
+	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
+	@$(PIP) uninstall -y lmms-eval 2>/dev/null || true # its unmet wishes would make pip complain about this step
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,train,test,dev]'
+	@echo "4/4  lmms-eval, without the dependencies that scoring images does not need"
+	@$(LOCKED) --no-deps lmms-eval
+	@touch $@
