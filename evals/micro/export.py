@@ -1,0 +1,71 @@
+"""Write a trained run as an ordinary checkpoint: ``python -m prunekit_evals.micro.export --run runs/micro``."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from . import model_path
+from .compose import IMAGE_SIZE, PATCH_SIZE
+from .read import new_model
+from .stages import load_masters
+from .tokenizer import IMAGE
+from .tokenizer import train as train_tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ 'USER: ' if message['role'] == 'user' else ' ' if message['role'] == 'system' else ' ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+)
+
+
+def processor() -> LlavaProcessor:
+    """Tokenizer and image processor; pictures of any size are scaled and cropped to 168 x 168."""
+    images = CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        image_mean=[0.5] * 3, image_std=[0.5] * 3,
+    )  # fmt: skip
+    return LlavaProcessor(
+        image_processor=images, tokenizer=train_tokenizer(), patch_size=PATCH_SIZE, chat_template=CHAT_TEMPLATE,
+        vision_feature_select_strategy="default", image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def trained_model(run: Path) -> LlavaForConditionalGeneration:
+    """The model of a run in float32: tower from stage 1, the rest from stage 2."""
+    model = new_model(train_tokenizer(), 0, "sdpa")
+    load_masters(model, load_file(run / "see.safetensors"))
+    load_masters(model, load_file(run / "read.safetensors"))
+    return model.eval()
+
+
+def export(run: Path, out: Path) -> None:
+    """Save model (float16), tokenizer, processor and generation settings into ``out``."""
+    out.mkdir(parents=True, exist_ok=True)
+    model, parts = trained_model(run).to(torch.float16), processor()
+    ids = parts.tokenizer
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids.bos_token_id, eos_token_id=ids.eos_token_id, pad_token_id=ids.pad_token_id, do_sample=False
+    )
+    model.save_pretrained(out)
+    parts.save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=Path("runs/micro"))
+    parser.add_argument("--out", type=Path, default=model_path())
+    args = parser.parse_args()
+    export(args.run, args.out)
+    total = sum(f.stat().st_size for f in args.out.iterdir())
+    print(f"{args.out}: {total / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""The user prompts of the standard tasks, word for word as lmms-eval builds them from a document."""
+
+from .questions import LETTERS, Question
+
+WORD = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
+YES_NO = "Please answer yes or no."
+
+
+def word(question: Question) -> str:
+    """POPE, MME and GQA."""
+    return f"{question.text}\n{WORD}"
+
+
+def bare(question: Question) -> str:
+    """The question alone; a yes-no question the way MME's authors put it."""
+    return f"{question.text} {YES_NO}" if question.answer in ("Yes", "No") else question.text
+
+
+def mmbench(question: Question) -> str:
+    options = "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
+    hint = f"{question.hint} " if question.hint else ""
+    return f"{hint}{question.text} There are several options:\n{options}\n\n{LETTER}"
+
+
+def scienceqa(question: Question) -> str:
+    options = "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
+    hint = f"Context: {question.hint}\n" if question.hint else ""
+    return f"{hint}{question.text}\n{options}\n{LETTER}"
