@@ -20,26 +20,29 @@ def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
 
 
 def grid_cells(coords: Tensor, count: int) -> Tensor:
-    """A cell number for each visual token, so that the images of a sample fall into at most about `count` even cells.
+    """A cell number for each visual token: images are divided evenly, into at most `count` cells in all.
 
-    coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Every image gets a
-    share of `count` in proportion to its grid, at least one cell. Cells whose tokens are all gone have no number.
+    coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Images share
+    `count` in proportion to their grids; one whose share is less than a cell has -1 throughout.
     """
-    cells = torch.zeros(len(coords), dtype=torch.int64, device=coords.device)
-    images, first = torch.unique(coords[:, 0], return_inverse=True)
-    grids = [tuple(coords[first == i, 3:][0].tolist()) for i in range(len(images))]
+    cells = torch.full((len(coords),), -1, dtype=torch.int64, device=coords.device)
+    images, of_image = torch.unique(coords[:, 0], return_inverse=True)
+    grids = [tuple(coords[of_image == i, 3:][0].tolist()) for i in range(len(images))]
     total = sum(rows * columns for rows, columns in grids)
     before = start = 0
     for i, (rows, columns) in enumerate(grids):
         upto = before + rows * columns
-        r, c = even_grid(rows, columns, max(count * upto // total - count * before // total, 1))
-        cell = coords[:, 1] * r // rows * c + coords[:, 2] * c // columns + start
-        cells = torch.where(first == i, cell, cells)
-        before, start = upto, start + r * c
+        share = count * upto // total - count * before // total
+        if share:
+            r, c = even_grid(rows, columns, share)
+            cell = coords[:, 1] * r // rows * c + coords[:, 2] * c // columns + start
+            cells = torch.where(of_image == i, cell, cells)
+            start += r * c
+        before = upto
     return cells
 
 
 def middles(cells: Tensor) -> Tensor:
-    """True at one token of each cell, the middle one in raster order (the later of two): bool (V,)."""
+    """True at one token of each cell, the middle one in raster order (the later of two): bool (V,) for int64 (V,)."""
     same = cells[:, None] == cells[None, :]
-    return same.tril(-1).sum(1) == same.sum(1) // 2
+    return (same.tril(-1).sum(1) == same.sum(1) // 2) & (cells >= 0)

@@ -1,0 +1,76 @@
+"""Observers are told what happened, get frozen data, and can hurt no run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+
+import prunekit
+from prunekit import RunReport, StageEvent, hookimpl, plugins
+from tests.test_cost import IMAGE, SMALL, llava
+
+STAGES = {"name": "two", "stages": [{"use": "stride", "keep": 0.5}, {"use": "fastv", "at": 3, "keep": 0.25}]}
+
+
+class Listener:
+    def __init__(self, fails: bool = False) -> None:
+        self.events: list[StageEvent] = []
+        self.reports: list[RunReport] = []
+        self.fails = fails
+
+    @hookimpl
+    def prunekit_tokens_pruned(self, event: StageEvent) -> None:
+        self.events.append(event)
+
+    @hookimpl
+    def prunekit_run_finished(self, report: RunReport) -> None:
+        self.reports.append(report)
+        if self.fails:
+            raise RuntimeError("full disk")
+
+
+@pytest.fixture
+def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
+    heard = Listener(fails=getattr(request, "param", False))
+    plugins.register(heard, "listener")
+    yield heard
+    plugins.unregister("listener")
+
+
+@torch.no_grad()
+def logits(model: LlavaForConditionalGeneration) -> torch.Tensor:
+    ids = torch.tensor([[1, 5, *[IMAGE] * 16, 7, 8]])
+    return model(input_ids=ids, pixel_values=torch.randn(1, 3, 56, 56)).logits
+
+
+def test_one_event_a_stage_and_one_report_a_prompt(listener: Listener) -> None:
+    model = llava(SMALL)
+    with prunekit.apply(model, STAGES) as run:
+        for _ in range(2):
+            logits(model)
+    assert [event.stage for event in listener.events] == ["stride", "fastv"] * 2
+    assert [len(event.kept[0]) for event in listener.events] == [8, 4] * 2
+    assert len(listener.reports) == 2
+    assert listener.reports[-1] == run.report
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        listener.reports[0].pipeline = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("listener", [True], indirect=True)
+def test_an_observer_that_raises_is_a_warning(listener: Listener) -> None:
+    model = llava(SMALL)
+    expected = r"observer 'listener' failed: RuntimeError: full disk"
+    with prunekit.apply(model, STAGES), pytest.warns(prunekit.PrunekitWarning, match=expected):
+        assert torch.isfinite(logits(model)).all()
+
+
+def test_a_model_of_another_family_is_refused() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
+    refusal = r"no family file for models of type 'llama'.*runs: .*llava"
+    with pytest.raises(prunekit.Unsupported, match=refusal), prunekit.apply(model, STAGES):
+        pass
