@@ -123,9 +123,11 @@ def _override(tree: Node, text: str, label: str, removable: frozenset[str], faul
         return
     path = match["path"]
     steps = re.findall(r"\w+", path)
+    before = len(faults)
     value = yaml_source.parse(match["value"], label, faults) or Node(None)
-    place = Where(label, 1, len(path) + 2)
-    value = Node(value.data, place, start)
+    if len(faults) > before:
+        return
+    value = Node(value.data, Where(label, 1, len(path) + 2), start)
     here = tree
     for depth, step in enumerate(steps):
         last = depth == len(steps) - 1

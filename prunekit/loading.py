@@ -1,0 +1,135 @@
+"""Models by name: a short name that a plugin brings, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunekit import plugins
+from prunekit.errors import InputError, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from prunekit.decisions import ModelShape
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def resolve(name: str | Path) -> Path | str:
+    """Where a model is: a folder, or a hub id that is looked for in the local cache.
+
+    A short name such as `micro` comes from the hook `prunekit_models`. Raises InputError for a folder without a
+    `config.json`, and UnknownName, with suggestions, for a name that is neither registered, a folder nor a hub id.
+    """
+    text = str(name)
+    registry = plugins.registry()
+    known = tuple(entry.name for entry in registry.models())
+    if isinstance(name, str) and name in known:
+        path = _call(name)
+    elif Path(name).exists():
+        path = Path(name)
+    elif isinstance(name, str) and HUB_ID.fullmatch(name) and not name.startswith("."):
+        return name
+    elif "/" in text or "\\" in text or isinstance(name, Path):
+        raise InputError(f"no such model folder: '{text}' (name a folder, a hub id such as org/name, or a short name)")
+    else:
+        raise UnknownName("model", text, known)
+    if not (path / "config.json").is_file():
+        raise InputError(f"'{path}' is no model folder: it has no config.json")
+    return path
+
+
+def load(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn: str | None = None,
+    download: bool = False,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model in evaluation mode, with its processor.
+
+    dtype: None takes float32 on the CPU and the checkpoint's own elsewhere. device: None takes a GPU if there is one.
+    attn: transformers' `attn_implementation`; None takes its default. download: whether a hub may be asked.
+    Pictures are always prepared by the PIL backend, so that scores do not depend on what else is installed.
+    Raises InputError when the model is not there or is not a vision-language model, or for an unknown dtype or device.
+    """
+    import transformers
+
+    auto: Any = transformers  # its factories are not typed
+    path = resolve(name)
+    place = _device(device)
+    kind = _dtype(dtype) if dtype is not None else ("auto" if place.type != "cpu" else _dtype("float32"))
+    extra = {"attn_implementation": attn} if attn else {}
+    with _explained(path, download):
+        local: dict[str, Any] = {"local_files_only": not download}
+        processor = auto.AutoProcessor.from_pretrained(path, backend="pil", **local)
+        model = auto.AutoModelForImageTextToText.from_pretrained(path, dtype=kind, **local, **extra)
+    return model.to(place).eval(), processor
+
+
+def load_shape(name: str | Path, download: bool = False) -> ModelShape:
+    """The numbers of a model from its config alone, without its weights. Raises InputError, Unsupported."""
+    import torch
+    import transformers
+
+    from prunekit.families import shape_of
+
+    auto: Any = transformers
+    path = resolve(name)
+    with _explained(path, download):
+        config = auto.AutoConfig.from_pretrained(path, local_files_only=not download)
+        with torch.device("meta"):
+            model = auto.AutoModelForImageTextToText.from_config(config)
+    return shape_of(model)
+
+
+@contextmanager
+def _explained(path: Path | str, download: bool) -> Iterator[None]:
+    """Turn what transformers raises for a missing or unsuitable model into an InputError that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(path, str) and isinstance(error, OSError) and not download:
+            hint = "it is not in the local cache; `--download` fetches it"
+        elif isinstance(error, ImportError):
+            hint = "install what is missing"
+        else:
+            hint = "is it a complete vision-language model of transformers?"
+        raise InputError(f"model '{path}' does not load: {reason} ({hint})") from error
+
+
+def _call(name: str) -> Path:
+    function = plugins.registry().get_model(name)
+    try:
+        return Path(function())
+    except Exception as error:
+        raise InputError(f"model '{name}' is not available: {type(error).__name__}: {error}") from error
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device '{device}' cannot be used: {reason} (try 'cpu' or 'cuda')") from error
+    return place
+
+
+def _dtype(dtype: torch.dtype | str) -> Any:
+    import torch
+
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise InputError(f"unknown dtype '{dtype}' ({did_you_mean(dtype, DTYPES)}known: {', '.join(DTYPES)})")
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
