@@ -1,0 +1,41 @@
+"""Arithmetic in float64 all the way, so that equality can be checked to 1e-9 instead of 1e-7."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class Float64Throughout(TorchFunctionMode):
+    """While this is on, no float64 tensor is rounded to float32: `with Float64Throughout(): ...`.
+
+    A model in float64 still rounds in a few places, because its code casts to float32 for the sake of half precision:
+    RMSNorm, the softmax of eager attention, and the logits that `generate` collects. Each of them costs an error of
+    about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.float()` and
+    `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding. Nothing on the model is patched, and
+    code under test and reference run under the very same rule.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            if func is Tensor.to:
+                args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+                if named.get("dtype") is torch.float32:
+                    named["dtype"] = torch.float64
+            elif func in (functional.softmax, torch.softmax, Tensor.softmax) and named.get("dtype") is torch.float32:
+                named["dtype"] = torch.float64
+        return func(*args, **named)
