@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from transformers import PreTrainedModel
 from prunekit import families
 from prunekit.decisions import LayerAction
 from prunekit.engine import kv
-from prunekit.engine.call import CHECKSUM, Call
+from prunekit.engine.call import CALL, Call, mark
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides, is_overridden
 from prunekit.engine.probes import SUPPORTED, wraps
-from prunekit.engine.prompt import pixel_checksum
 from prunekit.engine.session import STEP, Session, Step, attend, reading_layers
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
@@ -57,7 +55,6 @@ class Attached:
         self._newest: Session | None = None
         self._report: tuple[Session, RunReport] | None = None
         self._overrides = Overrides()
-        self._call: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)
 
     @property
     def report(self) -> RunReport | None:
@@ -120,22 +117,15 @@ class Attached:
             )
 
     def _encode(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Leave a checksum of each image's pixels on its features; it follows them through beam expansion."""
+        """Note the image features that a call of the base model encodes (`generate` encodes before it calls)."""
 
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             pixels = kwargs.get("pixel_values", args[0] if args else None)
             features = getattr(output, "pooler_output", None)
-            if (
-                self._needs_seed
-                and isinstance(pixels, Tensor)
-                and features is not None
-                and len(pixels) == len(features)
-            ):
-                for image, key in zip(features, pixel_checksum(pixels), strict=True):
-                    setattr(image, CHECKSUM, key)
-            call = self._call.get()
-            if call is not None:
+            if self._needs_seed:
+                mark(features, pixels)
+            if (call := CALL.get()) is not None:
                 call.features = features
             return output
 
@@ -157,11 +147,11 @@ class Attached:
             call = Call(given, getattr(encoded, "pooler_output", None))
             if self.active:
                 call.refuse_unsupported()
-            token = self._call.set(call)
+            token = CALL.set(call)
             try:
                 return original(*args, **kwargs)
             finally:
-                self._call.reset(token)
+                CALL.reset(token)
 
         return forward
 
@@ -169,23 +159,26 @@ class Attached:
         """Open a step around the decoder stack; after a prefill, give its output the logical length again."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call, cache = self._call.get(), kwargs.get("past_key_values")
+            call, cache = CALL.get(), kwargs.get("past_key_values")
             session = kv.session_of(cache)
-            if not self.active and (call is None or (cache is not None and cache.get_seq_length() > 0)):
+            filled = cache is not None and cache.get_seq_length() > 0
+            if not self.active and (call is None or call.given.get("input_ids") is None or filled):
+                # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
             if call is None:
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
-            tokens = kwargs["inputs_embeds"].shape[1]
+            embeds = kwargs["inputs_embeds"]
             if session is not None:
-                call.refuse_new_images(self.parts, tokens)
+                session.refuse_other(self.pipeline, self.parts)
+                call.refuse_new_images(self.parts, embeds.shape[1])
             elif self.active and cache is not None:
                 kv.check(cache)
             prefill = session is None
-            session = session or Session(self.bound, self.parts, call.prompt(self.parts, kwargs))
+            session = session or Session(self.bound, self.parts, call.prompt(self.parts), embeds.element_size())
             additive = self.parts.attention_implementation == "eager"
-            token = STEP.set(Step(session, prefill, tokens, additive))
+            token = STEP.set(Step(session, prefill, embeds.shape[1], additive))
             try:
                 output = original(*args, **kwargs)
             finally:

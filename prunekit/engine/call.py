@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit.engine.prompt import Prompt
+from prunekit.engine.prompt import Prompt, pixel_checksum
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 
 # Where the checksum of an image's pixels waits on its features.
-CHECKSUM = "_prunekit_checksum"
+_CHECKSUM = "_prunekit_checksum"
 
 
 class Call:
@@ -40,20 +41,26 @@ class Call:
         if tokens > 1 and _visual(self.given["input_ids"], parts).any():
             raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
 
-    def prompt(self, parts: Parts, kwargs: Mapping[str, Any]) -> Prompt:
+    def prompt(self, parts: Parts) -> Prompt:
         """The prompt batch of a prefill; one read back from the device."""
-        ids = self.given.get("input_ids")
-        if ids is None:
-            ids = torch.zeros(
-                kwargs["inputs_embeds"].shape[:2], dtype=torch.int64, device=kwargs["inputs_embeds"].device
-            )
+        ids = self.given["input_ids"]
         mask = self.given.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
         visual = _visual(ids, parts) & real
         visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()
         features = () if self.features is None else self.features
-        images = tuple((len(image), getattr(image, CHECKSUM, None)) for image in features)
+        images = tuple((len(image), getattr(image, _CHECKSUM, None)) for image in features)
         return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), images)
+
+
+CALL: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)
+
+
+def mark(features: Any, pixels: Any) -> None:
+    """Leave a checksum of each image's pixels on its features; it follows them through beam expansion."""
+    if features is not None and isinstance(pixels, Tensor) and len(pixels) == len(features):
+        for image, key in zip(features, pixel_checksum(pixels), strict=True):
+            setattr(image, _CHECKSUM, key)
 
 
 def _visual(ids: Tensor, parts: Parts) -> Tensor:

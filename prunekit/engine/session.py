@@ -20,9 +20,9 @@ from prunekit.engine.probes import Tap, opened
 from prunekit.engine.prompt import Prompt
 from prunekit.engine.stages import decide
 from prunekit.engine.view import View
-from prunekit.errors import PrunekitWarning
+from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
-from prunekit.pipeline import BoundPipeline, Stage
+from prunekit.pipeline import BoundPipeline, Pipeline, Stage
 from prunekit.report import RunReport, StageEvent
 from prunekit.sites import Site
 
@@ -46,9 +46,12 @@ class _Decision:
 
 
 class Session:
-    """One prompt batch under one pipeline. Lives on the KV cache that the batch fills."""
+    """One prompt batch under one pipeline. Lives on the KV cache that the batch fills.
 
-    def __init__(self, bound: BoundPipeline, parts: Parts, prompt: Prompt) -> None:
+    itemsize: bytes of one number of the hidden states, and so of the KV cache.
+    """
+
+    def __init__(self, bound: BoundPipeline, parts: Parts, prompt: Prompt, itemsize: int) -> None:
         self.bound, self.parts, self.prompt = bound, parts, prompt
         self.layout: Layout | None = None
         self.counts = prompt.visual_counts
@@ -57,12 +60,20 @@ class Session:
         self.decisions: list[_Decision] = []
         self.rows: dict[int, Tensor] = {}
         self.reads = reading_layers(bound)
-        self.itemsize = 0
+        self.itemsize = itemsize
         self.notes: list[str] = []
         self._states: dict[int, dict[Any, Any]] = {}
         if bound.token_stages and not any(self.counts):
             self.notes.append(NO_IMAGE)
             warnings.warn(NO_IMAGE, PrunekitWarning, stacklevel=2)
+
+    def refuse_other(self, pipeline: Pipeline, parts: Parts) -> None:
+        """Raise Unsupported when another pipeline or model goes on with this session's cache."""
+        if pipeline.sha != self.bound.pipeline.sha or parts.base is not self.parts.base:
+            raise Unsupported(
+                f"this KV cache was pruned by pipeline '{self.bound.pipeline.name}' ({self.bound.pipeline.sha}); "
+                "continue under the same pipeline and model, or start with a new cache"
+            )
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """Run the token stages that stand before `layer` on physical hidden states (B, K, H); returns what is left."""
@@ -70,7 +81,6 @@ class Session:
             if max(site.depth, 0) == layer and any(self.counts):
                 hidden = self._prune(site, stage, hidden)
         self.layer_lengths.append(self.lengths)
-        self.itemsize = hidden.element_size()
         return hidden
 
     def _prune(self, site: Site, stage: Stage, hidden: Tensor) -> Tensor:
@@ -128,7 +138,7 @@ class Session:
             kv_tokens=tuple(kv_tokens(row, plan) for row in layer_tokens),
             actions=dict(plan),
             notes=tuple(self.notes),
-            cost=cost_of(self.bound.shape, layer_tokens, self.prompt.lengths, plan, self.itemsize or 4),
+            cost=cost_of(self.bound.shape, layer_tokens, self.prompt.lengths, plan, self.itemsize),
         )
 
 
