@@ -14,7 +14,7 @@ BENCH_ARGS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2
 
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 LOCKED := $(PIP) install -c constraints.txt
 # Once packages are installed nothing is fetched: the Hub's libraries are told so.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

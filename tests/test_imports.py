@@ -1,0 +1,210 @@
+"""The plan of the house, read off the source: who may import whom, who may know which names, how long things may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import prunekit
+from prunekit import plugins
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunekit_evals": "evals"}
+
+# A room imports only from rooms further up; rooms of one line do not import each other. docs/architecture.md says why.
+ORDER = (
+    ("errors", "sites", "decisions"),
+    ("registry",),
+    ("hookspecs",),
+    ("plugins",),
+    ("yaml_source", "options"),
+    ("gather",),
+    ("spec",),
+    ("stage",),
+    ("pipeline",),
+    ("cost",),
+    ("report",),
+    ("ops", "families"),
+    ("engine",),
+    ("loading",),
+    ("testing",),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+# The one edge that goes down: a token stage gets the engine's default selection, imported where the stage is made.
+EXCEPTIONS = {("prunekit.stage", "prunekit.engine.defaults")}
+# Beside what `prunekit` itself exports.
+PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
+MAX_FILE, MAX_FUNCTION = 300, 45
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source file as the module that it is."""
+
+    module: str
+    path: Path
+
+    @property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        return self.module
+
+
+def sources(package: str) -> list[Source]:
+    base = ROOT / PACKAGES[package]
+    found = []
+    for path in sorted(base.rglob("*.py")):
+        parts = path.relative_to(base).with_suffix("").parts
+        found.append(Source(".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts))), path))
+    return found
+
+
+ALL = [source for package in PACKAGES for source in sources(package)]
+BY_NAME = {source.module: source for source in ALL}
+
+
+def imports(source: Source) -> Iterator[str]:
+    """Full names of what a module imports at run time, also inside functions; `from a import b` gives `a.b`."""
+    for node in _run_time_nodes(source.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: relative imports hide who imports whom"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from _run_time_nodes(child)
+
+
+def module_of(name: str) -> str:
+    """The module that a full name lies in: `prunekit.sites.Site` -> `prunekit.sites`."""
+    while name not in BY_NAME and "." in name:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def room(module: str) -> str | None:
+    """`prunekit.engine.kv` -> `engine`, `prunekit.cli_run` -> `cli`; None for `prunekit`, whose exports are lazy."""
+    if "." not in module:
+        return None
+    name = module.split(".")[1]
+    return "cli" if name.startswith("cli_") else name
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {room(source.module) for source in sources("prunekit")} - {None}
+    assert rooms <= set(LEVEL), "give the new rooms a place in ORDER and in docs/architecture.md"
+
+
+def test_the_order_is_the_documented_one() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert " < ".join(", ".join(rooms) for rooms in ORDER) in text
+
+
+@pytest.mark.parametrize("source", sources("prunekit"), ids=str)
+def test_the_core_imports_only_upwards(source: Source) -> None:
+    here = room(source.module)
+    for name in imports(source):
+        assert name.split(".")[0] not in ("prunekit_strategies", "prunekit_evals", "lmms_eval"), name
+        there = module_of(name)
+        if not there.startswith("prunekit.") or (source.module, there) in EXCEPTIONS:
+            continue
+        assert here is not None, f"prunekit/__init__.py imports {name} at once; its names are lazy"
+        assert room(there) == here or LEVEL[str(room(there))] < LEVEL[here], f"{source} must not import {there}"
+
+
+@pytest.mark.parametrize("source", sources("prunekit_strategies"), ids=str)
+def test_strategies_import_public_names_only(source: Source) -> None:
+    for name in imports(source):
+        module, _, attribute = name.rpartition(".")
+        assert not name.startswith(("prunekit_", "lmms_eval")), f"{source} imports {name}"
+        if module == "prunekit":
+            assert attribute in prunekit.__all__ or name in PUBLIC_MODULES, f"{source}: {attribute} is not public"
+        elif module.startswith("prunekit."):
+            assert module in PUBLIC_MODULES, f"{source}: {module} is not public"
+            exported = getattr(sys.modules.get(module) or __import__(module, fromlist=["x"]), "__all__", None)
+            assert exported is None or attribute in exported, f"{source}: {name} is not public"
+
+
+def test_the_public_names_exist() -> None:
+    assert [name for name in prunekit.__all__ if not hasattr(prunekit, name)] == []
+
+
+def _code_text(source: Source) -> str:
+    """The file as it is, comments and all."""
+    return source.path.read_text(encoding="utf-8").casefold()
+
+
+def _constants(source: Source) -> set[str]:
+    """Its string constants."""
+    return {n.value for n in ast.walk(source.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def test_the_engine_knows_no_family() -> None:
+    from prunekit.families import families
+
+    names = {name.casefold() for family in families() for name in (family.name, *family.model_types)}
+    assert "llava" in names
+    engine = [source for source in sources("prunekit") if room(source.module) == "engine"]
+    assert [(str(source), name) for source in engine for name in names if name in _code_text(source)] == []
+
+
+def test_engine_and_families_know_no_strategy() -> None:
+    names = {entry.name for entry in plugins.registry().strategies()}
+    words = {"dense", "random", "pool", "stride", "blind"}  # also words of the language: only as values
+    assert words < names
+    for source in sources("prunekit"):
+        if room(source.module) in ("engine", "families"):
+            assert not names & _constants(source), source
+            text = _code_text(source)
+            assert [name for name in names - words if name in text] == [], source
+
+
+@pytest.mark.parametrize("source", ALL, ids=str)
+def test_length(source: Source) -> None:
+    lines = len(source.path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_FILE, f"{source.path.name} has {lines} lines"
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
+
+
+HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "pandas", "PIL")
+LOOK = """
+import sys
+sys.argv = ["prunekit", *{arguments!r}]
+from prunekit.cli import main
+try:
+    code = main()
+except SystemExit as stop:
+    code = stop.code
+print(code, [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"]], ids=" ".join)
+def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
+    code = LOOK.format(arguments=arguments, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1:] == ["0 []"] or done.stderr.splitlines()[-1:] == ["None []"], done.stderr
+
+
+def test_import_prunekit_imports_nothing_heavy() -> None:
+    code = f"import sys, prunekit; print([n for n in {(*HEAVY, 'pluggy', 'yaml')!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
