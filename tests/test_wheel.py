@@ -1,0 +1,107 @@
+"""The wheel holds everything that the checkout has, and works without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = {"prunekit": "prunekit", "strategies": "prunekit_strategies", "evals": "prunekit_evals"}
+MAX_MIB = 14  # the bundled weights take 12 at most
+
+PRUNE = """
+import json, sys
+import prunekit, prunekit_strategies, prunekit_evals, torch
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
+
+model, inputs = tiny_llava(), tiny_inputs()
+with prunekit.apply(model, {"name": "w", "stages": [{"use": "fastv", "at": 2, "keep": 0.25}]}) as run:
+    model.generate(**inputs, max_new_tokens=2, do_sample=False)
+homes = [module.__file__ for module in (prunekit, prunekit_strategies, prunekit_evals)]
+print(json.dumps({"homes": homes, "kept": run.report.kept_tokens}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is written into the checkout and nothing stale in it gets in."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for folder in PACKAGES:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel is installed."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True, timeout=250)
+    return target
+
+
+def outside(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in `folder` with the installed wheel before anything else."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=250
+    )
+
+
+def test_holds_every_file_and_nothing_else(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in PACKAGES.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert names == expected, "list packages and package-data in pyproject.toml"
+    assert wheel.stat().st_size < MAX_MIB * 2**20
+
+
+def test_carries_licence_and_entry_points(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        texts = {Path(name).name: archive.read(name).decode() for name in archive.namelist() if ".dist-info/" in name}
+    assert texts["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "License-Expression: Apache-2.0" in texts["METADATA"]
+    lines = texts["entry_points.txt"].splitlines()
+    wanted = {"prunekit = prunekit.cli:main", "[prunekit]", "strategies = prunekit_strategies.plugin", "[lmms_eval.models]"}
+    assert wanted <= set(lines)
+
+
+def test_lists_what_is_registered(site: Path, tmp_path: Path) -> None:
+    done = outside(site, tmp_path, "-m", "prunekit.cli", "list", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout)
+    names = {kind: {row["name"] for row in rows} for kind, rows in listed.items()}
+    assert {"dense", "fastv", "divprune", "skip_layers"} <= names["strategies"]
+    assert "micro" in names["models"]
+
+
+def test_prunes(site: Path, tmp_path: Path) -> None:
+    done = outside(site, tmp_path, "-c", PRUNE)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["kept"] == [4]
+    assert all(Path(home).is_relative_to(site) for home in result["homes"]), result["homes"]
+
+
+def test_finds_the_bundled_model(site: Path, tmp_path: Path) -> None:
+    pipeline = str(ROOT / "docs" / "pipelines" / "fastv-k2-r25.yaml")
+    done = outside(site, tmp_path, "-m", "prunekit.cli", "show", pipeline, "--model", "micro")
+    assert done.returncode == 0, done.stderr
+    assert "on micro" in done.stdout
