@@ -90,6 +90,7 @@ def _run(arguments: Sequence[str]) -> int:
 def _plain_warnings() -> Iterator[None]:
     """Show prunekit's own warnings as one line, without a file and a line of the code."""
     with warnings.catch_warnings():
+        warnings.simplefilter("always", PrunekitWarning)
         usual = warnings.showwarning
 
         def show(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,7 @@ def _rows(kind: str, folder: Path | None) -> list[dict[str, Any]]:
         ]
     registry = plugins.registry()
     entries = registry.strategies() if kind == "strategies" else registry.models()
-    return [
-        {"name": one.name, "summary": one.summary, "origin": one.origin, "plugin": one.plugin, "target": one.target}
-        for one in entries
-    ]
+    return [{**asdict(one), "summary": one.summary or one.target} for one in entries]
 
 
 def pipeline_files(folder: Path | None = None) -> list[Path]:
@@ -88,4 +86,4 @@ def _pipeline(path: Path) -> dict[str, Any]:
 def _first_comment(path: Path) -> str:
     with path.open(encoding="utf-8-sig") as stream:
         line = stream.readline().strip()
-    return line.lstrip("# ").partition("  ")[0] if line.startswith("#") else ""
+    return line.lstrip("# ") if line.startswith("#") else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,6 @@ def run(namespace: argparse.Namespace) -> int:
     )
     inputs = prepare(processor, namespace.prompt, images).to(model.device, model.dtype)
     data: dict[str, Any] = {"pipeline": pipeline.name, "sha": pipeline.sha, "model": namespace.model}
-    if not images:
-        sys.stderr.write("prunekit: no --image: there are no visual tokens, so token stages have nothing to do\n")
     if namespace.compare_dense:
         data["dense_answer"], data["dense_seconds"] = answer(model, processor, inputs, namespace.max_new_tokens)
     with apply(model, pipeline) as attached:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit import plugins
-from prunekit.errors import InputError, UnknownName, did_you_mean
+from prunekit.errors import InputError, PrunekitError, UnknownName, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,8 @@ def load(
     dtype: None takes float32 on the CPU and the checkpoint's own elsewhere. device: None takes a GPU if there is one.
     attn: transformers' `attn_implementation`; None takes its default. download: whether a hub may be asked.
     Pictures are always prepared by the PIL backend, so that scores do not depend on what else is installed.
-    Raises InputError when the model is not there or is not a vision-language model, or for an unknown dtype or device.
+    Raises InputError when the model is not there, is not a vision-language model or lacks weights, or for an unknown
+    dtype or device.
     """
     import transformers
 
@@ -69,7 +70,12 @@ def load(
     with _explained(path, download):
         local: dict[str, Any] = {"local_files_only": not download}
         processor = auto.AutoProcessor.from_pretrained(path, backend="pil", **local)
-        model = auto.AutoModelForImageTextToText.from_pretrained(path, dtype=kind, **local, **extra)
+        model, found = auto.AutoModelForImageTextToText.from_pretrained(
+            path, dtype=kind, output_loading_info=True, **local, **extra
+        )
+    if found["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(found["missing_keys"])
+        raise InputError(f"model '{path}' has no weights for {len(missing)} parameters, such as {missing[0]}")
     return model.to(place).eval(), processor
 
 
@@ -94,7 +100,9 @@ def _explained(path: Path | str, download: bool) -> Iterator[None]:
     """Turn what transformers raises for a missing or unsuitable model into an InputError that says what to do."""
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except PrunekitError:
+        raise
+    except Exception as error:  # broken folders come out of transformers as almost any exception
         reason = str(error).strip().partition("\n")[0]
         if isinstance(path, str) and isinstance(error, OSError) and not download:
             hint = "it is not in the local cache; `--download` fetches it"
@@ -102,7 +110,7 @@ def _explained(path: Path | str, download: bool) -> Iterator[None]:
             hint = "install what is missing"
         else:
             hint = "is it a complete vision-language model of transformers?"
-        raise InputError(f"model '{path}' does not load: {reason} ({hint})") from error
+        raise InputError(f"model '{path}' does not load: {type(error).__name__}: {reason} ({hint})") from error
 
 
 def _call(name: str) -> Path:

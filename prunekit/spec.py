@@ -16,6 +16,7 @@ from prunekit.yaml_source import Node
 
 TOP_KEYS = ("name", "description", "extends", "stages")
 STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of")
+DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -86,7 +87,7 @@ def _stages(node: Node | None, start: Where | None, faults: list[Fault]) -> tupl
         faults.append(Fault(node.where, "stages", f"must be a list, not {node}", "write `- use: NAME`"))
         return ()
     if not node.data:
-        faults.append(Fault(node.where, "stages", "is empty", "for the unpruned model write `- use: dense`"))
+        faults.append(Fault(node.where, "stages", "is empty", "name at least one: `- use: NAME`"))
     return tuple(_stage(one, f"stages[{index}]", faults) for index, one in enumerate(node.data))
 
 
@@ -134,7 +135,7 @@ def _keep(values: Mapping[str, Node], path: str, faults: list[Fault]) -> Keep | 
         faults.append(Fault(of.key, f"{path}.keep_of", "says what `keep` is a fraction of, but there is no `keep`"))
     if tokens and not _number(tokens, int, lambda value: value >= 1):
         message = f"must be a whole number of tokens, at least 1, not {tokens}"
-        hint = "to drop all visual tokens use `vtw` or `blind`" if tokens.data == 0 else ""
+        hint = DROP_ALL if tokens.data == 0 and not isinstance(tokens.data, bool) else ""
         faults.append(Fault(tokens.where, f"{path}.keep_tokens", message, hint))
         return None
     if fraction and not _number(fraction, (int, float), lambda value: 0 < value <= 1):
@@ -148,9 +149,11 @@ def _keep(values: Mapping[str, Node], path: str, faults: list[Fault]) -> Keep | 
 
 
 def _keep_hint(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
     if value == 0:
-        return "to drop all visual tokens use `vtw` or `blind`"
-    if isinstance(value, int | float) and value > 1:
+        return DROP_ALL
+    if value > 1:
         return "for a number of tokens write `keep_tokens`, for per cent divide by 100"
     return ""
 

@@ -44,7 +44,7 @@ class Node:
             return "nothing"
         if isinstance(self.data, dict | list):
             return "a mapping" if isinstance(self.data, dict) else "a list"
-        shown = repr(self.data)
+        shown = str(self.data).lower() if isinstance(self.data, bool) else repr(self.data)
         return shown if len(shown) <= 60 else shown[:57] + "..."
 
     def plain(self) -> Any:
