@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class MaskedReference:
         merges: Mapping[int, Merge] | None = None,
     ) -> None:
         self.model, self.inputs, self.report = model, inputs, report
-        self.stock: Any = model  # untyped, as the methods of transformers are
+        self.stock = cast(Any, model)  # untyped, as the methods of transformers are
         self.merges = dict(merges or {})
         self.decoder: Any = self.stock.get_decoder()
         self.layers: Sequence[Any] = self.decoder.layers
@@ -98,11 +98,30 @@ class MaskedReference:
         mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with ExitStack() as stack:
-            self._install(stack, mask.bool())
+            alive = mask.bool()
+            self._install(stack, lambda: alive)
             return self.decoder(
                 inputs_embeds=self._embeddings(tokens), attention_mask=mask, position_ids=positions, use_cache=False,
                 **options,
             )  # fmt: skip
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """While open, the model itself is the reference: every uncached forward replays the decisions.
+
+        For `model.generate(..., use_cache=False)`; each forward must hold the whole sequence, prompt included.
+        """
+        with ExitStack() as stack:
+            alive = self.inputs["attention_mask"].bool()
+
+            def begin(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+                nonlocal alive
+                alive = named["attention_mask"].bool().clone()
+
+            handle = self.decoder.register_forward_pre_hook(begin, with_kwargs=True)
+            stack.callback(handle.remove)
+            self._install(stack, lambda: alive)
+            yield
 
     def before_layer(self, layer: int, state: Tensor, alive: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Replay what happens before a layer: returns the new state and edits `arguments` of the layer's call.
@@ -128,7 +147,7 @@ class MaskedReference:
                 start += len(slots)
         return torch.cat([prompt, table(tokens)], dim=1)
 
-    def _install(self, stack: ExitStack, alive: Tensor) -> None:
+    def _install(self, stack: ExitStack, alive: Callable[[], Tensor]) -> None:
         for number, layer in enumerate(self.layers):
             action = self.report.actions.get(number, LayerAction.RUN)
             stack.enter_context(_before(layer, self._replay(number, alive)))
@@ -139,8 +158,8 @@ class MaskedReference:
             elif action is LayerAction.SKIP_MLP:
                 stack.enter_context(_after(layer.mlp, lambda _, result: torch.zeros_like(result)))
 
-    def _replay(self, layer: int, alive: Tensor) -> Callable[[Tensor, dict[str, Any]], Tensor]:
-        return lambda state, arguments: self.before_layer(layer, state, alive, arguments)
+    def _replay(self, layer: int, alive: Callable[[], Tensor]) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+        return lambda state, arguments: self.before_layer(layer, state, alive(), arguments)
 
     def _drop(self, number: int, event: StageEvent, state: Tensor, alive: Tensor) -> Tensor:
         state = state.clone()

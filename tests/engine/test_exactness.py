@@ -1,0 +1,132 @@
+"""Every strategy and composition equals the masked reference in float64: prefill and eight decode steps."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from cases import BATCHES, COMPOSED, PIPELINES, full_crossing, pipeline
+from twins import pool_merges
+
+import prunekit
+from prunekit.testing.equivalence import assert_equivalent, generate
+from prunekit.testing.oracle import MaskedReference
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+
+STEPS, EXACT = 8, 1e-9
+model_of = cache(tiny_llava)
+
+
+@cache
+def batch_of(name):
+    return tiny_inputs(*BATCHES[name])
+
+
+def check(name, attention, batch):
+    """Logits, then what the report says about itself."""
+    spec = pipeline(name)
+    result = assert_equivalent(
+        model_of(attention), spec, batch_of(batch), STEPS, EXACT, merges=pool_merges(spec["stages"])
+    )
+    report = result.report
+    assert result.logits.shape[:2] == (len(BATCHES[batch][0]), STEPS + 1)
+    assert len(report.events) == sum(stage["use"] not in ("dense", "skip_layers") for stage in spec["stages"])
+    return result
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", PIPELINES)
+def test_equals_the_masked_reference(name, batch, attention):
+    check(name, attention, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", full_crossing())
+def test_full_crossing_equals_the_masked_reference(name, batch, attention):
+    check(name, attention, batch)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", ["ragged", "text-row"])
+@pytest.mark.parametrize("name", ["random-4", "fastv", "pool-3", *COMPOSED])
+def test_each_row_of_a_batch_equals_its_own_run(name, batch, attention):
+    model, inputs, spec = model_of(attention), batch_of(batch), pipeline(name)
+    with Float64Throughout(), prunekit.apply(model, spec) as run:
+        together = generate(model, inputs, max_new_tokens=STEPS + 1)
+        report = run.report
+        for row, images in enumerate(BATCHES[batch][0]):
+            if not images and report.events:
+                continue  # it warns that token stages have nothing to do; test_generate looks at that
+            alone = generate(model, row_of(inputs, row), max_new_tokens=STEPS + 1)
+            for step in range(STEPS + 1):
+                assert (together.logits[step][row] - alone.logits[step][0]).abs().max() < EXACT
+            assert [event.kept[row] for event in report.events] == [event.kept[0] for event in run.report.events]
+            for field in ("prompt_tokens", "visual_tokens", "kept_tokens", "layer_tokens", "kv_tokens"):
+                assert getattr(report, field)[row] == getattr(run.report, field)[0], field
+            assert report.cost.prefill_flops[row] == run.report.cost.prefill_flops[0]
+
+
+class Renumbered(MaskedReference):
+    """Wrong on purpose: positions close up after tokens have left."""
+
+    def before_layer(self, layer, state, alive, arguments):
+        state = super().before_layer(layer, state, alive, arguments)
+        arguments["position_embeddings"] = self.decoder.rotary_emb(state, (alive.cumsum(1) - 1).clamp(min=0))
+        return state
+
+
+class OneLayerLate(MaskedReference):
+    """Wrong on purpose: tokens leave one layer later than they should."""
+
+    def before_layer(self, layer, state, alive, arguments):
+        full = alive.clone()
+        state = super().before_layer(layer, state, alive, arguments)
+        arguments["attention_mask"] = self._mask(full, state.dtype)
+        return state
+
+
+class PadsSeen(MaskedReference):
+    """Wrong on purpose: padding is attended."""
+
+    def before_layer(self, layer, state, alive, arguments):
+        state = super().before_layer(layer, state, alive, arguments)
+        padding = torch.zeros_like(alive)
+        padding[:, : self.inputs["input_ids"].shape[1]] = self.inputs["attention_mask"] == 0
+        arguments["attention_mask"] = self._mask(alive | padding, state.dtype)
+        return state
+
+
+@pytest.mark.parametrize("batch", ["one", "ragged"])
+@pytest.mark.parametrize("wrong", [Renumbered, OneLayerLate, PadsSeen])
+def test_a_wrong_reference_is_noticed(wrong, batch):
+    """The check has power: a small mistake in the reference shows by far more than the tolerance."""
+    result = check("fastv", "sdpa", batch)
+    inputs = batch_of(batch)
+    tokens = result.sequences[:, inputs["input_ids"].shape[1] :]
+    with Float64Throughout():
+        error = (wrong(model_of("sdpa"), inputs, result.report).logits(tokens) - result.logits).abs().max()
+    if wrong is PadsSeen and batch == "one":
+        assert error < EXACT, "a row without padding has none to see"
+    else:
+        assert error > 1e-3
+
+
+def test_a_wrong_merge_is_noticed():
+    spec = pipeline("pool")
+    with pytest.raises(AssertionError, match="differ from the masked reference"):
+        assert_equivalent(model_of("sdpa"), spec, batch_of("one"), STEPS, EXACT, merges=lambda report: {})
+
+
+def test_float32_reaches_only_float32():
+    """What the mode is for: the same run without it is off by float32 rounding, so 1e-9 could not be asked for."""
+    model, inputs, spec = model_of("sdpa"), batch_of("ragged"), pipeline("fastv")
+    with prunekit.apply(model, spec) as run:
+        output = generate(model, inputs, max_new_tokens=3)
+    tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
+    error = (MaskedReference(model, inputs, run.report).logits(tokens) - torch.stack(output.logits, 1)).abs().max()
+    assert EXACT < error < 1e-4
