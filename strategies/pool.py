@@ -22,8 +22,8 @@ class Pool:
     per_sample = True
 
     @hookimpl
-    def select_tokens(self, coords: Tensor, count: int) -> Selection:
+    def select_tokens(self, coords: Tensor, hidden: Tensor, count: int) -> Selection:
         """Keep one token a cell, bool (V,), with the weights of its average, float (V, V)."""
         cells = grid_cells(coords, count)
-        same = cells[:, None] == cells[None, :]
+        same = (cells[:, None] == cells[None, :]).to(hidden.dtype)
         return Selection(keep=middles(cells), weights=same / same.sum(1, keepdim=True))
