@@ -1,0 +1,181 @@
+"""The documentation cannot go stale: its code runs, its output is what the program prints, its tables are complete.
+
+In every Markdown file of docs/ (and README.md): `python` blocks run in order in one namespace per file; `yaml` blocks
+with `stages:` build; in `console` blocks the lines `$ prunekit ...` run and what follows must be what they print (`...`
+stands for anything). A comment before a block changes that: `<!-- file: NAME -->` writes it to a file that later blocks
+see, `<!-- not run: WHY -->` leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import doctest
+import inspect
+import io
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import prunekit
+from prunekit import cli, hookspecs, plugins, spec
+from prunekit.errors import SpecError
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+REFERENCE = ROOT / "docs" / "reference"
+ORDER = r"(?:<!-- (?P<order>file|not run): (?P<value>.*?) -->\s*\n)?"
+BLOCK = re.compile(ORDER + r"^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S)
+LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block. order: `file`, `not run` or None, with its value."""
+
+    kind: str
+    text: str
+    order: str | None
+    value: str | None
+    line: int
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(m["kind"], m["text"], m["order"], m["value"], text[: m.start("text")].count("\n") + 1)
+        for m in BLOCK.finditer(text)
+    ]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, with the checkout's docs/ in sight; plugins are as before afterwards."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    yield tmp_path
+    plugins.reset()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_blocks(page: Path, desk: Path) -> None:
+    space: dict[str, Any] = {"__name__": "__docs__"}
+    for block in blocks(page):
+        place = f"{name_of(page)}:{block.line}"
+        if block.order == "file":
+            (desk / str(block.value)).write_text(block.text)
+        if block.order is not None:
+            continue
+        if block.kind == "python" and page.name == "README.md":
+            compile(block.text, str(page), "exec")  # for a reader's own model and picture
+        elif block.kind == "python":
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), space)
+        elif block.kind == "yaml" and "stages:" in block.text:
+            prunekit.load(block.text + "\n")
+        elif block.kind == "console":
+            for command, expected in commands(block.text):
+                check_output(place, command, expected)
+
+
+def commands(text: str) -> Iterator[tuple[str, str]]:
+    """The `$ ` lines of a console block and what follows each."""
+    for part in re.split(r"^\$ ", text, flags=re.M)[1:]:
+        command, _, output = part.partition("\n")
+        yield command, output
+
+
+def check_output(place: str, command: str, expected: str) -> None:
+    words = shlex.split(command, comments=True)
+    assert words[0] == "prunekit", f"{place}: only `prunekit` can be run; put <!-- not run: WHY --> before the block"
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+        cli.main(words[1:])
+    checker, options = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert checker.check_output(expected, said.getvalue(), options), f"{place}: `{command}` prints\n{said.getvalue()}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text(encoding="utf-8"))}
+    pages = set(index.parent.rglob("*.md")) - {index}
+    assert {name_of(page) for page in pages - linked if page.parent.name != "decisions"} == set()
+
+
+def test_every_hook_is_documented_as_it_is() -> None:
+    text = (REFERENCE / "hooks.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^### `(\w+)\((.*?)\)`$", text, flags=re.M)
+    assert len(documented) == len(dict(documented)), "a hook is documented twice"
+    groups = (hookspecs.TokenHooks, hookspecs.LayerHooks, hookspecs.HostHooks, hookspecs.ObserverHooks)
+    specified = {
+        name: ", ".join(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
+        for group in groups
+        for name, function in vars(group).items()
+        if hasattr(function, "prunekit_spec")
+    }
+    assert dict(documented) == specified
+
+
+def test_every_strategy_is_documented_with_its_fields() -> None:
+    text = (REFERENCE / "strategies.md").read_text(encoding="utf-8")
+    rows = {m[1]: m[2] for m in re.finditer(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|", text, flags=re.M)}
+    registry = plugins.registry()
+    expected = {}
+    for entry in registry.strategies():
+        fields = dataclasses.fields(registry.get_strategy(entry.name))
+        told = (f.name if f.default is dataclasses.MISSING else f"{f.name}: {_yaml(f.default)}" for f in fields)
+        expected[entry.name] = ", ".join(f"`{one}`" for one in told) or "none"
+    assert {name: cell.strip() for name, cell in rows.items()} == expected
+
+
+def _yaml(value: object) -> str:
+    return yaml.safe_dump(value).partition("\n")[0]
+
+
+def test_every_key_of_a_pipeline_file_is_documented() -> None:
+    text = (REFERENCE / "pipeline-file.md").read_text(encoding="utf-8")
+    keys = re.findall(r"^\| `(\w+)` \|", text, flags=re.M)
+    assert keys == [*spec.TOP_KEYS, *spec.STAGE_KEYS]
+
+
+def test_every_public_name_is_documented() -> None:
+    text = (REFERENCE / "python.md").read_text(encoding="utf-8")
+    names = re.findall(r"^### `(\w+)", text, flags=re.M)
+    assert sorted(names) == sorted(prunekit.__all__)
+
+
+def test_every_command_and_option_is_documented() -> None:
+    text = (REFERENCE / "cli.md").read_text(encoding="utf-8")
+    sections = {m[1]: m[2] for m in re.finditer(r"^## `prunekit (\w+)`\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)}
+    (subparsers,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    assert list(sections) == list(subparsers.choices)
+    for name, command in subparsers.choices.items():
+        shown = [action for action in command._actions if action.option_strings and action.help != argparse.SUPPRESS]
+        options = {max(action.option_strings, key=len) for action in shown} - {"--help"}
+        assert set(re.findall(r"`(--[\w-]+)", sections[name])) == options, f"prunekit {name}"
+
+
+def test_the_check_of_output_can_fail(desk: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_output("here", "prunekit --version", "prunekit 0.0.0-never\n")
+    (desk / "bad.yaml").write_text("stages: []\n")
+    with pytest.raises(SpecError):
+        prunekit.load(desk / "bad.yaml")
