@@ -160,7 +160,7 @@ class Attached:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             call, cache = CALL.get(), kwargs.get("past_key_values")
-            session = kv.session_of(cache)
+            session: Session | None = kv.owner_of(cache)
             filled = cache is not None and cache.get_seq_length() > 0
             if not self.active and (call is None or call.given.get("input_ids") is None or filled):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.

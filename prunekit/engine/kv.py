@@ -8,7 +8,7 @@ therefore follows the cache through beam reordering, row selection and cropping.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from prunekit.engine.layout import Layout
 from prunekit.errors import Unsupported
 
-if TYPE_CHECKING:
-    from prunekit.engine.session import Session
-
-_SESSION = "_prunekit_session"
+_OWNER = "_prunekit_owner"
 
 
 class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -92,11 +89,11 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.layout = self.layout.select(rows)
 
 
-def adopt(cache: Cache, layers: int, session: Session) -> None:
-    """Put ragged layers into an empty cache and tie it to its session. Raises Unsupported for other kinds of cache."""
+def adopt(cache: Cache, layers: int, owner: object) -> None:
+    """Put ragged layers into an empty cache and tie it to its owner. Raises Unsupported for other kinds of cache."""
     check(cache)
     cache.layers[:] = [RaggedLayer() for _ in range(layers)]
-    setattr(cache, _SESSION, session)
+    setattr(cache, _OWNER, owner)
 
 
 def check(cache: Cache) -> None:
@@ -113,7 +110,7 @@ def check(cache: Cache) -> None:
         )
 
 
-def session_of(cache: Cache | None) -> Session | None:
-    """The session whose prompt fills this cache; None for a cache that no session has adopted, or that was reset."""
-    session: Session | None = getattr(cache, _SESSION, None)
-    return session if session is not None and cache is not None and cache.get_seq_length() > 0 else None
+def owner_of(cache: Cache | None) -> Any:
+    """Who adopted this cache; None if nobody did, or if it was emptied since."""
+    filled = cache is not None and cache.get_seq_length() > 0
+    return getattr(cache, _OWNER, None) if filled else None
