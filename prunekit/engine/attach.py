@@ -172,9 +172,7 @@ class Attached:
             embeds = kwargs["inputs_embeds"]
             if session is not None:
                 session.refuse_other(self.pipeline, self.parts)
-                call.refuse_new_images(self.parts, embeds.shape[1])
-            elif self.active and cache is not None:
-                kv.check(cache)
+                call.refuse_new_images()
             prefill = session is None
             session = session or Session(self.bound, self.parts, call.prompt(self.parts), embeds.element_size())
             additive = self.parts.attention_implementation == "eager"

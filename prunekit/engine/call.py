@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.engine import kv
 from prunekit.engine.prompt import Prompt, pixel_checksum
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
@@ -30,15 +31,22 @@ class Call:
                 raise Unsupported(
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
+        cache = self.given.get("past_key_values")
+        if cache is not None and kv.owner_of(cache) is None:
+            kv.check(cache)
+        if self.given.get("use_cache") is False and self.given.get("mm_encoder_outputs"):
+            raise Unsupported(
+                "generate(use_cache=False) would prune anew at every step; leave use_cache at its default"
+            )
         mask = self.given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
         if self.given.get("input_ids") is None:
             raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
 
-    def refuse_new_images(self, parts: Parts, tokens: int) -> None:
-        """Raise Unsupported when later tokens on a pruned cache bring images (decoding steps are not looked at)."""
-        if tokens > 1 and _visual(self.given["input_ids"], parts).any():
+    def refuse_new_images(self) -> None:
+        """Raise Unsupported when later tokens on a pruned cache bring image features."""
+        if self.features is not None:
             raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
 
     def prompt(self, parts: Parts) -> Prompt:

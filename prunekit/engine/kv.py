@@ -101,8 +101,9 @@ def check(cache: Cache) -> None:
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers}) or [type(cache).__name__]
         raise Unsupported(
-            f"pruning needs transformers' DynamicCache with full-attention layers, not {type(cache).__name__} with "
-            f"{', '.join(kinds)}; leave `cache_implementation` and `past_key_values` at their defaults"
+            "pruning needs transformers' DynamicCache with full-attention layers (no static, sliding, quantized or "
+            f"offloaded ones), not {type(cache).__name__} with {', '.join(kinds)}; "
+            "leave `cache_implementation` and `past_key_values` at their defaults"
         )
     if cache.get_seq_length() > 0:
         raise Unsupported(

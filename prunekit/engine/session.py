@@ -63,9 +63,12 @@ class Session:
         self.itemsize = itemsize
         self.notes: list[str] = []
         self._states: dict[int, dict[Any, Any]] = {}
+        without = [str(row) for row, count in enumerate(self.counts) if count == 0]
         if bound.token_stages and not any(self.counts):
             self.notes.append(NO_IMAGE)
             warnings.warn(NO_IMAGE, PrunekitWarning, stacklevel=2)
+        elif bound.token_stages and without:
+            self.notes.append(f"no visual tokens in samples {', '.join(without)}: all their tokens ran")
 
     def refuse_other(self, pipeline: Pipeline, parts: Parts) -> None:
         """Raise Unsupported when another pipeline or model goes on with this session's cache."""
