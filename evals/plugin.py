@@ -1,11 +1,21 @@
-"""What this package adds to prunekit: the bundled model's name."""
+"""What this package adds to prunekit through the entry-point group `prunekit`. Imports nothing heavy."""
 
 from __future__ import annotations
 
-from prunekit import hookimpl
+import argparse
+
+from prunekit.hookspecs import hookimpl
+
+from . import arguments
+
+
+@hookimpl
+def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`prunekit eval`, `prunekit compare` and `prunekit demo`."""
+    arguments.add(subparsers)
 
 
 @hookimpl
 def prunekit_models() -> dict[str, str]:
-    """`micro`, the bundled LVLM."""
+    """The bundled model."""
     return {"micro": "prunekit_evals.micro:model_path"}

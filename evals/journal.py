@@ -1,0 +1,108 @@
+"""The answer journal: one JSON line an answer, so that a run that was killed goes on where it was.
+
+A key is a hash of all that an answer depends on (`key_of`), so a journal can be shared by runs and never lies. A line
+that was being written when the process died is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from prunekit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the prefill of one question cost: token counts, FLOPs and KV bytes, and the same of the dense model."""
+
+    visual_tokens: int
+    kept_tokens: int
+    prefill_flops: int
+    dense_prefill_flops: int
+    kv_bytes: int
+    dense_kv_bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `facts` is None when the pipeline reported nothing."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+    facts: Facts | None = None
+
+
+def key_of(**parts: Any) -> str:
+    """A hash of everything that an answer depends on; the parts must be plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Journal:
+    """Answers by key, kept in a file. A context manager; `Journal(None)` remembers nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Read what is there. Raises InputError when `path` cannot be a journal."""
+        self.path = path
+        self._known: dict[str, Answer] = {}
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"journal '{path}' cannot be used: {error.strerror}") from error
+        for line in text.splitlines():
+            self._remember(line)
+        if text and not text.endswith("\n"):
+            self._file.write("\n")  # so that the torn line does not swallow the next one
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def get(self, key: str) -> Answer | None:
+        """The answer that was journaled under `key`, or None."""
+        return self._known.get(key)
+
+    def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
+        """Write answers through to the disk; after this call they survive a kill."""
+        if self._file is None:
+            return
+        for key, answer in answers:
+            self._known[key] = answer
+            self._file.write(json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; the answers stay known."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _remember(self, line: str) -> None:
+        try:
+            data = json.loads(line)
+            facts: Mapping[str, int] | None = data["facts"]
+            self._known[data["key"]] = Answer(
+                data["text"], data["input_tokens"], data["output_tokens"], Facts(**facts) if facts else None
+            )
+        except (ValueError, KeyError, TypeError):
+            return  # torn by a kill, or not ours: the question is simply answered again

@@ -1,0 +1,133 @@
+"""A tiny LLaVA on disk that says yes or no, and small data sets in the schemas of the standard tasks."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("lmms_eval")
+
+TEXT = [
+    "Is there a cat in the picture? Answer the question using a single word or phrase. yes no Yes No",
+    "Answer with the option's letter from the given choices directly. A B C D USER: ASSISTANT: Context: hint",
+]
+TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}\n{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def processor():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token=None))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    bpe.train_from_iterator(TEXT * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="right",
+    )  # fmt: skip
+    images = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    return LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        chat_template=TEMPLATE, image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
+def model(tokenizer):
+    """Random weights under which the first answer token is `yes` or `no` and the second ends the answer."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
+        projection_dim=24,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=3, image_seq_length=16, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", tie_word_embeddings=False,
+    )  # fmt: skip
+    made = LlavaForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in sorted(made.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                weight.fill_(1.0)
+            elif weight.ndim > 1 and "embed" not in name:
+                weight.copy_(1.5 * noise / weight[0].numel() ** 0.5)
+            else:
+                weight.copy_((1.0 if "embed" in name else 0.1) * noise)
+        _speak(made, [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")])
+    made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, [2]
+    return made
+
+
+def _speak(made, words):
+    """Number 0 of the hidden state says that a word was spoken: only the two words set it, and no layer writes it."""
+    embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
+    embedding[:, 0] = 0
+    embedding[words, 0] = 40.0
+    for layer in made.model.language_model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    made.model.multi_modal_projector.linear_2.weight[0] = 0
+    made.model.multi_modal_projector.linear_2.bias[0] = 0
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    direction[0] = 0
+    head.zero_()
+    head[words[0]], head[words[1]] = direction, -direction
+    head[2, 0] = 30.0
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of the tiny model."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llava"
+    parts = processor()
+    made = model(parts.tokenizer)
+    made.save_pretrained(folder)
+    parts.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoint):
+    """The tiny model as the runner holds it."""
+    from prunekit_evals.answering import Loaded
+
+    return Loaded.load(str(checkpoint), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory):
+    """24 questions of each task of the bundled benchmark."""
+    from prunekit_evals.micro import benchmark
+
+    folder = tmp_path_factory.mktemp("data")
+    benchmark.write(folder, questions_per_task=24)
+    return folder
+
+
+@pytest.fixture
+def pipeline_file(tmp_path):
+    """Writes a pipeline file: `pipeline_file("name", {"use": ...}, ...)` gives its path."""
+
+    def write(name, *stages):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(json.dumps({"name": name, "stages": list(stages)}))
+        return path
+
+    return write
