@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import __version__, cli_list, cli_run, cli_show, plugins
@@ -31,6 +32,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program with these arguments (None: those of the process) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that cannot show a letter shall not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with _plain_warnings():
             code = _run(arguments)

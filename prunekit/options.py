@@ -13,11 +13,12 @@ from prunekit.errors import PluginError, did_you_mean
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One wrong option: `key` is a path below the stage, such as `layers[2]`."""
+    """One wrong option: `key` is a path below the stage, such as `layers[2]`; `unknown`: the key itself is wrong."""
 
     key: str
     message: str
     hint: str = ""
+    unknown: bool = False
 
 
 def check(
@@ -35,7 +36,8 @@ def check(
         raise PluginError(f"the field types of {cls.__qualname__} cannot be read: {error}") from error
     known = (*stage_keys, *fields)
     for key in (key for key in values if key not in fields):
-        problems.append(Problem(key, "unknown key", f"{did_you_mean(key, known)}known keys: {', '.join(known)}"))
+        hint = f"{did_you_mean(key, known)}known keys: {', '.join(known)}"
+        problems.append(Problem(key, "unknown key", hint, unknown=True))
     for key, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and key not in values:

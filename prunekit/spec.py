@@ -26,7 +26,8 @@ class StageSpec:
 
     at, keep: None when the file does not say.
     options: the strategy's own fields, plain data.
-    where: of the stage; keys: of each value, by key path such as `layers[2]`. Places are None when it came from a dict.
+    where: of the stage; keys: of each value, by key path such as `layers[2]`; names: of each key itself. Places are
+    None when the stage came from a dict.
     """
 
     use: str
@@ -35,6 +36,7 @@ class StageSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     where: Where | None = None
     keys: Mapping[str, Where | None] = field(default_factory=dict)
+    names: Mapping[str, Where | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,21 +70,23 @@ def read(
     """
     faults: list[Fault] = []
     found = gather(source, overrides, frozenset((*TOP_KEYS, *STAGE_KEYS)), faults)
-    label, values = found.label, found.values
+    label, values, unread = found.label, found.values, bool(faults)
     if values is None:
         return PipelineSpec(found.name, (), label), tuple(faults)
     faults.extend(_unknown_key(node, key, "", TOP_KEYS) for key, node in values.items() if key not in TOP_KEYS)
     name = _name(values.get("name"), found.name, faults)
     description = _text(values.get("description"), "description", faults) or ""
-    start = None if label == "<dict>" else Where(label, 1, 1)
-    stages = _stages(values.get("stages"), start, faults)
+    if "stages" in values:
+        stages = _stages(values["stages"], faults)
+    else:
+        stages = ()
+        if not unread:  # what could not be read may have held them
+            start = None if label == "<dict>" else Where(label, 1, 1)
+            faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
     return PipelineSpec(name, stages, label, description), tuple(faults)
 
 
-def _stages(node: Node | None, start: Where | None, faults: list[Fault]) -> tuple[StageSpec, ...]:
-    if node is None:
-        faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
-        return ()
+def _stages(node: Node, faults: list[Fault]) -> tuple[StageSpec, ...]:
     if not isinstance(node.data, list):
         faults.append(Fault(node.where, "stages", f"must be a list, not {node}", "write `- use: NAME`"))
         return ()
@@ -105,7 +109,8 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
     else:
         use = _text(values["use"], f"{path}.use", faults) or ""
     at = _at(values.get("at"), f"{path}.at", faults)
-    return StageSpec(use, at, _keep(values, path, faults), options, node.where, keys)
+    names = {name: value.key for name, value in values.items()}
+    return StageSpec(use, at, _keep(values, path, faults), options, node.where, keys, names)
 
 
 def _at(node: Node | None, key: str, faults: list[Fault]) -> Site | None:

@@ -26,7 +26,8 @@ class Stage:
     """A strategy instance, addressed through `hook`; whoever holds the stage may register wrappers in `manager`.
 
     site: None until the pipeline is bound, when the file names none. keep: None for a strategy that takes none.
-    where: of the stage in its file, None for a dict; keys: of its values, by key path below the stage.
+    where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
+    None for a dict.
     origin: the distribution and version that registered the strategy.
     """
 
@@ -38,6 +39,7 @@ class Stage:
     where: Where | None
     manager: pluggy.PluginManager
     keys: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
     origin: str = ""
 
     @property
@@ -79,10 +81,10 @@ class Stage:
         """Any of its token hooks asks for attention rows."""
         return any("attention" in self.requests(hook) for hook in (*TOKEN_STARTS, "merge_tokens"))
 
-    def fault(self, key: str, message: str, hint: str = "") -> Fault:
-        """A fault at a key of this stage, placed at the key, else at the stage. An empty key means the stage itself."""
+    def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
+        """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
         path = f"stages[{self.index}]" + (f".{key}" if key else "")
-        return Fault(self.keys.get(key, self.where), path, message, hint)
+        return Fault((self.names if on_name else self.keys).get(key, self.where), path, message, hint)
 
 
 def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -> Stage | None:
@@ -90,7 +92,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -
 
     Raises PluginError when the strategy itself is broken.
     """
-    draft = Stage(index, spec.use, None, spec.at, spec.keep, spec.where, _manager(), spec.keys)
+    draft = Stage(index, spec.use, None, spec.at, spec.keep, spec.where, _manager(), spec.keys, spec.names)
     try:
         entry = registry.strategy_entry(spec.use)
     except UnknownName as error:
@@ -103,7 +105,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -
     token = any(implements(cls, hook) for hook in TOKEN_STARTS)
     values = options.check(cls, spec.options, STAGE_KEYS if token else STAGE_KEYS[:1], problems)
     strategy = None if problems else _create(cls, values, entry, problems)
-    found += [draft.fault(problem.key, problem.message, problem.hint) for problem in problems]
+    found += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += found
     if found:
         return None
@@ -145,18 +147,19 @@ def _check_class(cls: type[Any], entry: Entry) -> None:
 def _placement_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     """What is wrong with `at` and `keep` for this kind of strategy."""
     kinds = [hook for hook in TOKEN_STARTS if implements(cls, hook)]
-    budget = next((key for key in ("keep", "keep_tokens", "keep_of") if key in draft.keys), "keep")
-    given = draft.keep is not None or budget in draft.keys
+    budget = next((key for key in ("keep", "keep_tokens", "keep_of") if key in draft.names), "keep")
+    given = budget in draft.names
     found = []
     if not kinds:
         why = f"'{draft.use}' decides about layers, so it takes no"
-        if draft.site is not None or "at" in draft.keys:
-            found.append(draft.fault("at", f"{why} `at`", "remove it"))
+        if "at" in draft.names:
+            found.append(draft.fault("at", f"{why} `at`", "remove it", on_name=True))
         if given:
-            found.append(draft.fault(budget, f"{why} `{budget}`", "remove it"))
+            found.append(draft.fault(budget, f"{why} `{budget}`", "remove it", on_name=True))
     elif not getattr(cls, "takes_keep", True):
         if given:
-            found.append(draft.fault(budget, f"'{draft.use}' decides by itself and takes no `{budget}`", "remove it"))
+            message = f"'{draft.use}' decides by itself and takes no `{budget}`"
+            found.append(draft.fault(budget, message, "remove it", on_name=True))
     elif not given:
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
         found.append(draft.fault("keep", f"is missing; '{draft.use}' needs `keep` or `keep_tokens`", hint))

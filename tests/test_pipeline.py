@@ -304,9 +304,9 @@ class TestBuild:
             ("<inline>:2:10", "stages[0].use"),
             ("<inline>:4:5", "stages[1].keep"),
             ("<inline>:5:11", "stages[1].seed"),
-            ("<inline>:7:9", "stages[2].at"),
+            ("<inline>:7:5", "stages[2].at"),
             ("<inline>:8:14", "stages[2].layers[0]"),
-            ("<inline>:9:18", "stages[2].keep_tokens"),
+            ("<inline>:9:5", "stages[2].keep_tokens"),
             ("<inline>:9:18", "stages[2].keep_tokens"),
         ]
 

@@ -1,0 +1,375 @@
+"""Whatever a person may get wrong: what, where, which key, what to do instead; exit code 2 and never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import picture, save
+
+from prunekit import cli
+
+# id: (file, what stands on stderr, one pattern for each fault; `F` is the file)
+FILES: dict[str, tuple[str | bytes, list[str]]] = {
+    "unknown strategy": (
+        "stages:\n  - use: fastvv\n    keep: 0.5\n",
+        [r"F:2:10: stages\[0\].use: unknown strategy 'fastvv' \(did you mean 'fastv'\? known: .*see `prunekit list`\)"],
+    ),
+    "dotted path": (
+        "stages:\n  - use: os.system\n",
+        [r"F:2:10: stages\[0\].use: unknown strategy 'os.system' \(.*known: blind"],
+    ),
+    "unknown key": (
+        "stages:\n  - use: random\n    kepe: 0.5\n    keep: 0.5\n",
+        [r"F:3:5: stages\[0\].kepe: unknown key \(did you mean 'keep'\? known keys: use, at, keep, .*seed\)"],
+    ),
+    "unknown top key": (
+        "satges: []\n",
+        [r"F:1:1: satges: unknown key \(did you mean 'stages'\?", r"F:1:1: stages: is missing"],
+    ),
+    "options level": (
+        "stages:\n  - use: skip_layers\n    options: {layers: [1]}\n",
+        [r"F:2:5: stages\[0\].layers: is missing", r"F:3:5: stages\[0\].options: unknown key .*layers, what"],
+    ),
+    "type": (
+        "stages:\n  - use: random\n    keep: half\n    seed: 1.5\n",
+        [
+            r"F:3:11: stages\[0\].keep: must be a fraction in \(0, 1\], not 'half'",
+            r"F:4:11: stages\[0\].seed: must be a whole",
+        ],
+    ),
+    "type in a list": (
+        "stages:\n  - use: skip_layers\n    layers: [1, two]\n",
+        [r"F:3:17: stages\[0\].layers\[1\]: must be a whole number, not 'two'"],
+    ),
+    "value of a choice": (
+        "stages:\n  - use: skip_layers\n    layers: [1]\n    what: atention\n",
+        [r"F:4:11: stages\[0\].what: must be 'layer', 'attention' or 'mlp', not 'atention' \(did you mean 'attention'"],
+    ),
+    "range, too much": (
+        "stages:\n  - use: random\n    keep: 25\n",
+        [r"F:3:11: stages\[0\].keep: must be a fraction in \(0, 1\], not 25 \(.*keep_tokens.*divide by 100\)"],
+    ),
+    "range, nothing": (
+        "stages:\n  - use: random\n    keep: 0\n",
+        [r"F:3:11: stages\[0\].keep: must be a fraction in \(0, 1\], not 0 \(dropping all has strategies of its own"],
+    ),
+    "range, no number": ("stages:\n  - use: random\n    keep: .nan\n", [r"F:3:11: stages\[0\].keep: .*not nan"]),
+    "range, tokens": (
+        "stages:\n  - use: random\n    keep_tokens: 0\n",
+        [r"F:3:18: stages\[0\].keep_tokens: must be a whole number of tokens, at least 1, not 0"],
+    ),
+    "tokens as text": (
+        "stages:\n  - use: random\n    keep_tokens: '64'\n",
+        [r"F:3:18: stages\[0\].keep_tokens: must be a whole number of tokens, at least 1, not '64'"],
+    ),
+    "two budgets": (
+        "stages:\n  - use: random\n    keep: 0.5\n    keep_tokens: 64\n",
+        [r"F:4:5: stages\[0\].keep_tokens: this stage has two budgets, `keep` and `keep_tokens` \(remove one"],
+    ),
+    "no budget": ("stages:\n  - use: random\n", [r"F:2:5: stages\[0\].keep: is missing; 'random' needs `keep`"]),
+    "budget of nothing": (
+        "stages:\n  - use: random\n    keep_tokens: 3\n    keep_of: current\n",
+        [r"F:4:5: stages\[0\].keep_of: says what `keep` is a fraction of, but there is no `keep`"],
+    ),
+    "base": (
+        "stages:\n  - use: random\n    keep: 0.5\n    keep_of: orignal\n",
+        [r"F:4:14: stages\[0\].keep_of: must be 'original' or 'current', not 'orignal' \(did you mean 'original'\?\)"],
+    ),
+    "site": (
+        "stages:\n  - use: random\n    at: encodr\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: 'encodr' is not a site; .*\(did you mean 'encoder'\?\)"],
+    ),
+    "negative site": ("stages:\n  - {use: random, at: -1, keep: 0.5}\n", [r"F:2:23: stages\[0\].at: -1 is not a site"]),
+    "reserved site": (
+        "stages:\n  - use: random\n    at: vision.3\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: site 'vision.3' is reserved but not run by this version; use 'encoder'"],
+    ),
+    "list of sites": (
+        "stages:\n  - use: random\n    at: [2, 4]\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: must be one site, not a list \(write one stage for each site\)"],
+    ),
+    "site that the strategy forbids": (
+        "stages:\n  - use: fastv\n    at: encoder\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: 'fastv' cannot act at 'encoder': it needs a decoder layer, 1 or later"],
+    ),
+    "layer out of range": (
+        "stages:\n  - use: fastv\n    at: 10\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: there is no layer 10: the model has layers 0 to 9 \(name an earlier layer\)"],
+    ),
+    "skipped layer out of range": (
+        "stages:\n  - use: skip_layers\n    layers: [9, 10]\n",
+        [r"F:3:13: stages\[0\].layers: the model has layers 0 to 9, not \[10\]"],
+    ),
+    "out of order": (
+        "stages:\n  - use: fastv\n    at: 3\n    keep: 0.5\n  - use: fastv\n    at: 2\n    keep: 0.25\n",
+        [r"F:6:9: stages\[1\].at: stages are out of order: 'fastv' at '2' stands after 'fastv' at '3' \(list"],
+    ),
+    "more than is left": (
+        "stages:\n  - {use: random, keep: 0.25}\n  - use: fastv\n    keep: 0.5\n",
+        [r"F:4:11: stages\[1\].keep: asks for 0.5 of original, but stages\[0\] random leaves only 0.25 of original"],
+    ),
+    "more than there is": (
+        "stages:\n  - use: random\n    keep_tokens: 17\n",
+        [r"F:3:18: stages\[0\].keep_tokens: asks for 17 of the 16 visual tokens"],
+    ),
+    "after everything is gone": (
+        "stages:\n  - use: blind\n  - use: fastv\n    keep: 0.5\n",
+        [r"F:3:10: stages\[1\].use: 'blind' before it leaves no visual tokens"],
+    ),
+    "attention of a skipped layer": (
+        "stages:\n  - use: skip_layers\n    layers: [1]\n  - use: fastv\n    keep: 0.5\n",
+        [r"F:4:5: stages\[1\].at: 'fastv' reads the attention of layer 1, which another stage skips"],
+    ),
+    "plans that disagree": (
+        "stages:\n  - {use: skip_layers, layers: [1]}\n  - {use: skip_layers, layers: [1], what: mlp}\n",
+        [r"F:3:32: stages\[1\].layers: plans disagree: layer 1: one stage says skip, another skip_mlp"],
+    ),
+    "empty": ("", [r"F:1:1: is empty \(a pipeline needs at least `stages:`\)"]),
+    "only comments": ("# nothing\n", [r"F:1:1: is empty"]),
+    "no stages": ("stages: []\n", [r"F:1:9: stages: is empty"]),
+    "a list": ("- use: random\n", [r"F:1:1: must be a mapping with `stages:`"]),
+    "stages are no list": (
+        "stages:\n  use: random\n",
+        [r"F:2:3: stages: must be a list, not a mapping \(write `- use: NAME`\)"],
+    ),
+    "a stage is a name": ("stages:\n  - random\n", [r"F:2:5: stages\[0\]: must be a mapping, not 'random'"]),
+    "a stage without use": (
+        "stages:\n  - ues: random\n",
+        [r"F:2:5: stages\[0\].use: is missing \(did you mean 'ues'\?\)"],
+    ),
+    "binary": (
+        b"\x89PNG\r\n\x1a\n\x00\xff",
+        [r"F:1:1: is binary or not UTF-8 text \(a pipeline is a YAML text file\)"],
+    ),
+    "zero bytes": (b"stages:\n  - use: \x00\n", [r"F:2:10: character 0x0000 cannot stand in a YAML file"]),
+    "utf-16": ("stages: []".encode("utf-16"), [r"F:1:1: is binary or not UTF-8 text"]),
+    "huge": (b"#" * (1 << 20) + b"\n", [r"F:1:1: is larger than 1048576 bytes"]),
+    "not yaml": ("stages: [\n", [r"F:2:1: not YAML: "]),
+    "tabs": ("stages:\n\t- use: random\n", [r"F:2:1: not YAML: .*\(indent with blanks\)"]),
+    "two documents": ("stages: []\n---\nstages: []\n", [r"F:2:1: not YAML: expected a single document"]),
+    "too deep": ("stages: " + "[" * 100 + "]" * 100 + "\n", [r"F:1:40: not YAML: nested over 32 levels deep"]),
+    "duplicate keys": (
+        "stages:\n  - use: random\n    keep: 0.5\n    keep: 0.25\n",
+        [r"F:4:5: stages\[0\].keep: this key stands here twice \(first on line 3; keep one of them\)"],
+    ),
+    "tag": (
+        "stages:\n  - use: !!python/object/apply:os.system [id]\n",
+        [
+            r"F:2:10: tag '!!python/object/apply:os.system' is not allowed",
+            r"F:2:10: stages\[0\].use: must be text, not a list",
+        ],
+    ),
+    "own tag": ("stages: !mine []\n", [r"F:1:9: tag '!mine' is not allowed", r"F:1:9: stages: is empty"]),
+    "anchor bomb": (
+        "a: &a [x, x]\nb: &b [*a, *a]\nstages: [*b]\n",
+        [
+            "F:1:1: a: unknown key",
+            "F:1:4: anchor '&a'",
+            "F:2:1: b: unknown key",
+            "F:2:4: anchor '&b'",
+            r"F:2:8: alias '\*a'",
+            r"F:2:12: alias '\*a'",
+            r"F:3:10: alias '\*b'",
+            r"F:3:10: stages\[0\]: must be a mapping, not nothing",
+        ],
+    ),
+    "number that is too large": (
+        "stages:\n  - {use: random, keep: 0.5, seed: 99999999999999999999}\n",
+        [r"F:2:36: stages\[0\].seed: the number does not fit into 64 bits"],
+    ),
+    "name": ("name: ../evil\nstages: [{use: dense}]\n", [r"F:1:7: name: '../evil' must be letters, digits"]),
+    "name that is a number": (
+        "name: 3\nstages: [{use: dense}]\n",
+        [r"F:1:7: name: must be text, not 3 \(put it in quotes\)"],
+    ),
+    "extends itself": (
+        "extends: bad.yaml\n",
+        [r"F:1:10: extends: extends itself in a circle: bad.yaml -> bad.yaml"],
+    ),
+    "extends what is not there": (
+        "extends: [nope.yaml]\n",
+        [r"F:1:11: extends\[0\]: no such file: .*nope.yaml"],
+    ),
+    "extends no path": ("extends: 3\n", [r"F:1:10: extends: must be the path of a pipeline file, not 3"]),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("model"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run the program, which must refuse with exit code 2 and say so on stderr alone; returns what it said."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files(name: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, patterns = FILES[name]
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    lines = refused(capsys, "validate", path, "--model", model).splitlines()
+    assert lines[-1] == f"prunekit: {len(patterns)} fault{'s' * (len(patterns) > 1)} in 1 of 1 files"
+    assert len(lines) == len(patterns) + 1, lines
+    for line, pattern in zip(lines, patterns, strict=False):
+        assert re.search(pattern.replace("F:", re.escape(str(path)) + ":"), line), (line, pattern)
+    err = refused(capsys, "run", path, "--model", model, "--prompt", "x")
+    assert all(line in err for line in lines[:-1])
+
+
+def test_no_file_a_folder_and_no_permission(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fastv.yaml").write_text("stages: [{use: dense}]\n")
+    near = tmp_path / "fastw.yaml"
+    said = refused(capsys, "show", near)
+    assert f"no such file: '{near}' (did you mean '{tmp_path / 'fastv.yaml'}'?)" in said
+    assert "no such file" in refused(capsys, "show", tmp_path / "no" / "where.yaml")
+    assert f"'{tmp_path}' is a directory (name a pipeline file in it)" in refused(capsys, "show", tmp_path)
+    assert "is not a regular file" in refused(capsys, "show", "/dev/null")
+    assert "cannot read" in refused(capsys, "show", "x" * 5000)
+
+
+def test_extends_in_a_wider_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, other in (("a", "b"), ("b", "c"), ("c", "b")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {other}.yaml\nstages: [{{use: dense}}]\n")
+    said = refused(capsys, "validate", tmp_path / "a.yaml")
+    assert f"{tmp_path / 'c.yaml'}:1:10: extends: extends itself in a circle: b.yaml -> c.yaml -> b.yaml" in said
+
+
+def test_all_faults_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.yaml").write_text("stages: [{use: dense}]\n")
+    (tmp_path / "one.yaml").write_text("stages:\n  - use: fastvv\n  - use: random\n    keep: 2\n    sede: 1\n")
+    files = [tmp_path / name for name in ("one.yaml", "good.yaml", "none.yaml")]
+    assert cli.main(["validate", *map(str, files)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"{files[1]}: ok (")
+    assert [line.partition(": ")[0] for line in err.splitlines()] == [
+        f"{files[0]}:2:10", f"{files[0]}:4:11", f"{files[0]}:5:5", "no such file", "prunekit",
+    ]  # fmt: skip
+    assert cli.main(["validate", "--json", *map(str, files)]) == 2
+    data = json.loads(capsys.readouterr().out)
+    assert [row["ok"] for row in data["files"]] == [False, True, False]
+    fault = data["files"][0]["faults"][0]
+    assert (fault["file"], fault["line"], fault["col"], fault["key"]) == (str(files[0]), 2, 10, "stages[0].use")
+    assert "did you mean 'fastv'?" in fault["hint"]
+
+
+def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "good.yaml"
+    path.write_text("stages:\n  - {use: random, keep: 0.5}\n")
+    said = refused(capsys, "show", path, "--set", "stages[0].keep=0.5", "--set", "stages[0].keep=5")
+    assert "override 2:1:16: stages[0].keep: must be a fraction in (0, 1], not 5" in said
+    assert "stages[0].keep: is missing" in refused(capsys, "show", path, "--set", "stages[0].keep=null")
+
+
+class TestModels:
+    """Models that are not there, not whole, or not of the right kind."""
+
+    PIPELINE = Path(__file__).parent.parent / "docs" / "pipelines" / "fastv-k2-r25.yaml"
+
+    def refused(self, capsys: pytest.CaptureFixture[str], model: object, *more: object) -> str:
+        return refused(capsys, "run", self.PIPELINE, "--prompt", "x", "--model", model, *more)
+
+    def test_names(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "unknown model 'mirco' (did you mean 'micro'?" in self.refused(capsys, "mirco")
+        assert f"no such model folder: '{tmp_path}/none'" in self.refused(capsys, tmp_path / "none")
+        assert "is no model folder: it has no config.json" in self.refused(capsys, tmp_path)
+        said = self.refused(capsys, "nobody/has-this-model")
+        assert "model 'nobody/has-this-model' does not load" in said and "`--download` fetches it" in said
+
+    @pytest.mark.parametrize("config", [b"\xff\xfe\x00", b"", b"{", b"[]", b"{}", b'{"model_type": "no_such_type"}'])
+    def test_a_broken_config(self, tmp_path: Path, config: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "config.json").write_bytes(config)
+        assert f"model '{tmp_path}' does not load" in self.refused(capsys, tmp_path)
+
+    def test_a_text_model(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        assert "is it a complete vision-language model of transformers?" in self.refused(capsys, tmp_path)
+
+    def test_a_family_that_is_not_supported(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        from transformers import Blip2Config
+
+        Blip2Config().save_pretrained(tmp_path)
+        said = self.refused(capsys, tmp_path)
+        assert "no family file for models of type 'blip-2'" in said and "llava" in said
+
+    @pytest.mark.parametrize("content", [None, b"", b"garbage" * 100])
+    def test_weights_that_are_missing_or_broken(
+        self, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        weights = save(tmp_path, layers=4) / "model.safetensors"
+        weights.unlink() if content is None else weights.write_bytes(content)
+        assert f"model '{tmp_path}' does not load" in self.refused(capsys, tmp_path)
+
+    def test_weights_of_fewer_layers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = save(tmp_path, layers=4) / "config.json"
+        data = json.loads(config.read_text())
+        data["text_config"] |= {"num_hidden_layers": 5, "layer_types": None}
+        config.write_text(json.dumps(data))
+        assert "has no weights for" in self.refused(capsys, tmp_path)
+
+    def test_no_processor(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (save(tmp_path, layers=4) / "processor_config.json").unlink()
+        assert f"model '{tmp_path}' does not load" in self.refused(capsys, tmp_path)
+
+    def test_no_chat_template(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (save(tmp_path, layers=4) / "chat_template.jinja").unlink()
+        assert "brings no chat template" in self.refused(capsys, tmp_path)
+
+    def test_dtype_device_and_attention(self, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "unknown dtype 'float23' (did you mean 'float32'?" in self.refused(capsys, model, "--dtype", "float23")
+        assert "device 'cpuu' cannot be used" in self.refused(capsys, model, "--device", "cpuu")
+        assert "does not load" in self.refused(capsys, model, "--attn", "flahs")
+
+    def test_prompt_and_images(self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "the prompt is empty" in refused(capsys, "run", self.PIPELINE, "--model", model, "--prompt", " ")
+        assert f"no such image: '{tmp_path}/no.png'" in self.refused(capsys, model, "--image", tmp_path / "no.png")
+        assert "is a directory" in self.refused(capsys, model, "--image", tmp_path)
+        broken = picture(tmp_path / "cut.png")
+        broken.write_bytes(broken.read_bytes()[:200])
+        assert "is not a readable image" in self.refused(capsys, model, "--image", broken)
+        broken.write_bytes(b"")
+        assert "is not a readable image" in self.refused(capsys, model, "--image", broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required"),
+        (["shwo"], "invalid choice: 'shwo' (choose from"),
+        (["list", "strategy"], "invalid choice: 'strategy'"),
+        (["run", "x.yaml"], "required: --prompt, --model"),
+        (["show", "x.yaml", "--text-tokens", "0"], "'0' is not a whole number of at least 1"),
+        (["run", "x.yaml", "--model", "m", "--prompt", "p", "--max-new-tokens", "two"], "'two' is not a whole number"),
+    ],
+)
+def test_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"no such folder: '{tmp_path}/x'" in refused(capsys, "list", "pipelines", "--dir", tmp_path / "x")
+
+
+def test_the_real_program(tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("stages:\n  - use: fastvv\n")
+    program = [sys.executable, "-m", "prunekit.cli"]
+    done = subprocess.run([*program, "validate", str(path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{path}:2:10: stages[0].use: unknown strategy 'fastvv' (did you mean 'fastv'?")
+    blocked = {**os.environ, "PRUNEKIT_DISABLE_PLUGINS": "strategies"}
+    done = subprocess.run([*program, "validate", str(path)], capture_output=True, text=True, timeout=120, env=blocked)
+    assert done.returncode == 2 and "known: none" in done.stderr
