@@ -1,6 +1,7 @@
 """Question rows as token ids: many questions of many scenes packed after their shared image prefixes."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,8 @@ class Packer:
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _row(self, question: Question, prompt: str) -> tuple[list[int], list[int]]:
+    def row(self, question: Question, prompt: str) -> tuple[list[int], list[int]]:
+        """Token ids of one question with its answer, and the labels at the positions that predict it."""
         asked = self._ids(f"\n{prompt} ASSISTANT:")
         answer = self._ids(f" {question.answer}{self.tokenizer.eos_token}")
         ids = [*asked, *answer]
@@ -70,7 +72,7 @@ class Packer:
                 question = ask(shown, rng, names[rng.choice(len(names), p=weights / weights.sum())])
                 if question is not None:
                     asked.append(question)
-            rows.append([self._row(q, self._prompt(q, rng)) for q in asked])
+            rows.append([self.row(q, self._prompt(q, rng)) for q in asked])
             families.append([q.family for q in asked])
         length = max(len(ids) for row in rows for ids, _ in row)
         ids = np.full((len(scenes), count, length), self.pad, np.int64)
@@ -92,7 +94,7 @@ class Packer:
             torch.cat([p.ids for p in parts], 1),
             torch.cat([p.labels for p in parts], 1),
             tuple(g for p in parts for g in p.groups),
-            [sum(rows, []) for rows in zip(*(p.families for p in parts), strict=True)],
+            [list(itertools.chain(*rows)) for rows in zip(*(p.families for p in parts), strict=True)],
         )
 
 

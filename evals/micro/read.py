@@ -1,5 +1,6 @@
 """Stage 2, read: the decoder learns to answer from the picture, also when most of its tokens are gone."""
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from . import attention, drop
 from .compose import GRID, scene
 from .model import WORDS, config, fresh, word_vectors
 from .packing import IGNORE, Packed, Packer
+from .pointing import Pointing, Words, pointing_weight
 from .see import pixels
 from .tokenizer import IMAGE, single_tokens
 from .tokenizer import train as train_tokenizer
@@ -49,11 +51,11 @@ def keep_only_words(model: LlavaForConditionalGeneration) -> None:
 
 
 def answer_states(model: LlavaForConditionalGeneration, features: Tensor, keep: Tensor, packer: Packer,
-                  packed: Packed) -> Tensor:  # fmt: skip
+                  packed: Packed, **kwargs: object) -> Tensor:  # fmt: skip
     """Last hidden states of all question rows, ``[B, sum(count * length), H]``.
 
     ``features`` are the projected patches ``[B, 144, H]`` and ``keep`` the indices of those that reach the
-    decoder, int64 ``[B, K]``; they keep their original positions.
+    decoder, int64 ``[B, K]``; they keep their original positions. ``kwargs`` go to the attention.
     """
     B, lead = len(features), len(packer.prefix)
     embed = model.get_input_embeddings()
@@ -64,7 +66,7 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, keep: 
     prefix_positions = torch.cat([torch.arange(lead).expand(B, -1), keep + lead], 1)
     states = model.model.language_model(
         inputs_embeds=inputs, position_ids=layout.positions(prefix_positions, lead + TOKENS),
-        use_cache=False, layout=layout,
+        use_cache=False, layout=layout, **kwargs,
     ).last_hidden_state  # fmt: skip
     return states[:, layout.prefix :]
 
@@ -72,13 +74,14 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, keep: 
 class Read:
     """The decoder and the projector learn; the tower stays as stage 1 left it."""
 
-    scenes = 16
+    scenes = 8
 
     def __init__(self, seed: int, seen: dict[str, Tensor]) -> None:
         from .stages import load_masters
 
         self.tokenizer = train_tokenizer()
         self.packer = Packer(self.tokenizer)
+        self.words = Words(self.tokenizer)
         self.model = new_model(self.tokenizer, seed, attention.NAME)
         load_masters(self.model, seen)
         keep_only_words(self.model)
@@ -96,13 +99,13 @@ class Read:
 
     def _mix(self, progress: float) -> tuple[int, int]:
         """Open and multiple-choice questions a scene: choices wait until single facts can be read."""
-        return (26, 0) if progress < 0.08 else (18, 7)
+        return (18, 0) if progress < 0.12 else (14, 6)
 
     def _keep(self, rng: np.random.Generator, progress: float) -> Tensor:
-        """Half of the steps after the first fifth keep only 8 to 100 % of the tokens, chosen blindly."""
+        """Half of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly."""
         count = TOKENS
-        if progress > 0.2 and rng.random() < 0.5:
-            count = int(round(TOKENS * 0.08 ** rng.random()))
+        if progress > 0.25 and rng.random() < 0.5:
+            count = round(TOKENS * 0.08 ** rng.random())
         pattern = drop.PATTERNS[rng.integers(len(drop.PATTERNS))]
         return torch.from_numpy(drop.kept(rng, self.scenes, count, pattern))
 
@@ -111,14 +114,22 @@ class Read:
         scenes = [scene(s) for s in seeds]
         packed = self.packer.pack(scenes, rng, *self._mix(progress))
         keep = self._keep(rng, progress)
-        logits, targets, _ = self._answers(self.features(pixels(scenes, DTYPE)), keep, packed)
+        weight = pointing_weight(progress)
+        pointing = Pointing(self.words, scenes, keep, packed, len(self.packer.prefix)) if weight else None
+        logits, targets, _ = self._answers(self.features(pixels(scenes, DTYPE)), keep, packed, pointing)
         loss = F.cross_entropy(logits.float(), targets)
         right = (logits.argmax(-1) == targets)[targets != self.tokenizer.eos_token_id]
-        return loss, {"right": right.float().mean().item(), "kept": keep.shape[1] / TOKENS}
+        metrics = {"answer_loss": loss.item(), "right": right.float().mean().item(), "kept": keep.shape[1] / TOKENS}
+        if pointing is not None:
+            metrics["pointing"] = pointing.loss().item()
+            loss = loss + weight * pointing.loss()
+        return loss, metrics
 
-    def _answers(self, features: Tensor, keep: Tensor, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def _answers(
+        self, features: Tensor, keep: Tensor, packed: Packed, watch: attention.Watcher | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[A, vocabulary]`` and targets ``[A]`` of all answer tokens, and where they stand."""
-        states = answer_states(self.model, features, keep, self.packer, packed)
+        states = answer_states(self.model, features, keep, self.packer, packed, watch=watch)
         at = packed.labels != IGNORE
         return self.model.lm_head(states[at]), packed.labels[at], at
 
@@ -135,7 +146,8 @@ class Read:
             features = self.features(pixels(shown, DTYPE))
             for name, count in (("", TOKENS), ("keep11", round(0.11 * TOKENS)), ("blind", 0)):
                 keep = torch.from_numpy(drop.kept(rng, self.scenes, count, "random"))
-                for family, right in zip(sum(packed.families, []), self._judge(features, keep, packed), strict=True):
+                judged = self._judge(features, keep, packed)
+                for family, right in zip(itertools.chain(*packed.families), judged, strict=True):
                     table.setdefault(name or family, []).append(right)
         return {k: float(np.mean(v)) for k, v in sorted(table.items())}
 

@@ -6,8 +6,9 @@ pytest.importorskip("transformers")
 from prunekit_evals.micro import attention, drop
 from prunekit_evals.micro.optim import Masters, schedule
 from prunekit_evals.micro.packing import IGNORE, Packer
+from prunekit_evals.micro.pointing import LAYERS, Pointing, Words
 from prunekit_evals.micro.read import TOKENS, answer_states, keep_only_words, new_model
-from prunekit_evals.micro.scenes import scene
+from prunekit_evals.micro.scenes import patch_owner, scene
 from prunekit_evals.micro.see import SeeLoss, pixels, see_batch
 from prunekit_evals.micro.tokenizer import train
 
@@ -124,3 +125,39 @@ def test_schedule_rises_stays_and_falls():
     assert rates[0] < 0.1
     assert rates[1] == rates[2] == 1.0
     assert 0.02 <= rates[4] < rates[3] < 1.0
+
+
+@torch.no_grad()
+def test_a_cut_at_the_first_layer_equals_tokens_that_never_entered(model, packer):
+    packed = packer.pack([scene(3), scene(5)], np.random.default_rng(0), 2, 1)
+    features = torch.randn(2, TOKENS, 160, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([[5, 60, 143], [0, 1, 2]])
+    hidden = torch.ones(2, len(packer.prefix) + TOKENS, dtype=torch.bool)
+    hidden[:, : len(packer.prefix)] = False
+    hidden.scatter_(1, keep + len(packer.prefix), False)
+    everything = torch.arange(TOKENS).expand(2, -1)
+    cut = answer_states(model, features, everything, packer, packed, cut=(0, hidden))
+    torch.testing.assert_close(cut, answer_states(model, features, keep, packer, packed), atol=1e-4, rtol=1e-4)
+
+
+def test_pointing_pays_for_looking_at_what_a_word_names(packer):
+    scenes = [scene(6)]
+    owner = patch_owner(scenes[0])
+    packed = packer.pack(scenes, np.random.default_rng(0), 6, 2)
+    lead, keep = len(packer.prefix), torch.arange(TOKENS)[None]
+    words = Words(packer.tokenizer)
+    aimed, astray = (Pointing(words, scenes, keep, packed, lead) for _ in range(2))
+    target = torch.from_numpy(owner >= 0).float()
+    for pointing, shown in ((aimed, target), (astray, 1 - target)):
+        for group, (count, length) in enumerate(packed.groups):
+            seen = torch.cat([torch.zeros(lead), shown / shown.sum()]).expand(1, 5, count * length, -1)
+            pointing(LAYERS[0], group, seen)
+    assert aimed.loss() < astray.loss() - 3
+
+
+def test_words_of_a_place_count_only_together(packer):
+    shown = scene(6)
+    thing = shown.objects[0]
+    text = f" {thing.height} {thing.side} {thing.side} {thing.noun} {thing.color}"
+    ids = np.array(packer.tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert Words(packer.tokenizer).about(ids, shown)[:, 0].tolist() == [False, True, False, True, True]

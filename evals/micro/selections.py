@@ -1,0 +1,74 @@
+"""Ways to choose visual tokens at the decoder's door, for the card: blind ones, informed ones, an oracle.
+
+Each takes a ``View`` and a number of tokens and returns indices int64 ``[B, count]``, sorted. They are kept
+apart from the strategies on purpose: the card vouches for the model, whatever happens to a strategy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import drop
+from .compose import Scene, patch_owner
+
+
+@dataclass(frozen=True)
+class View:
+    """A batch as the tower saw it: projected features ``[B, 144, H]``, CLS attention ``[B, 144]``, the scenes."""
+
+    features: Tensor
+    cls_attention: Tensor
+    scenes: list[Scene]
+
+    def rng(self) -> np.random.Generator:
+        return np.random.default_rng([self.scenes[0].seed, 7])
+
+
+def random(view: View, count: int) -> Tensor:
+    return torch.from_numpy(drop.kept(view.rng(), len(view.scenes), count, "random"))
+
+
+def stride(view: View, count: int) -> Tensor:
+    total = view.features.shape[1]
+    return (torch.arange(count) * total // max(count, 1)).expand(len(view.scenes), -1)
+
+
+def cls(view: View, count: int) -> Tensor:
+    """Most attended by the CLS token in the layer that the features come from, mean over heads."""
+    return view.cls_attention.topk(count, -1).indices.sort(-1).values
+
+
+def diversity(view: View, count: int) -> Tensor:
+    """Greedy max-min cosine distance, starting from the token farthest from its nearest neighbour."""
+    unit = torch.nn.functional.normalize(view.features.float(), dim=-1)
+    distance = 1 - unit @ unit.mT
+    batch = torch.arange(len(unit))
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    chosen = [distance.amin(-1).argmax(-1)]
+    nearest = distance[batch, chosen[0]]
+    while len(chosen) < count:
+        nearest[batch, chosen[-1]] = -1
+        chosen.append(nearest.argmax(-1))
+        nearest = torch.minimum(nearest, distance[batch, chosen[-1]])
+    return torch.stack(chosen, 1).sort(-1).values
+
+
+def oracle(view: View, count: int) -> Tensor:
+    """Patches that show a thing, dealt out evenly over the things; background only when those run out."""
+    rows = []
+    for shown in view.scenes:
+        owner, rank = patch_owner(shown), np.zeros(view.features.shape[1])
+        order = view.rng().permutation(len(owner))
+        for thing in range(-1, len(shown.objects)):
+            own = order[owner[order] == thing]
+            rank[own] = np.arange(len(own)) + (1000 if thing < 0 else 0)
+        rows.append(np.sort(rank.argsort(kind="stable")[:count]))
+    return torch.from_numpy(np.stack(rows))
+
+
+SELECTIONS: dict[str, Callable[[View, int], Tensor]] = {
+    "random": random, "stride": stride, "diversity": diversity, "CLS attention": cls, "oracle": oracle,
+}  # fmt: skip
