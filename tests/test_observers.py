@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 import prunekit
 from prunekit import RunReport, StageEvent, hookimpl, plugins
-from tests.test_cost import IMAGE, SMALL, llava
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 STAGES = {"name": "two", "stages": [{"use": "stride", "keep": 0.5}, {"use": "fastv", "at": 3, "keep": 0.25}]}
 
@@ -43,12 +43,11 @@ def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
 
 @torch.no_grad()
 def logits(model: LlavaForConditionalGeneration) -> torch.Tensor:
-    ids = torch.tensor([[1, 5, *[IMAGE] * 16, 7, 8]])
-    return model(input_ids=ids, pixel_values=torch.randn(1, 3, 56, 56)).logits
+    return model(**tiny_inputs()).logits
 
 
 def test_one_event_a_stage_and_one_report_a_prompt(listener: Listener) -> None:
-    model = llava(SMALL)
+    model = tiny_llava()
     with prunekit.apply(model, STAGES) as run:
         for _ in range(2):
             logits(model)
@@ -62,15 +61,7 @@ def test_one_event_a_stage_and_one_report_a_prompt(listener: Listener) -> None:
 
 @pytest.mark.parametrize("listener", [True], indirect=True)
 def test_an_observer_that_raises_is_a_warning(listener: Listener) -> None:
-    model = llava(SMALL)
+    model = tiny_llava()
     expected = r"observer 'listener' failed: RuntimeError: full disk"
     with prunekit.apply(model, STAGES), pytest.warns(prunekit.PrunekitWarning, match=expected):
         assert torch.isfinite(logits(model)).all()
-
-
-def test_a_model_of_another_family_is_refused() -> None:
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **sizes))
-    refusal = r"no family file for models of type 'llama'.*runs: .*llava"
-    with pytest.raises(prunekit.Unsupported, match=refusal), prunekit.apply(model, STAGES):
-        pass

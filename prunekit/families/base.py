@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.decisions import ModelShape
+from prunekit.errors import Unsupported
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,13 @@ class Family:
 def square_grid(tokens: int) -> Tensor:
     """Row and column, int64 (tokens, 2), of visual tokens that fill a square picture row by row.
 
-    Raises ValueError if `tokens` is no square number.
+    Raises Unsupported if `tokens` is no square number, as when a CLS token is among them.
     """
     side = math.isqrt(tokens)
     if side * side != tokens:
-        raise ValueError(f"{tokens} visual tokens do not fill a square grid")
+        raise Unsupported(
+            f"{tokens} visual tokens do not fill a square grid, so a strategy that asks for `coords` cannot run on them"
+        )
     return torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)
 
 

@@ -1,30 +1,46 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP or SigLIP tower, projector, Llama-style decoder, one square
-grid an image.
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP or SigLIP tower, projector, Llama-style decoder.
+
+Every image has the same number of tokens, row by row on one square grid.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
+from prunekit.errors import Unsupported
 from prunekit.families.base import Family, Parts, square_grid
+
+# Towers that see every picture at one size, and the tokens they put in front of the patches.
+LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def _parts(model: PreTrainedModel) -> Parts:
-    base = model.model
-    text = base.language_model
-    vision = model.config.vision_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    # "default" drops the CLS token that the tower put in front of the patches; "full" hands it on.
-    drops_cls = model.config.vision_feature_select_strategy == "default"
+    config: Any = model.config
+    base: Any = model.model
     return Parts(
         family="llava",
         base=base,
-        text=text,
-        layers=text.layers,
-        visual_ids=(model.config.image_token_id,),
+        text=base.language_model,
+        layers=base.language_model.layers,
+        visual_ids=(config.image_token_id,),
         coords=square_grid,
-        visual_tokens=patches if drops_cls else None,
+        visual_tokens=_tokens_per_image(config),
     )
+
+
+def _tokens_per_image(config: Any) -> int:
+    vision = config.vision_config
+    if vision.model_type not in LEADING_TOKENS:
+        raise Unsupported(
+            f"LLaVA with a '{vision.model_type}' tower is not supported by this version; "
+            f"its tower must be one of: {', '.join(LEADING_TOKENS)}"
+        )
+    patches: int = (vision.image_size // vision.patch_size) ** 2
+    # "default" drops the first token whatever it is, "full" hands all of them on.
+    dropped = config.vision_feature_select_strategy == "default"
+    return int(patches + LEADING_TOKENS[vision.model_type] - dropped)
 
 
 FAMILY = Family(name="llava", model_types=frozenset({"llava"}), parts=_parts)
