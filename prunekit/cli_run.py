@@ -69,15 +69,21 @@ def run(namespace: argparse.Namespace) -> int:
 def prepare(processor: Any, prompt: str, images: list[Image]) -> Any:
     """Model inputs for one question about `images`, in the words of the model's chat template.
 
-    Raises InputError when the model brings no chat template.
+    Raises InputError when the model brings no chat template, or the prompt holds the model's image placeholder.
     """
     from prunekit.errors import InputError
 
     if not getattr(processor, "chat_template", None):
         raise InputError("the model brings no chat template, so its prompt format is not known")
+    placeholder = getattr(processor, "image_token", None)
+    if placeholder and placeholder in prompt:
+        raise InputError(f"the prompt holds '{placeholder}', which stands for an image (leave it out; use --image)")
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(text=[text], images=images or None, return_tensors="pt")
+    begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    # A chat template that already wrote the first token must not get a second one.
+    special = not (begin and text.startswith(begin))
+    return processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=special)
 
 
 def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,6 +50,11 @@ def _base(source: str | Path | Mapping[str, Any], faults: list[Fault]) -> Gather
         return Gathered("<dict>", "inline", _extended(tree, Path(), (), [0], faults))
     if isinstance(source, str) and ("\n" in source or source.lstrip().startswith("{")):
         return Gathered("<inline>", "inline", _top(source, "<inline>", Path(), (), [0], faults))
+    given: object = source  # callers in Python may hand over anything
+    if not isinstance(given, str | PathLike):
+        message = f"a pipeline is a path, a dict or YAML text, not {type(given).__name__}"
+        faults.append(Fault(None, "", message, "a list of stages goes under `stages`"))
+        return Gathered("<dict>", "inline", None)
     path = Path(source)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-_") or "pipeline"
     return Gathered(str(path), name[:100], _file(path, Fault(None, "", ""), (), [0], faults))

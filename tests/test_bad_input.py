@@ -331,6 +331,8 @@ class TestModels:
         assert "does not load" in self.refused(capsys, model, "--attn", "flahs")
 
     def test_prompt_and_images(self, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        said = refused(capsys, "run", self.PIPELINE, "--model", model, "--prompt", "<image> what?")
+        assert "the prompt holds '<image>', which stands for an image (leave it out; use --image)" in said
         assert "the prompt is empty" in refused(capsys, "run", self.PIPELINE, "--model", model, "--prompt", " ")
         assert f"no such image: '{tmp_path}/no.png'" in self.refused(capsys, model, "--image", tmp_path / "no.png")
         assert "is a directory" in self.refused(capsys, model, "--image", tmp_path)

@@ -205,6 +205,14 @@ def test_a_dict_that_no_file_could_hold(source: dict[Any, Any]) -> None:
     assert faults_of(source)
 
 
+@pytest.mark.parametrize(
+    "source", [None, 3, [{"use": "dense"}], b"stages: []"], ids=["none", "number", "list", "bytes"]
+)
+def test_what_is_no_source(source: Any) -> None:
+    (fault,) = faults_of(source)
+    assert "a pipeline is a path, a dict or YAML text, not " in fault
+
+
 def test_a_dict_that_holds_itself() -> None:
     stages: list[Any] = []
     stages.append(stages)
