@@ -84,7 +84,7 @@ PIPELINES = SINGLE | COMPOSED
 _TOKEN = ("random", "stride", "pool", "fastv", "divprune")
 _LAST = (
     {"use": "vtw", "at": 5},
-    *({"use": "skip_layers", "layers": [2, 5], "what": w} for w in ("layer", "attention", "mlp")),
+    *({"use": "skip_layers", "layers": [2, 5], "what": what} for what in ("layer", "attention", "mlp")),
 )
 
 
