@@ -80,6 +80,16 @@ class Tally:
             self.new_tokens += sum(answer.output_tokens for answer in answers)
 
 
+def means(facts: Sequence[Facts]) -> dict[str, float]:
+    """What was saved, in the words that lmms-eval prints: means of tokens, fractions of the dense totals."""
+    return {
+        "visual_tokens_in": sum(one.visual_tokens for one in facts) / len(facts),
+        "visual_tokens_kept": sum(one.kept_tokens for one in facts) / len(facts),
+        "prefill_flops_fraction": sum(f.prefill_flops for f in facts) / sum(f.dense_prefill_flops for f in facts),
+        "kv_fraction": sum(one.kv_bytes for one in facts) / sum(one.dense_kv_bytes for one in facts),
+    }
+
+
 def default_device() -> str | None:
     """Each process of a multi-process run takes its own GPU; None leaves the choice to the loader."""
     local = os.environ.get("LOCAL_RANK")
@@ -117,9 +127,7 @@ def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     return inputs.to(loaded.device, loaded.model.dtype)
 
 
-def answer(
-    loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally
-) -> list[Answer]:
+def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally) -> list[Answer]:
     """Answer a batch. Whatever the model raises is raised: an error is not an empty answer."""
     inputs = encode(loaded, prompts)
     length = inputs["input_ids"].shape[1]

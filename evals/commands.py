@@ -167,7 +167,7 @@ def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> A
     for name in names:
         if name.removeprefix(f"{tasks.MICRO}/") not in benchmark.TASKS:
             known = ", ".join(benchmark.TASKS)
-            raise InputError(f"the bundled benchmark has no task '{name}' (it has {known}; other data: --data-root DIR)")
+            raise InputError(f"the bundled benchmark has no task '{name}' (it has {known}; else give --data-root)")
     return tasks.micro_data(namespace.out / "data" / tasks.MICRO)
 
 

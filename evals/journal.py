@@ -46,7 +46,7 @@ def key_of(**parts: Any) -> str:
 
 
 class Journal:
-    """Answers by key, kept in a file. A context manager; `Journal(None)` remembers nothing."""
+    """Answers by key, kept in a file. A context manager that may be used again; `Journal(None)` remembers nothing."""
 
     def __init__(self, path: Path | None) -> None:
         """Read what is there. Raises InputError when `path` cannot be a journal."""
@@ -57,14 +57,15 @@ class Journal:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_bytes().decode(errors="replace") if path.exists() else ""
-            self._file = path.open("a", encoding="utf-8")
+            with path.open("a+b") as file:
+                file.seek(0)
+                text = file.read().decode(errors="replace")
+                if text and not text.endswith("\n"):
+                    file.write(b"\n")  # so that the torn line does not swallow the next one
         except OSError as error:
             raise InputError(f"journal '{path}' cannot be used: {error.strerror}") from error
         for line in text.splitlines():
             self._remember(line)
-        if text and not text.endswith("\n"):
-            self._file.write("\n")  # so that the torn line does not swallow the next one
 
     def __len__(self) -> int:
         return len(self._known)
@@ -83,8 +84,10 @@ class Journal:
 
     def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
         """Write answers through to the disk; after this call they survive a kill."""
-        if self._file is None:
+        if self.path is None:
             return
+        if self._file is None:
+            self._file = self.path.open("a", encoding="utf-8")
         for key, answer in answers:
             self._known[key] = answer
             self._file.write(json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n")

@@ -8,7 +8,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -21,39 +20,15 @@ from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline import Pipeline
 
-from . import answering
-from .answering import Loaded, Tally, answer, journal_file
+from . import answering, asking
+from .answering import Loaded, Tally, answer, journal_file, means
+from .asking import Question, Settings
 from .generation import Decoding, HonorUntil, decoding
 from .identity import code_identity
-from .journal import Answer, Journal, key_of
-from .prompts import Prompt, from_messages, from_visuals
+from .journal import Answer, Journal
+from .prompts import from_visuals
 
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What changes answers besides model and pipeline. `max_new_tokens` is for tasks that name no length."""
-
-    batch_size: int = 1
-    max_new_tokens: int = 1024
-    system_prompt: str = ""
-    honor_until: HonorUntil = "stops"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request, ready to be answered. `place` is its number among the requests."""
-
-    place: int
-    key: str
-    prompt: Prompt
-    how: Decoding
-
-    @property
-    def kind(self) -> tuple[bool, Decoding]:
-        """Questions of one kind may share a batch: all with pictures or all without, decoded alike."""
-        return bool(self.prompt.images), self.how
 
 
 class PruneKit(lmms):  # type: ignore[misc]
@@ -173,7 +148,8 @@ class PruneKit(lmms):  # type: ignore[misc]
         return self.settings.batch_size
 
     def clean(self) -> None:
-        """Keep the model: the base class would delete it after the first task."""
+        """Keep the model, which the base class would delete after the first task; the journal is opened when needed."""
+        self.journal.close()
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer every request, in the order given.
@@ -200,8 +176,8 @@ class PruneKit(lmms):  # type: ignore[misc]
         results = []
         for request in requests:
             context, continuation, *rest = request.args
-            doc = self._doc(*rest[1:]) if rest else {}
-            visuals = _flat(rest[0](doc)) if rest else []
+            doc = self.doc(*rest[1:]) if rest else {}
+            visuals = asking.flat(rest[0](doc)) if rest else []
             prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
             said = continuation(doc) if callable(continuation) else continuation
             results.append(GenerationResult(cast(str, answering.loss(self.loaded, self.pipeline, prompt, str(said)))))
@@ -217,7 +193,7 @@ class PruneKit(lmms):  # type: ignore[misc]
         waiting: dict[tuple[bool, Decoding], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
-            question = self._question(place, request, seen)
+            question = asking.read(place, request, self, seen)
             if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
                 self.tally.first_prompts.append(question.prompt)
             known = self.journal.get(question.key)
@@ -232,22 +208,8 @@ class PruneKit(lmms):  # type: ignore[misc]
                 yield waiting.pop(question.kind)
         yield from waiting.values()
 
-    def _question(self, place: int, request: Instance, seen: dict[str, int]) -> Question:
-        context, *rest = request.args
-        processor, system = self.loaded.processor, self.settings.system_prompt
-        if callable(rest[0]):
-            to_messages, arguments, *where = rest
-            prompt = from_messages(to_messages(self._doc(*where)), processor, system)
-        else:
-            arguments, to_visual, *where = rest
-            prompt = from_visuals(_flat(to_visual(self._doc(*where))), context, processor, system)
-        how = decoding(arguments, self.settings.max_new_tokens, self.settings.honor_until)
-        parts = {"task": request.task_name, "doc": request.doc_id, "idx": request.idx, "prompt": prompt.digest()}
-        key = key_of(**parts, context=context, arguments=_plain(arguments), identity=self.identity)
-        times = seen[key] = seen.get(key, 0) + 1  # a repeated question is another draw, not the same answer again
-        return Question(place, key if times == 1 else f"{key}#{times}", prompt, how)
-
-    def _doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
+    def doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
+        """A row of a task's data, pictures not yet decoded."""
         return cast("dict[str, Any]", self.task_dict[task][split][doc_id])
 
     def _log(self, computed: int, seconds: float, tokens: int) -> None:
@@ -257,13 +219,7 @@ class PruneKit(lmms):  # type: ignore[misc]
             return
         count, took = tally.computed - computed, tally.seconds - seconds
         written = tally.new_tokens - tokens
-        mean = {
-            "visual_tokens_in": sum(one.visual_tokens for one in facts) / len(facts),
-            "visual_tokens_kept": sum(one.kept_tokens for one in facts) / len(facts),
-            "prefill_flops_fraction": sum(f.prefill_flops for f in facts) / sum(f.dense_prefill_flops for f in facts),
-            "kv_fraction": sum(one.kv_bytes for one in facts) / sum(one.dense_kv_bytes for one in facts),
-        }
-        log_metrics(took, written, written / took if took else 0.0, {"total_requests": count, **mean})
+        log_metrics(took, written, written / took if took else 0.0, {"total_requests": count, **means(facts)})
 
 
 class PruneKitChat(PruneKit):
@@ -296,14 +252,3 @@ def _count(name: str, value: object) -> int:
     if number < 1:
         raise InputError(f"{name} must be a whole number of at least 1, not '{value}' (it is part of a result)")
     return number
-
-
-def _flat(visuals: Any) -> list[Any]:
-    """Tasks give a list of visuals, a nested one, or None."""
-    if not isinstance(visuals, list | tuple):
-        return [] if visuals is None else [visuals]
-    return [one for visual in visuals for one in _flat(visual)]
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))

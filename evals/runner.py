@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from prunekit import loading
 from prunekit.decisions import ModelShape
-from prunekit.errors import InputError, PrunekitError
+from prunekit.errors import InputError
 from prunekit.pipeline import Pipeline
 
-from . import quiet, results, scoring, tasks
+from . import harness, quiet, results, scoring, tasks
 from .answering import Loaded, Tally, device_type
 from .generation import HonorUntil
 from .identity import code_identity, model_identity, versions
-from .results import Cell, Conditions, PipelineId, Saved, Timing
+from .results import Cell, Conditions, PipelineId, Timing
 from .tasks import Built, Data, Named
 from .timing import measure_prefill
-
-# lmms-eval's own default on its command line; through its API it would score a reasoning model's thoughts.
-REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,7 @@ class Runner:
 
     def _finish(self, cell: Cell, error: Exception | None = None) -> Cell:
         if error is not None:
-            cell = replace(cell, error=reason(error))
+            cell = replace(cell, error=harness.reason(error))
         path = results.path_of(self.plan.out, cell)
         results.write(path, cell)
         if cell.status == "done":
@@ -201,7 +196,8 @@ class Runner:
         return path.with_suffix(".journal.jsonl")
 
     def _compute(self, cell: Cell, built: Built, pipeline: Pipeline) -> Cell:
-        from .lmms import PruneKitChat, PruneKitSimple, Settings
+        from .asking import Settings
+        from .lmms import PruneKitChat, PruneKitSimple
 
         plan = self.plan
         path = self.path(built.name, pipeline)
@@ -213,15 +209,15 @@ class Runner:
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance
         with model.journal:
-            found = evaluate(model, built, path.with_suffix(".files"))
+            found = harness.evaluate(model, built, path.with_suffix(".files"))
         done = scoring.questions(built.name, found["samples"][built.name])
         return replace(
             cell,
             status="done",
             task_version=str(found["versions"].get(built.name, "")),
-            metrics=metrics_of(found["results"][built.name]),
+            metrics=harness.metrics_of(found["results"][built.name]),
             questions=done,
-            saved=saved(model.tally),
+            saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),
             notes=tuple(sorted(model.tally.notes)),
         )
@@ -236,65 +232,3 @@ class Runner:
             base, prefill_ms=taken.ms, dense_prefill_ms=taken.dense_ms, prefill_ratio=taken.ratio,
             prefill_batch=taken.batch, prefill_rounds=taken.rounds,
         )  # fmt: skip
-
-
-def evaluate(model: Any, built: Built, files: Path) -> dict[str, Any]:
-    """One task through lmms-eval's `simple_evaluate`, with its own metric code. What a task writes goes to `files`."""
-    from lmms_eval.evaluator import simple_evaluate
-
-    with quiet.harness():
-        found = simple_evaluate(
-            model=model,
-            tasks=[built.task],
-            task_manager=built.manager,
-            batch_size=model.batch_size,
-            limit=built.limit,
-            bootstrap_iters=0,
-            log_samples=True,
-            verbosity="ERROR",
-            distributed_executor_backend="torchrun" if model.world_size > 1 else "accelerate",
-            cli_args=argparse.Namespace(
-                output_path=str(files), process_with_media=False, reasoning_tags=REASONING_TAGS
-            ),
-        )
-    if not isinstance(found, dict):
-        raise PrunekitError("lmms-eval gave no results")
-    return found
-
-
-def metrics_of(reported: dict[str, Any]) -> dict[str, float]:
-    """The numbers among what lmms-eval reports of a task; `N/A` and empty ones are left out."""
-    return {
-        name: float(value)
-        for name, value in reported.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and "," in name
-    }
-
-
-def saved(tally: Tally) -> Saved | None:
-    """Means over the questions, and fractions of the totals; None when nothing was reported."""
-    facts = tally.facts
-    if not facts:
-        return None
-    flops, dense_flops = sum(f.prefill_flops for f in facts), sum(f.dense_prefill_flops for f in facts)
-    kv, dense_kv = sum(f.kv_bytes for f in facts), sum(f.dense_kv_bytes for f in facts)
-    return Saved(
-        visual_tokens=statistics.fmean(f.visual_tokens for f in facts),
-        kept_tokens=statistics.fmean(f.kept_tokens for f in facts),
-        prefill_flops=flops / len(facts),
-        dense_prefill_flops=dense_flops / len(facts),
-        flops_fraction=flops / dense_flops,
-        kv_bytes=kv / len(facts),
-        dense_kv_bytes=dense_kv / len(facts),
-        kv_fraction=kv / dense_kv,
-    )
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line; lmms-eval's retries hide it one level down."""
-    attempt = getattr(error, "last_attempt", None)
-    cause = attempt.exception() if attempt is not None else None
-    if isinstance(cause, Exception):
-        return reason(cause)
-    text = " ".join(str(error).split())[:500]
-    return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,339 @@
+"""The adapter against hand-made requests: layouts, batches, padding, journal, likelihoods, identity."""
+
+import pytest
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
+from PIL import Image
+from prunekit_evals import answering
+from prunekit_evals.asking import Settings
+from prunekit_evals.generation import decoding
+from prunekit_evals.lmms import PruneKit, PruneKitChat, PruneKitSimple
+from prunekit_evals.prompts import Prompt, from_messages, from_visuals
+
+import prunekit
+from prunekit.errors import InputError, PrunekitWarning, SpecError, Unsupported
+
+DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
+FASTV = {"name": "fastv", "stages": [{"use": "fastv", "at": 2, "keep": 0.25}]}
+RANDOM = {"name": "random", "stages": [{"use": "random", "keep": 0.25}]}
+GREEDY = {"until": ["\n\n"], "max_new_tokens": 4, "temperature": 0, "do_sample": False}
+
+
+def picture(number):
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (60 + number, 70, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def docs(count=13, pictures=(1,)):
+    """Questions of different lengths; question n shows `pictures[n % len(pictures)]` pictures."""
+    shown = [[picture(10 * n + i) for i in range(pictures[n % len(pictures)])] for n in range(count)]
+    return [{"q": f"Is there a cat{' or a dog' * (n % 4)} in {n}?", "images": shown[n]} for n in range(count)]
+
+
+def requests(rows, chat, arguments=GREEDY):
+    def messages(doc):
+        shown = [{"type": "image", "url": image} for image in doc["images"]]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": doc["q"]}]}]
+
+    def visuals(doc):
+        return doc["images"]
+
+    made = []
+    for number, doc in enumerate(rows):
+        args = (doc["q"], messages, arguments) if chat else (doc["q"], arguments, visuals)
+        about = {"task": "toy", "doc_id": number, "repeats": 1}
+        made.append(Instance("generate_until", (*args, number, "toy", "test"), 0, about))
+    return made
+
+
+def adapter(loaded, pipeline=FASTV, rows=(), kind=PruneKitChat, journal="", **settings):
+    made = kind.over(loaded, prunekit.load(pipeline), Settings(**settings), str(journal))
+    made.task_dict = {"toy": {"test": rows}}
+    return made
+
+
+def texts(results):
+    assert all(isinstance(result, GenerationResult) for result in results)
+    return [result.text for result in results]
+
+
+@pytest.fixture
+def wordy(loaded):
+    """The tiny model with a head that says anything, so that answers differ in every token."""
+    head = loaded.model.get_output_embeddings().weight
+    kept = head.detach().clone()
+    with torch.no_grad():
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(4)))
+    yield loaded
+    with torch.no_grad():
+        head.copy_(kept)
+
+
+@pytest.mark.parametrize("pipeline", [DENSE, FASTV, RANDOM], ids=lambda one: one["name"])
+def test_batch_1_equals_batch_8(wordy, pipeline):
+    rows = docs(13, (1, 2))
+    asked = requests(rows, chat=True, arguments={**GREEDY, "max_new_tokens": 12})
+    one = texts(adapter(wordy, pipeline, rows, batch_size=1).generate_until(asked))
+    eight = texts(adapter(wordy, pipeline, rows, batch_size=8).generate_until(asked))
+    assert one == eight
+    assert len(set(one)) > 6
+
+
+def test_batches_are_padded_on_the_left(wordy):
+    prompts = [from_visuals(doc["images"], doc["q"], wordy.processor, "") for doc in docs(4)]
+    inputs = answering.encode(wordy, prompts)
+    mask = inputs["attention_mask"]
+    assert (mask == 0).any()
+    assert mask[:, -1].all()
+    assert (mask.diff(dim=1) >= 0).all()
+
+
+def test_chat_and_simple_requests_ask_the_same(wordy):
+    rows = docs(5)
+    chat = adapter(wordy, rows=rows, batch_size=2).generate_until(requests(rows, chat=True))
+    simple = adapter(wordy, rows=rows, batch_size=2, kind=PruneKitSimple).generate_until(requests(rows, chat=False))
+    swapped = adapter(wordy, rows=rows, batch_size=2).generate_until(requests(rows, chat=False))
+    assert texts(chat) == texts(simple) == texts(swapped)
+
+
+def test_docs_with_and_without_pictures(wordy):
+    rows = docs(9, (1, 0, 2))
+    asked = requests(rows, chat=True)
+    with pytest.warns(PrunekitWarning, match="no visual tokens"):
+        mixed = adapter(wordy, rows=rows, batch_size=4)
+        together = texts(mixed.generate_until(asked))
+    with pytest.warns(PrunekitWarning):
+        alone = texts(adapter(wordy, rows=rows, batch_size=1).generate_until(asked))
+    assert together == alone
+    assert any("no visual tokens" in note for note in mixed.tally.notes)
+    assert sorted(one.visual_tokens for one in mixed.tally.facts) == [0] * 3 + [16] * 3 + [32] * 3
+    assert {(one.visual_tokens, one.kept_tokens) for one in mixed.tally.facts} == {(0, 0), (16, 4), (32, 8)}
+
+
+def test_the_head_ends_answers_and_tokens_are_counted(loaded):
+    rows = docs(6)
+    results = adapter(loaded, rows=rows, batch_size=4).generate_until(requests(rows, chat=True))
+    assert set(texts(results)) == {"yes", "no"}
+    assert {result.token_counts.output_tokens for result in results} == {2}
+    assert len({result.token_counts.input_tokens for result in results}) > 1
+
+
+def test_arguments_of_a_task_are_not_changed(loaded):
+    rows = docs(3)
+    arguments = {**GREEDY, "image_aspect_ratio": "original"}
+    before = dict(arguments)
+    adapter(loaded, rows=rows).generate_until(requests(rows, chat=True, arguments=arguments))
+    assert arguments == before
+
+
+def test_until_cuts(wordy):
+    rows = docs(1)
+    made = adapter(wordy, rows=rows)
+    whole = texts(made.generate_until(requests(rows, True, {**GREEDY, "max_new_tokens": 8})))[0]
+    stop = whole[2]
+    cut = texts(made.generate_until(requests(rows, True, {**GREEDY, "max_new_tokens": 8, "until": [stop]})))
+    assert cut == [whole[: whole.index(stop)]]
+
+
+def test_an_error_is_an_error(loaded, monkeypatch):
+    rows = docs(2)
+
+    def fail(**inputs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(loaded.model, "generate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        adapter(loaded, rows=rows).generate_until(requests(rows, chat=True))
+
+
+def test_beams_and_sampling(wordy):
+    rows = docs(3)
+    beams = adapter(wordy, rows=rows, batch_size=3)
+    assert len(texts(beams.generate_until(requests(rows, True, {**GREEDY, "num_beams": 3})))) == 3
+    assert [(one.visual_tokens, one.kept_tokens) for one in beams.tally.facts] == [(16, 4)] * 3
+    torch.manual_seed(0)
+    sampled = adapter(wordy, rows=rows, batch_size=3)
+    assert len(texts(sampled.generate_until(requests(rows, True, {"temperature": 1.0, "max_new_tokens": 6})))) == 3
+
+
+def test_a_journal_answers_and_takes_no_time(wordy, tmp_path, monkeypatch):
+    rows = docs(7)
+    asked = requests(rows, chat=True)
+    first = adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl", batch_size=3)
+    answers = texts(first.generate_until(asked[:5]))
+    first.clean()
+    again = adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl", batch_size=3)
+    assert texts(again.generate_until(asked))[:5] == answers
+    assert (again.tally.journaled, again.tally.computed) == (5, 2)
+    assert len(again.tally.facts) == 7
+    again.clean()
+    monkeypatch.setattr(wordy.model, "generate", lambda **inputs: pytest.fail("answered twice"))
+    last = adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl", batch_size=2)
+    assert texts(last.generate_until(asked))[:5] == answers
+    assert (last.tally.seconds, last.tally.computed) == (0.0, 0)
+
+
+@pytest.mark.parametrize("change", ["pipeline", "picture", "text", "arguments", "settings"])
+def test_a_journal_answers_only_the_same_question(wordy, tmp_path, change):
+    rows = docs(1)
+    first = adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl")
+    first.generate_until(requests(rows, chat=True))
+    first.clean()
+    arguments, pipeline, settings = GREEDY, FASTV, {}
+    if change == "pipeline":
+        pipeline = {"name": "fastv", "stages": [{"use": "fastv", "at": 2, "keep": 0.5}]}
+    elif change == "picture":
+        rows = [{**rows[0], "images": [picture(99)]}]
+    elif change == "text":
+        rows = [{**rows[0], "q": "What?"}]
+    elif change == "arguments":
+        arguments = {**GREEDY, "max_new_tokens": 3}
+    else:
+        settings = {"system_prompt": "Be brief."}
+    again = adapter(wordy, pipeline, rows, journal=tmp_path / "j.jsonl", **settings)
+    again.generate_until(requests(rows, chat=True, arguments=arguments))
+    again.clean()
+    assert (again.tally.journaled, again.tally.computed) == (0, 1)
+
+
+def test_repeats_are_draws_of_their_own(wordy, tmp_path):
+    rows = docs(1)
+    asked = requests(rows, True, {"temperature": 1.0, "max_new_tokens": 6}) * 3
+    torch.manual_seed(0)
+    first = adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl")
+    answers = texts(first.generate_until(asked))
+    first.clean()
+    assert len(set(answers)) > 1
+    assert texts(adapter(wordy, rows=rows, journal=tmp_path / "j.jsonl").generate_until(asked)) == answers
+
+
+def likelihood(doc, choice, number=0):
+    args = (doc["q"], choice, lambda doc: doc["images"], number, "toy", "test")
+    return Instance("loglikelihood", args, 0, {"task": "toy", "doc_id": number, "repeats": 1})
+
+
+@pytest.mark.parametrize("choice", [" yes", " a longer answer", "B"])
+def test_loglikelihood_is_the_mean_loss(wordy, choice):
+    rows = docs(1)
+    made = adapter(wordy, DENSE, rows, PruneKitSimple)
+    (loss, greedy), count = unwrap_generation_output(made.loglikelihood([likelihood(rows[0], choice)])[0])
+    assert count is None
+    prompt = from_visuals(rows[0]["images"], rows[0]["q"], wordy.processor, "")
+    inputs = answering.encode(wordy, [prompt])
+    ids = wordy.processor.tokenizer(choice, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], ids], 1)}
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    with torch.inference_mode():
+        logits = wordy.model(**whole).logits[:, -ids.shape[1] - 1 : -1]
+    expected = torch.nn.functional.cross_entropy(logits[0], ids[0])
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert greedy is bool((logits.argmax(-1) == ids).all())
+
+
+def test_the_likeliest_continuation_has_the_smallest_loss(wordy):
+    rows = docs(1)
+    said = texts(adapter(wordy, rows=rows).generate_until(requests(rows, True, {**GREEDY, "max_new_tokens": 1})))[0]
+    made = adapter(wordy, rows=rows, kind=PruneKitSimple)
+    results = made.loglikelihood([likelihood(rows[0], choice) for choice in (said, "Zq", "%")])
+    pairs = [result.text for result in results]
+    assert pairs[0][1] is True
+    assert min(pairs)[0] == pairs[0][0]
+
+
+def test_several_rounds_are_refused(loaded):
+    request = Instance("generate_until_multi_round", ("",), 0, {"task": "toy", "doc_id": 0, "repeats": 1})
+    with pytest.raises(Unsupported, match="toy"):
+        adapter(loaded).generate_until_multi_round([request])
+
+
+def test_clean_keeps_the_model(loaded):
+    rows = docs(2)
+    made = adapter(loaded, rows=rows)
+    first = texts(made.generate_until(requests(rows, chat=True)))
+    made.clean()
+    assert texts(made.generate_until(requests(rows, chat=True))) == first
+
+
+def test_the_repr_is_an_identity(loaded):
+    assert repr(adapter(loaded)) == repr(adapter(loaded))
+    assert " at 0x" not in repr(adapter(loaded))
+    different = {
+        repr(adapter(loaded)),
+        repr(adapter(loaded, DENSE)),
+        repr(adapter(loaded, max_new_tokens=5)),
+        repr(adapter(loaded, system_prompt="x")),
+        repr(adapter(loaded, honor_until="all")),
+    }
+    assert len(different) == 5
+    assert prunekit.load(FASTV).sha in repr(adapter(loaded))
+
+
+def test_the_batch_size_is_on_record(loaded):
+    made = adapter(loaded, batch_size=8)
+    assert (made.batch_size, made.batch_sizes) == (8, {"generate_until": 8})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "pretrained="),
+        ({"pretrained": "x", "pipelin": "y"}, "did you mean 'pipeline'"),
+        ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
+        ({"pretrained": "x", "max_new_tokens": 0}, "max_new_tokens"),
+        ({"pretrained": "x", "honor_until": "maybe"}, "honor_until"),
+        ({"pretrained": "./nowhere/at/all"}, "no such model folder"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_loaded(arguments, message):
+    with pytest.raises(InputError, match=message):
+        PruneKitChat(**arguments)
+
+
+def test_device_maps_and_misfits_are_refused(loaded):
+    with pytest.raises(Unsupported, match="device_map"):
+        PruneKitChat(pretrained="x", device_map="auto")
+    with pytest.raises(SpecError, match="no layer 40"):
+        adapter(loaded, {"name": "far", "stages": [{"use": "fastv", "at": 40, "keep": 0.5}]})
+
+
+def test_prompts_know_pictures_only(loaded):
+    for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
+        with pytest.raises(Unsupported, match="pictures only"):
+            from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
+
+
+def test_placeholders_in_the_text_say_where_pictures_stand(loaded):
+    shown = [picture(1), picture(2)]
+    inside = from_visuals(shown, "First <image> then <image>: same?", loaded.processor, "")
+    before = from_visuals(shown, "Same?", loaded.processor, "")
+    assert inside.text == "USER: First <image>\n then <image>\n: same?\nASSISTANT:"
+    assert before.text == "USER: <image>\n<image>\nSame?\nASSISTANT:"
+    assert len(inside.images) == len(before.images) == 2
+
+
+def test_a_system_prompt_takes_the_place_of_the_task_s_own(loaded):
+    given = [{"role": "system", "content": "Old."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    assert from_messages(given, loaded.processor, "New.").text == "SYSTEM: New.\nUSER: Hi\nASSISTANT:"
+    assert from_messages(given, loaded.processor, "").text == "SYSTEM: Old.\nUSER: Hi\nASSISTANT:"
+
+
+def test_a_model_without_a_chat_template_is_refused(loaded):
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(InputError, match="chat template"):
+        from_messages([{"role": "user", "content": "Hi"}], Bare(), "")
+
+
+def test_digests_see_every_pixel():
+    base = picture(1)
+    other = base.copy()
+    other.putpixel((3, 3), (1, 2, 3))
+    assert Prompt("a", (base,)).digest() == Prompt("a", (base.copy(),)).digest()
+    assert len({Prompt("a", (base,)).digest(), Prompt("b", (base,)).digest(), Prompt("a", (other,)).digest()}) == 3
+
+
+def test_the_base_class_is_simple_and_the_chat_class_is_not():
+    assert (PruneKit.is_simple, PruneKitSimple.is_simple, PruneKitChat.is_simple) == (True, True, False)
+    assert decoding({}, 1024) == decoding({}, 1024)
