@@ -69,10 +69,10 @@ def curve_table(curve: Path) -> str:
     read = [line for line in lines if line["stage"] == "read" and "existence" in line]
     names = [*OPEN_SHARES, "choice_existence", "hint_color", "keep11", "blind"]
     rows = [
-        [str(line["step"]), f"{line['seconds'] / 60:.0f}", f"{line['loss']:.3f}", *_percent(line, names)]
+        [str(line["step"]), f"{line['loss']:.3f}", *_percent(line, names)]
         for line in _thinned(read)
     ]
-    return _table(("step", "minutes", "loss", *names), rows)
+    return _table(("step", "loss", *names), rows)
 
 
 def _percent(line: dict, names: Iterable[str]) -> list[str]:

@@ -99,13 +99,18 @@ class Read:
 
     def _mix(self, progress: float) -> tuple[int, int]:
         """Open and multiple-choice questions a scene: choices wait until single facts can be read."""
-        return (18, 0) if progress < 0.12 else (14, 6)
+        if progress < 0.12:
+            return 18, 0
+        return (14, 6) if progress < 0.35 else (10, 8)
 
     def _keep(self, rng: np.random.Generator, progress: float) -> Tensor:
-        """Half of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly."""
+        """Half of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly.
+
+        A few of them keep none, so that the blind row of the card is a guess and not an accident.
+        """
         count = TOKENS
         if progress > 0.25 and rng.random() < 0.5:
-            count = round(TOKENS * 0.08 ** rng.random())
+            count = 0 if rng.random() < 0.06 else round(TOKENS * 0.08 ** rng.random())
         pattern = drop.PATTERNS[rng.integers(len(drop.PATTERNS))]
         return torch.from_numpy(drop.kept(rng, self.scenes, count, pattern))
 

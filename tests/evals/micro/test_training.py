@@ -77,7 +77,7 @@ def test_labels_are_the_answers(packer):
         told = packer.tokenizer.decode(packed.labels[b, start : start + length][at])
         whole = packer.tokenizer.decode(packed.ids[b, start : start + length], skip_special_tokens=True)
         assert told.endswith("</s>")
-        assert whole.endswith(f"ASSISTANT:{told.removesuffix('</s>')}")
+        assert whole.endswith(f"ASSISTANT: {told.removesuffix('</s>')}")
 
 
 @pytest.mark.parametrize("pattern", drop.PATTERNS)
