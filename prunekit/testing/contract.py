@@ -1,0 +1,221 @@
+"""The contract of a strategy, as a test class that pytest collects. In a test file of the strategy's own package:
+
+    from prunekit.testing.contract import contract
+
+    TestCorner = contract("corner", options={"corner": "top-left"})
+
+That is all: the name must be registered (through the entry-point group, or `prunekit.plugins.register`). The class runs
+the strategy on a tiny random LLaVA in float64, on batches with left padding, several images and rows without any.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+import prunekit
+from prunekit import Pipeline, Site, plugins
+from prunekit.stage import TOKEN_STARTS, implements
+from prunekit.testing.equivalence import Equivalence, assert_equivalent, generate
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from prunekit.report import RunReport
+
+RAGGED: Mapping[str, Any] = MappingProxyType({"images": (1, 2, 1), "text": (14, 6, 9)})
+MIXED: Mapping[str, Any] = MappingProxyType({"images": (2, 0, 1), "text": (5, 30, 8)})
+
+
+class StrategyContract:
+    """What holds for every strategy. Use `contract`, which picks the class that fits.
+
+    use: its registered name. options: the YAML keys that it needs, beside `use`, `at` and `keep`.
+    at_most: it may leave fewer tokens than asked for (a pool that rounds down to a grid).
+    keep: the budget of the tests that need one, empty for a strategy that takes none.
+    """
+
+    use: ClassVar[str]
+    options: ClassVar[Mapping[str, Any]] = {}
+    at_most: ClassVar[bool] = False
+    keep: ClassVar[Mapping[str, Any]] = {}
+
+    def model(self) -> PreTrainedModel:
+        """A stock model in float64; override to hold the strategy to the contract on another."""
+        return tiny_llava()
+
+    def build(self, **keys: Any) -> Pipeline:
+        """A pipeline of this strategy alone; `keys` such as `at` and `keep` replace the usual ones."""
+        budget = {} if {"keep", "keep_tokens"} & keys.keys() else dict(self.keep)
+        return prunekit.load({"name": self.use, "stages": [{"use": self.use, **self.options, **budget, **keys}]})
+
+    def run(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], **keys: Any) -> tuple[RunReport, Tensor]:
+        """The report of a prefill with one decoding step, and its logits (B, 2, vocabulary)."""
+        with Float64Throughout(), prunekit.apply(model, self.build(**keys)) as run:
+            output = generate(model, inputs, max_new_tokens=2)
+        assert run.report is not None
+        return run.report, torch.stack(output.logits, 1)
+
+    def exact(self, inputs: Mapping[str, Tensor], **keys: Any) -> Equivalence:
+        """Three decode steps equal the masked reference."""
+        return assert_equivalent(self.model(), self.build(**keys), inputs, steps=3)
+
+    @property
+    def cls(self) -> type[Any]:
+        return plugins.registry().get_strategy(self.use)
+
+    def test_says_where_it_comes_from(self) -> None:
+        """The docstring of the class or of its module links the paper, or says that it is a baseline."""
+        module = sys.modules[self.cls.__module__]
+        text = f"{module.__doc__ or ''} {inspect.getdoc(self.cls) or ''}"
+        assert "https://" in text or "baseline" in text.lower(), f"{self.cls} names no paper and is no baseline"
+        assert plugins.registry().strategy_entry(self.use).summary, "the registered name needs a one-line summary"
+
+    def test_is_frozen_configuration(self) -> None:
+        """A frozen dataclass, so that an instance cannot remember anything between runs."""
+        assert dataclasses.is_dataclass(self.cls) and self.cls.__dataclass_params__.frozen, (  # type: ignore[attr-defined]
+            f"{self.cls} must be a @dataclass(frozen=True)"
+        )
+        pipeline = self.build()
+        before = dict(vars(pipeline.stages[0].strategy))
+        with prunekit.apply(self.model(), pipeline):
+            generate(self.model(), tiny_inputs(), max_new_tokens=1)
+        assert vars(pipeline.stages[0].strategy) == before
+
+    def test_the_same_run_gives_the_same_result(self) -> None:
+        model, inputs = self.model(), tiny_inputs(**RAGGED)
+        (first, logits), (second, again) = self.run(model, inputs), self.run(model, inputs)
+        assert first == second
+        assert torch.equal(logits, again)
+
+    def test_rows_do_not_depend_on_each_other(self) -> None:
+        """Each row alone gives the decisions and logits that it has in a batch with others."""
+        model, inputs = self.model(), tiny_inputs(**RAGGED)
+        together, logits = self.run(model, inputs)
+        for row in range(together.samples):
+            alone, single = self.run(model, row_of(inputs, row))
+            assert [event.kept[row] for event in together.events] == [event.kept[0] for event in alone.events]
+            assert together.layer_tokens[row] == alone.layer_tokens[0]
+            assert (logits[row] - single[0]).abs().max() < 1e-9
+
+    def test_equals_the_masked_reference(self) -> None:
+        for rows in (RAGGED, MIXED):
+            self.exact(tiny_inputs(**rows))
+
+
+class LayerContract(StrategyContract):
+    """A strategy that decides about layers only."""
+
+    def test_every_token_stays(self) -> None:
+        report, _ = self.run(self.model(), tiny_inputs(**RAGGED))
+        assert report.events == ()
+        assert report.kept_tokens == report.visual_tokens
+
+    def test_the_plan_names_layers_of_the_model(self) -> None:
+        report, _ = self.run(self.model(), tiny_inputs(**RAGGED))
+        assert set(report.actions) <= set(range(len(report.layer_tokens[0])))
+
+
+class TokenContract(StrategyContract):
+    """A strategy that decides about visual tokens."""
+
+    def test_text_stays(self) -> None:
+        """What leaves a sample is visual tokens, as many as the report says."""
+        report, _ = self.run(self.model(), tiny_inputs(**MIXED))
+        for prompt, visual, kept, layers in zip(
+            report.prompt_tokens, report.visual_tokens, report.kept_tokens, report.layer_tokens, strict=True
+        ):
+            assert layers[-1] == prompt - visual + kept
+
+    def test_every_site_that_it_allows_is_exact(self) -> None:
+        """The decoder's door if allowed, the lowest layer that it allows, and the last one."""
+        layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
+        tried = 0
+        for site in ("encoder", 0, 1, layers - 1):
+            if self.build().stages[0].sites.reason_against(Site.parse(site)) is None:
+                result = self.exact(tiny_inputs(**RAGGED), at=site)
+                assert result.report.events[0].site == str(site)
+                tried += 1
+        assert tried, "no site is allowed"
+
+    def test_it_follows_another_stage(self) -> None:
+        """Where an earlier stage has thinned the tokens, it chooses among those that are left."""
+        layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
+        first = {"use": "random", "keep": 0.8}
+        second = {"use": self.use, **self.options, **self.keep, "at": layers - 2}
+        pipeline = prunekit.load({"name": self.use, "stages": [first, second]})
+        result = assert_equivalent(self.model(), pipeline, tiny_inputs(**MIXED), steps=2)
+        for before, after in zip(*(event.kept for event in result.report.events), strict=True):
+            assert set(after) <= set(before)
+
+
+class KeepContract(TokenContract):
+    """A token strategy that is told how many tokens to keep."""
+
+    keep: ClassVar[Mapping[str, Any]] = {"keep": 0.4}
+
+    def test_it_keeps_what_it_is_told_to(self) -> None:
+        """Fractions of 16 and 32 tokens, rounded half up, and absolute numbers; `at_most` allows fewer, never more."""
+        asked: list[tuple[dict[str, Any], tuple[int, ...]]] = [
+            ({"keep": 0.25}, (8, 0, 4)),
+            ({"keep": 0.47}, (15, 0, 8)),
+            ({"keep": 0.01}, (1, 0, 1)),
+            ({"keep_tokens": 7}, (7, 0, 7)),
+            ({"keep_tokens": 16}, (16, 0, 16)),
+        ]
+        for keys, counts in asked:
+            report, _ = self.run(self.model(), tiny_inputs(**MIXED), **keys)
+            kept = tuple(map(len, report.events[0].kept))
+            if self.at_most:
+                # A pool leaves at least one token of each image, however few were asked for.
+                limits = tuple(max(count, images) for count, images in zip(counts, MIXED["images"], strict=True))
+                assert all(0 < got <= limit for got, limit in zip(kept, limits, strict=True) if limit), (keys, kept)
+                assert kept[1] == 0
+            else:
+                assert kept == counts, keys
+
+    def test_keeping_everything_is_dense(self) -> None:
+        model, inputs = self.model(), tiny_inputs(**MIXED)
+        report, logits = self.run(model, inputs, keep=1.0)
+        assert report.kept_tokens == report.visual_tokens
+        with Float64Throughout():
+            dense = torch.stack(generate(model, inputs, max_new_tokens=2).logits, 1)
+        assert (logits - dense).abs().max() < 1e-9
+
+
+class DropAllContract(TokenContract):
+    """A token strategy that leaves no visual token (`drops_all`)."""
+
+    def test_nothing_is_left(self) -> None:
+        report, _ = self.run(self.model(), tiny_inputs(**MIXED))
+        assert report.kept_tokens == (0, 0, 0)
+
+
+def contract(
+    use: str, options: Mapping[str, Any] | None = None, *, at_most: bool = False, keep: Mapping[str, Any] | None = None
+) -> type[StrategyContract]:
+    """A test class for the strategy registered as `use`; bind it to a name that begins with `Test`.
+
+    options: YAML keys without which the strategy cannot be built. at_most: it may keep fewer tokens than asked for.
+    keep: the budget of the tests that need just one; None is `{"keep": 0.4}` for a strategy that takes one.
+    Raises UnknownName when nothing registered the name.
+    """
+    cls = plugins.registry().get_strategy(use)
+    base: type[StrategyContract]
+    if not any(implements(cls, hook) for hook in TOKEN_STARTS):
+        base = LayerContract
+    elif getattr(cls, "drops_all", False):
+        base = DropAllContract
+    else:
+        base = KeepContract if getattr(cls, "takes_keep", True) else TokenContract
+    members: dict[str, Any] = {"use": use, "options": dict(options or {}), "at_most": at_most, "__doc__": base.__doc__}
+    return type(f"Test_{use}", (base,), members | ({} if keep is None else {"keep": dict(keep)}))

@@ -1,0 +1,138 @@
+"""Every registered strategy meets the contract of `prunekit.testing.contract`, built-in or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+import prunekit
+from prunekit import Selection, Sites, hookimpl, plugins
+from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
+
+# What a strategy needs beside its name; one that is missing here and cannot be built without options fails by name.
+OPTIONS = {"skip_layers": {"layers": [1, 4]}}
+AT_MOST = {"pool"}
+NAMES = [entry.name for entry in plugins.registry().strategies()]
+
+globals().update({f"Test_{name}": contract(name, OPTIONS.get(name), at_most=name in AT_MOST) for name in NAMES})
+
+
+def test_the_strategies_of_this_version_are_all_here():
+    assert {"dense", "blind", "random", "stride", "pool", "fastv", "divprune", "vtw", "skip_layers"} <= set(NAMES)
+
+
+# The contract has teeth: a strategy that breaks one of its rules fails the test of that rule.
+
+
+@dataclass(frozen=True)
+class Batchwise:
+    """A baseline gone wrong: a row's choice depends on the rows beside it."""
+
+    sites = Sites()
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        return hidden.sum(-1) * hidden.sum((1, 2)).argsort().argsort()[:, None] * (-1) ** len(hidden)
+
+
+@dataclass(frozen=True)
+class Forgetful:
+    """A baseline gone wrong: another draw at every call."""
+
+    sites = Sites()
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        import torch
+
+        return torch.rand(hidden.shape[:2])
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A baseline gone wrong: keeps one token more than it was told to."""
+
+    sites = Sites()
+
+    @hookimpl
+    def select_tokens(self, valid, count):
+        import torch
+
+        order = torch.arange(valid.shape[1])
+        return valid & (order < torch.tensor(count)[:, None] + 1)
+
+
+@dataclass(frozen=True)
+class Blurred:
+    """A baseline gone wrong: merges even when everything is kept."""
+
+    sites = Sites()
+    per_sample = True
+
+    @hookimpl
+    def select_tokens(self, hidden, count):
+        import torch
+
+        keep = torch.arange(len(hidden)) < count
+        return Selection(keep, torch.full((len(hidden), len(hidden)), 1 / len(hidden), dtype=hidden.dtype))
+
+
+@dataclass
+class Remembers:
+    """Nothing said about where it comes from, and it counts its calls."""
+
+    calls: int = 0
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        self.calls += 1
+        return hidden.sum(-1)
+
+
+BROKEN = {
+    "batchwise": (Batchwise, ["test_rows_do_not_depend_on_each_other"]),
+    "forgetful": (Forgetful, ["test_the_same_run_gives_the_same_result", "test_rows_do_not_depend_on_each_other"]),
+    "greedy": (Greedy, ["test_it_keeps_what_it_is_told_to"]),
+    "blurred": (Blurred, ["test_keeping_everything_is_dense"]),
+    "remembers": (Remembers, ["test_is_frozen_configuration", "test_says_where_it_comes_from"]),
+}
+
+
+class BrokenPlugin:
+    """Registers the strategies above."""
+
+    @hookimpl
+    def prunekit_register(self, registry):
+        for name, (cls, _) in BROKEN.items():
+            registry.strategy(name, f"{cls.__module__}:{cls.__name__}")
+
+
+@pytest.fixture
+def broken():
+    plugins.register(BrokenPlugin(), name="broken")
+    yield
+    plugins.unregister("broken")
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_strategy_that_breaks_a_rule_fails_its_test(broken, name):
+    made = contract(name)
+    for rule in BROKEN[name][1]:
+        with pytest.raises((AssertionError, prunekit.PrunekitError)):
+            getattr(made(), rule)()
+
+
+def test_a_rule_that_is_kept_passes_for_the_broken_too(broken):
+    """The failures above are about their own rules, not about how strategies are registered here."""
+    contract("greedy")().test_rows_do_not_depend_on_each_other()
+    contract("blurred")().test_equals_the_masked_reference()
+    contract("forgetful")().test_it_keeps_what_it_is_told_to()
+
+
+def test_the_class_fits_the_strategy():
+    assert issubclass(contract("fastv"), KeepContract)
+    assert issubclass(contract("skip_layers", {"layers": [0]}), LayerContract)
+    with pytest.raises(LookupError, match="fastv"):
+        contract("fastw")
+    assert issubclass(contract("blind"), StrategyContract)
