@@ -1,0 +1,25 @@
+"""Baseline: keep the tokens nearest to one corner of the picture."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from prunekit import Sites, hookimpl
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A score that falls with the distance, in rows plus columns, from a corner of the token's image."""
+
+    corner: Literal["top-left", "bottom-right"] = "top-left"
+
+    sites = Sites()
+
+    @hookimpl
+    def score_tokens(self, coords: Tensor) -> Tensor:
+        """Float (B, V)."""
+        _, row, column, rows, columns = coords.unbind(-1)
+        if self.corner == "top-left":
+            return -(row + column).float()
+        return -(rows - 1 - row + columns - 1 - column).float()
