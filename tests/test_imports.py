@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,17 @@ def test_every_room_has_its_place() -> None:
 def test_the_order_is_the_documented_one() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert " < ".join(", ".join(rooms) for rooms in ORDER) in text
+
+
+def test_every_file_stands_in_the_documented_rooms() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w*]+\.py|\w+/", text.partition("## Who may import whom")[0]))
+    for source in (*sources("prunekit"), *sources("prunekit_evals")):
+        folders = [f"{name}/" for name in source.path.relative_to(ROOT).parts[1:-1]]
+        if not folders or folders == ["engine/"]:
+            assert source.path.name in listed or fnmatch(source.path.name, "cli_*.py"), source
+        else:
+            assert folders[0] in listed, source
 
 
 @pytest.mark.parametrize("source", sources("prunekit"), ids=str)
