@@ -1,0 +1,110 @@
+"""FastV and DivPrune choose exactly what their authors' own code chose: `tests/goldens/*.json`.
+
+Each file holds seeded inputs and the indices that the authors' functions returned for them. A missing file fails.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prunekit
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+COUNTS = {"fastv": 5, "divprune": 4}
+
+
+def cases(name):
+    found = json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))["cases"]
+    assert len(found) == COUNTS[name]
+    return [pytest.param(case, id=case["id"]) for case in found]
+
+
+def drawn(case, dtype):
+    """The input tensors, float64 draws rounded to float32 as the authors' code got them, then cast to `dtype`."""
+    rng, tensors = np.random.default_rng(case["seed"]), {}
+    for entry in case["draws"]:
+        draw = rng.standard_normal if entry["draw"] == "standard_normal" else rng.random
+        x = entry["scale"] * draw(tuple(entry["shape"])) + entry["offset"]
+        if entry["then"] == "causal_softmax":
+            x = np.where(np.tril(np.ones(x.shape[-2:], bool)), x, -np.inf)
+        if entry["then"] != "none":
+            x = np.exp(x - x.max(-1, keepdims=True))
+            x /= x.sum(-1, keepdims=True)
+        x = x.astype(np.float32)
+        check = entry["check"]
+        assert np.allclose([*x.flat[:3], x.flat[-1]], [*check["first3"], check["last"]], rtol=1e-5), "another stream"
+        assert np.isclose(x.astype(np.float64).sum(), check["sum"], rtol=1e-4)
+        tensors[entry["name"]] = torch.from_numpy(x).to(dtype)
+    return tensors
+
+
+def stage_of(name):
+    return prunekit.load({"name": name, "stages": [{"use": name, "keep": 0.5}]}).stages[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", cases("fastv"))
+def test_fastv(case, dtype):
+    """The drawn map, reduced as the strategy declares it, through its own score and the default selection."""
+    stage, params = stage_of("fastv"), case["params"]
+    rows = stage.strategy.inputs["attention"]
+    assert (rows.layer, rows.queries, rows.heads) == ("previous", "last", "mean")
+    maps = drawn(case, dtype)["attention"]
+    start, visual = params["image_start"], params["visual_tokens"]
+    attention = maps.mean(0)[-1, start : start + visual][None]
+    valid = torch.ones(1, visual, dtype=torch.bool)
+    count = (case["expected"]["count"],)
+    shared = {
+        "attention": attention,
+        "hidden": None,
+        "coords": None,
+        "valid": valid,
+        "count": count,
+        "seed": (0,),
+        "state": {},
+    }
+    scores = stage.hook.score_tokens(**shared)
+    keep = stage.hook.select_tokens(scores=scores, **shared)
+    assert keep.shape == (1, visual)
+    assert keep[0].nonzero()[:, 0].tolist() == case["expected"]["kept_sorted"]
+    order = scores[0].argsort(descending=True, stable=True)[: count[0]]
+    assert order.tolist() == case["expected"]["kept_in_score_order"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", cases("divprune"))
+def test_divprune(case, dtype):
+    """The drawn features through the strategy's hook; it is asked one sample at a time."""
+    stage = stage_of("divprune")
+    assert stage.strategy.per_sample
+    tokens = drawn(case, dtype)["tokens"]
+    keep = stage.hook.select_tokens(
+        scores=None, attention=None, hidden=tokens, coords=None, valid=torch.ones(len(tokens), dtype=torch.bool),
+        count=case["expected"]["count"], seed=0, state={},
+    )  # fmt: skip
+    assert keep.nonzero()[:, 0].tolist() == case["expected"]["kept_sorted"]
+
+
+@pytest.mark.parametrize("case", cases("divprune"))
+def test_divprune_in_the_authors_order(case):
+    """The public primitive gives the greedy order itself."""
+    from prunekit.ops import max_min
+
+    tokens = torch.nn.functional.normalize(drawn(case, torch.float64)["tokens"], dim=-1)
+    chosen = max_min(1 - tokens @ tokens.T, case["expected"]["count"])
+    assert chosen.tolist() == case["expected"]["selected_in_order"]
+
+
+def test_the_authors_counts():
+    """FastV's and DivPrune's counts from their ratios, where ours round half up."""
+    for name in COUNTS:
+        for case in cases(name):
+            params, expected = case.values[0]["params"], case.values[0]["expected"]
+            if "ratio" in params:
+                keep = prunekit.Keep(params["ratio"])
+                assert keep.count(params["visual_tokens"], params["visual_tokens"]) == expected["count"]
