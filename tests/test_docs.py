@@ -1,6 +1,6 @@
 """The documentation cannot go stale: its code runs, its output is what the program prints, its tables are complete.
 
-In every Markdown file of docs/ (and README.md): `python` blocks run in order in one namespace per file; `yaml` blocks
+In README.md and every page of docs/: `python` blocks run in order in one namespace per file; `yaml` blocks
 with `stages:` build; in `console` blocks the lines `$ prunekit ...` run and what follows must be what they print (`...`
 stands for anything). A comment before a block changes that: `<!-- file: NAME -->` writes it to a file that later blocks
 see, `<!-- not run: WHY -->` leaves it out.
@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 import prunekit
-from prunekit import cli, hookspecs, plugins, spec
+from prunekit import cli, hookspecs, loading, plugins, spec
 from prunekit.errors import SpecError
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +35,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REFERENCE = ROOT / "docs" / "reference"
 ORDER = r"(?:<!-- (?P<order>file|not run): (?P<value>.*?) -->\s*\n)?"
 BLOCK = re.compile(ORDER + r"^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S)
+CHECKPOINT = "llava-hf/llava-1.5-7b-hf"  # in examples; the bundled model takes its part
 LINK = re.compile(r"\[[^\]]*\]\((?!https?:|mailto:|#)([^)#\s]+)")
 
 
@@ -73,16 +76,19 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks(page: Path, desk: Path) -> None:
     space: dict[str, Any] = {"__name__": "__docs__"}
+    if page.name == "README.md":  # shows pieces, for a reader's own picture
+        space |= {"dataclass": dataclasses.dataclass, "Tensor": torch.Tensor}
+        space |= {name: getattr(prunekit, name) for name in prunekit.__all__}
+        Image.new("RGB", (640, 480), "red").save(desk / "cat.png")
     for block in blocks(page):
         place = f"{name_of(page)}:{block.line}"
         if block.order == "file":
             (desk / str(block.value)).write_text(block.text)
         if block.order is not None:
             continue
-        if block.kind == "python" and page.name == "README.md":
-            compile(block.text, str(page), "exec")  # for a reader's own model and picture
-        elif block.kind == "python":
-            exec(compile("\n" * block.line + block.text, str(page), "exec"), space)
+        if block.kind == "python":
+            text = block.text.replace(CHECKPOINT, str(loading.resolve("micro")))
+            exec(compile("\n" * block.line + text, str(page), "exec"), space)
         elif block.kind == "yaml" and "stages:" in block.text:
             prunekit.load(block.text + "\n")
         elif block.kind == "console":
