@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("lmms_eval")
 
@@ -42,14 +43,14 @@ def processor():
     )  # fmt: skip
 
 
-def model(tokenizer):
+def model(parts):
     """Random weights under which the first answer token is `yes` or `no` and the second ends the answer."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-        pad_token_id=0,
+        vocab_size=len(parts.tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14,
@@ -70,13 +71,14 @@ def model(tokenizer):
                 weight.copy_(1.5 * noise / weight[0].numel() ** 0.5)
             else:
                 weight.copy_((1.0 if "embed" in name else 0.1) * noise)
-        _speak(made, [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")])
+        _speak(made, parts)
     made.generation_config.pad_token_id, made.generation_config.eos_token_id = 0, [2]
     return made
 
 
-def _speak(made, words):
-    """Number 0 of the hidden state says that a word was spoken: only the two words set it, and no layer writes it."""
+def _speak(made, parts):
+    """Number 0 of a hidden state says that a word was spoken: only the two words set it, and no layer writes it."""
+    words = [parts.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
     embedding, head = made.get_input_embeddings().weight, made.get_output_embeddings().weight
     embedding[:, 0] = 0
     embedding[words, 0] = 40.0
@@ -86,10 +88,18 @@ def _speak(made, words):
     made.model.multi_modal_projector.linear_2.weight[0] = 0
     made.model.multi_modal_projector.linear_2.bias[0] = 0
     direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    last = torch.cat([made.model(**_prompt(parts, seed)).last_hidden_state[:, -1] for seed in range(12)])
+    direction -= (direction @ last.mean(0)) / last.mean(0).square().sum() * last.mean(0)  # so both occur
     direction[0] = 0
     head.zero_()
     head[words[0]], head[words[1]] = direction, -direction
     head[2, 0] = 30.0
+
+
+def _prompt(parts, seed):
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    text = f"USER: <image>\nIs there a {'big ' * (seed % 3)}cat in the image?\nASSISTANT:"
+    return parts(text=[text], images=[Image.fromarray(pixels.numpy())], return_tensors="pt")
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +107,7 @@ def checkpoint(tmp_path_factory):
     """Folder of the tiny model."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llava"
     parts = processor()
-    made = model(parts.tokenizer)
+    made = model(parts)
     made.save_pretrained(folder)
     parts.save_pretrained(folder)
     return folder

@@ -1,0 +1,132 @@
+"""Finding and building lmms-eval's own tasks, and scoring single questions as its metrics do."""
+
+import os
+from pathlib import Path
+
+import pytest
+from prunekit_evals import scoring, tasks
+
+from prunekit.errors import InputError, UnknownName
+
+
+def build(name, root, limit=None):
+    return tasks.build(tasks.find([name])[0], tasks.data_at(root), limit)
+
+
+def test_unknown_tasks_get_a_suggestion():
+    with pytest.raises(UnknownName, match="did you mean 'pope'"):
+        tasks.find(["popee"])
+    with pytest.raises(InputError, match="is a group of tasks"):
+        tasks.find(["mmbench"])
+
+
+def test_only_one_folder_is_read():
+    found = tasks.find(["pope", "mme", "pope"])
+    assert [(one.name, one.file.name) for one in found] == [("pope", "pope.yaml"), ("mme", "mme.yaml")]
+
+
+def test_tasks_are_built_from_a_data_root_and_the_working_folder_stays(data_root):
+    before = os.getcwd()
+    built = build("pope", data_root, limit=10)
+    assert os.getcwd() == before
+    assert (built.questions, built.limit, built.chat) == (10, 10, True)
+    assert built.task.config.process_results.__name__ == "pope_process_results"  # lmms-eval's own
+
+
+def test_the_bundled_benchmark_is_labelled(data_root, tmp_path):
+    assert tasks.data_at(data_root).label("pope") == "micro/pope"
+    assert tasks.data_at(tmp_path).label("pope") == "pope"
+    assert tasks.data_at(None).label("pope") == "pope"
+
+
+def test_the_identity_of_data_changes_with_it(tmp_path):
+    file = tmp_path / "org" / "set" / "a.parquet"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"1")
+    first = tasks.data_at(tmp_path).identity
+    assert tasks.data_at(tmp_path).identity == first
+    file.write_bytes(b"12")
+    assert tasks.data_at(tmp_path).identity != first
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"lmms-lab-encoder.POPE', which is not there \(there is: nothing\)"):
+        build("pope", tmp_path)
+    with pytest.raises(InputError, match="not a folder"):
+        tasks.data_at(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(1, 2), (2, 2), (5, 6), (23, 24), (24, 24), (100, 24)])
+def test_a_limit_never_splits_a_pair_of_mme(data_root, limit, asked):
+    built = build("mme", data_root, limit)
+    assert built.questions == asked
+    assert built.limit == (None if asked == 24 else asked)
+
+
+def test_groups_may_lie_apart():
+    assert tasks.whole_groups(["a", "b", "a", "b", "c", "c"], 1) == 4
+    assert tasks.whole_groups(["a", "b", "a", "b", "c", "c"], 5) == 6
+    assert tasks.whole_groups(["a", "a", "b", "b"], 2) == 2
+    assert tasks.whole_groups(["a", "b", "a"], 1) == 3
+
+
+def test_likelihood_tasks_are_not_asked_in_messages(tmp_path):
+    import datasets
+
+    folder = tmp_path / "lmms-lab-encoder" / "SEED-Bench"
+    folder.mkdir(parents=True)
+    row = {"answer": "A", "question": "?", "data_type": "image", "question_id": "1", **dict.fromkeys(SEED, "x")}
+    datasets.Dataset.from_list([row]).to_parquet(folder / "test-0.parquet")
+    assert not build("seedbench_ppl", tmp_path).chat
+
+
+SEED = ("choice_a", "choice_b", "choice_c", "choice_d")
+
+
+def sample(number, **metrics):
+    return {"doc_id": number, "doc": {"score": 1.0}, "target": "yes", "filtered_resps": ["yes"], **metrics}
+
+
+def test_scores_of_the_standard_tasks():
+    pope = {"question_id": "1", "prediction": "no", "ground_truth": "yes"}
+    logged = [sample(n, pope_accuracy={**pope, "score": 1.0 - n}, pope_f1_score={**pope, "score": 0.5}) for n in (1, 0)]
+    assert [(q.number, q.score) for q in scoring.questions("pope", logged)] == [(0, 1.0), (1, 0.0)]
+    assert {q.answer for q in scoring.questions("pope", logged)} == {"yes"}
+    mme = [sample(0, mme_perception_score={"question_id": "a", "category": "color", "score": 1.0})]
+    assert [(q.score, q.group) for q in scoring.questions("mme", mme)] == [(1.0, "a")]
+    assert [q.score for q in scoring.questions("gqa", [sample(0, exact_match=1.0)])] == [1.0]
+    assert [q.score for q in scoring.questions("textvqa_val", [sample(0, exact_match=0.3, submission={})])] == [0.3]
+    seed = [sample(0, seed_all={"pred": "A", "answer": "B", "question_id": 1})]
+    assert [q.score for q in scoring.questions("seedbench", seed)] == [0.0]
+    assert [q.score for q in scoring.questions("chairs", [sample(0, chair_i=17.0, caption={"text": "x"})])] == [None]
+
+
+def mmbench(number, index, answer, said):
+    row = {"index": index, "answer": answer, "prediction": said, "category": "c", "L2-category": "d", "split": "dev"}
+    choices = {"A": "cat", "B": "dog", "C": "cow", "D": "hen", "E": "nan"}
+    return sample(number, gpt_eval_score={**row, **choices, "question": "?", "hint": "nan", "source": "s"})
+
+
+def test_mmbench_is_scored_as_it_scores_itself(capsys):
+    from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
+
+    logged = [
+        mmbench(0, 1, "A", "A"), mmbench(1, 2, "B", "A"), mmbench(2, 3, "C", "The answer is C."),
+        mmbench(3, 4, "D", ""), mmbench(4, 1000001, "B", "C"), mmbench(5, 1000003, "A", "A."),
+    ]  # fmt: skip
+    found = scoring.questions("mmbench_en_dev_static", logged)
+    assert [(one.number, one.score) for one in found] == [(0, 0.0), (1, 0.0), (2, 1.0), (3, 0.0), (4, None), (5, None)]
+    overall = mmbench_evaluator.eval_result([dict(one["gpt_eval_score"]) for one in logged], eval_method="static")[0]
+    scores = [one.score for one in found if one.score is not None]
+    assert sum(scores) / len(scores) == pytest.approx(overall)
+    capsys.readouterr()
+
+
+def test_where_lmms_eval_is_missing_both_routes_are_named(monkeypatch):
+    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"prunekit\[evals\].*--no-deps"):
+        tasks.find(["pope"])
+
+
+def test_tasks_lie_in_the_installed_harness():
+    assert all(Path(one.file).is_file() for one in tasks.find(["pope", "gqa", "textvqa_val"]))
