@@ -179,6 +179,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
             r"F:3:10: stages\[0\]: must be a mapping, not nothing",
         ],
     ),
+    "one anchor twice": (
+        "stages: [{use: &a dense}]\nname: &a x\n",
+        [r"F:1:16: anchor '&a' is not allowed \(remove it\)", r"F:2:7: anchor '&a'"],
+    ),
     "number that is too large": (
         "stages:\n  - {use: random, keep: 0.5, seed: 99999999999999999999}\n",
         [r"F:2:36: stages\[0\].seed: the number does not fit into 64 bits"],
