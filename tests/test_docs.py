@@ -1,9 +1,9 @@
 """The documentation cannot go stale: its code runs, its output is what the program prints, its tables are complete.
 
-In README.md and every page of docs/: `python` blocks run in order in one namespace per file; `yaml` blocks
-with `stages:` build; in `console` blocks the lines `$ prunekit ...` run and what follows must be what they print (`...`
-stands for anything). A comment before a block changes that: `<!-- file: NAME -->` writes it to a file that later blocks
-see, `<!-- not run: WHY -->` leaves it out.
+In README.md and every page of docs/: `python` blocks run in order in one namespace per file, and a `text` block after
+one is what it prints; `yaml` blocks with `stages:` build; in `console` blocks the lines `$ prunekit ...` and
+`$ pytest ...` run, and what follows is what they print (`...` stands for anything). A comment before a block changes
+that: `<!-- file: NAME -->` writes it to a file that later blocks see, `<!-- not run: WHY -->` leaves it out.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import inspect
 import io
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +82,7 @@ def test_blocks(page: Path, desk: Path) -> None:
         space |= {"dataclass": dataclasses.dataclass, "Tensor": torch.Tensor}
         space |= {name: getattr(prunekit, name) for name in prunekit.__all__}
         Image.new("RGB", (640, 480), "red").save(desk / "cat.png")
+    said: io.StringIO | None = None
     for block in blocks(page):
         place = f"{name_of(page)}:{block.line}"
         if block.order == "file":
@@ -88,7 +91,11 @@ def test_blocks(page: Path, desk: Path) -> None:
             continue
         if block.kind == "python":
             text = block.text.replace(CHECKPOINT, str(loading.resolve("micro")))
-            exec(compile("\n" * block.line + text, str(page), "exec"), space)
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                exec(compile("\n" * block.line + text, str(page), "exec"), space)
+        elif block.kind == "text" and said is not None:
+            check_equal(place, "the block before", block.text, said.getvalue())
         elif block.kind == "yaml" and "stages:" in block.text:
             prunekit.load(block.text + "\n")
         elif block.kind == "console":
@@ -105,12 +112,28 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 def check_output(place: str, command: str, expected: str) -> None:
     words = shlex.split(command, comments=True)
-    assert words[0] == "prunekit", f"{place}: only `prunekit` can be run; put <!-- not run: WHY --> before the block"
+    assert words[0] in ("prunekit", "pytest"), f"{place}: put <!-- not run: WHY --> before the block"
+    said = printed_by_pytest(words[1:]) if words[0] == "pytest" else printed_by_prunekit(words[1:])
+    check_equal(place, command, expected, said)
+
+
+def check_equal(place: str, command: str, expected: str, said: str) -> None:
+    checker, options = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert checker.check_output(expected, said, options), f"{place}: `{command}` prints\n{said}"
+
+
+def printed_by_prunekit(arguments: list[str]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        cli.main(words[1:])
-    checker, options = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    assert checker.check_output(expected, said.getvalue(), options), f"{place}: `{command}` prints\n{said.getvalue()}"
+        cli.main(arguments)
+    return said.getvalue()
+
+
+def printed_by_pytest(arguments: list[str]) -> str:
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
