@@ -48,7 +48,7 @@ class Pipeline:
         )
         faults += _site_faults(placed, shape)
         faults += _order_faults(placed)
-        faults += _budget_faults(placed, shape)
+        faults += _budget_faults(placed, shape.visual_tokens)
         plan = _plan(self.stages, shape, faults)
         faults += _attention_faults(placed, plan)
         if faults:
@@ -81,9 +81,12 @@ def build(
     faults = list(found)
     registry = plugins.registry() if registry is None else registry
     made = [make(index, one, registry, faults) for index, one in enumerate(read.stages) if one.use]
+    stages = tuple(stage for stage in made if stage is not None)
+    # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
+    placed = [(site, stage) for stage in stages if stage.is_token and (site := stage.known_site) is not None]
+    faults += [*_order_faults(placed), *_budget_faults(placed, None)]
     if faults:
         raise SpecError(_sorted(faults))
-    stages = tuple(stage for stage in made if stage is not None)
     resolved = _resolved(read.name, stages)
     return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages))
 
@@ -99,10 +102,8 @@ def _resolved(name: str, stages: Sequence[Stage]) -> str:
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     data: dict[str, Any] = {"use": stage.use}
-    if stage.is_token:
-        site = stage.site if stage.site is not None else stage.sites.default
-        if isinstance(site, Site):  # a default that scales with the depth is known only once a model is
-            data["at"] = "encoder" if site.layer is None else site.layer
+    if stage.is_token and (site := stage.known_site) is not None:
+        data["at"] = "encoder" if site.layer is None else site.layer
     if stage.keep and stage.keep.tokens is not None:
         data["keep_tokens"] = stage.keep.tokens
     elif stage.keep:
@@ -152,10 +153,9 @@ def _order_faults(placed: Sequence[tuple[Site, Stage]]) -> Iterator[Fault]:
             yield stage.fault("use", f"'{blind.use}' before it leaves no visual tokens", "remove one of the two stages")
 
 
-def _budget_faults(placed: Sequence[tuple[Site, Stage]], shape: ModelShape) -> Iterator[Fault]:
+def _budget_faults(placed: Sequence[tuple[Site, Stage]], visual: int | None) -> Iterator[Fault]:
     """Stages with a fixed count that ask for more than there is, or than an earlier one leaves."""
     fixed = [stage for _, stage in placed if stage.keep and stage.keep.of == "original"]
-    visual = shape.visual_tokens
     for index, stage in enumerate(fixed):
         if visual is not None and stage.keep and (stage.keep.tokens or 0) > visual:
             message = f"asks for {stage.keep.tokens} of the {visual} visual tokens that this model has per image"

@@ -63,6 +63,12 @@ class Stage:
         return getattr(self.strategy, "sites", None) or Sites()
 
     @property
+    def known_site(self) -> Site | None:
+        """Where it acts; None while that is a default that scales with the depth of a model."""
+        site = self.site if self.site is not None else self.sites.default
+        return site if isinstance(site, Site) else None
+
+    @property
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return bool(getattr(self.strategy, "drops_all", False))
@@ -156,7 +162,11 @@ def _placement_faults(cls: type[Any], draft: Stage) -> list[Fault]:
             found.append(draft.fault("at", f"{why} `at`", "remove it", on_name=True))
         if given:
             found.append(draft.fault(budget, f"{why} `{budget}`", "remove it", on_name=True))
-    elif not getattr(cls, "takes_keep", True):
+        return found
+    sites: Sites = getattr(cls, "sites", None) or Sites()
+    if draft.site is not None and (reason := sites.reason_against(draft.site)):
+        found.append(draft.fault("at", f"'{draft.use}' cannot act at '{draft.site}': it {reason}"))
+    if not getattr(cls, "takes_keep", True):
         if given:
             message = f"'{draft.use}' decides by itself and takes no `{budget}`"
             found.append(draft.fault(budget, message, "remove it", on_name=True))

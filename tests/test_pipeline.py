@@ -497,7 +497,7 @@ class TestBind:
 
     def test_everything_that_does_not_fit_is_told_with_its_place(self, registry: Registry) -> None:
         text = (
-            "stages:\n  - {use: attend, at: 40, keep: 0.5}\n  - {use: score, at: 3, keep: 0.6}\n"
+            "stages:\n  - {use: attend, at: 40, keep: 0.5}\n  - {use: score, at: 41, keep_tokens: 600}\n"
             "  - {use: plan, layers: [99]}\n"
         )
         with pytest.raises(SpecError) as caught:
@@ -505,8 +505,18 @@ class TestBind:
         assert [(str(one.where), one.key) for one in caught.value.faults] == [
             ("<inline>:2:23", "stages[0].at"),
             ("<inline>:3:22", "stages[1].at"),
-            ("<inline>:3:31", "stages[1].keep"),
+            ("<inline>:3:39", "stages[1].keep_tokens"),
             ("<inline>:4:25", "stages[2].layers"),
+        ]
+
+    def test_what_needs_no_model_to_be_seen_is_told_at_once(self, registry: Registry) -> None:
+        text = "stages:\n  - {use: attend, at: 4, keep: 0.5}\n  - {use: score, at: 3, keep: 0.6}\n  - {use: nobody}\n"
+        with pytest.raises(SpecError) as caught:
+            pipeline.build(text, registry=registry)
+        assert [(str(one.where), one.key) for one in caught.value.faults] == [
+            ("<inline>:3:22", "stages[1].at"),
+            ("<inline>:3:31", "stages[1].keep"),
+            ("<inline>:4:11", "stages[2].use"),
         ]
 
     def test_a_planner_that_crashes_or_returns_no_plan(self, registry: Registry) -> None:
