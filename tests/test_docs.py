@@ -75,6 +75,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     plugins.reset()
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks(page: Path, desk: Path) -> None:
     space: dict[str, Any] = {"__name__": "__docs__"}
@@ -131,7 +132,7 @@ def printed_by_prunekit(arguments: list[str]) -> str:
 
 def printed_by_pytest(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
