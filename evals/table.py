@@ -20,9 +20,12 @@ LEGEND = (
 
 
 def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
-    """Column name to its texts, one for each row. intervals: whether each task shows its own."""
+    """Column name to its texts, one for each row; columns that say nothing are left out.
+
+    intervals: whether each task shows its own.
+    """
     rows = table.rows
-    return {
+    found = {
         "Pipeline": [row.pipeline for row in rows],
         **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
         "Average": [_estimate(row.average, True) for row in rows],
@@ -32,6 +35,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "KV": [_percent(row.kv_fraction) for row in rows],
         "Time": ["" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}×" for row in rows],
     }
+    return {name: texts for name, texts in found.items() if any(texts)}
 
 
 def show(table: Table, console: Console) -> None:
@@ -49,7 +53,8 @@ def show(table: Table, console: Console) -> None:
     for row, texts in zip(table.rows, zip(*shown.values(), strict=True), strict=True):
         cells = dict(zip(shown, map(Text, texts), strict=True))
         change = row.difference
-        if change is not None and (change.low > 0 or change.high < 0):  # coloured where the interval excludes 0
+        # Coloured only where the interval excludes 0.
+        if "Δ dense" in cells and change is not None and (change.low > 0 or change.high < 0):
             cells["Δ dense"].stylize("green" if change.low > 0 else "red")
         grid.add_row(*cells.values(), style="bold" if row.dense else "", end_section=row.dense)
     console.print(grid)
@@ -73,7 +78,7 @@ def _fitting(table: Table, width: int) -> dict[str, list[str]]:
     if _width(shown) > width:
         shown = columns(table, intervals=False)
     if _width(shown) > width:
-        del shown["KV"]
+        shown.pop("KV", None)
     if _width(shown) > width:
         tasks = {_short(label) for label in table.tasks}
         shown = {name: texts for name, texts in columns(table).items() if name not in tasks}
