@@ -74,14 +74,13 @@ def markdown(table: Table) -> str:
 
 def _fitting(table: Table, width: int) -> dict[str, list[str]]:
     """The columns that fit: tasks lose their intervals, then KV goes, then the tasks, which Markdown and JSON have."""
-    shown = columns(table)
-    if _width(shown) > width:
-        shown = columns(table, intervals=False)
-    if _width(shown) > width:
-        shown.pop("KV", None)
-    if _width(shown) > width:
-        tasks = {_short(label) for label in table.tasks}
-        shown = {name: texts for name, texts in columns(table).items() if name not in tasks}
+    tasks = {_short(label) for label in table.tasks}
+    steps = ((True, set()), (False, set()), (False, {"KV"}), (False, tasks), (False, {*tasks, "KV", "Tokens"}))
+    shown: dict[str, list[str]] = {}
+    for intervals, without in steps:
+        shown = {name: texts for name, texts in columns(table, intervals).items() if name not in without}
+        if _width(shown) <= width:
+            break
     return shown
 
 

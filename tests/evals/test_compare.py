@@ -1,0 +1,137 @@
+"""The comparison: which cells stand in one table, in which order, and with which numbers."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from prunekit_evals import compare, results, stats, table
+from prunekit_evals.results import Cell, Conditions, PipelineId, Question, Saved, Timing
+from rich.console import Console
+
+from prunekit.errors import InputError
+
+CONDITIONS = Conditions(
+    model="micro", identity="abc", data="d1", limit=100, batch_size=8, dtype="float32", device="cpu",
+    attention="default", max_new_tokens=1024, system_prompt="", honor_until="stops", prompt_profile="",
+    versions={"prunekit": "0.1.0"},
+)  # fmt: skip
+
+
+def cell(name, task, hits, *, flops=1.0, created="1", sha=None, conditions=CONDITIONS, status="done", count=100):
+    pipeline = PipelineId(name, sha or name, name == "dense", f"name: {name}\n", "code")
+    questions = tuple(Question(number, "yes", float(number < hits)) for number in range(count))
+    return Cell(
+        id=results.cell_id(conditions, pipeline, task), status=status, task=task, label=f"micro/{task}",
+        pipeline=pipeline, conditions=conditions, created=created, error="broke" if status == "failed" else "",
+        questions=questions if status == "done" else (), metrics={"x,none": hits / count},
+        saved=Saved(144, 144 * flops, 1, 1, flops, 1, 1, flops) if status == "done" else None,
+        timing=Timing(0.1, count, 0, 5.0, 10.0, flops, 8, 5) if status == "done" else None,
+    )  # fmt: skip
+
+
+def shown(one, width=120):
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    table.show(one, console)
+    return console.file.getvalue()
+
+
+def test_rows_stand_by_cost_under_the_dense_one():
+    cells = [cell("cheap", "pope", 70, flops=0.2), cell("dear", "pope", 80, flops=0.6), cell("dense", "pope", 90)]
+    cells += [cell("better", "pope", 75, flops=0.2)]
+    (only,) = compare.of_cells(cells)
+    assert [row.pipeline for row in only.rows] == ["dense", "dear", "better", "cheap"]
+
+
+def test_numbers_of_a_row():
+    cells = [cell("dense", "pope", 90), cell("p", "pope", 80, flops=0.5)]
+    cells += [cell("dense", "gqa", 60), cell("p", "gqa", 60, flops=0.3)]
+    (only,) = compare.of_cells(cells)
+    dense, ours = only.rows
+    assert dense.difference is None
+    assert (dense.average.value, ours.average.value) == (pytest.approx(0.75), pytest.approx(0.7))
+    assert ours.tasks["micro/pope"] == stats.wilson([1.0] * 80 + [0.0] * 20)
+    assert ours.difference.value == pytest.approx(-0.05)
+    assert ours.difference.low < -0.05 < ours.difference.high < 0
+    assert ours.flops_fraction == ours.kv_fraction == ours.prefill_ratio == pytest.approx(0.4)
+    assert (ours.visual_tokens, ours.kept_tokens) == (144, pytest.approx(57.6))
+
+
+def test_averages_are_over_what_all_have():
+    cells = [cell("dense", "pope", 90), cell("dense", "gqa", 50), cell("p", "pope", 80)]
+    (only,) = compare.of_cells(cells)
+    assert only.shared == ("micro/pope",)
+    assert only.rows[0].average.value == pytest.approx(0.9)
+    assert any("averages are over micro/pope" in note for note in only.notes)
+    assert "–" in shown(only)
+
+
+def test_what_was_measured_differently_stands_apart():
+    other = dataclasses.replace(CONDITIONS, batch_size=1)
+    cells = [cell("dense", "pope", 90, created="2"), cell("dense", "pope", 80, conditions=other, created="1")]
+    assert [one.conditions.batch_size for one in compare.of_cells(cells)] == [1, 8]
+
+
+def test_an_edited_pipeline_replaces_its_older_self():
+    cells = [cell("p", "pope", 10, sha="old", created="1"), cell("p", "pope", 80, sha="new", created="2")]
+    (only,) = compare.of_cells(cells)
+    assert [(row.sha, row.tasks["micro/pope"].value) for row in only.rows] == [("new", 0.8)]
+    assert any("older" in note for note in only.notes)
+
+
+def test_failures_and_a_missing_dense_row_are_said():
+    (only,) = compare.of_cells([cell("p", "pope", 80), cell("p", "gqa", 0, status="failed")])
+    assert any("p on micro/gqa failed: broke" in note for note in only.notes)
+    assert any("no dense row" in note for note in only.notes)
+    assert only.rows[0].difference is None
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
+def test_the_table_fits_and_breaks_no_number(width):
+    tasks = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienceqa_img")
+    cells = [cell(name, task, hits, flops=flops) for task in tasks for name, hits, flops in
+             (("dense", 93, 1.0), ("fastv-k2-r25", 81, 0.35), ("divprune-r11", 100, 0.2))]  # fmt: skip
+    (only,) = compare.of_cells(cells)
+    text = shown(only, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text.partition("micro/…:")[0]
+    assert "−12.0" in text and "micro/…: the bundled benchmark" in " ".join(text.split())
+    if width >= 120:
+        assert "81.0 ±" in text and "micro/" in text and "35%" in text
+
+
+def test_a_column_that_says_nothing_is_left_out():
+    untimed = dataclasses.replace(cell("dense", "pope", 90), timing=Timing(0.1, 100, 0))
+    (only,) = compare.of_cells([untimed])
+    assert "Time" not in table.columns(only)
+    assert "Δ dense" not in table.columns(only)
+    assert "90.0" in shown(only)
+
+
+def test_markdown_has_every_number():
+    cells = [cell("dense", "pope", 90), cell("p|q", "pope", 80, flops=0.5)]
+    (only,) = compare.of_cells(cells)
+    text = table.markdown(only)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert rows[0] == "| Pipeline | micro/pope | Average | Δ dense | Tokens | FLOPs | KV | Time |"
+    assert rows[3].startswith("| p\\|q | 80.0 ±")
+    assert "−10.0 ±" in rows[3] and rows[3].endswith("| 72 | 50% | 50% | 0.50× |")
+    assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
+
+
+def test_a_difference_of_nothing_has_no_sign():
+    (only,) = compare.of_cells([cell("dense", "pope", 90), cell("p", "pope", 90, flops=0.5)])
+    assert table.columns(only)["Δ dense"][1].startswith("0.0 ±")
+
+
+def test_from_a_folder(tmp_path):
+    with pytest.raises(InputError, match="no results folder"):
+        compare.tables(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no results under"):
+        compare.tables(tmp_path)
+    for one in (cell("dense", "pope", 90), cell("p", "pope", 80)):
+        results.write(results.path_of(tmp_path, one), one)
+    (only,) = compare.tables(tmp_path)
+    data = json.loads(json.dumps(only.to_json()))
+    assert [row["pipeline"] for row in data["rows"]] == ["dense", "p"]
+    assert data["rows"][1]["tasks"]["micro/pope"]["value"] == 0.8
