@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -116,6 +117,10 @@ def _ready(namespace: argparse.Namespace) -> None:
 
     tasks.check_installed()
     _need_rich()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
+        )
     quiet.before_imports(namespace.download)
     if namespace.threads:
         import torch

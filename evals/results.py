@@ -91,7 +91,7 @@ class Timing:
 
     seconds: of `generate`, a question; None when nothing was computed in this run.
     prefill_ms, dense_prefill_ms: medians for one batch of `prefill_batch` prompts, taken alternately in one run.
-    prefill_ratio: the median of the ratios of neighbours; None when it was not measured.
+    prefill_ratio: the median of the ratios of neighbours; None when it was not measured, as for the dense model itself.
     """
 
     seconds: float | None

@@ -225,7 +225,8 @@ class Runner:
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:
         seconds = tally.seconds / tally.computed if tally.computed else None
         base = Timing(seconds, tally.computed, tally.journaled)
-        taken = measure_prefill(self.loaded, pipeline, tally.first_prompts) if self.plan.timing else None
+        wanted = self.plan.timing and not self.ids[pipeline.sha].dense
+        taken = measure_prefill(self.loaded, pipeline, tally.first_prompts) if wanted else None
         if taken is None:
             return base
         return replace(

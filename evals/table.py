@@ -25,6 +25,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
     intervals: whether each task shows its own.
     """
     rows = table.rows
+    timed = any(row.prefill_ratio is not None for row in rows)
     found = {
         "Pipeline": [row.pipeline for row in rows],
         **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
@@ -33,7 +34,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "Tokens": ["" if row.kept_tokens is None else f"{row.kept_tokens:.4g}" for row in rows],
         "FLOPs": [_percent(row.flops_fraction) for row in rows],
         "KV": [_percent(row.kv_fraction) for row in rows],
-        "Time": ["" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}×" for row in rows],
+        "Time": [_time(row) if timed else "" for row in rows],
     }
     return {name: texts for name, texts in found.items() if any(texts)}
 
@@ -75,7 +76,9 @@ def markdown(table: Table) -> str:
 def _fitting(table: Table, width: int) -> dict[str, list[str]]:
     """The columns that fit: tasks lose their intervals, then KV goes, then the tasks, which Markdown and JSON have."""
     tasks = {_short(label) for label in table.tasks}
-    steps = ((True, set()), (False, set()), (False, {"KV"}), (False, tasks), (False, {*tasks, "KV", "Tokens"}))
+    steps: tuple[tuple[bool, set[str]], ...] = (
+        (True, set()), (False, set()), (False, {"KV"}), (False, tasks), (False, {*tasks, "KV", "Tokens"}),
+    )  # fmt: skip
     shown: dict[str, list[str]] = {}
     for intervals, without in steps:
         shown = {name: texts for name, texts in columns(table, intervals).items() if name not in without}
@@ -119,6 +122,12 @@ def _difference(row: Row) -> str:
 def _signed(value: float) -> str:
     text = f"{value:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _time(row: Row) -> str:
+    if row.dense:
+        return "1×"  # by definition: it is what the others are measured against
+    return "" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}×"
 
 
 def _percent(fraction: float | None) -> str:

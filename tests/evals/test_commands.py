@@ -94,6 +94,12 @@ def test_wrong_input_ends_with_2_before_any_compute(
         assert "whole number" in capsys.readouterr().err
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert call("eval", "--tasks", "pope", "--model", "micro", "--out", tmp_path) == 2
+    assert "torchrun" in capsys.readouterr().err
+
+
 def test_every_fault_of_every_file_is_said(pipeline_file):
     files = [pipeline_file("one", {"use": "fastw", "keep": 0.5}), pipeline_file("two", {**FASTV, "keep": 7})]
     with pytest.raises(SpecError) as caught:

@@ -88,10 +88,13 @@ def test_cells_hold_what_was_saved(plan):
     assert (dense.saved.flops_fraction, dense.saved.kv_fraction) == (1, 1)
     assert 0 < blind.saved.flops_fraction < fastv.saved.flops_fraction < 1
     assert 0 < blind.saved.kv_fraction < fastv.saved.kv_fraction < 1
+    assert dense.timing.prefill_ratio is None
+    for cell in (fastv, blind):
+        assert cell.timing.prefill_ratio == pytest.approx(cell.timing.prefill_ms / cell.timing.dense_prefill_ms, rel=1)
+        assert cell.timing.prefill_batch == 8
     for cell in (dense, fastv, blind):
         assert cell.timing.seconds > 0
-        assert cell.timing.prefill_ratio > 0
-        assert (cell.timing.computed, cell.timing.journaled, cell.timing.prefill_batch) == (8, 0, 8)
+        assert (cell.timing.computed, cell.timing.journaled) == (8, 0)
         assert cell.conditions.batch_size == 8
         assert cell.conditions.versions["lmms-eval"].startswith("0.7")
         assert prunekit.load(cell.pipeline.resolved).sha == cell.pipeline.sha
