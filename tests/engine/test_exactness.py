@@ -71,6 +71,31 @@ def test_each_row_of_a_batch_equals_its_own_run(name, batch, attention):
             assert report.cost.prefill_flops[row] == run.report.cost.prefill_flops[0]
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])
+@pytest.mark.parametrize("name", [*PIPELINES, "seven-cuts"])
+def test_all_positions_of_one_forward(name, use_cache, attention):
+    """Not only the last token: every one that is left equals the reference, and a hole shows its predecessor."""
+    model = model_of(attention)
+    cuts = [{"use": "random", "keep": 0.95}, *({"use": "random", "at": k, "keep": 0.9 - 0.15 * k} for k in range(6))]
+    spec = {"name": name, "stages": cuts} if name == "seven-cuts" else pipeline(name)
+    for inputs in (batch_of("one"), batch_of("ragged"), batch_of("text-row")):
+        with Float64Throughout():
+            with prunekit.apply(model, spec) as run:
+                logits = model(**inputs, use_cache=use_cache).logits
+            report = run.report
+            reference = MaskedReference(model, inputs, report, pool_merges(spec["stages"])(report))
+            states = reference.forward(inputs["input_ids"][:, :0]).last_hidden_state
+            difference = (logits - model.lm_head(states)).abs().amax(-1)
+        alive = inputs["attention_mask"].bool()
+        for row, slots in enumerate(reference.visual):
+            gone = set(range(len(slots))) - set(report.events[-1].kept[row] if report.events else range(len(slots)))
+            alive[row, slots[list(gone)]] = False
+            for slot in slots[sorted(gone)].tolist():
+                assert (logits[row, slot] - logits[row, slot - 1]).abs().max() < EXACT
+        assert difference[alive].max() < EXACT
+
+
 class Renumbered(MaskedReference):
     """Wrong on purpose: positions close up after tokens have left."""
 

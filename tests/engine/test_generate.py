@@ -212,7 +212,8 @@ def test_prompt_lookup_decoding(model):
     assert torch.equal(MaskedReference(model, prompt, run.report).logits(tokens).argmax(-1), tokens)
 
 
-def test_right_padding_in_forward(model):
+@pytest.mark.parametrize("name", ["fastv", "fastv-1", "pool-3", "divprune-fastv-skip", "stride-random-fastv"])
+def test_right_padding_in_forward(model, name):
     left = batch()
     rows = [row_of(left, row)["input_ids"][0] for row in range(3)]
     longest = max(map(len, rows))
@@ -221,7 +222,7 @@ def test_right_padding_in_forward(model):
         "attention_mask": torch.stack([(torch.arange(longest) < len(row)).long() for row in rows]),
         "pixel_values": left["pixel_values"],
     }
-    with prunekit.apply(model, pipeline("divprune-fastv-skip")) as run:
+    with prunekit.apply(model, pipeline(name)) as run:
         logits = model(**right).logits
         events = run.report.events
         other = model(**left).logits
