@@ -162,7 +162,7 @@ class Step:
     prefill: bool
     tokens: int
     additive: bool
-    memo: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)
 
     def run_layer(self, layer: int, original: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
         """Do what the session decided for `layer`: drop tokens before it, skip it, or run it on what is left."""
@@ -196,26 +196,30 @@ class Step:
         if self.prefill:
             cos_sin = kwargs["position_embeddings"]
             local["attention_mask"] = self._once(
-                (id(layout), id(mask)), lambda: masks.prefill_mask(mask, layout, hidden, self.additive)
+                (layout, mask), lambda: masks.prefill_mask(mask, layout, hidden, self.additive)
             )
             local["position_embeddings"] = self._once(
-                (id(layout), id(cos_sin)), lambda: tuple(layout.gather(part) for part in cos_sin)
+                (layout, cos_sin), lambda: tuple(layout.gather(part) for part in cos_sin)
             )
             # Flash kernels read gaps in position_ids as packed sequences; rotation comes from position_embeddings.
             local["position_ids"] = None
         elif store is not None:
             tail = store.tail
             local["attention_mask"] = self._once(
-                (id(layout), id(mask), tail),
+                (layout, mask),
                 lambda: masks.decode_mask(mask, layout, tail, self.tokens, hidden, self.additive),
             )
         return local
 
-    def _once(self, key: tuple[int, ...], make: Any) -> Any:
-        """Layers that share a layout share its masks and rotations."""
+    def _once(self, of: tuple[object, ...], make: Any) -> Any:
+        """Layers that share a layout share its masks and rotations.
+
+        Objects are told apart by identity, and kept beside the result: the address of a lost one is given out anew.
+        """
+        key = tuple(map(id, of))
         if key not in self.memo:
-            self.memo[key] = make()
-        return self.memo[key]
+            self.memo[key] = make(), of
+        return self.memo[key][0]
 
 
 STEP: ContextVar[Step | None] = ContextVar("prunekit_step", default=None)
