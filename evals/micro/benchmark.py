@@ -27,7 +27,7 @@ Item = tuple[Scene, Question]
 
 GQA_SHARES = {"color": 0.25, "object_by_color": 0.2, "object_by_place": 0.2, "where": 0.2, "relation": 0.15}
 MMBENCH_SHARES = {"choice_existence": 0.25, "choice_color": 0.25, "choice_where": 0.25, "choice_object": 0.25}
-SCIENCE_SHARES = {"hint_color": 0.4, "hint_place": 0.4, "hint_theme": 0.2}
+SCIENCE_SHARES = {"hint_color": 0.5, "hint_place": 0.5}  # contexts that name a theme were not learned
 ANSWER_CAPS = {"color": 6, "where": 4, "relation": 4, "object_by_color": 24, "object_by_place": 24}
 MMBENCH_L2 = {"identity": "coarse_perception", "attribute": "finegrained_perception (instance-level)",
               "localization": "finegrained_perception (instance-level)"}  # fmt: skip

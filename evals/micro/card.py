@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import multiprocessing
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -68,10 +71,7 @@ def curve_table(curve: Path) -> str:
     lines = [json.loads(line) for line in curve.read_text().splitlines()]
     read = [line for line in lines if line["stage"] == "read" and "existence" in line]
     names = [*OPEN_SHARES, "choice_existence", "hint_color", "keep11", "blind"]
-    rows = [
-        [str(line["step"]), f"{line['loss']:.3f}", *_percent(line, names)]
-        for line in _thinned(read)
-    ]
+    rows = [[str(line["step"]), f"{line['loss']:.3f}", *_percent(line, names)] for line in _thinned(read)]
     return _table(("step", "loss", *names), rows)
 
 
@@ -93,6 +93,25 @@ def summary(table: dict[str, Row]) -> dict:
     }
 
 
+def _measured(model: Path, task: str, questions: int) -> tuple[dict[str, Row], dict[str, Row]]:
+    import torch
+
+    torch.set_num_threads(1)
+    few = measure(model, questions // 4, keeps=(), tasks=(task,))
+    return measure(model, questions, tasks=(task,), removals=()), few
+
+
+def measured(model: Path, questions: int) -> tuple[dict[str, Row], dict[str, Row]]:
+    """Rows with chosen tokens, and rows with all tokens removed before a layer; one task a process at a time."""
+    tables: tuple[dict[str, Row], dict[str, Row]] = {}, {}
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for parts in pool.map(_measured, repeat(model), TASKS, repeat(questions)):
+            for table, part in zip(tables, parts, strict=True):
+                for name, row in part.items():
+                    table.setdefault(name, {}).update(row)
+    return tables
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=model_path())
@@ -101,16 +120,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.curve:
         (args.model / "curve.jsonl").write_text(args.curve.read_text())
-    table = measure(args.model, args.questions, tasks=TASKS)
-    (args.model / "measured.json").write_text(json.dumps(summary(table)) + "\n")
+    table, removed = measured(args.model, args.questions)
+    (args.model / "measured.json").write_text(json.dumps({**summary(removed), **summary(table)}) + "\n")
     dense, blind = table["dense"], table["blind"]
     parts = [
         HEAD, "## Accuracy", accuracy_table(dense, blind), family_table(dense, blind),
         "## With fewer visual tokens", keep_table(table),
+        f"## All visual tokens removed before a layer (the first {args.questions // 4} questions of a task)",
+        keep_table(removed),
         "## Learning curve", curve_table(args.model / "curve.jsonl"), TAIL,
     ]  # fmt: skip
     (args.model / "README.md").write_text("\n\n".join(parts) + "\n")
-    print(keep_table(table))
+    print(keep_table(table), keep_table(removed), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ CHOICE_SHARES = {
     "choice_existence": 0.2, "choice_color": 0.13, "choice_where": 0.13, "choice_object": 0.16,
     "hint_color": 0.14, "hint_place": 0.12, "hint_theme": 0.12,
 }  # fmt: skip
+# Once single facts are read, what is left to learn is matching them with the letters.
+LATE_CHOICE_SHARES = {
+    "choice_existence": 0.08, "choice_color": 0.16, "choice_where": 0.14, "choice_object": 0.2,
+    "hint_color": 0.18, "hint_place": 0.16, "hint_theme": 0.08,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ class Packer:
         flat = [torch.from_numpy(x.reshape(len(scenes), -1)) for x in (ids, labels)]
         return Packed(*flat, ((count, length),), families)
 
-    def pack(self, scenes: list[Scene], rng: np.random.Generator, opened: int, chosen: int) -> Packed:
-        """``opened`` open and ``chosen`` multiple-choice questions for every scene."""
+    def pack(
+        self, scenes: list[Scene], rng: np.random.Generator, opened: int, chosen: int, late: bool = False
+    ) -> Packed:
+        """``opened`` open and ``chosen`` multiple-choice questions for every scene; ``late`` ones are harder."""
+        choices = LATE_CHOICE_SHARES if late else CHOICE_SHARES
         parts = [
             self._group(scenes, rng, shares, count)
-            for shares, count in ((OPEN_SHARES, opened), (CHOICE_SHARES, chosen))
+            for shares, count in ((OPEN_SHARES, opened), (choices, chosen))
             if count
         ]
         return Packed(
@@ -98,4 +106,4 @@ class Packer:
         )
 
 
-assert set(OPEN_SHARES) == set(OPEN) and set(CHOICE_SHARES) == set(CHOICE)
+assert set(OPEN_SHARES) == set(OPEN) and set(CHOICE_SHARES) == set(LATE_CHOICE_SHARES) == set(CHOICE)

@@ -81,5 +81,3 @@ class Pointing:
     def loss(self) -> Tensor:
         """Mean over the watched layers and groups; zero where no word names anything that was kept."""
         return torch.stack(self.losses).mean() if self.losses else torch.zeros(())
-
-

@@ -97,11 +97,15 @@ class Read:
             seen = core.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
         return core.multi_modal_projector(seen)
 
-    def _mix(self, progress: float) -> tuple[int, int]:
-        """Open and multiple-choice questions a scene: choices wait until single facts can be read."""
-        if progress < 0.12:
-            return 18, 0
-        return (14, 6) if progress < 0.35 else (10, 8)
+    def _mix(self, progress: float) -> tuple[int, int, bool]:
+        """Open and multiple-choice questions a scene, and whether the choices are the late, harder mixture.
+
+        Choices wait until single facts can be read.
+        """
+        for end, mix in ((0.12, (18, 0, False)), (0.35, (14, 6, False)), (0.45, (10, 8, False))):
+            if progress < end:
+                return mix
+        return 6, 12, True
 
     def _keep(self, rng: np.random.Generator, progress: float) -> Tensor:
         """Half of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly.
@@ -165,5 +169,3 @@ class Read:
         groups = zip(parts, packed.groups, strict=True)
         rows = torch.cat([p.view(len(p), count, length).any(-1) for p, (count, length) in groups], 1)
         return (~rows).flatten().tolist()
-
-

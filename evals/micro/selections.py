@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import drop
-from .compose import Scene, patch_owner
+from .compose import GRID, PATCH_SIZE, Scene, patch_owner
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,17 @@ def diversity(view: View, count: int) -> Tensor:
 
 
 def oracle(view: View, count: int) -> Tensor:
-    """Patches that show a thing, dealt out evenly over the things; background only when those run out."""
+    """The patches nearest the middle of each thing, dealt out evenly over the things, then background."""
     rows = []
     for shown in view.scenes:
-        owner, rank = patch_owner(shown), np.zeros(view.features.shape[1])
-        order = view.rng().permutation(len(owner))
-        for thing in range(-1, len(shown.objects)):
-            own = order[owner[order] == thing]
-            rank[own] = np.arange(len(own)) + (1000 if thing < 0 else 0)
+        owner = patch_owner(shown)
+        rank = 1000 + view.rng().permutation(len(owner)).astype(np.float64)
+        for i, thing in enumerate(shown.objects):
+            own = (owner == i).nonzero()[0]
+            left, top, size = thing.box
+            y, x = np.divmod(own, GRID)
+            away = np.hypot((x + 0.5) * PATCH_SIZE - left - size / 2, (y + 0.5) * PATCH_SIZE - top - size / 2)
+            rank[own[away.argsort(kind="stable")]] = np.arange(len(own))
         rows.append(np.sort(rank.argsort(kind="stable")[:count]))
     return torch.from_numpy(np.stack(rows))
 
