@@ -22,6 +22,7 @@ INSTALL = (
 NAMED = re.compile(r"^(task|group|tag)\s*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 MICRO = "micro"
 STAMP = "prunekit-micro.json"
+HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
 PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about a picture
 
 
@@ -114,7 +115,7 @@ def build(named: Named, data: Data, limit: int | None, prompt_profile: str | Non
     config = manager._get_config(named.name)
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
     _check_data(named.name, config, data)
-    with _inside(data.root):
+    with _inside(data):
         task = _load(manager, named.name, "chat" if chat else "simple")
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
@@ -190,12 +191,33 @@ def _load(manager: Any, name: str, kind: str) -> Any:
 
 
 @contextmanager
-def _inside(root: Path | None) -> Iterator[None]:
-    """Be in `root` while a task is built: dataset names such as `org/name` are then folders, not hub ids."""
-    before = Path.cwd()
+def _inside(data: Data) -> Iterator[None]:
+    """Be in the data root while a task is built: dataset names such as `org/name` are then folders, not hub ids.
+
+    The datasets library caches what it read under that name alone, so that another data root, or the same one with
+    other files, would be answered with the rows of the first. Each version of the data gets a cache of its own.
+    """
+    if data.root is None:
+        yield
+        return
+    import datasets
+    from lmms_eval.api import task as harness
+
+    forget = harness._resolve_hf_datasets_cache_dir.cache_clear  # it asks the environment once
+    root = data.root.resolve()
+    usual = Path(datasets.config.HF_DATASETS_CACHE)
+    cache = root / ".cache" / data.identity if data.micro else usual / f"prunekit-{data.identity}"
+    before, variable = Path.cwd(), os.environ.get(HARNESS_CACHE)
+    os.environ[HARNESS_CACHE] = str(cache)
+    datasets.config.HF_DATASETS_CACHE = cache  # GQA's own code loads a second data set, without asking lmms-eval where
+    forget()
+    os.chdir(root)
     try:
-        if root is not None:
-            os.chdir(root)
         yield
     finally:
         os.chdir(before)
+        forget()
+        datasets.config.HF_DATASETS_CACHE = usual
+        os.environ.pop(HARNESS_CACHE)
+        if variable is not None:
+            os.environ[HARNESS_CACHE] = variable

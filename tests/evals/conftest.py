@@ -102,6 +102,17 @@ def _prompt(parts, seed):
     return parts(text=[text], images=[Image.fromarray(pixels.numpy())], return_tensors="pt")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    """Nothing is left in the cache of whoever runs the tests."""
+    import datasets
+
+    usual = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    yield
+    datasets.config.HF_DATASETS_CACHE = usual
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Folder of the tiny model."""

@@ -279,7 +279,8 @@ def test_lmms_eval_finds_the_model_by_itself(checkpoint, data_root, pipeline_fil
         "cpu", "--model_args", f"pretrained={checkpoint},pipeline={path}", "--output_path", str(tmp_path / "o"),
         "--log_samples", "--limit", "6",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=data_root, capture_output=True, text=True, timeout=240)
+    own = {**os.environ, "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=data_root, env=own, capture_output=True, text=True, timeout=240)
     assert "pope_accuracy" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(next((tmp_path / "o").rglob("*_results.json")).read_text())
     assert found["throughput"]["avg_visual_tokens_kept"] == 4

@@ -49,6 +49,27 @@ def test_the_identity_of_data_changes_with_it(tmp_path):
     assert tasks.data_at(tmp_path).identity != first
 
 
+@pytest.mark.parametrize("micro", [True, False])
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_another_data_root_is_not_answered_from_the_cache_of_the_first(tmp_path, monkeypatch, micro):
+    import datasets
+    from prunekit_evals.micro import benchmark
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    found = {}
+    for count in (8, 12):
+        root = tmp_path / f"of{count}"
+        benchmark.write(root, questions_per_task=count)
+        if not micro:
+            (root / tasks.STAMP).unlink()
+        for name in ("pope", "gqa"):
+            found[name, count] = build(name, root)
+    assert all(built.questions == count for (_, count), built in found.items())
+    assert all(built.task.eval_docs[0]["image"].size == (168, 168) for built in found.values())
+    assert tmp_path / "cache" == datasets.config.HF_DATASETS_CACHE
+    assert tasks.HARNESS_CACHE not in os.environ
+
+
 def test_missing_data_is_named(tmp_path):
     with pytest.raises(InputError, match=r"lmms-lab-encoder.POPE', which is not there \(there is: nothing\)"):
         build("pope", tmp_path)
