@@ -1,0 +1,42 @@
+"""What callers do to a cache between steps: rows reordered, selected and repeated take their own layouts along."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import BATCHES, pipeline
+
+import prunekit
+from prunekit.testing.oracle import MaskedReference
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+
+CHANGES = {
+    "reordered": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),
+    "selected": (lambda cache: cache.batch_select_indices(torch.tensor([1, 2])), [1, 2]),
+    "repeated": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["fastv", "divprune-fastv-skip", "random-pool-divprune"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_keep_their_tokens(change, name, attention):
+    """The rows of a ragged batch hold different tokens, so a layout left in its old row would show at once."""
+    from twins import pool_merges
+
+    alter, rows = CHANGES[change]
+    model, inputs = tiny_llava(attention), tiny_inputs(*BATCHES["text-row"])
+    tokens = torch.randint(IMAGE + 1, 100, (3, 3), generator=torch.Generator().manual_seed(0))
+    with Float64Throughout():
+        with prunekit.apply(model, pipeline(name)) as run:
+            cache = model(**inputs).past_key_values
+            alter(cache)
+            mask, logits = inputs["attention_mask"][rows], []
+            for step in range(2):
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+                given = {"input_ids": tokens[rows, step : step + 1], "attention_mask": mask}
+                logits.append(model(**given, past_key_values=cache).logits[:, -1])
+        merges = pool_merges(pipeline(name)["stages"])(run.report)
+        reference = MaskedReference(model, inputs, run.report, merges).logits(tokens)
+    assert (torch.stack(logits, 1) - reference[rows, 1:]).abs().max() < 1e-9
