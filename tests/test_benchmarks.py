@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -26,10 +27,17 @@ def prefill() -> ModuleType:
     return module
 
 
+def test_the_documented_figures_are_the_measured_ones(prefill: ModuleType) -> None:
+    figures = json.loads((SCRIPT.parent / "prefill.json").read_text(encoding="utf-8"))
+    assert figures["about"]["size"] == dataclasses.asdict(prefill.Size())
+    text = (SCRIPT.parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert prefill.table([prefill.Row(**row) for row in figures["rows"]]) in text
+
+
 def test_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "figures.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--rounds", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     figures = json.loads(out.read_text())
     rows = {row["pipeline"]: row for row in figures["rows"]}
