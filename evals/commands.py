@@ -210,12 +210,15 @@ def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
 
 
 def _next(plan: Plan, folder: Path, seconds: float) -> str:
-    return f"""
-Took {seconds:.0f} s. Try next:
-  prunekit compare {plan.out} --markdown                  the same table for a README
-  prunekit show {folder}/fastv-k2-r11.yaml --model micro    a pipeline as it runs, and what it costs
-  prunekit eval {folder}/fastv-k2-r11.yaml --set 'stages[0].at=4' --model micro --tasks pope --limit 200
-  prunekit list strategies                               what pipelines can be made of"""
+    commands = {
+        f"prunekit compare {plan.out} --markdown": "the same table for a README",
+        f"prunekit show {folder}/fastv-k2-r11.yaml --model micro": "a pipeline as it runs, and what it costs",
+        "prunekit list strategies": "what pipelines can be made of",
+        f"prunekit eval {folder}/fastv-k2-r11.yaml --set 'stages[0].at=4' --model micro --tasks pope --limit 200": "",
+    }
+    wide = max(len(command) for command, about in commands.items() if about)
+    listed = (f"  {command:{wide}}  {about}".rstrip() for command, about in commands.items())
+    return "\n".join([f"\nTook {seconds:.0f} s. Try next:", *listed])
 
 
 def _console(stderr: bool = False) -> Console:
