@@ -76,5 +76,11 @@ def test_a_model_of_no_known_family_is_refused() -> None:
         pass
 
 
+def test_a_model_without_its_head_is_refused() -> None:
+    model = llava(CLIP, "default").model
+    with pytest.raises(prunekit.Unsupported, match="LlavaModel cannot generate"), prunekit.apply(model, RANDOM):
+        pass
+
+
 def test_every_family_file_declares_itself() -> None:
     assert [family.name for family in families()] == ["llava"]

@@ -70,6 +70,10 @@ class Session:
         elif bound.token_stages and without:
             self.notes.append(f"no visual tokens in samples {', '.join(without)}: all their tokens ran")
 
+    def __deepcopy__(self, memo: object) -> Session:
+        """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
+        return self
+
     def refuse_other(self, pipeline: Pipeline, parts: Parts) -> None:
         """Raise Unsupported when another pipeline or model goes on with this session's cache."""
         if pipeline.sha != self.bound.pipeline.sha or parts.base is not self.parts.base:

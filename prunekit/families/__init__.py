@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from prunekit.decisions import ModelShape
 from prunekit.errors import Unsupported
@@ -23,6 +23,8 @@ def find(model: PreTrainedModel) -> Parts:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     for family in families():
         if model_type in family.model_types:
+            if not isinstance(model, GenerationMixin):
+                raise Unsupported(f"{type(model).__name__} cannot generate; give the complete model with its head")
             return family.parts(model)
     known = ", ".join(sorted(t for family in families() for t in family.model_types))
     raise Unsupported(

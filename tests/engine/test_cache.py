@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import BATCHES, pipeline
@@ -40,3 +42,21 @@ def test_rows_keep_their_tokens(change, name, attention):
         merges = pool_merges(pipeline(name)["stages"])(run.report)
         reference = MaskedReference(model, inputs, run.report, merges).logits(tokens)
     assert (torch.stack(logits, 1) - reference[rows, 1:]).abs().max() < 1e-9
+
+
+def test_copies_of_a_cache_go_on_independently():
+    """A prefilled cache is copied to answer several continuations of one prompt."""
+    model, inputs = tiny_llava(), tiny_inputs(*BATCHES["ragged"])
+    tokens = torch.randint(IMAGE + 1, 100, (2, 3, 1), generator=torch.Generator().manual_seed(0))
+    mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(3, 1)], 1)
+
+    def after(token, cache):
+        return model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+
+    with Float64Throughout(), prunekit.apply(model, pipeline("divprune-fastv-skip")):
+        first = model(**inputs).past_key_values
+        expected = [after(token, model(**inputs).past_key_values) for token in tokens]
+        copies = [copy.deepcopy(first) for _ in tokens]
+        found = [after(token, one) for token, one in zip(tokens, copies, strict=True)]
+    assert first.get_seq_length() + 1 == copies[0].get_seq_length()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
