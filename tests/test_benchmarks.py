@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,15 +33,16 @@ def test_the_documented_figures_are_the_measured_ones(prefill: ModuleType) -> No
     assert prefill.table([prefill.Row(**row) for row in figures["rows"]]) in text
 
 
-def test_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+def test_prints_a_table_and_writes_figures(
+    prefill: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "deep" / "figures.json"
-    command = [sys.executable, str(SCRIPT), "--tiny", "--rounds", "1", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
+    assert prefill.main(["--tiny", "--rounds", "1", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())
     rows = {row["pipeline"]: row for row in figures["rows"]}
     assert next(iter(rows)) == "dense" and len(rows) == 7
-    assert all(f"| {name} |" in done.stdout for name in rows)
+    printed = capsys.readouterr().out
+    assert all(f"| {name} |" in printed for name in rows)
     assert figures["about"]["rounds"] == 1 and figures["about"]["size"]["layers"] == 8
 
 
