@@ -26,7 +26,8 @@ python -m prunekit_evals.micro.card --curve runs/micro/curve.jsonl
 
 The shipped run was stopped and resumed (`--resume`) at step 1000 of *see* and at steps 1000 and 1750 of *read*,
 where the planned number of steps was reset; `progress` in `curve.jsonl` is what its schedules saw, and
-`seconds` starts anew after each. On a busy machine `--minutes` bounds a stage by time, with the same schedules.
+`seconds` starts anew after each. Its last part was bounded by `--minutes 33`, which ended it some 50 steps
+short of 3400 (the last line of the curve names the planned number).
 
 - **Data.** Scenes are composed from integer seeds: 3 to 6 icons, each in one cell of a 4x4 lattice, over
   procedural clutter; questions and answers follow from the composition. No file of data exists. Training,
@@ -38,7 +39,8 @@ where the planned number of steps was reset; `progress` in `curve.jsonl` is what
   fading from 30 %, two heads of layers 3 and 4 are paid for attending from a word to the patches it names.
 - **Dropped tokens.** In half of the steps of *read* after the first quarter only 8 to 100 % of the visual
   tokens reach the decoder, at their original positions, chosen by patterns that know nothing of the picture:
-  at random, in blocks, or with a stride. Scores with few tokens are therefore not out of distribution.
+  at random, in blocks, or with a stride; a few steps keep none. Scores with 8 % of the tokens or more, and the
+  blind row, are therefore not out of distribution.
 - The tokenizer is byte-level BPE, so no text is unknown to it. The three instructions that end most prompts
   of the standard tasks are a single token each.
 - Arithmetic: bfloat16 with float32 master weights; shipped in float16."""

@@ -55,6 +55,8 @@ def export(run: Path, out: Path) -> None:
     )
     model.save_pretrained(out)
     parts.save_pretrained(out)
+    for file in out.iterdir():
+        file.chmod(0o644)  # safetensors files start private; the folder is shipped as package data
 
 
 def main() -> None:

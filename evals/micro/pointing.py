@@ -1,7 +1,7 @@
 """A scaffold for the first half of stage 2: words are told which patches they are about.
 
-Finding by themselves that the word "dog" should look at the dog takes small decoders thousands of steps on a
-plateau. For a while, two heads in two middle layers are therefore paid for attending, from each noun, color
+Left to find by itself that the word "dog" should look at the dog, the decoder was still on a plateau after 700
+steps (color 36 %, existence 50 %); with this scaffold both were above 90 % after 500. For a while, two heads in two middle layers are therefore paid for attending, from each noun, color
 or place of a question, to the patches of the things it names. The pay fades to nothing well before the end.
 """
 

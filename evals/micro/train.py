@@ -52,7 +52,7 @@ def worker(rank: int, run: Run) -> None:
     if run.resume and saved.exists():
         optimizer.load(saved)
         first = json.loads((run.out / f"{run.stage}.json").read_text())["step"]
-    start, lost = time.monotonic(), 0.0
+    start, lost, done = time.monotonic(), 0.0, first
     for step in range(first, run.steps):
         elapsed = (time.monotonic() - start) / 60 / run.minutes if run.minutes else 0.0
         # Every process must see the same clock, or their learning rates and last steps drift apart.
@@ -63,6 +63,7 @@ def worker(rank: int, run: Run) -> None:
         loss, metrics = stage.loss(range(base, base + stage.scenes), progress)
         loss.backward()
         norm = optimizer.step(schedule(progress, run.rate))
+        done = step + 1
         lost = loss.item() if step == first else 0.98 * lost + 0.02 * loss.item()
         if rank == 0 and step % 50 == 0:
             if step % 250 == 0 and step > first:
@@ -71,8 +72,8 @@ def worker(rank: int, run: Run) -> None:
         if rank == 0 and step % 250 == 249:
             _save(run, optimizer, step + 1)
     if rank == 0:
-        _log(run, run.steps, time.monotonic() - start, loss=lost, **stage.evaluate())
-        _save(run, optimizer, run.steps)
+        _log(run, done, time.monotonic() - start, loss=lost, **stage.evaluate())
+        _save(run, optimizer, done)
 
 
 def _agree(value: float) -> float:
