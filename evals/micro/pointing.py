@@ -1,8 +1,9 @@
 """A scaffold for the first half of stage 2: words are told which patches they are about.
 
-Left to find by itself that the word "dog" should look at the dog, the decoder was still on a plateau after 700
-steps (color 36 %, existence 50 %); with this scaffold both were above 90 % after 500. For a while, two heads in two middle layers are therefore paid for attending, from each noun, color
-or place of a question, to the patches of the things it names. The pay fades to nothing well before the end.
+Left to find by itself that the word "dog" should look at the dog, the decoder was still on a plateau after 500
+steps (color 36 %, existence 50 %); with this scaffold both are above 90 % by then. For a while, two heads in two
+middle layers are therefore paid for attending, from each noun, color or place of a question, to the patches of
+the things it names. The pay fades to nothing well before the end.
 """
 
 import numpy as np
