@@ -69,6 +69,9 @@ shown unless the column says otherwise; the loss is smoothed and includes the sc
   half of them are right, which the context alone allows. The benchmark has none; `hint_theme` in `curve.jsonl`.
 - Most answers are right with all tokens, so there is little room above dense, and the tasks differ less in
   difficulty than the benchmarks whose schemas they use.
+- Icons stand on a 4x4 lattice, one a cell. An even 4x4 grid of kept tokens, which is what the strategies `stride` and
+  `pool` make of 11 %, has one token in the middle of every cell and meets every icon by construction. The `stride`
+  rows above take every n-th token in raster order and do not. Do not rank methods by `stride` or `pool` at 11 % here.
 - Trained once, with one seed.
 
 ## Licence
