@@ -95,7 +95,12 @@ def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
     command.add_argument("--force", action="store_true", help="compute again what is there")
     command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
-    command.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's own choice")
+    # The bundled model's matrices are too small to share: a second thread costs more than it brings.
+    threads = 1 if limit else None
+    command.add_argument(
+        "--threads", type=_positive, default=threads, metavar="N",
+        help=f"CPU threads; default: {threads or 'torch chooses'}",
+    )  # fmt: skip
     command.add_argument("--download", action="store_true", help="models and data that are not here may be fetched")
     command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
     command.set_defaults(run=_run("demo" if limit else "evaluate"))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -220,11 +219,13 @@ def test_a_killed_run_goes_on_where_it_was(plan, checkpoint, data_root, pipeline
     ]  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, *map(str, command)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 400
-    while not (lines := sum(len(file.read_bytes().splitlines()) for file in tmp_path.rglob("*.journal.jsonl"))) >= 6:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        while (lines := sum(len(file.read_bytes().splitlines()) for file in tmp_path.rglob("*.journal.jsonl"))) < 6:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
     outcome, _ = go(plan("pope", str(path), batch_size=2))
     timing = outcome.cells[0].timing
     assert timing.journaled >= lines
