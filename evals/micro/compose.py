@@ -15,6 +15,7 @@ GRID = IMAGE_SIZE // PATCH_SIZE  # 12 patches a side, 144 in all
 LATTICE = 4
 CELL = IMAGE_SIZE // LATTICE  # 42 pixels: three patches
 SIZES = tuple(range(28, 42, 3))  # icon sizes in pixels
+CHECK_SEEDS = 1 << 30  # scenes that only watch the training; the benchmark's and the training's are elsewhere
 
 
 @dataclass(frozen=True)

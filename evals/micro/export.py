@@ -9,8 +9,8 @@ from transformers import CLIPImageProcessor, GenerationConfig, LlavaForCondition
 
 from . import model_path
 from .compose import IMAGE_SIZE, PATCH_SIZE
+from .optim import load_masters
 from .read import new_model
-from .stages import load_masters
 from .tokenizer import IMAGE
 from .tokenizer import train as train_tokenizer
 

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 
 class Masters:
@@ -80,3 +81,13 @@ def schedule(progress: float, peak: float, warmup: float = 0.03, decay: float = 
     if progress < 1 - decay:
         return peak
     return peak * max(0.02, (1 - progress) / decay)
+
+
+def load_masters(model: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
+    """Put the saved float32 masters of a stage into a model; other entries of the file are ignored."""
+    masters = {k.removeprefix("master."): v for k, v in tensors.items() if k.startswith("master.")}
+    known = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in masters.items():
+            if name in known:
+                known[name].copy_(value)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from . import attention, drop
-from .compose import GRID, scene
+from .compose import CHECK_SEEDS, GRID, scene
 from .model import WORDS, config, fresh, word_vectors
+from .optim import load_masters
 from .packing import IGNORE, Packed, Packer
 from .pointing import Pointing, Words, pointing_weight
 from .see import pixels
@@ -77,8 +78,6 @@ class Read:
     scenes = 8
 
     def __init__(self, seed: int, seen: dict[str, Tensor]) -> None:
-        from .stages import load_masters
-
         self.tokenizer = train_tokenizer()
         self.packer = Packer(self.tokenizer)
         self.words = Words(self.tokenizer)
@@ -145,8 +144,6 @@ class Read:
     @torch.no_grad()
     def evaluate(self, scenes: int = 64) -> dict[str, float]:
         """Share of wholly right answers by family with all tokens, and over all with 11 % and none."""
-        from .stages import CHECK_SEEDS
-
         table: dict[str, list[bool]] = {}
         for begin in range(0, scenes, self.scenes):
             rng = np.random.default_rng([begin, 3])

@@ -7,15 +7,14 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
 from . import attention
-from .compose import scene
+from .compose import CHECK_SEEDS, scene
 from .model import config, fresh
+from .read import Read
 from .see import SeeLoss, see_batch
 
 DTYPE = torch.bfloat16
-CHECK_SEEDS = 1 << 30  # scenes that only watch the training; the benchmark's are elsewhere
 
 
 class Stage(Protocol):
@@ -53,16 +52,4 @@ class See:
 def build(stage: str, out: Path, seed: int) -> Stage:
     if stage == "see":
         return See(seed)
-    from .read import Read
-
     return Read(seed, load_file(out / "see.safetensors"))
-
-
-def load_masters(model: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
-    """Put the saved float32 masters of a stage into a model; other entries of the file are ignored."""
-    masters = {k.removeprefix("master."): v for k, v in tensors.items() if k.startswith("master.")}
-    known = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in masters.items():
-            if name in known:
-                known[name].copy_(value)
