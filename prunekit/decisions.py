@@ -19,14 +19,18 @@ class Rows:
     """Which attention rows the input `attention` holds: softmax rows over all keys, cut to the visual columns.
 
     layer: `previous` is the layer that ran just before the site.
-    queries: `last` is the last prompt token of each sample; `text` is every text token after the sample's last
-        visual token, averaged.
+    queries: `last` is the last prompt token of each sample.
     heads: how the A heads become one number: `mean` or `max`.
     """
 
     layer: Literal["previous"] = "previous"
-    queries: Literal["last", "text"] = "last"
+    queries: Literal["last"] = "last"
     heads: Literal["mean", "max"] = "mean"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for rows that this version does not compute, rather than giving others."""
+        if self.layer != "previous" or self.queries != "last" or self.heads not in ("mean", "max"):
+            raise ValueError(f"{self} is not available: layer 'previous', queries 'last', heads 'mean' or 'max'")
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ def _site_faults(placed: Sequence[tuple[Site, Stage]], shape: ModelShape) -> Ite
             yield stage.fault("at", message, "name an earlier layer")
         elif reason := stage.sites.reason_against(site):
             yield stage.fault("at", f"'{stage.use}' cannot act at '{site}': it {reason}")
-        elif stage.reads_attention and site.depth < 1:
+        elif stage.asks_for("attention") and site.depth < 1:
             message = f"'{stage.use}' reads the attention of the layer before, and none has run at '{site}'"
             yield stage.fault("at", message, "name layer 1 or later")
 
@@ -220,6 +220,6 @@ def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:
 
 def _attention_faults(placed: Sequence[tuple[Site, Stage]], plan: LayerPlan) -> Iterator[Fault]:
     for site, stage in placed:
-        if site.layer and stage.reads_attention and plan[site.layer - 1] in WITHOUT_ATTENTION:
+        if site.layer and stage.asks_for("attention") and plan[site.layer - 1] in WITHOUT_ATTENTION:
             message = f"'{stage.use}' reads the attention of layer {site.layer - 1}, which another stage skips"
             yield stage.fault("at", message, "move it, or let that layer run")

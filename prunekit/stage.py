@@ -9,6 +9,7 @@ from typing import Any
 import pluggy
 
 from prunekit import options, plugins
+from prunekit.decisions import Rows
 from prunekit.errors import Fault, PluginError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, TokenHooks
 from prunekit.registry import Entry, Registry
@@ -82,10 +83,9 @@ class Stage:
         """The arguments that any implementation of `hook` on this stage asks for."""
         return frozenset(name for impl in getattr(self.hook, hook).get_hookimpls() for name in impl.argnames)
 
-    @property
-    def reads_attention(self) -> bool:
-        """Any of its token hooks asks for attention rows."""
-        return any("attention" in self.requests(hook) for hook in (*TOKEN_STARTS, "merge_tokens"))
+    def asks_for(self, argument: str) -> bool:
+        """Any of its token hooks names `argument`, such as `attention`."""
+        return any(argument in self.requests(hook) for hook in (*TOKEN_STARTS, "merge_tokens"))
 
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
@@ -143,6 +143,11 @@ def _check_class(cls: type[Any], entry: Entry) -> None:
     starts = (*TOKEN_STARTS, "plan_layers")
     if not any(implements(cls, hook) for hook in starts):
         raise PluginError(f"{who} implements none of {', '.join(starts)}, so it would do nothing")
+    inputs = getattr(cls, "inputs", {})
+    if not isinstance(inputs, Mapping) or any(
+        item[0] != "attention" or not isinstance(item[1], Rows) for item in inputs.items()
+    ):
+        raise PluginError(f"{who}: `inputs` is {inputs!r}; this version takes {{'attention': Rows(...)}} there")
     names = {field.name for field in dataclasses.fields(cls)}
     for name in (*STAGE_KEYS, *TRAITS):
         if name in names:

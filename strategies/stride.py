@@ -13,9 +13,7 @@ from prunekit.ops import grid_cells, middles
 
 @dataclass(frozen=True)
 class Stride:
-    """Keep the middle tokens of the cells of an even grid; what is left of `count` is spread over the rest in raster
-    order.
-    """
+    """Keep the middle tokens of the cells of an even grid, and spread what is left of `count` over the other tokens."""
 
     sites = Sites()
     per_sample = True

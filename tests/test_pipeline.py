@@ -172,6 +172,11 @@ class LostField(Score):
 
 
 @dataclasses.dataclass(frozen=True)
+class OddInput(Score):
+    inputs = {"hidden": Rows()}
+
+
+@dataclasses.dataclass(frozen=True)
 class NoPlan:
     @hookimpl
     def plan_layers(self) -> Any:
@@ -183,7 +188,7 @@ def registry() -> Registry:
     filled = Registry("stub", "stub-dist 1.0")
     for cls in (Score, Select, Attend, Careless, DropAll, Plan, Typed, NoDataclass, Unmarked, Nothing, Misspelt):
         filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
-    for cls in (UnknownHook, TraitField, KeyField, OddField, LostField, NoPlan):
+    for cls in (UnknownHook, TraitField, KeyField, OddField, LostField, OddInput, NoPlan):
         filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
     return filled
 
@@ -338,6 +343,7 @@ class TestBuild:
             ("keyfield", "'keep' cannot be a field (rename it)"),
             ("oddfield", "which a pipeline file cannot hold"),
             ("lostfield", "field types of LostField cannot be read"),
+            ("oddinput", "this version takes {'attention': Rows(...)} there"),
         ],
     )
     def test_a_broken_strategy_is_the_plugins_fault(self, registry: Registry, use: str, said: str) -> None:
@@ -363,7 +369,7 @@ class TestStage:
         assert "scores" in score.requests("select_tokens")  # the default selection
         assert select.requests("select_tokens") == {"valid", "count"}
         assert select.requests("score_tokens") == select.requests("merge_tokens") == frozenset()
-        assert [one.reads_attention for one in (score, select, attend)] == [False, False, True]
+        assert [one.asks_for("attention") for one in (score, select, attend)] == [False, False, True]
 
     def test_a_plugin_wraps_one_of_two_equal_stages_and_sees_every_call(self, registry: Registry) -> None:
         first, second = build(registry, {"use": "select", "keep": 0.5}, {"use": "select", "keep": 0.5}).stages
@@ -544,3 +550,9 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
 
 def test_there_are_pipeline_files() -> None:
     assert len(FILES) >= 10
+
+
+@pytest.mark.parametrize("row", [{"layer": "own"}, {"queries": "text"}, {"heads": "median"}])
+def test_attention_rows_that_are_not_computed_are_refused(row: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is not available: layer 'previous', queries 'last', heads 'mean' or 'max'"):
+        Rows(**row)

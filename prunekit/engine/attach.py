@@ -133,8 +133,7 @@ class Attached:
 
     @property
     def _needs_seed(self) -> bool:
-        hooks = ("score_tokens", "select_tokens", "merge_tokens")
-        return any("seed" in stage.requests(hook) for _, stage in self.bound.token_stages for hook in hooks)
+        return any(stage.asks_for("seed") for _, stage in self.bound.token_stages)
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember the prompt's ids and images while the LVLM's base model runs."""

@@ -11,9 +11,7 @@ from prunekit.ops import top_k_mask
 
 
 class DefaultSelection:
-    """Keep the highest scores; registered in every token stage before its strategy, which therefore has the first
-    word.
-    """
+    """Keep the highest scores; registered in the token stages whose strategy does not select by itself."""
 
     @hookimpl
     def select_tokens(self, scores: Tensor, count: Sequence[int], valid: Tensor) -> Tensor:

@@ -247,4 +247,4 @@ def attend(step: Step, layer: int, original: Any, args: Any, kwargs: Any) -> Any
 
 def reading_layers(bound: BoundPipeline) -> frozenset[int]:
     """Layers before which a stage reads the attention of the layer that has just run."""
-    return frozenset(site.depth for site, stage in bound.token_stages if stage.reads_attention)
+    return frozenset(site.depth for site, stage in bound.token_stages if stage.asks_for("attention"))
