@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
 
 class Float64Throughout(TorchFunctionMode):
     """While this is on, no float64 tensor is rounded to float32: `with Float64Throughout(): ...`.
@@ -17,8 +19,9 @@ class Float64Throughout(TorchFunctionMode):
     A model in float64 still rounds in a few places, because its code casts to float32 for the sake of half precision:
     RMSNorm, the softmax of eager attention, and the logits that `generate` collects. Each of them costs an error of
     about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.float()` and
-    `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding. Nothing on the model is patched, and
-    code under test and reference run under the very same rule.
+    `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding; a float64 matrix times a float32 one
+    (older rotary embeddings multiply frequencies by whole positions) is a float64 product. Nothing on the model is
+    patched, and code under test and reference run under the very same rule.
     """
 
     def __torch_function__(
@@ -38,4 +41,6 @@ class Float64Throughout(TorchFunctionMode):
                     named["dtype"] = torch.float64
             elif func in (functional.softmax, torch.softmax, Tensor.softmax) and named.get("dtype") is torch.float32:
                 named["dtype"] = torch.float64
+            elif func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dtype == torch.float32:
+                args = (args[0], args[1].to(torch.float64))
         return func(*args, **named)
