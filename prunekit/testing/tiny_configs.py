@@ -1,0 +1,121 @@
+"""Shrunken configs of every family: a few layers, 32 wide, a vision tower of three blocks, 120 words.
+
+One function a family, from the number of decoder layers to a config. Numbers are chosen so that what is special in a
+family really happens: windows shorter than a prompt, M-RoPE with three unequal sections, merged patches, newlines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+
+PAD, BOS, NEWLINE, IMAGE, VIDEO, BEGIN, END = range(7)
+FIRST_WORD, VOCABULARY = 10, 120
+HIDDEN, PATCH = 32, 14
+# Shorter than any prompt with a picture.
+WINDOW = 12
+
+Make = Callable[[int], Any]
+
+
+def text(layers: int, **more: Any) -> dict[str, Any]:
+    """Numbers of a small decoder with grouped queries; `more` overrides them."""
+    usual: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False, "bos_token_id": BOS, "eos_token_id": None, "pad_token_id": PAD,
+    }  # fmt: skip
+    return usual | more
+
+
+def vision(kind: str, **more: Any) -> dict[str, Any]:
+    """Numbers of a small tower that sees pictures of 56 x 56 pixels in patches of 14."""
+    usual: dict[str, Any] = {
+        "model_type": kind, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
+        "num_attention_heads": 2, "image_size": 56, "patch_size": PATCH,
+    }  # fmt: skip
+    return usual | more
+
+
+def config(kind: str, text_config: dict[str, Any], vision_config: dict[str, Any], **more: Any) -> Any:
+    """The config of a model type from those of its parts."""
+    base: Any = transformers.AutoConfig.for_model(kind).__class__
+    return base(
+        text_config=text_config, vision_config=vision_config, image_token_id=IMAGE, tie_word_embeddings=False, **more
+    )
+
+
+def llava(layers: int) -> Any:
+    return config(
+        "llava", text(layers, model_type="llama"), vision("clip_vision_model"), image_seq_length=16,
+        vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+
+
+def llava_next(layers: int) -> Any:
+    return config(
+        "llava_next", text(layers, model_type="mistral", sliding_window=None), vision("clip_vision_model"),
+        image_seq_length=16, vision_feature_layer=-2, vision_feature_select_strategy="default",
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )  # fmt: skip
+
+
+def llava_onevision(layers: int) -> Any:
+    return config(
+        "llava_onevision", text(layers, model_type="qwen2"), vision("siglip_vision_model", vision_use_head=False),
+        video_token_id=VIDEO, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112], [168, 168]],
+        vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+
+
+def _mrope(section: tuple[int, int, int] = (2, 1, 1), **more: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section), **more}
+
+
+def _qwen_tower(**more: Any) -> dict[str, Any]:
+    return {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2} | more
+
+
+def _qwen(kind: str, text_config: dict[str, Any], vision_config: dict[str, Any]) -> Any:
+    return config(
+        kind, text_config, vision_config, video_token_id=VIDEO, vision_start_token_id=BEGIN, vision_end_token_id=END
+    )
+
+
+def qwen2_vl(layers: int) -> Any:
+    tower = _qwen_tower(embed_dim=32, hidden_size=HIDDEN, mlp_ratio=2)
+    return _qwen("qwen2_vl", text(layers, rope_parameters=_mrope()), tower)
+
+
+def qwen2_5_vl(layers: int) -> Any:
+    tower = _qwen_tower(
+        hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, window_size=56, fullatt_block_indexes=[1]
+    )
+    return _qwen("qwen2_5_vl", text(layers, rope_parameters=_mrope()), tower)
+
+
+def _qwen3_tower() -> dict[str, Any]:
+    return _qwen_tower(
+        hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 1],
+    )  # fmt: skip
+
+
+def qwen3_vl(layers: int) -> Any:
+    decoder = text(layers, head_dim=8, rope_parameters=_mrope(mrope_interleaved=True))
+    return _qwen("qwen3_vl", decoder, _qwen3_tower())
+
+
+def qwen3_vl_moe(layers: int) -> Any:
+    decoder = text(
+        layers, head_dim=8, rope_parameters=_mrope(mrope_interleaved=True), num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    return _qwen("qwen3_vl_moe", decoder, _qwen3_tower())
+
+
+CONFIGS: dict[str, Make] = {
+    one.__name__: one for one in (llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)
+}
