@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, functional.grid_sample)
 
 
 class Float64Throughout(TorchFunctionMode):
@@ -18,9 +18,10 @@ class Float64Throughout(TorchFunctionMode):
 
     A model in float64 still rounds in a few places, because its code casts to float32 for the sake of half precision:
     RMSNorm, the softmax of eager attention, and the logits that `generate` collects. Each of them costs an error of
-    about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.float()` and
+    about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.type(float32)`, `x.float()` and
     `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding; a float64 matrix times a float32 one
-    (older rotary embeddings multiply frequencies by whole positions) is a float64 product. Nothing on the model is
+    (older rotary embeddings multiply frequencies by whole positions) is a float64 product, and float64 pictures are
+    sampled at float64 coordinates. Nothing on the model is
     patched, and code under test and reference run under the very same rule.
     """
 
@@ -35,12 +36,12 @@ class Float64Throughout(TorchFunctionMode):
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             if func is Tensor.float:
                 return args[0]
-            if func is Tensor.to:
+            if func in (Tensor.to, Tensor.type):
                 args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
                 if named.get("dtype") is torch.float32:
                     named["dtype"] = torch.float64
             elif func in (functional.softmax, torch.softmax, Tensor.softmax) and named.get("dtype") is torch.float32:
                 named["dtype"] = torch.float64
             elif func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dtype == torch.float32:
-                args = (args[0], args[1].to(torch.float64))
+                args = (args[0], args[1].to(torch.float64), *args[2:])
         return func(*args, **named)

@@ -116,6 +116,110 @@ def qwen3_vl_moe(layers: int) -> Any:
     return _qwen("qwen3_vl_moe", decoder, _qwen3_tower())
 
 
+def llava_next_video(layers: int) -> Any:
+    return config(
+        "llava_next_video", text(layers, model_type="llama"), vision("clip_vision_model"), video_token_id=VIDEO,
+        image_seq_length=16, image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )  # fmt: skip
+
+
+def vipllava(layers: int) -> Any:
+    return config(
+        "vipllava", text(layers, model_type="llama"), vision("clip_vision_model"), image_seq_length=16,
+        vision_feature_layer=(-2, -3, 1),
+    )  # fmt: skip
+
+
+def internvl(layers: int) -> Any:
+    tower = vision("internvl_vision", image_size=[84, 84], patch_size=[PATCH, PATCH], use_qk_norm=True)
+    return config("internvl", text(layers, model_type="qwen2"), tower, image_seq_length=9)
+
+
+def gemma3(layers: int) -> Any:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    decoder = text(
+        layers, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW,
+        layer_types=[kinds[n % 3] for n in range(layers)],
+    )  # fmt: skip
+    tower = vision("siglip_vision_model", image_size=84, vision_use_head=False)
+    return config("gemma3", decoder, tower, mm_tokens_per_image=9, boi_token_index=BEGIN, eoi_token_index=END)
+
+
+def paligemma(layers: int) -> Any:
+    tower = vision("siglip_vision_model", vision_use_head=False)
+    return config(
+        "paligemma", text(layers, model_type="gemma", head_dim=8), tower, projection_dim=HIDDEN, hidden_size=HIDDEN
+    )
+
+
+def _shuffled(kind: str, layers: int) -> Any:
+    tower = vision(f"{kind}_vision", image_size=84)
+    return config(kind, text(layers, model_type="llama"), tower, scale_factor=2)
+
+
+def idefics3(layers: int) -> Any:
+    return _shuffled("idefics3", layers)
+
+
+def smolvlm(layers: int) -> Any:
+    return _shuffled("smolvlm", layers)
+
+
+def mistral3(layers: int) -> Any:
+    decoder = text(layers, model_type="mistral", head_dim=8, sliding_window=None)
+    return config("mistral3", decoder, vision("pixtral", image_size=112), spatial_merge_size=2)
+
+
+def _glm_tower() -> dict[str, Any]:
+    return _qwen_tower(hidden_size=32, intermediate_size=48, out_hidden_size=HIDDEN, image_size=56)
+
+
+def _glm(kind: str, decoder: dict[str, Any]) -> Any:
+    return config(
+        kind, decoder, _glm_tower(), video_token_id=VIDEO, image_start_token_id=BEGIN, image_end_token_id=END,
+        video_start_token_id=BEGIN, video_end_token_id=END,
+    )  # fmt: skip
+
+
+def _glm_text(layers: int, **more: Any) -> dict[str, Any]:
+    return text(layers, rope_parameters=_mrope(**more))
+
+
+def glm4v(layers: int) -> Any:
+    return _glm("glm4v", _glm_text(layers))
+
+
+def glm46v(layers: int) -> Any:
+    return _glm("glm46v", _glm_text(layers))
+
+
+def glm4v_moe(layers: int) -> Any:
+    experts = {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+    }  # fmt: skip
+    return _glm("glm4v_moe", _glm_text(layers, partial_rotary_factor=1.0) | experts)
+
+
+def _cohere(layers: int) -> dict[str, Any]:
+    kinds = ["sliding_attention", "full_attention"]
+    return text(layers, model_type="cohere2", sliding_window=WINDOW, layer_types=[kinds[n % 2] for n in range(layers)])
+
+
+def aya_vision(layers: int) -> Any:
+    tower = vision("siglip_vision_model", image_size=84, vision_use_head=False)
+    return config("aya_vision", _cohere(layers), tower, downsample_factor=2)
+
+
+def cohere2_vision(layers: int) -> Any:
+    tower = vision("siglip_vision_model", image_size=84, vision_use_head=False)
+    return config("cohere2_vision", _cohere(layers), tower, downsample_factor=2, alignment_intermediate_size=64)
+
+
 CONFIGS: dict[str, Make] = {
-    one.__name__: one for one in (llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)
-}
+    one.__name__: one
+    for one in (
+        llava, llava_next, llava_next_video, llava_onevision, vipllava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe,
+        internvl, gemma3, paligemma, idefics3, smolvlm, mistral3, glm4v, glm46v, glm4v_moe, aya_vision, cohere2_vision,
+    )
+}  # fmt: skip

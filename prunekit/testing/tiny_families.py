@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
 
 from prunekit.testing import tiny_pictures as draw
-from prunekit.testing.tiny_configs import BEGIN, BOS, CONFIGS, END, FIRST_WORD, PAD, VIDEO
+from prunekit.testing.tiny_configs import BEGIN, BOS, CONFIGS, END, FIRST_WORD, NEWLINE, PAD, PATCH, VIDEO
 
 Row = Sequence[str]
 # Two rows of different length, one picture against two, and none of equal size where sizes are free.
@@ -26,48 +27,76 @@ class Recipe:
     """What a family's prompts are made of.
 
     image, video: draw one picture; video is None where the family takes none. around: ids before and after each run of
-    visual tokens. types: arguments that say which tokens are visual, from their name to the value of each kind.
-    stacked: pictures of a row share one entry of the first dimension. single: names of arguments that hold for the
-    whole row, made from the number of its pictures. runs: into how many runs of equal length the tokens of one picture
-    are split, from its tensors.
+    visual tokens. runs: into how many equal runs the visual tokens of one picture are split, from its kind and tensors.
+    stamped: a word of text stands before each of several runs. types: arguments that say what each token is, and their
+    values for text, image and video. stacked: the pictures of a row share one entry of the first dimension.
+    counted: `batch_num_images` is given. shared_id: videos stand behind the id of images, and no batch may hold both.
     """
 
     image: draw.Draw
     video: draw.Draw | None = None
     around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-    types: Mapping[str, Mapping[str, int]] | None = None
-    stacked: bool = False
-    single: Mapping[str, Callable[[int], Tensor]] | None = None
     runs: Callable[[str, Mapping[str, Tensor]], int] = lambda kind, picture: 1
+    stamped: bool = False
+    types: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    stacked: bool = False
+    counted: bool = False
+    shared_id: bool = False
 
 
-M_ROPE = {"mm_token_type_ids": {"image": 1, "video": 2}}
-FENCED = ((BEGIN,), (END,))
-
-
-def _frames_apart(kind: str, picture: Mapping[str, Tensor]) -> int:
-    """Frames stand apart in the prompt, each behind its time stamp."""
+def _video_frames(kind: str, picture: Mapping[str, Tensor]) -> int:
+    """Frames of a video stand apart."""
     return int(picture["video_grid_thw"][0, 0]) if kind == "video" else 1
 
 
-QWEN2 = Recipe(draw.patches, draw.video_patches, FENCED, M_ROPE)
-QWEN3 = Recipe(draw.patches, draw.video_patches, FENCED, M_ROPE, runs=_frames_apart)
+def _rows(kind: str, picture: Mapping[str, Tensor]) -> int:
+    """Each row of merged patches ends with a token of its own."""
+    return int(picture["image_sizes"][0, 0]) // (2 * PATCH)
+
+
+def _tiles(kind: str, picture: Mapping[str, Tensor]) -> int:
+    """Tiles of a picture stand apart."""
+    return len(picture["pixel_values"])
+
+
+FENCED = ((BEGIN,), (END,))
+M_ROPE = {"mm_token_type_ids": (0, 1, 2)}
+QWEN2 = Recipe(draw.patches, draw.video_patches, FENCED, types=M_ROPE)
+STAMPED = replace(QWEN2, runs=_video_frames, stamped=True)
+GLM = replace(STAMPED, shared_id=True)
+IDEFICS = Recipe(draw.masked_tiles, None, FENCED, _tiles, stamped=True, stacked=True)
 RECIPES: dict[str, Recipe] = {
     "llava": Recipe(draw.square),
     "llava_next": Recipe(draw.anyres),
-    "llava_onevision": Recipe(
-        draw.anyres, draw.frames, single={"batch_num_images": lambda count: torch.tensor([count])}
-    ),
+    "llava_next_video": Recipe(draw.anyres, draw.frames),
+    "llava_onevision": Recipe(draw.anyres, draw.frames, counted=True),
+    "vipllava": Recipe(draw.square),
     "qwen2_vl": QWEN2,
     "qwen2_5_vl": QWEN2,
-    "qwen3_vl": QWEN3,
-    "qwen3_vl_moe": QWEN3,
+    "qwen3_vl": STAMPED,
+    "qwen3_vl_moe": STAMPED,
+    "internvl": Recipe(draw.tiles, None, FENCED),
+    "gemma3": Recipe(draw.square, None, FENCED, types={"token_type_ids": (0, 1, 0)}),
+    "paligemma": Recipe(draw.square, types={"token_type_ids": (0, 0, 0)}),
+    "idefics3": IDEFICS,
+    "smolvlm": IDEFICS,
+    "mistral3": Recipe(draw.any_size, None, ((), (NEWLINE,)), _rows),
+    "glm4v": GLM,
+    "glm46v": GLM,
+    "glm4v_moe": GLM,
+    "aya_vision": Recipe(draw.tiles, None, FENCED, _tiles),
+    "cohere2_vision": Recipe(draw.tiles, None, FENCED, _tiles),
 }
 
 
 class TinyBatch(dict[str, Tensor]):
-    """A prompt batch. `shares` says how many entries of the first dimension of each tensor belong to each row."""
+    """A prompt batch that knows its rows.
 
+    pictures: the number of pictures of each row. shares: for each tensor of pictures, how many entries of its first
+    dimension belong to each row.
+    """
+
+    pictures: tuple[int, ...]
     shares: dict[str, tuple[int, ...]]
 
 
@@ -123,18 +152,17 @@ def tiny_batch(
         _row(model, row, length, torch.Generator().manual_seed(1000 * seed + b))
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
     ]
-    ids = [prompt for prompt, _ in made]
+    ids, sorts = [one.ids for one in made], [one.kinds for one in made]
     longest = max(map(len, ids))
     batch = TinyBatch()
     batch["input_ids"] = torch.stack([_left(prompt, longest, PAD) for prompt in ids])
     batch["attention_mask"] = torch.stack([_left(torch.ones_like(prompt), longest, 0) for prompt in ids])
     recipe = RECIPES[model.config.model_type]
-    for name, values in (recipe.types or {}).items():
-        marks = [sum((value * (row == _id(model, kind)) for kind, value in values.items()), 0 * row) for row in ids]
-        batch[name] = torch.stack([_left(mark, longest, 0) for mark in marks])
-    batch.shares = {}
-    for name in sorted({name for _, pictures in made for name in pictures}):
-        pieces = [pictures.get(name) for _, pictures in made]
+    for name, values in recipe.types.items():
+        batch[name] = torch.stack([_left(torch.tensor(values)[kinds], longest, 0) for kinds in sorts])
+    batch.pictures, batch.shares = tuple(map(len, rows)), {}
+    for name in sorted({name for one in made for name in one.tensors}):
+        pieces = [one.tensors.get(name) for one in made]
         batch.shares[name] = tuple(0 if piece is None else len(piece) for piece in pieces)
         batch[name] = draw.concatenate([piece for piece in pieces if piece is not None])
     return batch
@@ -145,10 +173,11 @@ def row_of(batch: TinyBatch, row: int) -> TinyBatch:
     present = batch["attention_mask"][row].bool()
     single = TinyBatch()
     single.shares = {}
+    single.pictures = (batch.pictures[row],)
     for name, tensor in batch.items():
         if name not in batch.shares:
             single[name] = tensor[row : row + 1, present]
-        elif count := batch.shares[name][row]:
+        elif (count := batch.shares[name][row]) and batch.pictures[row]:
             first = sum(batch.shares[name][:row])
             single[name] = tensor[first : first + count]
             single.shares[name] = (count,)
@@ -164,50 +193,77 @@ def encode(model: Any, kind: str, given: Mapping[str, Tensor]) -> Any:
     return method(**{name: tensor for name, tensor in given.items() if name in known}, return_dict=True)
 
 
-def _row(model: Any, row: Row, words: int, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """Ids of one prompt, and the tensors of its pictures."""
+@dataclass(frozen=True)
+class _Prompt:
+    """One row: ids (S,), kinds (S,) (0 text, 1 image, 2 video), and the tensors of its pictures."""
+
+    ids: Tensor
+    kinds: Tensor
+    tensors: dict[str, Tensor]
+
+
+def _row(model: Any, row: Row, words: int, generator: Generator) -> _Prompt:
+    """One prompt: the words between its pictures."""
     recipe = RECIPES[model.config.model_type]
-    pictures = [(recipe.video if kind == "video" else recipe.image)(model.config, generator) for kind in row]  # type: ignore[misc]
+    makers = {"image": recipe.image, "video": recipe.video or recipe.image}
+    pictures = [makers[kind](model.config, generator) for kind in row]
     tensors = _gather(model, recipe, pictures)
-    counts = {kind: iter(_counts(model, kind, row.count(kind), tensors)) for kind in sorted(set(row))}
+    counts = {kind: iter(_counts(model, kind, pictures, tensors)) for kind in sorted(set(row))}
     vocabulary = model.config.get_text_config().vocab_size
     said = torch.randint(FIRST_WORD, vocabulary, (words,), generator=generator)
-    pieces = [torch.tensor([BOS])]
+    ids, kinds = [BOS], [0]
     for number, part in enumerate(said.tensor_split(len(row) + 1)):
         if number:
             kind, picture = row[number - 1], pictures[number - 1]
             runs = recipe.runs(kind, picture)
-            run = torch.full((next(counts[kind]) // runs,), _id(model, kind))
-            before, after = (torch.tensor(ids, dtype=torch.long) for ids in recipe.around)
-            stamps = torch.randint(FIRST_WORD, vocabulary, (runs,), generator=generator)
+            stamps = torch.randint(FIRST_WORD, vocabulary, (runs,), generator=generator).tolist()
+            run = [_id(model, recipe, kind)] * (next(counts[kind]) // runs)
             for stamp in stamps:
-                pieces += [stamp[None]] * (runs > 1) + [before, run, after]
-        pieces.append(part)
-    return torch.cat(pieces), tensors
+                before = [stamp] * (recipe.stamped and runs > 1) + list(recipe.around[0])
+                ids += [*before, *run, *recipe.around[1]]
+                kinds += [0] * len(before) + [1 + (kind == "video")] * len(run) + [0] * len(recipe.around[1])
+        ids += part.tolist()
+        kinds += [0] * len(part)
+    return _Prompt(torch.tensor(ids), torch.tensor(kinds), tensors)
 
 
 def _gather(model: Any, recipe: Recipe, pictures: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a row's pictures, floats in the model's dtype."""
     found: dict[str, Tensor] = {}
     for name in sorted({name for picture in pictures for name in picture}):
-        pieces = [picture[name] for picture in pictures if name in picture]
-        whole = draw.concatenate(pieces)
+        whole = draw.concatenate([picture[name] for picture in pictures if name in picture])
         whole = whole.unsqueeze(0) if recipe.stacked else whole
         found[name] = whole.to(model.dtype) if whole.is_floating_point() else whole
-    images = sum("pixel_values" in picture for picture in pictures)
-    return found | {name: make(images) for name, make in (recipe.single or {}).items() if images}
+    if recipe.stacked and not pictures:
+        # A row without pictures has an entry too, of nothing.
+        empty = recipe.image(model.config, torch.Generator())
+        found = {
+            name: tensor[None, :0].to(model.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in empty.items()
+        }
+    if recipe.counted and "pixel_values" in found:
+        found["batch_num_images"] = torch.tensor([len(found["pixel_values"])])
+    return found
 
 
 @torch.no_grad()
-def _counts(model: Any, kind: str, pictures: int, tensors: Mapping[str, Tensor]) -> list[int]:
-    """The visual tokens of each picture of one kind."""
-    counts = [len(features) for features in encode(model, kind, tensors).pooler_output]
-    each = len(counts) // pictures
-    return [sum(counts[n * each : (n + 1) * each]) for n in range(pictures)]
+def _counts(
+    model: Any, kind: str, pictures: Sequence[Mapping[str, Tensor]], tensors: Mapping[str, Tensor]
+) -> list[int]:
+    """The visual tokens of each picture of one kind; a picture of several tiles has the same number for each."""
+    every = [len(features) for features in encode(model, kind, tensors).pooler_output]
+    pixels = "pixel_values_videos" if kind == "video" else "pixel_values"
+    parts = [len(picture[pixels]) if picture[pixels].ndim == 4 else 1 for picture in pictures if pixels in picture]
+    if len(every) not in (len(parts), sum(parts)):
+        every = [sum(every) // sum(parts)] * sum(parts)
+    if len(every) == len(parts):
+        return every
+    ends = list(accumulate(parts))
+    return [sum(every[end - part : end]) for part, end in zip(parts, ends, strict=True)]
 
 
-def _id(model: Any, kind: str) -> int:
-    return int(VIDEO if kind == "video" else model.config.image_token_id)
+def _id(model: Any, recipe: Recipe, kind: str) -> int:
+    return VIDEO if kind == "video" and not recipe.shared_id else int(model.config.image_token_id)
 
 
 def _left(row: Tensor, length: int, filler: int) -> Tensor:

@@ -35,6 +35,21 @@ def tiles(config: Any, generator: Generator) -> Picture:
     return {"pixel_values": torch.cat([square(config, generator)["pixel_values"] for _ in range(count)])}
 
 
+def masked_tiles(config: Any, generator: Generator) -> Picture:
+    """As `tiles`, the last with empty columns at its right: also `pixel_attention_mask` (tiles, side, side)."""
+    picture = tiles(config, generator)["pixel_values"]
+    mask = torch.ones(len(picture), *picture.shape[-2:], dtype=torch.int64)
+    mask[-1, :, mask.shape[-1] * 3 // 5 :] = 0
+    return {"pixel_values": picture * mask[:, None], "pixel_attention_mask": mask}
+
+
+def any_size(config: Any, generator: Generator) -> Picture:
+    """A picture of its own size: `pixel_values` (1, 3, height, width), `image_sizes` (1, 2)."""
+    height, width = choose(generator, (56, 56), (56, 112), (112, 56), (84, 112), (112, 84), (28, 112))
+    pixels = torch.randn(1, 3, height, width, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
+
+
 def anyres(config: Any, generator: Generator) -> Picture:
     """A picture of any size as the whole and as tiles: `pixel_values` (1, 1 + tiles, 3, side, side), `image_sizes`."""
     side = config.vision_config.image_size
