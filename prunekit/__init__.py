@@ -14,14 +14,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunekit.decisions import LayerAction, LayerPlan, ModelShape, Rows, Selection
+    from prunekit.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.encoder_inputs import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
     from prunekit.engine.attach import apply
     from prunekit.errors import PrunekitError, PrunekitWarning, SpecError, Unsupported
     from prunekit.hookspecs import hookimpl
+    from prunekit.inputs import Keys, PromptTokens, Rows, Values
     from prunekit.pipeline import Pipeline
     from prunekit.pipeline import build as load
     from prunekit.report import RunReport, StageEvent
-    from prunekit.sites import ENCODER, Keep, Site, Sites
+    from prunekit.sites import ENCODER, PREFILL_END, Keep, Site, Sites
 
 __version__ = "0.1.0"
 
@@ -30,15 +32,22 @@ _WHERE = {
     "load": ("pipeline", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline", "Pipeline"),
-    **{name: ("decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Rows", "Selection")},
-    **{name: ("sites", name) for name in ("ENCODER", "Keep", "Site", "Sites")},
+    **{name: ("decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
+    **{name: ("inputs", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
+    **{
+        name: ("encoder_inputs", name)
+        for name in ("EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features")
+    },
+    **{name: ("sites", name) for name in ("ENCODER", "PREFILL_END", "Keep", "Site", "Sites")},
     **{name: ("report", name) for name in ("RunReport", "StageEvent")},
     **{name: ("errors", name) for name in ("PrunekitError", "PrunekitWarning", "SpecError", "Unsupported")},
 }
 
 __all__ = [
-    "ENCODER", "Keep", "LayerAction", "LayerPlan", "ModelShape", "Pipeline", "PrunekitError", "PrunekitWarning", "Rows",
-    "RunReport", "Selection", "Site", "Sites", "SpecError", "StageEvent", "Unsupported", "apply", "hookimpl", "load",
+    "ENCODER", "PREFILL_END", "EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features", "Keep",
+    "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline", "PromptTokens", "PrunekitError", "PrunekitWarning",
+    "Route", "Rows", "RunReport", "Selection", "Site", "Sites", "SpecError", "StageEvent", "Unsupported", "Values",
+    "apply", "hookimpl", "load",
 ]  # fmt: skip
 
 

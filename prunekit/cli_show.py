@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunekit.decisions import ModelShape
     from prunekit.errors import Fault
-    from prunekit.pipeline import BoundPipeline, Pipeline, Stage
+    from prunekit.pipeline import BoundPipeline, Cut, Pipeline, Stage
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -149,7 +149,7 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
         "family": shape.family,
         "layers": shape.layers,
         "visual_tokens": shape.visual_tokens,
-        "sites": [{"stage": stage.label, "site": str(site)} for site, stage in bound.token_stages],
+        "sites": [_cut_data(cut) for cut in bound.cuts],
         "actions": {str(layer): action.value for layer, action in bound.plan},
     }
     tokens = expected_tokens(bound, text_tokens)
@@ -165,6 +165,10 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
     return data
 
 
+def _cut_data(cut: Cut) -> dict[str, Any]:
+    return {"stage": cut.stage.label, "site": str(cut.site), "keep": None if cut.keep is None else str(cut.keep)}
+
+
 def expected_tokens(bound: BoundPipeline, text_tokens: int) -> tuple[int, ...] | None:
     """Tokens that enter each layer for one image and so many text tokens; None where that depends on the picture.
 
@@ -174,14 +178,14 @@ def expected_tokens(bound: BoundPipeline, text_tokens: int) -> tuple[int, ...] |
     if original is None:
         return None
     tokens, left = [], original
-    stages = list(bound.token_stages)
+    cuts = list(bound.cuts)
     for layer in range(bound.shape.layers):
-        while stages and stages[0][0].depth <= layer:
-            stage = stages.pop(0)[1]
-            if stage.drops_all:
+        while cuts and cuts[0].first_layer <= layer:
+            cut = cuts.pop(0)
+            if cut.drops_all:
                 left = 0
-            elif stage.keep:
-                left = stage.keep.count(original, left)
+            elif cut.keep:
+                left = cut.keep.count(original, left)
         tokens.append(left + text_tokens)
     return tuple(tokens)
 

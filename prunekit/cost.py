@@ -2,8 +2,9 @@
 
 One multiply-add is two FLOPs. A decoder layer that n tokens enter costs `2 * params * n` for its matrix products and
 `4 * n^2 * heads * head_dim` for the two products of attention, counted as the full square; the sum equals what
-`torch.utils.flop_counter.FlopCounterMode` counts on the language model without its head. The selection itself is not in
-these figures; it is in every measured time.
+`torch.utils.flop_counter.FlopCounterMode` counts on the language model without its head. Where m of n tokens query
+(the others are frozen), attention costs `4 * m * n * heads * head_dim`, and the output projection and the MLP are
+counted for m. The selection itself is not in these figures; it is in every measured time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from dataclasses import dataclass
 
 from prunekit.decisions import LayerAction, LayerPlan, ModelShape
 
-WRITES_KV = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
+
+@dataclass(frozen=True)
+class Work:
+    """What one decoder layer did for one sample at prefill.
+
+    tokens: that entered. visual: of these, visual ones. mlp: that reached the MLP.
+    """
+
+    action: LayerAction
+    tokens: int
+    visual: int
+    mlp: int
 
 
 @dataclass(frozen=True)
@@ -36,13 +48,25 @@ class Cost:
         return sum(self.kv_bytes) / sum(self.dense_kv_bytes)
 
 
-def layer_flops(shape: ModelShape, tokens: int, action: LayerAction = LayerAction.RUN) -> int:
-    """FLOPs of one decoder layer that `tokens` tokens enter at prefill."""
-    attention = 2 * shape.attention_params * tokens + 4 * tokens * tokens * shape.heads * shape.head_dim
-    mlp = 2 * shape.mlp_params * tokens
-    has_attention = action in WRITES_KV
-    has_mlp = action in (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
-    return attention * has_attention + mlp * has_mlp
+def layer_flops(
+    shape: ModelShape,
+    tokens: int,
+    action: LayerAction = LayerAction.RUN,
+    *,
+    visual: int = 0,
+    mlp: int | None = None,
+) -> int:
+    """FLOPs of one decoder layer that `tokens` tokens enter at prefill.
+
+    visual: the visual ones among them, which matter where they are frozen. mlp: those that reach the MLP; None: all.
+    """
+    moving = tokens - visual if action is LayerAction.FREEZE else tokens
+    projections = shape.attention_params - shape.output_params
+    fed = moving if mlp is None or action is LayerAction.FREEZE else mlp
+    keys = 2 * projections * tokens * action.writes_kv
+    attention = (2 * shape.output_params * moving + 4 * moving * tokens * shape.heads * shape.head_dim) * action.attends
+    has_mlp = action in (LayerAction.RUN, LayerAction.FREEZE, LayerAction.SKIP_ATTENTION)
+    return keys + attention + 2 * shape.mlp_params * fed * has_mlp
 
 
 def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan | None = None) -> int:
@@ -51,26 +75,32 @@ def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPla
     return sum(layer_flops(shape, tokens, plan[layer]) for layer, tokens in enumerate(layer_tokens))
 
 
+def work_flops(shape: ModelShape, work: Sequence[Work]) -> int:
+    """FLOPs of the language model's prefill of one sample, layer by layer."""
+    return sum(layer_flops(shape, one.tokens, one.action, visual=one.visual, mlp=one.mlp) for one in work)
+
+
 def kv_tokens(layer_tokens: Sequence[int], plan: LayerPlan) -> tuple[int, ...]:
-    """KV entries that each layer writes at prefill of one sample."""
-    return tuple(tokens if plan[layer] in WRITES_KV else 0 for layer, tokens in enumerate(layer_tokens))
+    """KV entries that each layer holds for one sample after the prefill, when nothing is cropped."""
+    held = (plan[layer].writes_kv and plan.decoding(layer).writes_kv for layer in range(len(layer_tokens)))
+    return tuple(tokens if there else 0 for tokens, there in zip(layer_tokens, held, strict=True))
 
 
 def cost_of(
     shape: ModelShape,
-    layer_tokens: Sequence[Sequence[int]],
+    work: Sequence[Sequence[Work]],
+    kv_tokens: Sequence[Sequence[int]],
     prompt_tokens: Sequence[int],
-    plan: LayerPlan,
     itemsize: int,
 ) -> Cost:
-    """The cost of a batch: per sample, the tokens that entered each layer, against its `prompt_tokens` in all layers.
+    """The cost of a batch: per sample, what each layer did and holds, against its `prompt_tokens` in all layers.
 
     itemsize: bytes of one number in the KV cache.
     """
     width = shape.kv_width * itemsize
     return Cost(
-        prefill_flops=tuple(prefill_flops(shape, row, plan) for row in layer_tokens),
+        prefill_flops=tuple(work_flops(shape, row) for row in work),
         dense_prefill_flops=tuple(prefill_flops(shape, [n] * shape.layers) for n in prompt_tokens),
-        kv_bytes=tuple(width * sum(kv_tokens(row, plan)) for row in layer_tokens),
+        kv_bytes=tuple(width * sum(row) for row in kv_tokens),
         dense_kv_bytes=tuple(width * shape.layers * n for n in prompt_tokens),
     )

@@ -1,65 +1,77 @@
-"""What strategies ask for and what they decide: plain frozen data, no live modules.
+"""What strategies decide: plain frozen data, no live modules. What they ask for is in `inputs`.
 
 Shape letters: B batch, S sequence, V visual tokens, H hidden, A heads, N layers, O output slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which attention rows the input `attention` holds: softmax rows over all keys, cut to the visual columns.
-
-    layer: `previous` is the layer that ran just before the site.
-    queries: `last` is the last prompt token of each sample.
-    heads: how the A heads become one number: `mean` or `max`.
-    """
-
-    layer: Literal["previous"] = "previous"
-    queries: Literal["last"] = "last"
-    heads: Literal["mean", "max"] = "mean"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for rows that this version does not compute, rather than giving others."""
-        if self.layer != "previous" or self.queries != "last" or self.heads not in ("mean", "max"):
-            raise ValueError(f"{self} is not available: layer 'previous', queries 'last', heads 'mean' or 'max'")
-
-
-@dataclass(frozen=True)
 class Selection:
-    """Which visual tokens leave a stage, for the whole batch.
+    """Which visual tokens leave a stage, for the whole batch: a weighted assignment of inputs to output slots.
 
     keep: bool (B, V), the anchors: a kept token keeps its slot and its position.
-    weights: None when every slot simply is its anchor. Else float (B, V, V): row `i` of a kept token says how the
-        V tokens that entered are summed into its slot; rows of dropped tokens are ignored.
+    weights: None when every slot simply is its anchor. Else float (B, V, V + E): row `i` of a kept token says how the
+        V tokens that entered, and after them the E declared extras, are summed into its slot; rows of dropped tokens
+        are ignored. Appending an extra is a row that takes the extra alone, in the slot of a token that would else go.
+    sizes: None leaves them as they are, 1 at first. Else float (B, V), above 0: how many tokens each kept slot stands
+        for. From here on attention adds log(size) to the logits of that key, in prefill and decoding (ToMe,
+        https://arxiv.org/abs/2210.09461, proportional attention).
+    crop: also remove the dropped tokens from the KV that earlier layers have already written. What was computed with
+        them stays as it is; only decoding no longer sees them.
     """
 
     keep: Tensor
     weights: Tensor | None = None
+    sizes: Tensor | None = None
+    crop: bool = False
 
 
 class LayerAction(Enum):
-    """What becomes of one decoder layer, in prefill and in decoding alike."""
+    """What becomes of one decoder layer in one phase."""
 
     RUN = "run"
     SKIP = "skip"  # the identity; the layer writes no KV
     SKIP_ATTENTION = "skip_attention"  # MLP only; the layer writes no KV
     SKIP_MLP = "skip_mlp"  # attention only
+    FILL_KV = "fill_kv"  # the identity, but keys and values of its input are written
+    FREEZE = "freeze"  # visual tokens pass unchanged and are only attended to; the others run
+
+    @property
+    def writes_kv(self) -> bool:
+        """Its tokens' keys and values are in the KV cache afterwards."""
+        return self not in (LayerAction.SKIP, LayerAction.SKIP_ATTENTION)
+
+    @property
+    def attends(self) -> bool:
+        """Some of its tokens query the others."""
+        return self in (LayerAction.RUN, LayerAction.SKIP_MLP, LayerAction.FREEZE)
+
+    @property
+    def in_decoding(self) -> LayerAction:
+        """What decoding does when a plan names no action of its own for it: only a prompt has tokens to freeze, and
+        KV is filled in order to be read.
+        """
+        return LayerAction.RUN if self in (LayerAction.FREEZE, LayerAction.FILL_KV) else self
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """An action for each decoder layer that does not simply run; layers that are not named run."""
+    """An action for each decoder layer that does not simply run; layers that are not named run.
+
+    actions: in prefill. decode: in decoding; None: as in prefill, but frozen and filled layers run.
+    """
 
     actions: Mapping[int, LayerAction] = field(default_factory=dict)
+    decode: Mapping[int, LayerAction] | None = None
 
     def __getitem__(self, layer: int) -> LayerAction:
         return self.actions.get(layer, LayerAction.RUN)
@@ -67,12 +79,42 @@ class LayerPlan:
     def __iter__(self) -> Iterator[tuple[int, LayerAction]]:
         return iter(sorted(self.actions.items()))
 
+    def decoding(self, layer: int) -> LayerAction:
+        """What decoding does with `layer`."""
+        return self[layer].in_decoding if self.decode is None else self.decode.get(layer, LayerAction.RUN)
+
+    @property
+    def layers(self) -> frozenset[int]:
+        """Layers that do not simply run in both phases."""
+        return frozenset(self.actions) | frozenset(self.decode or ())
+
     def merge(self, other: LayerPlan) -> LayerPlan:
         """Both plans together. Raises ValueError when they disagree about a layer."""
-        for layer, action in other:
-            if layer in self.actions and self.actions[layer] is not action:
-                raise ValueError(f"layer {layer}: one stage says {self.actions[layer].value}, another {action.value}")
-        return LayerPlan({**self.actions, **other.actions})
+        for layer in self.layers & other.layers:
+            for mine, theirs in ((self[layer], other[layer]), (self.decoding(layer), other.decoding(layer))):
+                if mine is not theirs:
+                    raise ValueError(f"layer {layer}: one stage says {mine.value}, another {theirs.value}")
+        actions = {**self.actions, **other.actions}
+        if self.decode is None and other.decode is None:
+            return LayerPlan(actions)
+        layers = self.layers | other.layers
+        owner = {layer: self if layer in self.layers else other for layer in layers}
+        return LayerPlan(actions, {layer: plan.decoding(layer) for layer, plan in owner.items()})
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a router decided for each sample of a batch. Scores become a plan by the stage's budget.
+
+    tokens: float (B, S) over the prompt's positions, higher is more important; entries that are no visual tokens are
+        ignored. The stage's `keep` or `keep_tokens` cuts by them at its site. None: nothing is said about tokens.
+    layers: float (B, N), higher is more important; the stage's `keep_layers` keeps the best. None: nothing is said.
+    plans: one plan for each sample, in place of `layers`, when the router decides about layers all by itself.
+    """
+
+    tokens: Tensor | None = None
+    layers: Tensor | None = None
+    plans: Sequence[LayerPlan] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +122,9 @@ class ModelShape:
     """The numbers of a model that pipelines are checked and costed against.
 
     visual_tokens: per image, or None where it depends on the picture.
-    attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP.
+    attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP, those that one
+        token uses (of a mixture of experts, the router and the chosen experts). output_params: the part of
+        attention_params in the output projection.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -93,3 +137,4 @@ class ModelShape:
     mlp_params: int
     kv_width: int
     visual_tokens: int | None
+    output_params: int = 0

@@ -1,12 +1,13 @@
 """Every hook of prunekit: the normative text.
 
-Shape letters: B batch, S sequence, V visual tokens (padded to the batch's longest row), H hidden, A heads, N layers.
+Shape letters: B batch, S sequence, V visual tokens (padded to the batch's longest row), E extras, H hidden, N layers.
 
-Strategies implement Token and Layer hooks; a plugin module implements Host and Observer hooks. Arguments are opt-in:
-an implementation names the ones it needs, and what nobody names is never computed. Token hooks run once per prompt
-batch, at prefill. A strategy that sets `per_sample = True` is called once for each sample with unpadded tensors
-without the B axis (and `count`, `seed` as int); otherwise once with the batch. A result must not depend on the
-other rows.
+Strategies implement Token, Layer or Router hooks; a plugin module implements Host and Observer hooks. Arguments are
+opt-in: an implementation names the ones it needs, and what nobody names is never computed. Token hooks run once per
+prompt batch and site, router hooks once per prompt batch, at prefill. A strategy with `trainable = True` runs with
+gradients, on states that are not detached. A strategy that sets `per_sample = True` is called once for each sample with
+unpadded tensors without the B axis (and `count`, `seed` as int); otherwise once with the batch. A result must not
+depend on the other rows.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import pluggy
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-    from prunekit.decisions import LayerPlan, ModelShape, Selection
+    from prunekit.decisions import LayerPlan, ModelShape, Route, Selection
     from prunekit.registry import Registry
     from prunekit.report import RunReport, StageEvent
 
@@ -30,24 +31,46 @@ hookimpl = pluggy.HookimplMarker("prunekit")
 
 
 class TokenHooks:
-    """Called on the one strategy of a stage (and on what a plugin wrapped around it), in this order.
+    """Called on the one strategy of a stage (and on what a plugin wrapped around it) at each of its sites, in this order.
 
-    Arguments that these hooks share:
-        attention: float (B, V), the attention that each visual token receives, as declared by the strategy in
-            `inputs = {"attention": Rows(...)}`; padded columns hold 0.
-        hidden: float (B, V, H), visual tokens as they enter the site; at `encoder` the projected image features.
-        coords: int64 (B, V, 5): number of the image in the prompt, row, column, and how many rows and columns that
-            image has; padding holds -1.
+    Arguments that these hooks share, T text tokens, W width of the vision tower; padding of floats holds 0:
+        hidden: float (B, V, H), visual tokens as they enter the site; at `encoder` the projected image features, inside
+            the tower float (B, V, W).
+        previous_hidden: float (B, V, H), the same tokens as they entered the newest decoder layer that has begun.
+        attention, keys, values, text_keys: what the strategy declares in `inputs = {"attention": Rows(...)}`, with
+            `Keys` or `Values` for the others; a tuple of tensors for a tuple of declarations. See `prunekit.inputs`.
+        text: float (B, T, H), embeddings of the text tokens, padded. text_hidden: float (B, T, H), their states at the
+            site. text_valid: bool (B, T). text_after: bool (B, T), those behind the last visual token of their row.
+        encoder_attention, encoder_keys, encoder_values, encoder_queries, features: what the strategy declares of the
+            vision tower, with `EncoderRows`, `EncoderKeys`, `EncoderValues`, `EncoderQueries`, `Features`. See
+            `prunekit.encoder_inputs`.
+        extras: float (B, E, H), what the strategy declares in `extras = ("cls",)`, projected; at `encoder` only.
+        coords: int64 (B, V, 5), number of the picture in the prompt, row, column, and how many rows and columns the
+            crop or frame has; -1 on padding, row and column also on tokens that only separate.
+        frames: int64 (B, V), number of the crop or video frame within its picture; -1 on padding.
+        sizes: float (B, V), how many original tokens each token stands for, as earlier stages said in
+            `Selection.sizes`; 1 where none did, and on padding.
         valid: bool (B, V), False on padding.
         count: how many tokens to leave of each sample, a tuple of B ints; None for a strategy that takes no `keep`.
+        cut: number of the site in a list of sites, from 0.
         seed: a tuple of B ints, one per sample, drawn from its token ids and pixels: equal in every batch and run.
-        state: a dict that lives for one prompt batch and belongs to this stage.
+        state: a dict that lives for one prompt batch and belongs to this stage, at all of its sites.
+        norm: the model's final norm, a function of states (..., H).
+        forward: runs layers or modules on the current tokens and throws away what they write: `forward([3, 4])` gives
+            `hidden`, `text`, `last` and `attention`. Not with `per_sample`.
+
+    Inside the vision tower every picture is a sample of its own, and there is no prompt: `attention` to `text_after`,
+    `extras`, `norm` and `forward` are not there.
     """
 
     @hookspec(firstresult=True)
     def score_tokens(
-        self, attention: Tensor, hidden: Tensor, coords: Tensor, valid: Tensor, count: Sequence[int] | None,
-        seed: Sequence[int], state: dict[str, Any],
+        self, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
+        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
+        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
+        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
+        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
+        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
     ) -> Tensor:  # fmt: skip
         """Score the visual tokens: float (B, V), higher is more important. Not called when `select_tokens` is given.
 
@@ -57,8 +80,12 @@ class TokenHooks:
 
     @hookspec(firstresult=True)
     def select_tokens(
-        self, scores: Tensor, attention: Tensor, hidden: Tensor, coords: Tensor, valid: Tensor,
-        count: Sequence[int] | None, seed: Sequence[int], state: dict[str, Any],
+        self, scores: Tensor, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
+        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
+        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
+        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
+        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
+        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
     ) -> Tensor | Selection:  # fmt: skip
         """Choose the tokens to keep: a bool mask (B, V), or a `Selection`.
 
@@ -69,10 +96,14 @@ class TokenHooks:
 
     @hookspec(firstresult=True)
     def merge_tokens(
-        self, keep: Tensor, attention: Tensor, hidden: Tensor, coords: Tensor, valid: Tensor, seed: Sequence[int],
-        state: dict[str, Any],
+        self, keep: Tensor, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
+        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
+        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
+        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
+        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
+        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
     ) -> Tensor | None:  # fmt: skip
-        """Say where dropped tokens go: weights, float (B, V, V), as in `Selection.weights`; None: nowhere.
+        """Say where dropped tokens go: weights, float (B, V, V + E), as in `Selection.weights`; None: nowhere.
 
         `keep` is the bool (B, V) that was selected. Stops at the first result that is not None.
         """
@@ -87,6 +118,23 @@ class LayerHooks:
         """Decide the fate of every decoder layer of a model with these numbers.
 
         Raises ValueError when the strategy's options do not fit the model.
+        """
+        raise NotImplementedError
+
+
+class RouterHooks:
+    """Called on the one strategy of a router stage, after the stages at the encoder and before decoder layer 0."""
+
+    @hookspec(firstresult=True)
+    def route(
+        self, embeds: Tensor, visual: Tensor, text: Tensor, valid: Tensor, shape: ModelShape, state: dict[str, Any],
+        seed: Sequence[int],
+    ) -> Route:  # fmt: skip
+        """Decide for each sample which visual tokens leave at the stage's site, and which decoder layers run.
+
+        embeds: float (B, S, H), the embeddings that enter the decoder. visual, text, valid: bool (B, S), the visual
+        tokens that are left, the other real tokens, and both (False on padding). shape: the numbers of the model.
+        Scores become decisions by the stage's `keep` or `keep_tokens` and `keep_layers`; see `Route`.
         """
         raise NotImplementedError
 

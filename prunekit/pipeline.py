@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from prunekit import plugins, spec
-from prunekit.decisions import LayerAction, LayerPlan, ModelShape
-from prunekit.errors import Fault, PluginError, PrunekitError, SpecError
+from prunekit import placement, plans, plugins, spec
+from prunekit.decisions import LayerPlan, ModelShape
+from prunekit.errors import Fault, SpecError
 from prunekit.registry import Registry
-from prunekit.sites import Site
-from prunekit.stage import Stage, make, named_problem
+from prunekit.sites import Keep, Site
+from prunekit.stage import Cut, Stage, make
 
-__all__ = ["BoundPipeline", "Pipeline", "Stage", "build"]
-
-WITHOUT_ATTENTION = frozenset({LayerAction.SKIP, LayerAction.SKIP_ATTENTION})
+__all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +27,7 @@ class Pipeline:
 
     source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
     sha: 16 hex digits of `resolved`, prunekit's version and the versions of the distributions of its strategies.
+    positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     """
 
     name: str
@@ -37,23 +35,21 @@ class Pipeline:
     source: str
     resolved: str
     sha: str
+    positions: Literal["keep", "renumber"] = "keep"
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
         """The pipeline on a model with these numbers. Raises SpecError with everything that does not fit."""
         faults: list[Fault] = []
-        placed = tuple(
-            (stage.site if stage.site is not None else stage.sites.resolve(shape.layers), stage)
-            for stage in self.stages
-            if stage.is_token
-        )
-        faults += _site_faults(placed, shape)
-        faults += _order_faults(placed)
-        faults += _budget_faults(placed, shape.visual_tokens)
-        plan = _plan(self.stages, shape, faults)
-        faults += _attention_faults(placed, plan)
+        cuts = placement.cuts_of(self.stages, shape.layers)
+        faults += placement.site_faults(cuts, shape)
+        faults += placement.sequence_faults(self.stages, cuts, shape.visual_tokens)
+        plan = plans.static_plan(self.stages, shape, faults)
+        protected = placement.protected_layers(cuts, shape.layers)
+        faults += placement.plan_faults(cuts, plan, shape.layers)
+        faults += plans.routing_faults(self.stages, plan, protected, shape)
         if faults:
             raise SpecError(_sorted(faults))
-        return BoundPipeline(self, shape, placed, plan)
+        return BoundPipeline(self, shape, cuts, plan, protected)
 
     def __str__(self) -> str:
         return f"# {self.sha}\n{self.resolved}"
@@ -61,12 +57,33 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class BoundPipeline:
-    """A pipeline on a model: its token stages in site order, and what becomes of each decoder layer."""
+    """A pipeline on a model.
+
+    cuts: where visual tokens leave, in the order in which the data passes them.
+    plan: what becomes of each decoder layer, for every sample alike.
+    protected: layers that a router has to let run, because a cut reads their attention or stands inside them.
+    """
 
     pipeline: Pipeline
     shape: ModelShape
-    token_stages: tuple[tuple[Site, Stage], ...]
+    cuts: tuple[Cut, ...]
     plan: LayerPlan
+    protected: frozenset[int] = frozenset()
+
+    @property
+    def routers(self) -> tuple[Stage, ...]:
+        """Stages that decide for each sample before the decoder, in the order of the file."""
+        return tuple(stage for stage in self.pipeline.stages if stage.is_router)
+
+    @property
+    def layer_budget(self) -> int | None:
+        """How many decoder layers run for each sample; None when no router has a budget of layers."""
+        return plans.layer_budget(self.pipeline.stages, self.shape.layers)
+
+    @property
+    def token_stages(self) -> tuple[tuple[Site, Stage], ...]:
+        """Site and stage of each cut."""
+        return tuple((cut.site, cut.stage) for cut in self.cuts)
 
 
 def build(
@@ -83,12 +100,33 @@ def build(
     made = [make(index, one, registry, faults) for index, one in enumerate(read.stages) if one.use]
     stages = tuple(stage for stage in made if stage is not None)
     # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
-    placed = [(site, stage) for stage in stages if stage.is_token and (site := stage.known_site) is not None]
-    faults += [*_order_faults(placed), *_budget_faults(placed, None)]
+    faults += placement.sequence_faults(stages, placement.cuts_of(stages, None), None)
+    faults += plans.rival_faults(stages)
     if faults:
         raise SpecError(_sorted(faults))
-    resolved = _resolved(read.name, stages)
-    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages))
+    resolved = _resolved(read, stages)
+    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions)
+
+
+def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
+    """One pipeline with the stages of both, in the order in which the data of a decoder of `layers` layers passes them.
+
+    Raises SpecError when they do not agree about positions.
+    """
+    if outer.positions != inner.positions:
+        message = f"'{outer.name}' says {outer.positions}, '{inner.name}' inside it {inner.positions}"
+        raise SpecError([Fault(None, "positions", message, "let both say the same")])
+    both = [*outer.stages, *inner.stages]
+    first = {cut.stage.index: cut.site for cut in reversed(placement.cuts_of(_numbered(both), layers))}
+    order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
+    stages = _numbered(order)
+    data = {"name": f"{outer.name}+{inner.name}", "positions": inner.positions}
+    resolved = yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+    return Pipeline(data["name"], stages, inner.source, resolved, _sha(resolved, stages), inner.positions)
+
+
+def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(dataclasses.replace(stage, index=index) for index, stage in enumerate(stages))
 
 
 def _sorted(faults: Sequence[Fault]) -> list[Fault]:
@@ -96,24 +134,42 @@ def _sorted(faults: Sequence[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda one: (one.where.file, one.where.line, one.where.col) if one.where else ("", 0, 0))
 
 
-def _resolved(name: str, stages: Sequence[Stage]) -> str:
-    return yaml.safe_dump({"name": name, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+def _resolved(read: spec.PipelineSpec, stages: Sequence[Stage]) -> str:
+    data: dict[str, Any] = {"name": read.name}
+    if read.positions != "keep":
+        data["positions"] = read.positions
+    return yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
 
 
 def _stage_data(stage: Stage) -> dict[str, Any]:
     data: dict[str, Any] = {"use": stage.use}
-    if stage.is_token and (site := stage.known_site) is not None:
-        data["at"] = "encoder" if site.layer is None else site.layer
-    if stage.keep and stage.keep.tokens is not None:
-        data["keep_tokens"] = stage.keep.tokens
-    elif stage.keep:
-        data["keep"] = stage.keep.fraction
-        if stage.keep.of != "original":
-            data["keep_of"] = stage.keep.of
+    if stage.cuts_tokens and (sites := stage.known_sites) is not None:
+        data["at"] = _one_or_all([_site_data(site) for site in sites])
+    data |= _budgets(stage.keeps)
+    if stage.keep_layers:
+        data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
     for field in dataclasses.fields(stage.strategy):
         if field.init:
             data[field.name] = _plain(getattr(stage.strategy, field.name))
     return data
+
+
+def _site_data(site: Site) -> int | str | None:
+    return site.layer if site.in_decoder and site.point == "before" else str(site)
+
+
+def _budgets(keeps: Sequence[Keep]) -> dict[str, Any]:
+    if not keeps:
+        return {}
+    if keeps[0].tokens is not None:
+        return {"keep_tokens": _one_or_all([keep.tokens for keep in keeps])}
+    found = {"keep": _one_or_all([keep.fraction for keep in keeps])}
+    return found if keeps[0].of == "original" else {**found, "keep_of": keeps[0].of}
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """A list of equal entries says the same as one of them, and a list of one as its entry."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _plain(value: Any) -> Any:
@@ -129,97 +185,3 @@ def _sha(resolved: str, stages: Sequence[Stage]) -> str:
 
     parts = [resolved, f"prunekit {__version__}", *sorted({stage.origin for stage in stages})]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _site_faults(placed: Sequence[tuple[Site, Stage]], shape: ModelShape) -> Iterator[Fault]:
-    for site, stage in placed:
-        if site.layer is not None and site.layer >= shape.layers:
-            message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
-            yield stage.fault("at", message, "name an earlier layer")
-        elif reason := stage.sites.reason_against(site):
-            yield stage.fault("at", f"'{stage.use}' cannot act at '{site}': it {reason}")
-        elif stage.asks_for("attention") and site.depth < 1:
-            message = f"'{stage.use}' reads the attention of the layer before, and none has run at '{site}'"
-            yield stage.fault("at", message, "name layer 1 or later")
-
-
-def _order_faults(placed: Sequence[tuple[Site, Stage]]) -> Iterator[Fault]:
-    for (before, earlier), (site, stage) in itertools.pairwise(placed):
-        if site < before:
-            message = f"stages are out of order: '{stage.use}' at '{site}' stands after '{earlier.use}' at '{before}'"
-            yield stage.fault("at", message, "list stages in the order in which the data passes them")
-    for index, (_, stage) in enumerate(placed):
-        if blind := next((earlier for _, earlier in placed[:index] if earlier.drops_all), None):
-            yield stage.fault("use", f"'{blind.use}' before it leaves no visual tokens", "remove one of the two stages")
-
-
-def _budget_faults(placed: Sequence[tuple[Site, Stage]], visual: int | None) -> Iterator[Fault]:
-    """Stages with a fixed count that ask for more than there is, or than an earlier one leaves."""
-    fixed = [stage for _, stage in placed if stage.keep and stage.keep.of == "original"]
-    for index, stage in enumerate(fixed):
-        if visual is not None and stage.keep and (stage.keep.tokens or 0) > visual:
-            message = f"asks for {stage.keep.tokens} of the {visual} visual tokens that this model has per image"
-            yield stage.fault("keep_tokens", message, f"name at most {visual}, or a fraction with `keep`")
-            continue
-        for earlier in fixed[:index]:
-            if _asks_more(stage, earlier, visual):
-                key = "keep" if stage.keep and stage.keep.tokens is None else "keep_tokens"
-                message = f"asks for {stage.keep}, but {earlier.label} leaves only {earlier.keep}"
-                yield stage.fault(key, message, "keep less here or more there")
-                break
-
-
-def _asks_more(stage: Stage, earlier: Stage, visual: int | None) -> bool:
-    """For certain, whatever the prompt; a fraction and a number are compared on one image, if its tokens are known."""
-    new, old = stage.keep, earlier.keep
-    if new is None or old is None:
-        return False
-    if new.fraction is not None and old.fraction is not None:
-        return new.fraction > old.fraction
-    if new.tokens is not None and old.tokens is not None:
-        return new.tokens > old.tokens
-    return visual is not None and new.count(visual, visual) > old.count(visual, visual)
-
-
-def _plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault]) -> LayerPlan:
-    """The plans of all layer stages together."""
-    plan = LayerPlan()
-    for stage in stages:
-        if not stage.is_layer:
-            continue
-        own = _plan_of(stage, shape, faults)
-        beyond = sorted(layer for layer in own.actions if layer not in range(shape.layers))
-        if beyond:
-            message = f"plans layers {beyond}, but the model has layers 0 to {shape.layers - 1}"
-            faults.append(stage.fault("layers", message))
-            continue
-        try:
-            plan = plan.merge(own)
-        except ValueError as error:
-            faults.append(stage.fault("layers", f"plans disagree: {error}", "let one stage decide about each layer"))
-    return plan
-
-
-def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:
-    try:
-        plan = stage.hook.plan_layers(shape=shape)
-    except PrunekitError:
-        raise
-    except ValueError as error:
-        problem = named_problem(type(stage.strategy), str(error))
-        faults.append(stage.fault(problem.key, problem.message))
-        return LayerPlan()
-    except Exception as error:
-        raise PluginError(
-            f"{stage.label} from {stage.origin}: plan_layers failed with {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(plan, LayerPlan):
-        raise PluginError(f"{stage.label} from {stage.origin}: plan_layers must return a LayerPlan, not {plan!r}")
-    return plan
-
-
-def _attention_faults(placed: Sequence[tuple[Site, Stage]], plan: LayerPlan) -> Iterator[Fault]:
-    for site, stage in placed:
-        if site.layer and stage.asks_for("attention") and plan[site.layer - 1] in WITHOUT_ATTENTION:
-            message = f"'{stage.use}' reads the attention of layer {site.layer - 1}, which another stage skips"
-            yield stage.fault("at", message, "move it, or let that layer run")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunekit.cost import Cost
-from prunekit.decisions import LayerAction
+from prunekit.cost import Cost, Work, cost_of, kv_tokens
+from prunekit.decisions import LayerAction, LayerPlan
+from prunekit.pipeline import BoundPipeline
+from prunekit.sites import Site
 
 
 @dataclass(frozen=True)
@@ -15,23 +17,27 @@ class StageEvent:
     """One decision of a token stage for a prompt batch.
 
     kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
-    entered: per sample, how many visual tokens reached the stage.
+    entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
+    sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
     """
 
     stage: str
     site: str
     entered: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
+    crop: bool = False
+    sizes: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
 class RunReport:
     """What the prefill of one prompt batch did. Counts are without padding; one entry per sample.
 
-    layer_tokens[b][l]: tokens of sample b that entered layer l (also for skipped layers).
-    kv_tokens[b][l]: KV entries that layer l wrote for sample b.
+    layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
+    mlp_tokens[b][l]: tokens that reached its MLP: fewer where a stage cuts inside the layer.
+    kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
     kept_tokens: visual tokens left after the last stage.
-    actions: decoder layers that did not simply run.
+    plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     """
 
     pipeline: str
@@ -42,15 +48,17 @@ class RunReport:
     kept_tokens: tuple[int, ...]
     events: tuple[StageEvent, ...]
     layer_tokens: tuple[tuple[int, ...], ...]
+    mlp_tokens: tuple[tuple[int, ...], ...]
     kv_tokens: tuple[tuple[int, ...], ...]
-    actions: Mapping[int, LayerAction]
+    plans: tuple[LayerPlan, ...]
+    positions: str
     notes: tuple[str, ...]
     cost: Cost
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
         data = asdict(self)
-        data["actions"] = {str(layer): action.value for layer, action in self.actions.items()}
+        data["plans"] = [_plan_data(plan) for plan in self.plans]
         data["cost"] |= {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
         return data
 
@@ -59,10 +67,10 @@ class RunReport:
         for event in self.events:
             kept = tuple(len(row) for row in event.kept)
             lines.append(f"  {event.stage} at {event.site}: visual tokens {_row(event.entered)} -> {_row(kept)}")
-        skipped: dict[LayerAction, list[int]] = {}
-        for layer, action in sorted(self.actions.items()):
-            skipped.setdefault(action, []).append(layer)
-        lines += [f"  {action.value}: layers {', '.join(map(str, layers))}" for action, layers in skipped.items()]
+        for plan in _distinct(self.plans):
+            several = any(other != plan for other in self.plans)
+            who = [row for row, other in enumerate(self.plans) if other == plan]
+            lines += [line + f" (samples {_listed(who)})" * several for line in _plan_lines(plan)]
         lines.append(
             f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
         )
@@ -71,6 +79,87 @@ class RunReport:
         )
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def summarise(
+    bound: BoundPipeline,
+    plans: Sequence[LayerPlan],
+    *,
+    events: tuple[StageEvent, ...],
+    layer_tokens: tuple[tuple[int, ...], ...],
+    layer_visual: tuple[tuple[int, ...], ...],
+    mlp_tokens: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    **counts: Any,
+) -> RunReport:
+    """The report of one prompt batch, with what follows from its counts.
+
+    layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
+    remaining fields of `RunReport` that are known as they are.
+    """
+    kv = tuple(_kv_tokens(plan, row, events, b) for b, (plan, row) in enumerate(zip(plans, layer_tokens, strict=True)))
+    every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
+    work = tuple(
+        tuple(Work(plan[layer], *three) for layer, three in enumerate(zip(*row, strict=True))) for plan, *row in every
+    )
+    return RunReport(
+        pipeline=bound.pipeline.name,
+        sha=bound.pipeline.sha,
+        samples=len(plans),
+        events=events,
+        layer_tokens=layer_tokens,
+        mlp_tokens=mlp_tokens,
+        kv_tokens=kv,
+        plans=tuple(plans),
+        positions=bound.pipeline.positions,
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize),
+        **counts,
+    )
+
+
+def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int) -> tuple[int, ...]:
+    """What each layer holds after the prefill: what it wrote and decoding reads, less what was cropped since."""
+    cropped = [(Site.parse(e.site).reach, e.entered[sample] - len(e.kept[sample])) for e in events if e.crop]
+    return tuple(
+        held and held - sum(gone for reach, gone in cropped if layer < reach)
+        for layer, held in enumerate(kv_tokens(entered, plan))
+    )
+
+
+def _plan_data(plan: LayerPlan) -> dict[str, Any]:
+    """A plan as plain data: actions by layer, `decode` only where it is said."""
+    phases = {"prefill": plan.actions} | ({} if plan.decode is None else {"decode": plan.decode})
+    return {
+        phase: {str(layer): action.value for layer, action in sorted(actions.items())}
+        for phase, actions in phases.items()
+    }
+
+
+def _plan_lines(plan: LayerPlan) -> list[str]:
+    """`skip: layers 4, 5`; what only one phase does says which."""
+    found: dict[str, list[int]] = {}
+    for layer in sorted(plan.layers):
+        prefill, decode = plan[layer], plan.decoding(layer)
+        if decode is prefill.in_decoding and prefill is not LayerAction.RUN:
+            found.setdefault(prefill.value, []).append(layer)
+            continue
+        for phase, action in (("prefill", prefill), ("decoding", decode)):
+            if action is not LayerAction.RUN:
+                found.setdefault(f"{action.value} in {phase}", []).append(layer)
+    return [f"  {what}: layers {_listed(layers)}" for what, layers in found.items()]
+
+
+def _distinct(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Without repetition, in order; a plan holds dicts and has no hash."""
+    found: list[LayerPlan] = []
+    for plan in plans:
+        if plan not in found:
+            found.append(plan)
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _row(counts: tuple[int, ...]) -> str:

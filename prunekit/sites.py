@@ -4,51 +4,100 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import total_ordering
-from typing import Literal
+from typing import Any, Literal, cast
 
-# Site names of the full plan that this version does not run; they are refused by name, not as typing errors.
-RESERVED = re.compile(r"pixels|vision\.\d+(\.mid)?|\d+\.(mid|after)|prefill_end|decode")
+# The order in which the data passes the places.
+PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
+POINTS = ("before", "mid", "after")
+WRITTEN = re.compile(r"(?P<tower>vision\.)?(?P<number>\d+)(\.(?P<point>mid|after))?")
+USE = "use 'encoder' (the decoder's door) or a layer number such as 2"
 
 
 @total_ordering
 @dataclass(frozen=True)
 class Site:
-    """A place on the way of the data: the decoder's door (`layer=None`, written `encoder`) or before a decoder layer.
+    """A place on the way of the data. Sites compare in the order in which the data passes them.
 
-    Sites compare in the order in which the data passes them.
+    | written | number, place, point | where |
+    | --- | --- | --- |
+    | `pixels` | None, pixels, before | pictures, before the tower |
+    | `vision.3.mid`, `vision.3` | 3, vision, mid / after | inside the tower: between attention and MLP of block 3, after it |
+    | `encoder` | None, encoder, before | the decoder's door |
+    | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after decoder layer 2 |
+    | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
+
+    `Site(2)` is before decoder layer 2, `Site(None)` the encoder.
     """
 
     layer: int | None
+    place: Literal["", "pixels", "vision", "encoder", "layer", "prefill_end"] = ""
+    point: Literal["before", "mid", "after"] = "before"
+
+    def __post_init__(self) -> None:
+        if not self.place:
+            object.__setattr__(self, "place", "encoder" if self.layer is None else "layer")
 
     @classmethod
     def parse(cls, text: object) -> Site:
-        """Read `encoder` or a layer number from a pipeline file. Raises ValueError with the reason."""
-        if text == "encoder":
-            return ENCODER
+        """Read a site from a pipeline file. Raises ValueError with the reason."""
         if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
             return cls(text)
-        if isinstance(text, str) and text.isdecimal():
-            return cls(int(text))
-        if isinstance(text, str) and RESERVED.fullmatch(text):
-            raise ValueError(f"site '{text}' is reserved but not run by this version; use 'encoder' or a layer number")
-        raise ValueError(f"{text!r} is not a site; use 'encoder' (the decoder's door) or a layer number such as 2")
+        if isinstance(text, str):
+            if text in ("pixels", "encoder", "prefill_end"):
+                return cls(None, cast("Any", text))
+            if text == "decode":
+                raise ValueError("site 'decode' is reserved: decoding steps see what prefill left")
+            if found := WRITTEN.fullmatch(text):
+                point = found["point"]
+                if found["tower"] and point != "after":
+                    return cls(int(found["number"]), "vision", point or "after")
+                if not found["tower"]:
+                    return cls(int(found["number"]), "layer", cast("Any", point or "before"))
+        raise ValueError(f"{text!r} is not a site; {USE}")
 
     def __lt__(self, other: Site) -> bool:
-        return self.depth < other.depth
+        return self._order < other._order
+
+    @property
+    def _order(self) -> tuple[int, int, int]:
+        return PLACES.index(self.place), -1 if self.layer is None else self.layer, POINTS.index(self.point)
 
     @property
     def depth(self) -> int:
-        """-1 at the encoder, else the number of decoder layers that ran before."""
-        return -1 if self.layer is None else self.layer
+        """How many decoder layers have run completely before: -1 up to the encoder; at `prefill_end` beyond all."""
+        if self.place == "layer" and self.layer is not None:
+            return self.layer + (self.point == "after")
+        return sys.maxsize if self.place == "prefill_end" else -1
+
+    @property
+    def reach(self) -> int:
+        """How many decoder layers still write KV of the tokens that leave here."""
+        return self.depth + 1 if self.point == "mid" and self.in_decoder else max(self.depth, 0)
+
+    @property
+    def in_decoder(self) -> bool:
+        """Before, inside or after a decoder layer."""
+        return self.place == "layer"
+
+    @property
+    def in_tower(self) -> bool:
+        """Before the decoder's door: `pixels` or inside the vision tower."""
+        return self.place in ("pixels", "vision")
 
     def __str__(self) -> str:
-        return "encoder" if self.layer is None else str(self.layer)
+        if self.place == "vision":
+            return f"vision.{self.layer}" + ".mid" * (self.point == "mid")
+        if self.place == "layer":
+            return str(self.layer) + (f".{self.point}" if self.point != "before" else "")
+        return self.place
 
 
 ENCODER = Site(None)
+PREFILL_END = Site(None, "prefill_end")
 
 
 @dataclass(frozen=True)
@@ -56,12 +105,18 @@ class Sites:
     """The sites that a token strategy allows, and the one it takes when the file names none.
 
     `default` may be a callable from the number of decoder layers N to a site, for defaults that scale with depth.
-    `lowest` is the first decoder layer allowed: a strategy that reads the attention of the layer before says 1.
+    encoder: the decoder's door is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
+    of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
+    tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.
     """
 
     default: Site | Callable[[int], Site] = ENCODER
     encoder: bool = True
     lowest: int = 0
+    decoder: bool = True
+    tower: bool = False
+    end: bool = False
+    pixels: bool = False
 
     def resolve(self, layers: int) -> Site:
         """The default site for a decoder of `layers` layers."""
@@ -69,9 +124,16 @@ class Sites:
 
     def reason_against(self, site: Site) -> str | None:
         """Why `site` is not allowed, or None if it is."""
-        if site.layer is None:
-            return None if self.encoder else f"needs a decoder layer, {self.lowest} or later"
-        return None if site.layer >= self.lowest else f"needs layer {self.lowest} or later"
+        allowed = {
+            "encoder": self.encoder, "vision": self.tower, "prefill_end": self.end, "layer": self.decoder,
+            "pixels": self.pixels,
+        }  # fmt: skip
+        if not allowed[site.place]:
+            first = f"a decoder layer, {self.lowest} or later" if self.decoder else "another place"
+            return f"needs {first}"
+        if site.place == "layer" and site.depth < self.lowest:
+            return f"needs layer {self.lowest} or later"
+        return None
 
 
 @dataclass(frozen=True)

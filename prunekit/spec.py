@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
 from prunekit.gather import gather
 from prunekit.sites import Keep, Site
+from prunekit.stage_keys import STAGE_KEYS, read_keeps, read_layers, read_sites
 from prunekit.yaml_source import Node
 
-TOP_KEYS = ("name", "description", "extends", "stages")
-STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of")
-DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
+__all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]
+
+TOP_KEYS = ("name", "description", "extends", "positions", "stages")
+POSITIONS = ("keep", "renumber")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -24,15 +25,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class StageSpec:
     """One stage as the file says it; whether the strategy exists and takes these options is not known yet.
 
-    at, keep: None when the file does not say.
+    sites, keeps: of `at` and of `keep` or `keep_tokens`, one or one for each site; keep_layers. None when the file does
+    not say.
     options: the strategy's own fields, plain data.
     where: of the stage; keys: of each value, by key path such as `layers[2]`; names: of each key itself. Places are
     None when the stage came from a dict.
     """
 
     use: str
-    at: Site | None = None
-    keep: Keep | None = None
+    sites: tuple[Site, ...] | None = None
+    keeps: tuple[Keep, ...] | None = None
+    keep_layers: Keep | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     where: Where | None = None
     keys: Mapping[str, Where | None] = field(default_factory=dict)
@@ -41,12 +44,16 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline as its file says it. `source` is the path, `<inline>` or `<dict>`."""
+    """A pipeline as its file says it. `source` is the path, `<inline>` or `<dict>`.
+
+    positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
+    """
 
     name: str
     stages: tuple[StageSpec, ...]
     source: str
     description: str = ""
+    positions: Literal["keep", "renumber"] = "keep"
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineSpec:
@@ -76,6 +83,7 @@ def read(
     faults.extend(_unknown_key(node, key, "", TOP_KEYS) for key, node in values.items() if key not in TOP_KEYS)
     name = _name(values.get("name"), found.name, faults)
     description = _text(values.get("description"), "description", faults) or ""
+    positions = _positions(values.get("positions"), faults)
     if "stages" in values:
         stages = _stages(values["stages"], faults)
     else:
@@ -83,7 +91,7 @@ def read(
         if not unread:  # what could not be read may have held them
             start = None if label == "<dict>" else Where(label, 1, 1)
             faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
-    return PipelineSpec(name, stages, label, description), tuple(faults)
+    return PipelineSpec(name, stages, label, description, positions), tuple(faults)
 
 
 def _stages(node: Node, faults: list[Fault]) -> tuple[StageSpec, ...]:
@@ -108,64 +116,23 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
         faults.append(Fault(node.where, f"{path}.use", "is missing", hint or "name a strategy: see `prunekit list`"))
     else:
         use = _text(values["use"], f"{path}.use", faults) or ""
-    at = _at(values.get("at"), f"{path}.at", faults)
+    sites = read_sites(values.get("at"), f"{path}.at", faults)
+    many = len(sites) if sites else None if "at" in values else 1
+    keeps = read_keeps(values, path, many, faults)
+    layers = read_layers(values.get("keep_layers"), f"{path}.keep_layers", faults)
     names = {name: value.key for name, value in values.items()}
-    return StageSpec(use, at, _keep(values, path, faults), options, node.where, keys, names)
+    return StageSpec(use, sites, keeps, layers, options, node.where, keys, names)
 
 
-def _at(node: Node | None, key: str, faults: list[Fault]) -> Site | None:
-    if node is None:
-        return None
-    if isinstance(node.data, list):
-        faults.append(Fault(node.where, key, "must be one site, not a list", "write one stage for each site"))
-        return None
-    try:
-        return Site.parse(node.data)
-    except ValueError as error:
-        near = did_you_mean(str(node.data), ("encoder",)).strip()
-        faults.append(Fault(node.where, key, str(error), near))
-        return None
-
-
-def _keep(values: Mapping[str, Node], path: str, faults: list[Fault]) -> Keep | None:
-    fraction, tokens, of = values.get("keep"), values.get("keep_tokens"), values.get("keep_of")
-    if fraction and tokens:
-        message = "this stage has two budgets, `keep` and `keep_tokens`"
-        faults.append(Fault(tokens.key, f"{path}.keep_tokens", message, "remove one of them"))
-    if of and of.data not in ("original", "current"):
-        message = f"must be 'original' or 'current', not {of}"
-        near = did_you_mean(str(of.data), ("original", "current")).strip()
-        faults.append(Fault(of.where, f"{path}.keep_of", message, near))
-    if of and not fraction:
-        faults.append(Fault(of.key, f"{path}.keep_of", "says what `keep` is a fraction of, but there is no `keep`"))
-    if tokens and not _number(tokens, int, lambda value: value >= 1):
-        message = f"must be a whole number of tokens, at least 1, not {tokens}"
-        hint = DROP_ALL if tokens.data == 0 and not isinstance(tokens.data, bool) else ""
-        faults.append(Fault(tokens.where, f"{path}.keep_tokens", message, hint))
-        return None
-    if fraction and not _number(fraction, (int, float), lambda value: 0 < value <= 1):
-        message = f"must be a fraction in (0, 1], not {fraction}"
-        faults.append(Fault(fraction.where, f"{path}.keep", message, _keep_hint(fraction.data)))
-        return None
-    if tokens:
-        return Keep(tokens=cast("int", tokens.data))
-    base: Literal["original", "current"] = "current" if of and of.data == "current" else "original"
-    return Keep(fraction=float(cast("float", fraction.data)), of=base) if fraction else None
-
-
-def _keep_hint(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return ""
-    if value == 0:
-        return DROP_ALL
-    if value > 1:
-        return "for a number of tokens write `keep_tokens`, for per cent divide by 100"
-    return ""
-
-
-def _number(node: Node, kind: Any, fits: Any) -> bool:
-    value = node.data
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value) and bool(fits(value))
+def _positions(node: Node | None, faults: list[Fault]) -> Literal["keep", "renumber"]:
+    if node is None or node.data == "keep":
+        return "keep"
+    if node.data == "renumber":
+        return "renumber"
+    near = did_you_mean(str(node.data), POSITIONS).strip()
+    hint = near or "'renumber' closes the gaps that dropped tokens leave"
+    faults.append(Fault(node.where, "positions", f"must be 'keep' or 'renumber', not {node}", hint))
+    return "keep"
 
 
 def _name(node: Node | None, default: str, faults: list[Fault]) -> str:

@@ -8,25 +8,24 @@ from typing import Any
 
 import pluggy
 
-from prunekit import options, plugins
-from prunekit.decisions import Rows
+from prunekit import inputs, options, plugins, traits
 from prunekit.errors import Fault, PluginError, UnknownName, Where
-from prunekit.hookspecs import LayerHooks, TokenHooks
+from prunekit.hookspecs import LayerHooks, RouterHooks, TokenHooks
 from prunekit.registry import Entry, Registry
 from prunekit.sites import Keep, Site, Sites
-from prunekit.spec import STAGE_KEYS, StageSpec
+from prunekit.spec import StageSpec
+from prunekit.stage_keys import BUDGETS, STAGE_KEYS
+from prunekit.traits import TOKEN_STARTS, implements
 
-TOKEN_STARTS = ("score_tokens", "select_tokens")
-HOOKS = (*TOKEN_STARTS, "merge_tokens", "plan_layers")
-# What a strategy class says about itself beside its options; as dataclass fields they would become options.
-TRAITS = ("sites", "takes_keep", "drops_all", "per_sample", "inputs")
+__all__ = ["TOKEN_STARTS", "Cut", "Stage", "implements", "make", "named_problem"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A strategy instance, addressed through `hook`; whoever holds the stage may register wrappers in `manager`.
 
-    site: None until the pipeline is bound, when the file names none. keep: None for a strategy that takes none.
+    sites_given: as the file names them, None when it does not. keeps: one budget for all sites or one for each; empty
+    for a strategy that takes none. keep_layers: of a router, how many decoder layers run.
     where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
     None for a dict.
     origin: the distribution and version that registered the strategy.
@@ -35,8 +34,9 @@ class Stage:
     index: int
     use: str
     strategy: Any
-    site: Site | None
-    keep: Keep | None
+    sites_given: tuple[Site, ...] | None
+    keeps: tuple[Keep, ...]
+    keep_layers: Keep | None
     where: Where | None
     manager: pluggy.PluginManager
     keys: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
@@ -50,29 +50,60 @@ class Stage:
 
     @property
     def is_token(self) -> bool:
-        """It decides about visual tokens."""
-        return any(implements(type(self.strategy), hook) for hook in TOKEN_STARTS)
+        """It decides about visual tokens at its sites."""
+        return traits.is_token(type(self.strategy))
 
     @property
     def is_layer(self) -> bool:
-        """It decides about decoder layers."""
+        """It decides about decoder layers, for every sample alike."""
         return implements(type(self.strategy), "plan_layers")
+
+    @property
+    def is_router(self) -> bool:
+        """It decides for each sample, before the decoder."""
+        return traits.is_router(type(self.strategy))
+
+    @property
+    def decides_layers(self) -> bool:
+        """It is a router that decides which decoder layers run."""
+        return traits.routes_layers(type(self.strategy))
+
+    @property
+    def cuts_tokens(self) -> bool:
+        """Visual tokens leave at its sites."""
+        return self.is_token or (self.is_router and bool(self.keeps))
 
     @property
     def sites(self) -> Sites:
         """The sites that its strategy allows."""
-        return getattr(self.strategy, "sites", None) or Sites()
+        return traits.sites_of(type(self.strategy))
 
     @property
-    def known_site(self) -> Site | None:
+    def known_sites(self) -> tuple[Site, ...] | None:
         """Where it acts; None while that is a default that scales with the depth of a model."""
-        site = self.site if self.site is not None else self.sites.default
-        return site if isinstance(site, Site) else None
+        if self.sites_given is not None:
+            return self.sites_given
+        return (self.sites.default,) if isinstance(self.sites.default, Site) else None
 
     @property
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return bool(getattr(self.strategy, "drops_all", False))
+
+    @property
+    def per_sample(self) -> bool:
+        """Its hooks are called once for each sample, without padding."""
+        return bool(getattr(self.strategy, "per_sample", False))
+
+    @property
+    def trainable(self) -> bool:
+        """Its hooks run with gradients, on states that are not detached."""
+        return bool(getattr(self.strategy, "trainable", False))
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What of the tower it takes beside the visual tokens, such as `cls`."""
+        return tuple(getattr(self.strategy, "extras", ()))
 
     @property
     def label(self) -> str:
@@ -84,8 +115,8 @@ class Stage:
         return frozenset(name for impl in getattr(self.hook, hook).get_hookimpls() for name in impl.argnames)
 
     def asks_for(self, argument: str) -> bool:
-        """Any of its token hooks names `argument`, such as `attention`."""
-        return any(argument in self.requests(hook) for hook in (*TOKEN_STARTS, "merge_tokens"))
+        """Any of its token or router hooks names `argument`, such as `attention`."""
+        return any(argument in self.requests(hook) for hook in (*traits.TOKEN_HOOKS, "route"))
 
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
@@ -93,92 +124,131 @@ class Stage:
         return Fault((self.names if on_name else self.keys).get(key, self.where), path, message, hint)
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One place where a stage takes visual tokens away. A stage with a list of sites has several, numbered from 0.
+
+    keep: None for a strategy that decides by itself.
+    """
+
+    site: Site
+    stage: Stage
+    keep: Keep | None
+    number: int
+
+    @property
+    def drops_all(self) -> bool:
+        """It leaves no visual token."""
+        return self.stage.drops_all
+
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer that the dropped tokens do not enter; beyond all at `prefill_end`."""
+        return max(self.site.depth, 0) + (self.site.in_decoder and self.site.point == "mid")
+
+    @property
+    def label(self) -> str:
+        """As messages name it: `stages[0] fastv`, of several sites `stages[0] fastv at '4'`."""
+        several = len(self.stage.sites_given or ()) > 1
+        return self.stage.label + (f" at '{self.site}'" if several else "")
+
+    def key(self, name: str) -> str:
+        """The key path below the stage of `at` or of a budget of this cut: `keep` or `keep[2]`."""
+        listed = f"{name}[{self.number}]"
+        return listed if listed in self.stage.keys else name
+
+    def reads(self, layers: int) -> dict[int, str]:
+        """The decoder layers, of `layers`, whose run gives it an input, with the name of that input.
+
+        Raises ValueError for an input that there is not at its site.
+        """
+        named = frozenset(name for name in (*inputs.KINDS, "previous_hidden") if self.stage.asks_for(name))
+        return inputs.layers_read(self.stage.strategy, named, self.site, layers)
+
+
 def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -> Stage | None:
     """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
 
     Raises PluginError when the strategy itself is broken.
     """
-    draft = Stage(index, spec.use, None, spec.at, spec.keep, spec.where, _manager(), spec.keys, spec.names)
+    draft = Stage(
+        index, spec.use, None, spec.sites, spec.keeps or (), spec.keep_layers, spec.where, _manager(), spec.keys,
+        spec.names,
+    )  # fmt: skip
     try:
         entry = registry.strategy_entry(spec.use)
     except UnknownName as error:
         faults.append(draft.fault("use", error.message, error.hint))
         return None
     cls = registry.get_strategy(spec.use)
-    _check_class(cls, entry)
-    found = _placement_faults(cls, draft)
+    traits.check_class(cls, entry)
+    found = [*_key_faults(cls, draft), *_given_site_faults(cls, draft)]
     problems: list[options.Problem] = []
-    token = any(implements(cls, hook) for hook in TOKEN_STARTS)
-    values = options.check(cls, spec.options, STAGE_KEYS if token else STAGE_KEYS[:1], problems)
+    values = options.check(cls, spec.options, traits.stage_keys(cls), problems)
     strategy = None if problems else _create(cls, values, entry, problems)
     found += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += found
     if found:
         return None
     _register(draft.manager, strategy, entry)
-    return dataclasses.replace(draft, strategy=strategy, origin=entry.origin)
-
-
-def implements(cls: type[Any], hook: str) -> bool:
-    """The class has a marked implementation of `hook`."""
-    return getattr(getattr(cls, hook, None), "prunekit_impl", None) is not None
+    made = dataclasses.replace(draft, strategy=strategy, origin=entry.origin)
+    if made.asks_for("extras") and not made.extras:
+        raise PluginError(f"{made.label} from {entry.origin} asks for `extras` but declares none: extras = ('cls',)")
+    if made.asks_for("forward") and made.per_sample:
+        raise PluginError(f"{made.label} from {entry.origin}: `forward` runs the whole batch; leave out per_sample")
+    return made
 
 
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("prunekit")
-    manager.add_hookspecs(TokenHooks)
-    manager.add_hookspecs(LayerHooks)
+    for hooks in (TokenHooks, LayerHooks, RouterHooks):
+        manager.add_hookspecs(hooks)
     plugins.trace(manager)
     return manager
 
 
-def _check_class(cls: type[Any], entry: Entry) -> None:
-    """Raise PluginError, naming the origin, for a class that cannot be a strategy."""
-    who = f"strategy '{entry.name}' ({entry.target}) from {entry.origin}"
-    if not dataclasses.is_dataclass(cls):
-        raise PluginError(f"{who} is no dataclass; its options are dataclass fields: add @dataclass(frozen=True)")
-    unmarked = [hook for hook in HOOKS if hasattr(cls, hook) and not implements(cls, hook)]
-    if unmarked:
-        raise PluginError(f"{who}: {unmarked[0]} is not marked; put @hookimpl above it")
-    starts = (*TOKEN_STARTS, "plan_layers")
-    if not any(implements(cls, hook) for hook in starts):
-        raise PluginError(f"{who} implements none of {', '.join(starts)}, so it would do nothing")
-    inputs = getattr(cls, "inputs", {})
-    if not isinstance(inputs, Mapping) or any(
-        item[0] != "attention" or not isinstance(item[1], Rows) for item in inputs.items()
-    ):
-        raise PluginError(f"{who}: `inputs` is {inputs!r}; this version takes {{'attention': Rows(...)}} there")
-    names = {field.name for field in dataclasses.fields(cls)}
-    for name in (*STAGE_KEYS, *TRAITS):
-        if name in names:
-            hint = "it is a class attribute: leave out the annotation" if name in TRAITS else "rename it"
-            raise PluginError(f"{who}: '{name}' cannot be a field ({hint})")
-
-
-def _placement_faults(cls: type[Any], draft: Stage) -> list[Fault]:
-    """What is wrong with `at` and `keep` for this kind of strategy."""
-    kinds = [hook for hook in TOKEN_STARTS if implements(cls, hook)]
-    budget = next((key for key in ("keep", "keep_tokens", "keep_of") if key in draft.names), "keep")
-    given = budget in draft.names
-    found = []
-    if not kinds:
-        why = f"'{draft.use}' decides about layers, so it takes no"
-        if "at" in draft.names:
-            found.append(draft.fault("at", f"{why} `at`", "remove it", on_name=True))
-        if given:
-            found.append(draft.fault(budget, f"{why} `{budget}`", "remove it", on_name=True))
-        return found
-    sites: Sites = getattr(cls, "sites", None) or Sites()
-    if draft.site is not None and (reason := sites.reason_against(draft.site)):
-        found.append(draft.fault("at", f"'{draft.use}' cannot act at '{draft.site}': it {reason}"))
-    if not getattr(cls, "takes_keep", True):
-        if given:
-            message = f"'{draft.use}' decides by itself and takes no `{budget}`"
-            found.append(draft.fault(budget, message, "remove it", on_name=True))
-    elif not given:
+def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
+    """Reserved keys that this kind of strategy does not take, and budgets that it needs."""
+    allowed = traits.stage_keys(cls)
+    given = [key for key in STAGE_KEYS[1:] if key in draft.names]
+    wrong = [key for key in given if key not in allowed]
+    # `keep_of` beside `keep` is the same mistake.
+    told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
+    found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
+    budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
+    if budgets and not any(key in given for key in (*budgets, "keep_of")):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
-        found.append(draft.fault("keep", f"is missing; '{draft.use}' needs `keep` or `keep_tokens`", hint))
+        if budgets == ["keep_layers"]:
+            hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
+        needs = " or ".join(f"`{key}`" for key in budgets)
+        found.append(draft.fault(budgets[0], f"is missing; '{draft.use}' needs {needs}", hint))
+    elif traits.is_router(cls) and {"at"} & {*given} & {*allowed} and not {*BUDGETS} & {*given}:
+        message = "says where tokens leave, but there is no `keep`"
+        found.append(draft.fault("at", message, "add `keep` or `keep_tokens`, or remove it", on_name=True))
     return found
+
+
+def _refusal(cls: type[Any], use: str, key: str) -> str:
+    """Why strategies of this class do not take a reserved key."""
+    about_layers = key == "keep_layers"
+    if not about_layers and not (traits.is_token(cls) or traits.routes_tokens(cls)):
+        return f"'{use}' decides about layers, so it takes no `{key}`"
+    if about_layers and not (traits.routes_layers(cls) or implements(cls, "plan_layers")):
+        return f"'{use}' decides about tokens, so it takes no `{key}`"
+    return f"'{use}' decides by itself and takes no `{key}`"
+
+
+def _given_site_faults(cls: type[Any], draft: Stage) -> list[Fault]:
+    """Sites in the file that the strategy does not allow."""
+    sites = traits.sites_of(cls)
+    if draft.sites_given is None or not (traits.is_token(cls) or traits.routes_tokens(cls)):
+        return []
+    listed = len(draft.sites_given) > 1
+    return [
+        draft.fault(f"at[{number}]" if listed else "at", f"'{draft.use}' cannot act at '{site}': it {reason}")
+        for number, site in enumerate(draft.sites_given)
+        if (reason := sites.reason_against(site))
+    ]
 
 
 def _create(cls: type[Any], values: dict[str, Any], entry: Entry, problems: list[options.Problem]) -> Any:

@@ -21,14 +21,15 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 
 # A room imports only from rooms further up; rooms of one line do not import each other. docs/architecture.md says why.
 ORDER = (
-    ("errors", "sites", "decisions"),
+    ("errors", "sites", "decisions", "inputs", "encoder_inputs"),
     ("registry",),
     ("hookspecs",),
     ("plugins",),
     ("yaml_source", "options"),
-    ("gather",),
-    ("spec",),
+    ("gather", "stage_keys"),
+    ("spec", "traits"),
     ("stage",),
+    ("placement", "plans"),
     ("pipeline",),
     ("cost",),
     ("report",),

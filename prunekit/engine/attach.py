@@ -8,22 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import families
-from prunekit.decisions import LayerAction
-from prunekit.engine import kv
-from prunekit.engine.call import CALL, Call, mark
+from prunekit.engine import kv, layers, masks, mid
+from prunekit.engine.call import CALL, Call
+from prunekit.engine.inputs import Needs
 from prunekit.engine.observers import tell
-from prunekit.engine.overrides import Overrides, is_overridden
-from prunekit.engine.probes import SUPPORTED, wraps
-from prunekit.engine.session import STEP, Session, Step, attend, reading_layers
-from prunekit.errors import Unsupported
-from prunekit.families.base import Parts
-from prunekit.pipeline import BoundPipeline, Pipeline, build
+from prunekit.engine.overrides import Overrides
+from prunekit.engine.pictures import Pictures, counts_of, note
+from prunekit.engine.session import Session
+from prunekit.engine.step import STEP, Step
+from prunekit.engine.view import Here
+from prunekit.errors import PrunekitError, Unsupported
+from prunekit.families.base import Modality, Parts
+from prunekit.pipeline import BoundPipeline, Pipeline, build, combine
 from prunekit.report import RunReport
+
+_ATTACHED = "__prunekit_attached__"
 
 
 @contextmanager
@@ -34,8 +37,10 @@ def apply(
 
     pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`.
     Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
-    model is as it was, bit for bit. Raises SpecError for a pipeline that is wrong or does not fit the model,
-    Unsupported for a model or a call that cannot be pruned exactly; both before any compute.
+    model is as it was, bit for bit. Inside another block on the same model, the stages of both act, as if one pipeline
+    held them all; the outer block's own pipeline is back when the inner one is left. Raises SpecError for a pipeline
+    that is wrong or does not fit the model, Unsupported for a model or a call that cannot be pruned exactly; both
+    before any compute.
     """
     attached = Attached(model, pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides))
     attached.attach()
@@ -49,9 +54,13 @@ class Attached:
     """A pipeline on a model. Made by `apply`."""
 
     def __init__(self, model: PreTrainedModel, pipeline: Pipeline) -> None:
-        self.pipeline = pipeline
         self.parts: Parts = families.find(model)
-        self.bound: BoundPipeline = pipeline.bind(self.parts.shape())
+        self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
+        shape = self.parts.shape()
+        self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
+        self.bound: BoundPipeline = self.pipeline.bind(shape)
+        self.needs = Needs.of(self.bound)
+        self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         self._newest: Session | None = None
         self._report: tuple[Session, RunReport] | None = None
         self._overrides = Overrides()
@@ -66,84 +75,80 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported if the model already carries a pipeline."""
-        parts = self.parts
-        if is_overridden(parts.base, "forward"):
-            raise Unsupported(
-                "this model is already inside a prunekit.apply block; leave it first, "
-                "or put both sets of stages into one pipeline"
-            )
+        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        parts, base = self.parts, self.parts.base
         self._check_attention()
-        replace = self._overrides.replace
+        if self.outer is not None:
+            self.outer._overrides.restore()
         try:
-            replace(parts.base, "forward", self._base_forward)
-            replace(parts.base, "get_image_features", self._encode)
-            replace(parts.text, "forward", self._text_forward)
-            if self.active:
-                self._attach_layers()
+            self._put_in(parts)
         except BaseException:
             self.detach()
             raise
+        base.__dict__[_ATTACHED] = self
+
+    def _put_in(self, parts: Parts) -> None:
+        replace = self._overrides.replace
+        replace(parts.base, "forward", self._base_forward)
+        for modality in parts.modalities:
+            replace(parts.base, modality.method, self._encode(modality))
+        replace(parts.text, "forward", self._text_forward)
+        if self.active:
+            if self.pipeline.positions == "renumber":
+                replace(_rotary(parts), "forward", layers.rotary_forward)
+            layers.override(self._overrides, parts, self.bound)
+            self.needs.attach(self._overrides)
 
     @property
     def active(self) -> bool:
         """Whether the pipeline changes anything; one that does not leaves the layers alone."""
-        return bool(self.bound.token_stages or self.bound.plan.actions)
-
-    def _attach_layers(self) -> None:
-        replace, parts = self._overrides.replace, self.parts
-        reads = reading_layers(self.bound)
-        if reads:
-            wraps.acquire()
-            self._overrides.later(wraps.release)
-        for number, layer in enumerate(parts.layers):
-            replace(layer, "forward", _layer_forward(number))
-            action = self.bound.plan[number]
-            if number + 1 in reads or action is LayerAction.SKIP_ATTENTION:
-                replace(getattr(layer, parts.attention), "forward", _attention_forward(number))
-            if action is LayerAction.SKIP_MLP:
-                replace(getattr(layer, parts.mlp), "forward", _mlp_forward)
+        return bool(self.bound.cuts or self.bound.plan.layers or self.bound.routers)
 
     def detach(self) -> None:
-        """Take the overrides out; the model is as it was."""
-        self._overrides.restore()
+        """Take the overrides out; the model is as it was, or as the outer block has it."""
+        self.parts.base.__dict__.pop(_ATTACHED, None)
+        try:
+            self._overrides.restore()
+        finally:
+            if self.outer is not None:
+                outer, self.outer = self.outer, None
+                outer._put_in(outer.parts)
+                outer.parts.base.__dict__[_ATTACHED] = outer
 
     def _check_attention(self) -> None:
-        used = self.parts.attention_implementation
-        if self.active and used not in SUPPORTED:
+        if self.active and self._kind is None:
             raise Unsupported(
-                f"attention implementation '{used}' is not supported by this version; load the model with "
-                f"attn_implementation={' or '.join(map(repr, SUPPORTED))}"
+                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
+                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
             )
 
-    def _encode(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Note the image features that a call of the base model encodes (`generate` encodes before it calls)."""
+    def _encode(self, modality: Modality) -> Callable[..., Any]:
+        """Take notes while a method of the base model encodes pictures (`generate` encodes before it calls)."""
 
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            pixels = kwargs.get("pixel_values", args[0] if args else None)
-            features = getattr(output, "pooler_output", None)
-            if self._needs_seed:
-                mark(features, pixels)
-            if (call := CALL.get()) is not None:
-                call.features = features
-            return output
+        def make(original: Callable[..., Any]) -> Callable[..., Any]:
+            signature = inspect.signature(original)
 
-        return get_image_features
+            def encode(*args: Any, **kwargs: Any) -> Any:
+                given = signature.bind_partial(*args, **kwargs).arguments
+                output = original(*args, **kwargs)
+                features = getattr(output, "pooler_output", None)
+                if features is not None:
+                    note(output, Pictures(modality, given | given.pop("kwargs", {}), counts_of(features)))
+                if (call := CALL.get()) is not None:
+                    call.outputs[modality.name] = output
+                return output
 
-    @property
-    def _needs_seed(self) -> bool:
-        return any(stage.asks_for("seed") for _, stage in self.bound.token_stages)
+            return encode
+
+        return make
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Remember the prompt's ids and images while the LVLM's base model runs."""
+        """Remember the prompt's ids and pictures while the LVLM's base model runs."""
         signature = inspect.signature(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = signature.bind_partial(*args, **kwargs).arguments
-            given = given | given.get("kwargs", {})
-            encoded = (given.get("mm_encoder_outputs") or {}).get("image")
-            call = Call(given, getattr(encoded, "pooler_output", None))
+            call = Call(given | given.get("kwargs", {}), self.parts)
             if self.active:
                 call.refuse_unsupported()
             token = CALL.set(call)
@@ -171,59 +176,33 @@ class Attached:
             embeds = kwargs["inputs_embeds"]
             if session is not None:
                 session.refuse_other(self.pipeline, self.parts)
-                call.refuse_new_images()
+                call.refuse_new_pictures()
             prefill = session is None
-            session = session or Session(self.bound, self.parts, call.prompt(self.parts), embeds.element_size())
-            additive = self.parts.attention_implementation == "eager"
-            token = STEP.set(Step(session, prefill, embeds.shape[1], additive))
+            session = session or Session(self.bound, self.parts, call.prompt(), embeds.element_size(), self.needs)
+            step = Step(session, prefill, embeds.shape[1], self._kind or "bool")
+            token = STEP.set(step)
             try:
                 output = original(*args, **kwargs)
             finally:
                 STEP.reset(token)
-            return self._finish(session, output) if prefill else output
+            return self._finish(step, output, cache) if prefill else output
 
         return forward
 
-    def _finish(self, session: Session, output: Any) -> Any:
+    def _finish(self, step: Step, output: Any, cache: Any) -> Any:
+        session = step.session
         self._newest = session
+        last = output["last_hidden_state"]
         if session.layout is not None:
-            output["last_hidden_state"] = session.layout.expand(output["last_hidden_state"])
+            output["last_hidden_state"] = session.layout.expand(last)
+        if self.active:
+            session.end(last, Here(step, len(self.parts.layers), {}), cache)
         tell(lambda: self.report or session.report())
         return output
 
 
-def _layer_forward(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            step = STEP.get()
-            if step is None:
-                return original(hidden_states, *args, **kwargs)
-            if args:
-                raise Unsupported(
-                    "decoder layers are called with positional arguments; this transformers version is not supported"
-                )
-            return step.run_layer(number, original, hidden_states, kwargs)
-
-        return forward
-
-    return make
-
-
-def _attention_forward(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            step = STEP.get()
-            return original(*args, **kwargs) if step is None else attend(step, number, original, args, kwargs)
-
-        return forward
-
-    return make
-
-
-def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if STEP.get() is None:
-            return original(hidden_states, *args, **kwargs)
-        return torch.zeros_like(hidden_states)
-
-    return forward
+def _rotary(parts: Parts) -> nn.Module:
+    if parts.rotary is None:
+        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    module: nn.Module = getattr(parts.text, parts.rotary)
+    return module

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from prunekit.engine import kv
-from prunekit.engine.prompt import Prompt, pixel_checksum
+from prunekit.engine.pictures import Pictures, noted
+from prunekit.engine.prompt import Prompt
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 
-# Where the checksum of an image's pixels waits on its features.
-_CHECKSUM = "_prunekit_checksum"
-
 
 class Call:
-    """One call of the LVLM's base model: its arguments, and the image features once they are known."""
+    """One call of the LVLM's base model: its arguments, and the outputs of its encoders once they are known."""
 
-    def __init__(self, given: Mapping[str, Any], features: Any) -> None:
-        self.given, self.features = given, features
+    def __init__(self, given: Mapping[str, Any], parts: Parts) -> None:
+        self.given, self.parts = given, parts
+        encoded = given.get("mm_encoder_outputs") or {}
+        self.outputs: dict[str, Any] = {name: out for name, out in encoded.items() if out is not None}
 
     def refuse_unsupported(self) -> None:
         """Raise Unsupported for what cannot be answered on fewer tokens."""
@@ -44,32 +44,25 @@ class Call:
         if self.given.get("input_ids") is None:
             raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
 
-    def refuse_new_images(self) -> None:
-        """Raise Unsupported when later tokens on a pruned cache bring image features."""
-        if self.features is not None:
+    def refuse_new_pictures(self) -> None:
+        """Raise Unsupported when later tokens on a pruned cache bring pictures."""
+        if self.outputs:
             raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
 
-    def prompt(self, parts: Parts) -> Prompt:
+    def pictures(self) -> tuple[Pictures, ...]:
+        """What was encoded for this call, kind by kind."""
+        kinds = ((modality, self.outputs.get(modality.name)) for modality in self.parts.modalities)
+        found = (noted(output, modality) for modality, output in kinds if output is not None)
+        return tuple(pictures for pictures in found if pictures is not None)
+
+    def prompt(self) -> Prompt:
         """The prompt batch of a prefill; one read back from the device."""
         ids = self.given["input_ids"]
         mask = self.given.get("attention_mask")
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
-        visual = _visual(ids, parts) & real
+        visual = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device)) & real
         visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()
-        features = () if self.features is None else self.features
-        images = tuple((len(image), getattr(image, _CHECKSUM, None)) for image in features)
-        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), images)
+        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), self.pictures())
 
 
 CALL: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)
-
-
-def mark(features: Any, pixels: Any) -> None:
-    """Leave a checksum of each image's pixels on its features; it follows them through beam expansion."""
-    if features is not None and isinstance(pixels, Tensor) and len(pixels) == len(features):
-        for image, key in zip(features, pixel_checksum(pixels), strict=True):
-            setattr(image, _CHECKSUM, key)
-
-
-def _visual(ids: Tensor, parts: Parts) -> Tensor:
-    return torch.isin(ids, torch.tensor(parts.visual_ids, device=ids.device))

@@ -1,42 +1,56 @@
 """Ragged per-layer KV: physical keys and values of the kept tokens, answering transformers in logical lengths.
 
 `generate()` sizes masks and positions from the cache. A layer that stored fewer tokens, or none, must still say how
-long the
-sequence is; so these layers count logical tokens beside the physical ones. All per-row state lives on them, and
-therefore follows the cache through beam reordering, row selection and cropping.
+long the sequence is; so these layers count logical tokens beside the physical ones. All per-row state lives on them,
+and therefore follows the cache through beam reordering, row selection and cropping.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from prunekit.engine.layout import Layout
+from prunekit.decisions import LayerAction
+from prunekit.engine.layout import Layout, take
 from prunekit.errors import Unsupported
 
 _OWNER = "_prunekit_owner"
+# A sliding layer may be replaced too: all kept tokens stay, and the logical mask of transformers hides the old ones.
+ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The KV of one decoder layer.
 
-    layout: which prompt tokens it holds; None: all of them. logical: tokens that have passed the layer, kept or not.
-    Tokens after the prompt are never dropped: they are the tail, in order.
+    layout: which prompt tokens it holds, for the rows that it stores; None: all of them. logical: tokens that have
+    passed the layer, kept or not. Tokens after the prompt are never dropped: they are the tail, in order.
+    actions: what decoding does with the layer: one action, or one for each row of the batch.
+    rows: the batch rows that are stored, those whose decoding reads the layer; None: all.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.layout: Layout | None = None
         self.logical = 0
+        self.actions: LayerAction | tuple[LayerAction, ...] = LayerAction.RUN
+        self.rows: tuple[int, ...] | None = None
         self._opened = False
 
     def open(self, tokens: int) -> None:
         """Count `tokens` logical tokens that now pass the layer, whether or not it writes KV for them."""
         self.logical += tokens
         self._opened = True
+
+    def begin(self, layout: Layout | None, actions: Sequence[LayerAction]) -> None:
+        """Say, before a prefill runs the layer, what it will hold and what decoding will do with it."""
+        stored = tuple(row for row, action in enumerate(actions) if action.writes_kv)
+        self.actions = actions[0] if len(set(actions)) == 1 else tuple(actions)
+        self.rows = None if len(stored) == len(actions) else stored
+        self.layout = layout
 
     @property
     def tail(self) -> int:
@@ -51,7 +65,27 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
                 "continue inside the same `with` block, or start with a new cache"
             )
         self._opened = False
+        if self.rows == ():  # nobody will read it
+            return key_states, value_states
         return super().update(key_states, value_states)
+
+    def stored(self, rows: Sequence[int]) -> Tensor:
+        """Where batch rows stand among the stored ones, int64."""
+        places = {row: place for place, row in enumerate(self.rows if self.rows is not None else range(len(self)))}
+        return torch.tensor([places[row] for row in rows], device=self._device)
+
+    def __len__(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def _device(self) -> torch.device | None:
+        return None if self.keys is None else self.keys.device
+
+    def narrow(self, layout: Layout, slots: Tensor) -> None:
+        """Keep only `slots`, int64 (B', K), of what is stored; `layout` says which tokens they are."""
+        self.layout = layout
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = take(self.keys, slots, 2), take(self.values, slots, 2)
 
     def get_seq_length(self) -> int:
         return self.logical
@@ -70,23 +104,39 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         super().reset()
         self.layout, self.logical, self._opened = None, 0, False
+        self.actions, self.rows = LayerAction.RUN, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._rows(beam_idx)
+        self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._rows(indices)
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.keys is not None:
-            self._rows(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+        if isinstance(self.actions, tuple):
+            self._select(torch.arange(len(self.actions)).repeat_interleave(repeats))
+        elif self.keys is not None:
+            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
 
-    def _rows(self, rows: Tensor) -> None:
+    def _select(self, rows: Tensor) -> None:
+        if isinstance(self.actions, tuple):
+            rows = self._select_mixed(rows)
         if self.keys is not None and self.values is not None:
             self.keys = self.keys.index_select(0, rows.to(self.keys.device))
             self.values = self.values.index_select(0, rows.to(self.values.device))
         if self.layout is not None:
             self.layout = self.layout.select(rows)
+
+    def _select_mixed(self, rows: Tensor) -> Tensor:
+        """Follow a selection of rows that differ in what decoding does; returns it in terms of stored rows."""
+        wanted = _as_list(rows)
+        stored = range(len(self.actions)) if self.rows is None else self.rows  # type: ignore[arg-type]
+        places = {row: place for place, row in enumerate(stored)}
+        self.actions = tuple(self.actions[row] for row in wanted)  # type: ignore[index]
+        kept = [(new, places[old]) for new, old in enumerate(wanted) if old in places]
+        self.rows = None if len(kept) == len(wanted) else tuple(new for new, _ in kept)
+        # The same selection gives the same tensor, by which layers that share a layout go on sharing it.
+        return _shared(rows, tuple(place for _, place in kept))
 
 
 def adopt(cache: Cache, layers: int, owner: object) -> None:
@@ -97,11 +147,11 @@ def adopt(cache: Cache, layers: int, owner: object) -> None:
 
 
 def check(cache: Cache) -> None:
-    """Raise Unsupported unless `cache` is an empty DynamicCache whose layers attend to everything."""
-    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    """Raise Unsupported unless `cache` is an empty DynamicCache whose layers hold keys and values."""
+    if type(cache) is not DynamicCache or any(type(layer) not in ADOPTED for layer in cache.layers):
         kinds = sorted({type(layer).__name__ for layer in cache.layers}) or [type(cache).__name__]
         raise Unsupported(
-            "pruning needs transformers' DynamicCache with full-attention layers (no static, sliding, quantized or "
+            "pruning needs transformers' DynamicCache with attention layers (no linear-attention, static, quantized or "
             f"offloaded ones), not {type(cache).__name__} with {', '.join(kinds)}; "
             "leave `cache_implementation` and `past_key_values` at their defaults"
         )
@@ -115,3 +165,19 @@ def owner_of(cache: Cache | None) -> Any:
     """Who adopted this cache; None if nobody did, or if it was emptied since."""
     filled = cache is not None and cache.get_seq_length() > 0
     return getattr(cache, _OWNER, None) if filled else None
+
+
+def _as_list(rows: Tensor) -> list[int]:
+    """The host's copy of a selection, read back once for all layers."""
+    found: list[int] | None = getattr(rows, "_prunekit_rows", None)
+    if found is None:
+        found = rows.tolist()
+        rows._prunekit_rows = found  # type: ignore[attr-defined]
+    return found
+
+
+def _shared(rows: Tensor, places: tuple[int, ...]) -> Tensor:
+    known: dict[tuple[int, ...], Tensor] = rows.__dict__.setdefault("_prunekit_places", {})
+    if places not in known:
+        known[places] = torch.tensor(places, dtype=torch.int64, device=rows.device)
+    return known[places]

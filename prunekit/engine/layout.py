@@ -5,7 +5,7 @@ Logical: the complete prompt as transformers sees it, with padding. Physical: th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ class Layout:
 
     index: int64 (B, K), the logical position of each slot. valid: bool (B, K), False on the filling of shorter rows;
     None when all rows are full. length: S, the logical length. `None` in place of a layout means: all tokens.
+    sizes: float (B, K), how many tokens each slot stands for; None: one each.
+    shift: int64 (B,), by how much rotary positions after the prompt move down; None: they stay.
     """
 
     index: Tensor
     valid: Tensor | None
     length: int
+    sizes: Tensor | None = None
+    shift: Tensor | None = None
     # The newest `select`: the KV layers that share a layout are reordered one by one with the same index tensor, and
     # must go on sharing, so that masks are gathered once a step and not once a layer.
     _selected: list[tuple[Tensor, Layout]] = field(default_factory=list, repr=False)
@@ -31,36 +35,57 @@ class Layout:
         """K, physical slots of a row."""
         return self.index.shape[1]
 
+    @property
+    def present(self) -> Tensor:
+        """`valid`, with None spelled out."""
+        return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """The slots' entries of logical `x`, whose `dim` has length S; its batch may be 1 or B."""
-        return _take(x, self.index, dim)
+        return take(x, self.index, dim)
 
     def expand(self, x: Tensor) -> Tensor:
         """Physical (B, K, H) to logical (B, S, H). A hole shows its nearest kept predecessor, else the first slot."""
         present = torch.zeros(x.shape[0], self.length, dtype=torch.int64, device=x.device)
-        valid = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
-        present.scatter_add_(1, self.index.to(x.device), valid.to(x.device, torch.int64))
+        present.scatter_add_(1, self.index.to(x.device), self.present.to(x.device, torch.int64))
         rank = present.cumsum(1)
         first = self.width - rank[:, -1:]
-        return _take(x, (first + rank - 1).clamp_min_(0).clamp_max_(self.width - 1), 1)
+        return take(x, (first + rank - 1).clamp_min_(0).clamp_max_(self.width - 1), 1)
+
+    def put(self, x: Tensor, into: Tensor) -> Tensor:
+        """Logical `into` (B, S, H) with physical `x` (B, K, H) in the places of its slots."""
+        index = self.index.to(x.device)
+        if self.valid is not None:  # fillings repeat a dropped token, whose place keeps what it had
+            x = torch.where(self.valid.to(x.device)[..., None], x, take(into, index, 1))
+        return into.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of batch rows `rows`, int64 (B',)."""
         if not self._selected or self._selected[0][0] is not rows:
             local = rows.to(self.index.device)
-            valid = None if self.valid is None else self.valid[local]
-            self._selected[:] = [(rows, Layout(self.index[local], valid, self.length))]
+            parts = (part if part is None else part[local] for part in (self.valid, self.sizes, self.shift))
+            valid, sizes, shift = parts
+            self._selected[:] = [(rows, Layout(self.index[local], valid, self.length, sizes, shift))]
         return self._selected[0][1]
 
     def narrow(self, keep: Tensor, lengths: list[int]) -> tuple[Layout, Tensor]:
         """Drop slots: keep is bool (B, K), lengths the number of True in each row (known to the host: no sync).
 
-        Returns the new layout and the old slots that it took, int64 (B, K').
+        Returns the new layout, without a shift, and the old slots that it took, int64 (B, K').
         """
         slots = rightmost(keep, max(lengths))
         ragged = min(lengths) != max(lengths)
         valid = keep.gather(1, slots) if ragged else None
-        return Layout(self.index.gather(1, slots), valid, self.length), slots
+        sizes = None if self.sizes is None else self.sizes.gather(1, slots)
+        return Layout(self.index.gather(1, slots), valid, self.length, sizes), slots
+
+    def with_sizes(self, sizes: Tensor) -> Layout:
+        """The same slots with sizes, float (B, K)."""
+        return replace(self, sizes=sizes, _selected=[])
+
+    def with_shift(self, shift: Tensor | None) -> Layout:
+        """The same slots with a shift, int64 (B,)."""
+        return replace(self, shift=shift, _selected=[])
 
     @classmethod
     def full(cls, ids: Tensor) -> Layout:
@@ -80,7 +105,7 @@ def leftmost(mask: Tensor, width: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
 
 
-def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
+def take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     """Gather along `dim` with a per-row index (B, K); x has shape (1 or B, ...)."""
     index = index.to(x.device)
     x = x.expand(index.shape[0], *x.shape[1:]) if x.shape[0] != index.shape[0] else x
@@ -89,3 +114,10 @@ def _take(x: Tensor, index: Tensor, dim: int) -> Tensor:
     target = list(x.shape)
     target[dim] = index.shape[1]
     return x.gather(dim, index.view(shape).expand(target))
+
+
+def select_rows(x: Tensor, rows: Tensor | None, batch: int = 0) -> Tensor:
+    """Rows of `x` along its dimension `batch`, which may have length 1 for all; None: all."""
+    if rows is None or x.shape[batch] == 1:
+        return x
+    return x.index_select(batch, rows.to(x.device))

@@ -1,79 +1,114 @@
 """Logical attention masks to physical ones.
 
 transformers makes one mask for the complete sequence; a layer that runs on fewer tokens, or attends to fewer cached
-ones, needs the matching rows and columns of it.
+ones, needs the matching rows and columns of it. Masks come in three kinds: `bool` (B|1, 1, Q, K) for sdpa, `additive`
+of the same shape for eager, and `flat`, the 2-D padding mask (B, K) of the flash kernels. None is plain causal.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prunekit.engine.layout import Layout
+from prunekit.errors import Unsupported
+
+Kind = Literal["bool", "additive", "flat"]
 
 
-def prefill_mask(mask: Tensor | None, layout: Layout, like: Tensor, additive: bool) -> Tensor | None:
-    """The mask for a prefill whose queries and keys are both the slots of `layout`.
+def kind_of(implementation: str) -> Kind | None:
+    """The kind of mask that an attention implementation takes; None for one that prunekit does not know."""
+    if implementation in ("sdpa", "eager"):
+        return "bool" if implementation == "sdpa" else "additive"
+    return "flat" if "flash" in implementation else None
 
-    mask: None (plain causal), bool or additive (B|1, 1, S, S). Returns None where plain causal attention is right,
-    else (B, 1, K, K) of the same kind as `mask`; `additive` says which kind to make when `mask` is None.
-    like: a tensor with the device and dtype of the queries.
+
+def prefill_mask(mask: Tensor | None, queries: Layout, keys: Layout, like: Tensor, kind: Kind) -> Tensor | None:
+    """The mask for a prefill in which the slots of `queries` attend to the slots of `keys`.
+
+    mask: the logical one, with S rows and columns. like: a tensor with the device and dtype of the queries.
+    Queries that are fillings see everything: a row that may attend to nothing would become NaN and spread.
     """
-    if mask is None and layout.valid is None:
+    if kind == "flat":
+        return _flat(mask, queries, keys)
+    same = queries is keys
+    if mask is None and same and keys.valid is None and keys.sizes is None:
         return None
     if mask is None:
-        causal = torch.ones(layout.width, layout.width, dtype=torch.bool, device=like.device).tril()
-        local = causal.expand(layout.index.shape[0], 1, -1, -1)
-        return _closed(local, layout, additive, like.dtype)
-    local = layout.gather(layout.gather(mask, dim=2), dim=3)
-    return local if layout.valid is None else _closed(local, layout, additive, like.dtype)
+        local = queries.index[:, None, :, None] >= keys.index[:, None, None, :]
+    else:
+        local = queries.gather(keys.gather(mask, dim=3), dim=2)
+    if keys.valid is not None:
+        local = _hide(local, ~keys.valid[:, None, None, :])
+    if queries.valid is not None:
+        local = _show(local, ~queries.valid[:, None, :, None])
+    return _finished(local.to(like.device), keys.sizes, 0, like, kind)
 
 
 def decode_mask(
-    mask: Tensor | None, layout: Layout, tail: int, queries: int, like: Tensor, additive: bool
+    mask: Tensor | None, layout: Layout, tail: int, queries: int, like: Tensor, kind: Kind
 ) -> Tensor | None:
     """The mask for `queries` new tokens on a cache that holds the slots of `layout` and, after them, `tail` later
-    tokens.
+    tokens, the new ones among them.
 
-    mask: None (the new tokens see everything) or (B|1, 1, Q, S + tail), where the tail contains the new tokens.
-    Returns None or (B, 1, Q, K + tail).
+    mask: None (the new tokens see everything) or the logical one, whose last dimension is S + tail or, for a cache of
+    fixed size, longer.
     """
     valid = layout.valid
     if mask is not None:
-        local = torch.cat([layout.gather(mask[..., : layout.length], dim=3), _tail(mask, layout)], dim=3)
-        if valid is None:
-            return local
-        hidden = torch.cat([~valid, valid.new_zeros(valid.shape[0], tail)], dim=1)[:, None, None, :].to(local.device)
-        return local & ~hidden if local.dtype == torch.bool else local.masked_fill(hidden, _lowest(local.dtype))
-    if valid is None:
+        dim = mask.ndim - 1
+        rest = mask[..., layout.length :]
+        local = torch.cat(
+            [layout.gather(mask[..., : layout.length], dim), rest.expand(len(layout.index), *rest.shape[1:])], dim
+        )
+    elif valid is None and layout.sizes is None:
         return None
-    allowed = torch.cat([valid, valid.new_ones(valid.shape[0], tail)], dim=1)[:, None, None, :]
-    allowed = allowed.expand(-1, 1, queries, -1).to(like.device)
-    return _as_additive(allowed, like.dtype) if additive else allowed
+    else:
+        local = torch.ones(len(layout.index), layout.width + tail, dtype=torch.bool, device=like.device)
+        local = local if kind == "flat" else local[:, None, None, :].expand(-1, 1, queries, -1)
+    if valid is not None:
+        filled = valid.new_zeros(len(valid), local.shape[-1] - layout.width)
+        hidden = torch.cat([~valid, filled], dim=1).to(local.device)
+        local = _hide(local, hidden if local.ndim == 2 else hidden[:, None, None, :])
+    return local if kind == "flat" else _finished(local, layout.sizes, local.shape[-1] - layout.width, like, kind)
 
 
-def _tail(mask: Tensor, layout: Layout) -> Tensor:
-    tail = mask[..., layout.length :]
-    return tail.expand(layout.index.shape[0], *tail.shape[1:])
+def _flat(mask: Tensor | None, queries: Layout, keys: Layout) -> Tensor | None:
+    if queries is not keys:
+        raise Unsupported("frozen visual tokens need a mask that flash kernels do not take; use sdpa or eager")
+    if keys.valid is None and mask is None:
+        return None
+    present = keys.present if mask is None else keys.gather(mask).to(torch.bool) & keys.present
+    return present if mask is None else present.to(mask.dtype)
 
 
-def _closed(local: Tensor, layout: Layout, additive: bool, dtype: torch.dtype) -> Tensor:
-    """Hide invalid slots from all but themselves: a row that may attend to nothing would become NaN and spread."""
-    valid = layout.valid
-    if valid is None:
-        return local
-    valid = valid.to(local.device)
-    itself = torch.eye(layout.width, dtype=torch.bool, device=local.device)
-    hidden = ~valid[:, None, None, :] & ~itself
-    own = ~valid[:, None, :, None] & itself
-    if local.dtype == torch.bool:
-        allowed = (local & ~hidden) | own
-        return _as_additive(allowed, dtype) if additive else allowed
-    return local.masked_fill(hidden, _lowest(local.dtype)).masked_fill(own, 0.0)
+def _finished(local: Tensor, sizes: Tensor | None, tail: int, like: Tensor, kind: Kind) -> Tensor:
+    """`local` in the kind that attention takes, with log(size) added to the keys' logits."""
+    if sizes is not None:
+        bias = sizes.log().to(local.device, like.dtype)
+        bias = torch.cat([bias, bias.new_zeros(len(bias), tail)], dim=1)[:, None, None, :]
+        return bias.expand(local.shape).masked_fill(~local, _lowest(like.dtype)) if _is_bool(local) else local + bias
+    if _is_bool(local) and kind == "additive":
+        return torch.zeros(local.shape, dtype=like.dtype, device=local.device).masked_fill(~local, _lowest(like.dtype))
+    return local
 
 
-def _as_additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, _lowest(dtype))
+def _hide(local: Tensor, where: Tensor) -> Tensor:
+    where = where.to(local.device)
+    if _is_bool(local):
+        return local & ~where
+    return local.masked_fill(where, 0 if not local.is_floating_point() else _lowest(local.dtype))
+
+
+def _show(local: Tensor, where: Tensor) -> Tensor:
+    where = where.to(local.device)
+    return local | where if _is_bool(local) else local.masked_fill(where, 0.0)
+
+
+def _is_bool(local: Tensor) -> bool:
+    return local.dtype == torch.bool
 
 
 def _lowest(dtype: torch.dtype) -> float:

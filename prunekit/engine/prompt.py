@@ -1,24 +1,34 @@
-"""What is known of a prompt batch before the decoder runs: ids, padding, where the visual tokens are, which images."""
+"""What is known of a prompt batch before the decoder runs: ids, padding, where the visual tokens are, which pictures."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from prunekit.engine.pictures import Pictures
+from prunekit.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of one row: number `at` of what `source` encoded; `positions` in the prompt, int64 (tokens,)."""
+
+    source: Pictures
+    at: int
+    positions: Tensor
+
 
 @dataclass(frozen=True)
 class Prompt:
     """What is known of a prompt batch before the decoder runs.
 
-    ids: int64 (B, S). real, visual: bool (B, S), not padding; filled with image features. visual_counts, lengths: per
-    row,
-    visual tokens, and tokens without padding. images: for each image in order, its visual tokens and a checksum of its
-    pixels, which is an int64 tensor of one element, or None where only encoded features were given.
+    ids: int64 (B, S). real, visual: bool (B, S), not padding; filled with features of pictures. visual_counts, lengths:
+    per row, visual tokens, and tokens without padding. pictures: per kind, what was encoded for the batch.
     """
 
     ids: Tensor
@@ -26,7 +36,7 @@ class Prompt:
     visual: Tensor
     visual_counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    images: tuple[tuple[int, Tensor | None], ...]
+    pictures: tuple[Pictures, ...]
 
     @cached_property
     def ordinals(self) -> Tensor:
@@ -39,44 +49,68 @@ class Prompt:
         places = torch.arange(self.real.shape[1], device=self.real.device)
         return (self.real * places).argmax(1)
 
-    def row_images(self) -> list[list[tuple[int, Tensor | None]]]:
-        """The images of each row."""
-        remaining = list(self.images)
-        rows: list[list[tuple[int, Tensor | None]]] = []
-        for count in self.visual_counts:
-            row: list[tuple[int, Tensor | None]] = []
-            while remaining and sum(tokens for tokens, _ in row) < count:
-                row.append(remaining.pop(0))
-            rows.append(row)
+    @cached_property
+    def by_row(self) -> list[list[Picture]]:
+        """The pictures of each row in the order of the prompt."""
+        found: list[list[Picture]] = [[] for _ in self.visual_counts]
+        for source in self.pictures:
+            for row, numbers in enumerate(self._dealt(source)):
+                shown = torch.isin(self.ids[row], torch.tensor(source.modality.token_ids, device=self.ids.device))
+                positions = (shown & self.real[row]).nonzero()[:, 0]
+                parts = positions.split([source.counts[number] for number in numbers])
+                found[row] += [Picture(source, n, part) for n, part in zip(numbers, parts, strict=True)]
+        return [sorted(row, key=lambda picture: int(picture.positions[0])) for row in found]
+
+    def _dealt(self, source: Pictures) -> list[list[int]]:
+        """Which of the source's pictures each row shows. Rows are repeated for beams, notes are not."""
+        ids = torch.tensor(source.modality.token_ids, device=self.ids.device)
+        wanted = (torch.isin(self.ids, ids) & self.real).sum(1).tolist()
+        total = sum(source.counts)
+        times = sum(wanted) // total if total else 1
+        if total * times != sum(wanted) or len(wanted) % max(times, 1):
+            raise Unsupported(f"the prompt shows {sum(wanted)} {source.modality.name} tokens, the encoder made {total}")
+        remaining = list(range(len(source.counts)))
+        rows: list[list[int]] = []
+        for row, count in enumerate(wanted):
+            if row % times:
+                rows.append(rows[-1])
+                continue
+            numbers: list[int] = []
+            while remaining and sum(source.counts[n] for n in numbers) < count:
+                numbers.append(remaining.pop(0))
+            rows.append(numbers)
         return rows
 
-    def coords(self, grid: Callable[[int], Tensor]) -> Tensor:
-        """Image, row, column, rows, columns of every original visual token: int64 (B, V, 5), padding -1."""
-        table = torch.full((len(self.visual_counts), max(self.visual_counts), 5), -1, dtype=torch.int64)
-        for b, images in enumerate(self.row_images()):
-            start = 0
-            for number, (tokens, _) in enumerate(images):
-                places = grid(tokens)
-                here = table[b, start : start + tokens]
-                here[:, 0], here[:, 1:3], here[:, 3:] = number, places, places.amax(0) + 1
-                start += tokens
-        return table.to(self.ids.device)
+    @cached_property
+    def places(self) -> Tensor:
+        """Number of the picture, then as `Modality.places`, of every original visual token: int64 (B, V, 6), padding -1."""
+        table = torch.full((*self.ids.shape, 6), -1, dtype=torch.int64)
+        for b, pictures in enumerate(self.by_row):
+            for number, picture in enumerate(pictures):
+                positions = picture.positions.cpu()
+                table[b, positions, 0] = number
+                table[b, positions, 1:] = picture.source.places[picture.at].cpu()
+        return self.of_visual(table.to(self.ids.device), -1)
+
+    def of_visual(self, table: Tensor, padding: float) -> Tensor:
+        """Entries of a table (B, S, ...) for the original visual tokens: (B, V, ...)."""
+        width = max(self.visual_counts, default=0)
+        order = (~self.visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        there = self.visual.gather(1, order)
+        found = table[rows, order]
+        return found.masked_fill(~there.view(*there.shape, *[1] * (found.ndim - 2)), padding)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
         """One number per row from its token ids and pixels alone, so that it is the same in every batch and run."""
         ids, real = self.ids.tolist(), self.real.tolist()
-        seeds = []
-        for row, mask, images in zip(ids, real, self.row_images(), strict=True):
-            digest = hashlib.blake2b(digest_size=7)
-            digest.update(repr([token for token, there in zip(row, mask, strict=True) if there]).encode())
-            digest.update(repr([None if key is None else int(key) for _, key in images]).encode())
-            seeds.append(int.from_bytes(digest.digest(), "big"))
-        return tuple(seeds)
+        return tuple(map(_seed, ids, real, self.by_row))
 
 
-def pixel_checksum(pixels: Tensor) -> Tensor:
-    """One int64 per image from the bits of its pixels, float (images, ...); order matters, the batch does not."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[pixels.element_size()]
-    flat = pixels.detach().contiguous().view(bits).flatten(1).to(torch.int64)
-    return (flat * (torch.arange(flat.shape[1], device=flat.device) % 8191 + 1)).sum(1)
+def _seed(ids: Sequence[int], real: Sequence[bool], pictures: Sequence[Picture]) -> int:
+    digest = hashlib.blake2b(digest_size=7)
+    digest.update(repr([token for token, there in zip(ids, real, strict=True) if there]).encode())
+    sums = [picture.source.checksums for picture in pictures]
+    digest.update(repr([None if s is None else s[p.at] for s, p in zip(sums, pictures, strict=True)]).encode())
+    return int.from_bytes(digest.digest(), "big")

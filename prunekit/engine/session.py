@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from prunekit.cost import cost_of, kv_tokens
-from prunekit.decisions import LayerAction, Rows
-from prunekit.engine import kv, masks
-from prunekit.engine.layout import Layout
-from prunekit.engine.probes import Tap, opened
+from prunekit.decisions import LayerAction, LayerPlan, Selection
+from prunekit.engine import kv
+from prunekit.engine.inputs import Inputs, Needs
+from prunekit.engine.layout import Layout, take
 from prunekit.engine.prompt import Prompt
+from prunekit.engine.route import by_scores, route
 from prunekit.engine.stages import decide
-from prunekit.engine.view import View
+from prunekit.engine.view import Here, View
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
-from prunekit.pipeline import BoundPipeline, Pipeline, Stage
-from prunekit.report import RunReport, StageEvent
-from prunekit.sites import Site
+from prunekit.pipeline import BoundPipeline, Pipeline
+from prunekit.report import RunReport, StageEvent, summarise
+from prunekit.sites import PREFILL_END, Site
+from prunekit.stage import Cut
 
 NO_IMAGE = "no visual tokens in this batch: token stages had nothing to do, all tokens ran"
 
@@ -37,42 +37,54 @@ class _Decision:
     site: Site
     entered: tuple[int, ...]
     ordinals: Tensor
-    keep: Tensor
+    selection: Selection
 
     def event(self) -> StageEvent:
-        rows = zip(self.ordinals.tolist(), self.keep.tolist(), strict=True)
+        rows = list(zip(self.ordinals.tolist(), self.selection.keep.tolist(), strict=True))
         kept = tuple(tuple(o for o, k in zip(ordinals, keep, strict=True) if k) for ordinals, keep in rows)
-        return StageEvent(self.stage, str(self.site), self.entered, kept)
+        sizes = None
+        if self.selection.sizes is not None:
+            given = self.selection.sizes.tolist()
+            pairs = zip(given, (keep for _, keep in rows), strict=True)
+            sizes = tuple(tuple(s for s, k in zip(row, keep, strict=True) if k) for row, keep in pairs)
+        return StageEvent(self.stage, str(self.site), self.entered, kept, self.selection.crop, sizes)
 
 
 class Session:
     """One prompt batch under one pipeline. Lives on the KV cache that the batch fills.
 
-    itemsize: bytes of one number of the hidden states, and so of the KV cache.
+    itemsize: bytes of one number of the hidden states, and so of the KV cache. positions: `keep` or `renumber`.
     """
 
-    def __init__(self, bound: BoundPipeline, parts: Parts, prompt: Prompt, itemsize: int) -> None:
-        self.bound, self.parts, self.prompt = bound, parts, prompt
+    def __init__(self, bound: BoundPipeline, parts: Parts, prompt: Prompt, itemsize: int, needs: Needs) -> None:
+        self.bound, self.parts, self.prompt, self.itemsize = bound, parts, prompt, itemsize
         self.layout: Layout | None = None
         self.counts = prompt.visual_counts
         self.lengths = prompt.lengths
-        self.layer_lengths: list[tuple[int, ...]] = []
+        self.plans: tuple[LayerPlan, ...] = (bound.plan,) * len(prompt.lengths)
+        self.layer_tokens: list[tuple[int, ...]] = []
+        self.layer_visual: list[tuple[int, ...]] = []
+        self.mlp_tokens: list[tuple[int, ...]] = []
         self.decisions: list[_Decision] = []
-        self.rows: dict[int, Tensor] = {}
-        self.reads = reading_layers(bound)
-        self.itemsize = itemsize
         self.notes: list[str] = []
-        self._states: dict[int, dict[Any, Any]] = {}
-        without = [str(row) for row, count in enumerate(self.counts) if count == 0]
-        if bound.token_stages and not any(self.counts):
-            self.notes.append(NO_IMAGE)
-            warnings.warn(NO_IMAGE, PrunekitWarning, stacklevel=2)
-        elif bound.token_stages and without:
-            self.notes.append(f"no visual tokens in samples {', '.join(without)}: all their tokens ran")
+        self.scores: dict[int, Tensor | None] = {}
+        self.cropped: Tensor | None = None
+        self.states: dict[int, dict[Any, Any]] = {}
+        self.inputs = Inputs(self, needs)
+        self._row_index: dict[tuple[int, ...], Tensor] = {}
+        self._note_missing_images()
 
     def __deepcopy__(self, memo: object) -> Session:
         """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
         return self
+
+    def _note_missing_images(self) -> None:
+        without = [str(row) for row, count in enumerate(self.counts) if count == 0]
+        if self.bound.cuts and not any(self.counts):
+            self.notes.append(NO_IMAGE)
+            warnings.warn(NO_IMAGE, PrunekitWarning, stacklevel=2)
+        elif self.bound.cuts and without:
+            self.notes.append(f"no visual tokens in samples {', '.join(without)}: all their tokens ran")
 
     def refuse_other(self, pipeline: Pipeline, parts: Parts) -> None:
         """Raise Unsupported when another pipeline or model goes on with this session's cache."""
@@ -82,169 +94,164 @@ class Session:
                 "continue under the same pipeline and model, or start with a new cache"
             )
 
-    def enter(self, layer: int, hidden: Tensor) -> Tensor:
-        """Run the token stages that stand before `layer` on physical hidden states (B, K, H); returns what is left."""
-        for site, stage in self.bound.token_stages:
-            if max(site.depth, 0) == layer and any(self.counts):
-                hidden = self._prune(site, stage, hidden)
-        self.layer_lengths.append(self.lengths)
+    def enter(self, number: int, hidden: Tensor, here: Here) -> Tensor:
+        """What happens before layer `number`, on physical hidden states (B, K, H); returns what is left of them."""
+        if number == 0:
+            hidden = self._cuts(lambda site: site.place == "encoder", hidden, here)
+            for router in self.bound.routers:
+                embeds = hidden if self.layout is None else self.layout.expand(hidden)
+                self.scores[router.index], self.plans = route(router, self, embeds)
+        hidden = self._cuts(lambda site: site == Site(number), hidden, here)
+        self.layer_tokens.append(self.lengths)
+        self.layer_visual.append(self.counts)
         return hidden
 
-    def _prune(self, site: Site, stage: Stage, hidden: Tensor) -> Tensor:
+    def leave(self, number: int, hidden: Tensor, here: Here) -> Tensor:
+        """What happens after layer `number`; as `enter`."""
+        self.mlp_tokens.append(self.lengths)
+        return self._cuts(lambda site: site == Site(number, "layer", "after"), hidden, here)
+
+    def mid_cuts(self, number: int) -> list[Cut]:
+        """The cuts between attention and MLP of layer `number`."""
+        return [cut for cut in self.bound.cuts if cut.site == Site(number, "layer", "mid")]
+
+    def end(self, hidden: Tensor, here: Here, cache: Cache | None) -> None:
+        """What happens after the prefill: nothing to the states, but the KV cache loses what was cropped."""
+        self._cuts(lambda site: site == PREFILL_END, hidden, here)
+        self.inputs.finish()
+        if self.cropped is None or cache is None:
+            return
+        known: dict[Any, tuple[Layout, Tensor]] = {}
+        for store in cache.layers:
+            assert isinstance(store, kv.RaggedLayer)
+            if len(store):
+                self._crop(store, self.cropped, known)
+
+    def _crop(self, store: kv.RaggedLayer, cropped: Tensor, known: dict[Any, tuple[Layout, Tensor]]) -> None:
+        key = id(store.layout), store.rows
+        if key not in known:
+            ids, rows = self.prompt.ids, None if store.rows is None else self.index(store.rows)
+            if rows is not None:
+                ids, cropped = ids[rows], cropped[rows]
+            layout = store.layout or Layout.full(ids)
+            keep = layout.present & ~layout.gather(cropped)
+            lengths = keep.sum(1).tolist()
+            narrowed, slots = layout.narrow(keep, lengths)
+            known[key] = narrowed.with_shift(layout.shift), slots
+        store.narrow(*known[key])
+
+    def _cuts(self, where: Any, hidden: Tensor, here: Here) -> Tensor:
+        for cut in self.bound.cuts:
+            if where(cut.site) and any(self.counts):
+                hidden, slots = self.cut(cut, hidden, here)
+                if slots is not None:
+                    hidden = take(hidden, slots, 1)
+        return hidden
+
+    def cut(self, cut: Cut, hidden: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
+        """Let a stage decide about the visual tokens among physical `hidden` (B, K, H).
+
+        Returns the states with what was merged, still (B, K, H), and the slots that remain, int64 (B, K'); None: all.
+        """
         layout = self.layout or Layout.full(self.prompt.ids)
         present = layout.gather(self.prompt.real) if layout.valid is None else layout.valid
         visual = layout.gather(self.prompt.visual) & present
         wanted = None
-        if stage.keep is not None:
-            wanted = tuple(map(stage.keep.count, self.prompt.visual_counts, self.counts))
-        view = View(
-            self.prompt, layout, hidden, visual, self.counts, wanted,
-            rows=lambda: self.rows[site.depth - 1],
-            heads=getattr(stage.strategy, "inputs", {}).get("attention", Rows()),
-            grid=self.parts.coords, state=self._states.setdefault(stage.index, {}),
-        )  # fmt: skip
-        selection = decide(stage, view)
-        self.decisions.append(_Decision(stage.use, site, self.counts, view.ordinals, selection.keep))
+        if cut.keep is not None:
+            wanted = tuple(map(cut.keep.count, self.prompt.visual_counts, self.counts))
+        view = View(self, here, cut, layout, hidden, visual, wanted)
+        routed = cut.stage.is_router
+        selection = by_scores(cut.stage, self.scores[cut.stage.index], view) if routed else decide(cut.stage, view)
+        if cut.site == PREFILL_END:
+            selection = Selection(selection.keep, crop=True)
+        self.decisions.append(_Decision(cut.stage.use, cut.site, self.counts, view.ordinals, selection))
         if selection.weights is not None:
             hidden = _merge(hidden, view, selection.keep, selection.weights)
+        if selection.sizes is not None:
+            self.layout = layout = layout.with_sizes(self._sizes(layout, view, selection))
+        return hidden, self._narrow(layout, view, present, selection)
+
+    def _sizes(self, layout: Layout, view: View, selection: Selection) -> Tensor:
+        if self.parts.attention_implementation not in ("sdpa", "eager"):
+            raise Unsupported("token sizes add to attention logits, which flash kernels do not take; use sdpa or eager")
+        assert selection.sizes is not None
+        ones = torch.ones_like(layout.index, dtype=torch.promote_types(selection.sizes.dtype, torch.float32))
+        before = ones if layout.sizes is None else layout.sizes
+        given = torch.where(selection.keep, selection.sizes.to(before), before.gather(1, view.slots))
+        return before.scatter(1, view.slots, torch.where(view.valid, given, before.gather(1, view.slots)))
+
+    def _narrow(self, layout: Layout, view: View, present: Tensor, selection: Selection) -> Tensor | None:
         kept = tuple(selection.keep.sum(1).tolist())
         if kept == self.counts:
-            return hidden
+            return None
+        if selection.crop:
+            dropped = view.valid & ~selection.keep
+            gone = torch.zeros_like(self.prompt.real).scatter_(1, view.positions, dropped)
+            self.cropped = gone if self.cropped is None else self.cropped | gone
         chosen = torch.zeros_like(present).scatter_(1, view.slots, selection.keep)
         self.lengths = tuple(
             n - before + after for n, before, after in zip(self.lengths, self.counts, kept, strict=True)
         )
         self.counts = kept
-        self.layout, slots = layout.narrow((present & ~visual) | chosen, list(self.lengths))
-        return hidden.gather(1, slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1]))
+        self.layout, slots = layout.narrow((present & ~view.visual) | chosen, list(self.lengths))
+        return slots
 
-    def tap(self, layer: int) -> Tap:
-        """A tap for the attention row of each sample's last prompt token in `layer`."""
-        slot = self.prompt.last if self.layout is None else torch.full_like(self.prompt.last, self.layout.width - 1)
-        return Tap(getattr(self.parts.layers[layer], self.parts.attention), slot)
+    def alive_visual(self) -> Tensor:
+        """Which logical tokens are visual and have not been dropped: bool (B, S)."""
+        if self.layout is None:
+            return self.prompt.visual
+        alive = torch.zeros_like(self.prompt.visual)
+        return alive.scatter_reduce_(1, self.layout.index, self.layout.present, "amax") & self.prompt.visual
 
-    def keep_rows(self, layer: int, tap: Tap) -> None:
-        """Store what a tap took, over logical positions."""
-        index = None if self.layout is None else self.layout.index
-        self.rows[layer] = tap.logical(index, self.prompt.ids.shape[1])
+    def visual_slots(self) -> Tensor:
+        """Which physical slots hold visual tokens: bool (B, K)."""
+        if self.layout is None:
+            return self.prompt.visual
+        return self.layout.gather(self.prompt.visual) & self.layout.present
+
+    def index(self, rows: Sequence[int]) -> Tensor:
+        """`rows` on the device; the same rows give the same tensor, by which layers share what they select."""
+        key = tuple(rows)
+        if key not in self._row_index:
+            self._row_index[key] = torch.tensor(key, dtype=torch.int64, device=self.prompt.ids.device)
+        return self._row_index[key]
+
+    def actions(self, number: int) -> tuple[LayerAction, ...]:
+        """What the prefill does with a layer, row by row."""
+        return tuple(plan[number] for plan in self.plans)
+
+    def decoding(self, number: int) -> tuple[LayerAction, ...]:
+        """What decoding does with a layer, row by row."""
+        return tuple(plan.decoding(number) for plan in self.plans)
 
     def report(self) -> RunReport:
         """What the prefill did; reads the decisions back from their device."""
-        pipeline, plan = self.bound.pipeline, self.bound.plan
-        layer_lengths = self.layer_lengths or [self.lengths] * self.bound.shape.layers
-        layer_tokens = tuple(zip(*layer_lengths, strict=True))
-        return RunReport(
-            pipeline=pipeline.name,
-            sha=pipeline.sha,
-            samples=len(self.lengths),
+        every = [self.lengths] * self.bound.shape.layers
+        return summarise(
+            self.bound,
+            self.plans,
             prompt_tokens=self.prompt.lengths,
             visual_tokens=self.prompt.visual_counts,
             kept_tokens=self.counts,
             events=tuple(decision.event() for decision in self.decisions),
-            layer_tokens=layer_tokens,
-            kv_tokens=tuple(kv_tokens(row, plan) for row in layer_tokens),
-            actions=dict(plan),
+            layer_tokens=_by_row(self.layer_tokens or every),
+            layer_visual=_by_row(self.layer_visual or [self.counts] * self.bound.shape.layers),
+            mlp_tokens=_by_row(self.mlp_tokens or every),
             notes=tuple(self.notes),
-            cost=cost_of(self.bound.shape, layer_tokens, self.prompt.lengths, plan, self.itemsize),
+            itemsize=self.itemsize,
         )
 
 
+def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(zip(*layers, strict=True))
+
+
 def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor) -> Tensor:
-    """Write the weighted sums of visual tokens into the slots of the kept ones."""
+    """Write the weighted sums of visual tokens, and of extras after them, into the slots of the kept ones."""
     slots = view.slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
     before = hidden.gather(1, slots)
     inside = before.masked_fill(~view.valid.to(hidden.device)[..., None], 0.0)
+    if weights.shape[-1] > inside.shape[1]:
+        inside = torch.cat([inside, view.extras.to(inside)], dim=1)
     merged = weights.to(hidden.device, hidden.dtype) @ inside
     return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], merged, before))
-
-
-@dataclass
-class Step:
-    """One forward pass of the decoder: the prefill of a session, or new tokens on its cache."""
-
-    session: Session
-    prefill: bool
-    tokens: int
-    additive: bool
-    memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)
-
-    def run_layer(self, layer: int, original: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        """Do what the session decided for `layer`: drop tokens before it, skip it, or run it on what is left."""
-        session, cache = self.session, kwargs.get("past_key_values")
-        if self.prefill:
-            if layer == 0 and cache is not None:
-                kv.adopt(cache, session.bound.shape.layers, session)
-            hidden = session.enter(layer, hidden)
-        store = self._open(layer, cache)
-        if session.bound.plan[layer] is LayerAction.SKIP:
-            return hidden
-        layout = session.layout if self.prefill else store.layout if store is not None else None
-        return original(hidden, **(dict(kwargs) if layout is None else self._localise(layout, store, hidden, kwargs)))
-
-    def _open(self, layer: int, cache: Cache | None) -> kv.RaggedLayer | None:
-        if cache is None:
-            return None
-        store = cache.layers[layer]
-        assert isinstance(store, kv.RaggedLayer)
-        if self.prefill:
-            store.layout = self.session.layout
-        store.open(self.tokens)
-        return store
-
-    def _localise(
-        self, layout: Layout, store: kv.RaggedLayer | None, hidden: Tensor, kwargs: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The layer's arguments for the tokens that it really runs on and attends to."""
-        local = dict(kwargs)
-        mask = kwargs.get("attention_mask")
-        if self.prefill:
-            cos_sin = kwargs["position_embeddings"]
-            local["attention_mask"] = self._once(
-                (layout, mask), lambda: masks.prefill_mask(mask, layout, hidden, self.additive)
-            )
-            local["position_embeddings"] = self._once(
-                (layout, cos_sin), lambda: tuple(layout.gather(part) for part in cos_sin)
-            )
-            # Flash kernels read gaps in position_ids as packed sequences; rotation comes from position_embeddings.
-            local["position_ids"] = None
-        elif store is not None:
-            tail = store.tail
-            local["attention_mask"] = self._once(
-                (layout, mask),
-                lambda: masks.decode_mask(mask, layout, tail, self.tokens, hidden, self.additive),
-            )
-        return local
-
-    def _once(self, of: tuple[object, ...], make: Any) -> Any:
-        """Layers that share a layout share its masks and rotations.
-
-        Objects are told apart by identity, and kept beside the result: the address of a lost one is given out anew.
-        """
-        key = tuple(map(id, of))
-        if key not in self.memo:
-            self.memo[key] = make(), of
-        return self.memo[key][0]
-
-
-STEP: ContextVar[Step | None] = ContextVar("prunekit_step", default=None)
-
-
-def attend(step: Step, layer: int, original: Any, args: Any, kwargs: Any) -> Any:
-    """Run an attention module, or leave it out, or take a row from it, as the session needs."""
-    session = step.session
-    if session.bound.plan[layer] is LayerAction.SKIP_ATTENTION:
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return torch.zeros_like(hidden), None
-    if not (step.prefill and any(session.counts) and layer + 1 in session.reads):
-        return original(*args, **kwargs)
-    with opened(session.tap(layer)) as tap:
-        output = original(*args, **kwargs)
-    if tap.row is None:
-        tap.from_weights(output[1])
-    session.keep_rows(layer, tap)
-    return output
-
-
-def reading_layers(bound: BoundPipeline) -> frozenset[int]:
-    """Layers before which a stage reads the attention of the layer that has just run."""
-    return frozenset(site.depth for site, stage in bound.token_stages if stage.asks_for("attention"))

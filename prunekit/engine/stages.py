@@ -1,8 +1,9 @@
-"""Asking a stage: its hooks are called with what they name, and their answers are checked."""
+"""Asking a token stage: its hooks are called with what they name, and their answers are checked."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,56 +12,101 @@ from torch import Tensor
 from prunekit.decisions import Selection
 from prunekit.engine.view import View
 from prunekit.errors import PluginError, PrunekitError
-from prunekit.hookspecs import TokenHooks
-from prunekit.pipeline import Stage
-
-ARGUMENTS = {
-    name: tuple(
-        parameter for parameter in inspect.signature(getattr(TokenHooks, name)).parameters if parameter != "self"
-    )
-    for name in ("score_tokens", "select_tokens", "merge_tokens")
-}
+from prunekit.hookspecs import RouterHooks, TokenHooks
+from prunekit.stage import Stage
 
 
-@torch.no_grad()
+def _arguments(hooks: type[Any], name: str) -> tuple[str, ...]:
+    return tuple(parameter for parameter in inspect.signature(getattr(hooks, name)).parameters if parameter != "self")
+
+
+ARGUMENTS = {name: _arguments(TokenHooks, name) for name in ("score_tokens", "select_tokens", "merge_tokens")}
+ARGUMENTS["route"] = _arguments(RouterHooks, "route")
+
+
 def decide(stage: Stage, view: View) -> Selection:
-    """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there."""
-    if not getattr(stage.strategy, "per_sample", False):
-        return _decide(stage, view.valid, lambda name: getattr(view, name))
+    """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there.
+
+    Hooks run without gradients, unless the strategy says that it is `trainable`.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
+        if not getattr(stage.strategy, "per_sample", False):
+            return _decide(stage, view.valid, lambda name: getattr(view, name))
+        rows = [b for b, length in enumerate(view.counts) if length]
+        lengths = {b: view.counts[b] for b in rows}
+        found = {
+            b: _decide(stage, view.valid[b, : lengths[b]], lambda name, b=b: view.of_sample(name, b)) for b in rows
+        }
+        return _together(stage, view, found)
+
+
+def is_trainable(stage: Stage) -> bool:
+    """Its hooks take part in autograd."""
+    return bool(getattr(stage.strategy, "trainable", False))
+
+
+def _together(stage: Stage, view: View, found: dict[int, Selection]) -> Selection:
+    """Selections of single samples as one of the batch."""
     keep = torch.zeros_like(view.valid)
-    weights: Tensor | None = None
-    for b, length in enumerate(view.counts):
-        if length == 0:
-            continue
-        one = _decide(stage, view.valid[b, :length], lambda name, b=b: view.of_sample(name, b))
-        keep[b, :length] = one.keep
-        if one.weights is not None:
-            if weights is None:
-                weights = torch.eye(keep.shape[1], dtype=one.weights.dtype, device=one.weights.device)
-                weights = weights.repeat(keep.shape[0], 1, 1)
-            weights[b, :length, :length] = one.weights
-    return Selection(keep, weights)
+    for b, one in found.items():
+        keep[b, : view.counts[b]] = one.keep
+    crops = {one.crop for one in found.values()}
+    if len(crops) > 1:
+        raise PluginError(f"{stage.label}: `crop` must be the same for all samples of a batch")
+    weights = [one.weights for one in found.values() if one.weights is not None]
+    whole = sizes = None
+    if weights:
+        width = keep.shape[1]
+        extras = max(one.shape[1] - one.shape[0] for one in weights)
+        blank = torch.eye(width, width + extras, dtype=weights[0].dtype, device=weights[0].device)
+        rows = [_padded(found.get(b), blank) for b in range(len(keep))]
+        whole = torch.stack(rows)
+    if any(one.sizes is not None for one in found.values()):
+        sizes = view.sizes.clone()
+        for b, one in found.items():
+            if one.sizes is not None:
+                sizes[b, : view.counts[b]] = one.sizes.to(sizes)
+    return Selection(keep, whole, sizes, crops.pop() if crops else False)
 
 
-def _decide(stage: Stage, valid: Tensor, get: Any) -> Selection:
+def _padded(one: Selection | None, blank: Tensor) -> Tensor:
+    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
+    if one is None or one.weights is None:
+        return blank
+    weights, width = one.weights, blank.shape[0]
+    many, extras = len(weights), weights.shape[1] - len(weights)
+    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
+    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
+    return torch.cat([top, blank[many:]])
+
+
+def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any]) -> Selection:
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
-        extra["scores"] = _checked(stage, "score_tokens", _call(stage, "score_tokens", get, extra), valid.shape)
-    answer = _call(stage, "select_tokens", get, extra)
+        extra["scores"] = checked(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid.shape)
+    answer = call(stage, "select_tokens", get, extra)
     selection = answer if isinstance(answer, Selection) else Selection(answer)
-    keep = _checked(stage, "select_tokens", selection.keep, valid.shape)
+    keep = checked(stage, "select_tokens", selection.keep, valid.shape)
     if keep.dtype != torch.bool:
         raise PluginError(f"{stage.label}: select_tokens must return bool, not {keep.dtype}")
     keep = keep.to(valid.device) & valid
-    weights = selection.weights
+    weights, sizes = selection.weights, selection.sizes
     if weights is None and stage.hook.merge_tokens.get_hookimpls():
-        weights = _call(stage, "merge_tokens", get, {"keep": keep})
+        weights = call(stage, "merge_tokens", get, {"keep": keep})
     if weights is not None:
-        weights = _checked(stage, "merge_tokens", weights, (*valid.shape, valid.shape[-1]))
-    return Selection(keep, weights)
+        extras = _extras(stage, get)
+        weights = checked(stage, "merge_tokens", weights, (*valid.shape, valid.shape[-1] + extras))
+    if sizes is not None:
+        checked(stage, "select_tokens (sizes)", sizes, valid.shape)
+    return Selection(keep, weights, sizes, selection.crop)
 
 
-def _call(stage: Stage, hook: str, get: Any, extra: dict[str, Any]) -> Any:
+def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
+    """How many declared extras stand after the visual tokens."""
+    return int(get("extras").shape[-2]) if getattr(stage.strategy, "extras", ()) else 0
+
+
+def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:
     """Call one hook with the arguments that somebody on the stage names; the others are None and never computed."""
     wanted = stage.requests(hook)
     arguments = {
@@ -74,7 +120,8 @@ def _call(stage: Stage, hook: str, get: Any, extra: dict[str, Any]) -> Any:
         raise PluginError(f"{stage.label}: {hook} failed with {type(error).__name__}: {error}") from error
 
 
-def _checked(stage: Stage, hook: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+def checked(stage: Stage, hook: str, value: Any, shape: Sequence[int]) -> Tensor:
+    """`value`, if it is a tensor of this shape; raises PluginError naming the stage and hook if not."""
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise PluginError(f"{stage.label}: {hook} must return a tensor of shape {tuple(shape)}, not {got}")

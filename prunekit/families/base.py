@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,102 @@ from prunekit.errors import Unsupported
 
 
 @dataclass(frozen=True)
+class Modality:
+    """One kind of picture that a family takes, `image` or `video`.
+
+    method: the method of the base model that encodes it, such as `get_image_features`; the `pooler_output` of what it
+        returns holds one entry for each picture, in the order of the prompt.
+    pixels: the argument of that method with the pixels.
+    token_ids: ids whose places in the prompt are filled with its features.
+    places: from the method's arguments by name and the number of visual tokens of each picture to int64 (n, 5) for each:
+        crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on tokens that
+        only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no grid. Called
+        only when a strategy asks for `coords` or `frames`.
+    """
+
+    name: str
+    method: str
+    pixels: str
+    token_ids: tuple[int, ...]
+    places: Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The vision tower, where a family's tower can be cut and read. Families whose towers cannot leave it out.
+
+    layers: its blocks, each called with hidden states (rows, tokens, width); a row is one crop or frame. attention,
+    mlp: names of the two parts of a block, each added to the residual. leading: tokens in front of the patches, such as
+    CLS. feature_layer: which hidden state the projector gets, counted as in `output_hidden_states` (-1 the last; of
+    several, the latest). projector: from tower features to the decoder's width, token by token; None where it mixes or
+    pools them. pool: the head behind the blocks that attends from one learned query, where there is one.
+    units: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches of a row
+    (without `leading`) to int64 (V, p) for each picture: the patches, numbered through all rows, that become each of
+    its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual tokens are not made
+    of whole patches. None: a row is a picture, and a patch a visual token.
+    packed: blocks get all pictures as one sequence (tokens, width); they can be read, not cut.
+    """
+
+    layers: Sequence[nn.Module]
+    projector: nn.Module | None
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    leading: int = 0
+    feature_layer: int = -1
+    units: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
+    pool: nn.Module | None = None
+    packed: bool = False
+
+    @property
+    def feature_block(self) -> int:
+        """The block whose output the projector gets; -1: none has run."""
+        return self.feature_layer % (len(self.layers) + 1) - 1
+
+
+@dataclass(frozen=True)
 class Parts:
     """The live modules of one model, as the engine needs them.
 
-    base: receives `input_ids` and holds `get_image_features`. text: the decoder stack whose output is
-    `last_hidden_state`. attention, mlp: attribute names on each of `layers`. visual_ids: token ids whose places in
-    the prompt are filled with image features. coords: from the number n of visual tokens of one image to int64 (n, 2),
-    row and column of each.
+    base: receives `input_ids` and encodes pictures. text: the decoder stack whose output is `last_hidden_state`.
+    layers: its decoder layers. modalities: the kinds of picture that it takes.
+    visual_tokens: of one image, None where that depends on the picture.
+    attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
+        after attention; None where attention and MLP run side by side.
+    norm: of the module of `text` that its output passes last.
+    rotary: the module of `text` that makes `position_embeddings`, None where there is none.
+    logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
+        features to them in Qwen3-VL); 0: it never does.
+    token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
+    tower: None where the vision tower cannot be cut or read.
     """
 
     family: str
     base: nn.Module
     text: nn.Module
     layers: Sequence[nn.Module]
-    visual_ids: tuple[int, ...]
-    coords: Callable[[int], Tensor]
+    modalities: tuple[Modality, ...]
     visual_tokens: int | None = None
     attention: str = "self_attn"
     mlp: str = "mlp"
+    mlp_norm: str | None = "post_attention_layernorm"
+    norm: str = "norm"
+    rotary: str | None = "rotary_emb"
+    logical_until: int = 0
+    token_kwargs: tuple[str, ...] = ()
+    tower: Tower | None = None
+
+    @property
+    def visual_ids(self) -> tuple[int, ...]:
+        """Token ids whose places are filled with features of any kind of picture."""
+        return tuple(token for modality in self.modalities for token in modality.token_ids)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the decoder's output passes last. Raises Unsupported where there is no such module."""
+        found = getattr(self.text, self.norm, None)
+        if not isinstance(found, nn.Module):
+            raise Unsupported(f"the {self.family} decoder has no final norm '{self.norm}', for which a hook asks")
+        return found
 
     @property
     def attention_implementation(self) -> str:
@@ -47,16 +125,19 @@ class Parts:
         layer = self.layers[0]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        attention = matrix_params(getattr(layer, self.attention))
+        inner = config.num_attention_heads * head_dim
         return ModelShape(
             family=self.family,
             layers=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
             head_dim=head_dim,
-            attention_params=_matrix_params(getattr(layer, self.attention)),
-            mlp_params=_matrix_params(getattr(layer, self.mlp)),
+            attention_params=attention,
+            mlp_params=matrix_params(getattr(layer, self.mlp)),
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
+            output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )
 
 
@@ -82,5 +163,17 @@ def square_grid(tokens: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)
 
 
-def _matrix_params(module: nn.Module) -> int:
+def square_places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+    """Places of pictures that each fill one square grid; as `Modality.places`."""
+    return [grid_places(square_grid(count)) for count in counts]
+
+
+def grid_places(grid: Tensor, crop: int = 0) -> Tensor:
+    """Places, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
+    size = grid.amax(0) + 1
+    return torch.cat([grid.new_full((len(grid), 1), crop), grid, size.expand(len(grid), 2)], dim=1)
+
+
+def matrix_params(module: nn.Module) -> int:
+    """Weights of the matrix products that every token passes."""
     return sum(p.numel() for p in module.parameters() if p.ndim == 2)

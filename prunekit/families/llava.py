@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.families.base import Family, Parts, square_grid
+from prunekit.families.base import Family, Modality, Parts, square_places
 
 # Towers that see every picture at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -24,8 +24,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         text=base.language_model,
         layers=base.language_model.layers,
-        visual_ids=(config.image_token_id,),
-        coords=square_grid,
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
         visual_tokens=_tokens_per_image(config),
     )
 

@@ -1,0 +1,168 @@
+"""Reads the keys that every stage may have: where it acts and how much it leaves. `spec` reads the rest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+from prunekit.errors import Fault, did_you_mean
+from prunekit.sites import Keep, Site
+from prunekit.yaml_source import Node
+
+STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
+BUDGETS = ("keep", "keep_tokens", "keep_of")
+DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
+SITES = ("encoder", "prefill_end", "pixels")
+
+
+def read_sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:
+    """The sites of `at`, one or a list in the order in which the data passes them; None when there are none to read."""
+    if node is None:
+        return None
+    if not isinstance(node.data, list):
+        site = _site(node, key, faults)
+        return None if site is None else (site,)
+    if not node.data:
+        faults.append(Fault(node.where, key, "is empty", "name at least one site, such as 2"))
+        return None
+    sites = [_site(one, f"{key}[{index}]", faults) for index, one in enumerate(node.data)]
+    good = tuple(site for site in sites if site is not None)
+    if len(good) < len(sites):
+        return None
+    for index, (before, site) in enumerate(itertools.pairwise(good), start=1):
+        if site <= before:
+            message = f"'{site}' stands after '{before}'" if site < before else f"'{site}' stands here twice"
+            place = node.data[index].where
+            faults.append(Fault(place, f"{key}[{index}]", message, "list sites in the order of the data, each once"))
+            return None
+    return good
+
+
+def read_keeps(
+    values: Mapping[str, Node], path: str, sites: int | None, faults: list[Fault]
+) -> tuple[Keep, ...] | None:
+    """The budgets of `keep` or `keep_tokens`: one for all sites, or one for each. None when there are none to read.
+
+    sites: how many `at` names, 1 without it; None when it could not be read.
+    """
+    fraction, tokens, of = values.get("keep"), values.get("keep_tokens"), values.get("keep_of")
+    if fraction and tokens:
+        message = "this stage has two budgets, `keep` and `keep_tokens`"
+        faults.append(Fault(tokens.key, f"{path}.keep_tokens", message, "remove one of them"))
+    if of and of.data not in ("original", "current"):
+        message = f"must be 'original' or 'current', not {of}"
+        near = did_you_mean(str(of.data), ("original", "current")).strip()
+        faults.append(Fault(of.where, f"{path}.keep_of", message, near))
+    if of and not fraction:
+        faults.append(Fault(of.key, f"{path}.keep_of", "says what `keep` is a fraction of, but there is no `keep`"))
+    base: Literal["original", "current"] = "current" if of and of.data == "current" else "original"
+    found = None
+    # Both are read, so that the faults of both are told.
+    for key, node, read in (("keep", fraction, _fraction), ("keep_tokens", tokens, _tokens)):
+        if node is not None:
+            found = _aligned(node, f"{path}.{key}", base, read, sites, faults)
+    return found
+
+
+def read_layers(node: Node | None, key: str, faults: list[Fault]) -> Keep | None:
+    """How many decoder layers run: a whole number, or a fraction of them."""
+    if node is None:
+        return None
+    if _is(node, int) and cast("int", node.data) >= 1:
+        return Keep(tokens=cast("int", node.data))
+    if _is(node, float) and 0 < cast("float", node.data) <= 1:
+        return Keep(cast("float", node.data))
+    message = f"must be a number of layers, at least 1, or a fraction of them in (0, 1], not {node}"
+    hint = "a model without any layer is none" if node.data == 0 and _is(node, (int, float)) else ""
+    faults.append(Fault(node.where, key, message, hint))
+    return None
+
+
+def _site(node: Node, key: str, faults: list[Fault]) -> Site | None:
+    if isinstance(node.data, list | dict) or node.data is None:
+        faults.append(Fault(node.where, key, f"must be a site, not {node}", "such as encoder, 2 or 2.after"))
+        return None
+    data = node.data
+    if isinstance(data, float):
+        faults.append(Fault(node.where, key, f"{node} is not a site", "layers are whole numbers, such as 2"))
+        return None
+    try:
+        return Site.parse(data)
+    except ValueError as error:
+        near = did_you_mean(str(data), SITES).strip()
+        faults.append(Fault(node.where, key, str(error), near))
+        return None
+
+
+def _aligned(
+    node: Node,
+    key: str,
+    base: Literal["original", "current"],
+    read: Callable[..., Keep | None],
+    sites: int | None,
+    faults: list[Fault],
+) -> tuple[Keep, ...] | None:
+    if not isinstance(node.data, list):
+        keep = read(node, key, base, faults)
+        return None if keep is None else (keep,)
+    entries = node.data
+    keeps = [read(one, f"{key}[{index}]", base, faults) for index, one in enumerate(entries)]
+    if sites is not None and len(keeps) != sites:
+        faults.append(Fault(node.where, key, *_unequal(len(keeps), sites)))
+        return None
+    good = tuple(keep for keep in keeps if keep is not None)
+    if len(good) < len(keeps):
+        return None
+    if base == "original" and not _falling(entries, good, key, faults):
+        return None
+    return good
+
+
+def _unequal(keeps: int, sites: int) -> tuple[str, str]:
+    if sites == 1:
+        message = f"names {keeps} budgets, but the stage acts at one site"
+        return message, "give `at` a list of as many sites, or one budget"
+    return f"names {keeps} budgets for {sites} sites", "one for each site in `at`, or a single one for all"
+
+
+def _falling(entries: Sequence[Node], keeps: Sequence[Keep], key: str, faults: list[Fault]) -> bool:
+    """No later site keeps more than an earlier one leaves; else adds a fault."""
+    for index, (before, keep) in enumerate(itertools.pairwise(keeps), start=1):
+        new, old = (keep.fraction, before.fraction) if keep.tokens is None else (keep.tokens, before.tokens)
+        if new is not None and old is not None and new > old:
+            message = f"asks for {keep}, but the site before it leaves only {before}"
+            faults.append(Fault(entries[index].where, f"{key}[{index}]", message, "budgets must not rise"))
+            return False
+    return True
+
+
+def _fraction(node: Node, key: str, base: Literal["original", "current"], faults: list[Fault]) -> Keep | None:
+    if _is(node, (int, float)) and 0 < cast("float", node.data) <= 1:
+        return Keep(float(cast("float", node.data)), of=base)
+    faults.append(Fault(node.where, key, f"must be a fraction in (0, 1], not {node}", _fraction_hint(node)))
+    return None
+
+
+def _tokens(node: Node, key: str, base: object, faults: list[Fault]) -> Keep | None:
+    if _is(node, int) and cast("int", node.data) >= 1:
+        return Keep(tokens=cast("int", node.data))
+    hint = DROP_ALL if node.data == 0 and _is(node, int) else ""
+    faults.append(Fault(node.where, key, f"must be a whole number of tokens, at least 1, not {node}", hint))
+    return None
+
+
+def _fraction_hint(node: Node) -> str:
+    if not _is(node, (int, float)):
+        return ""
+    if node.data == 0:
+        return DROP_ALL
+    if cast("float", node.data) > 1:
+        return "for a number of tokens write `keep_tokens`, for per cent divide by 100"
+    return ""
+
+
+def _is(node: Node, kind: Any) -> bool:
+    value = node.data
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
