@@ -77,6 +77,8 @@ class Parts:
     visual_tokens: of one image, None where that depends on the picture.
     attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
         after attention; None where attention and MLP run side by side.
+    mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
+        layer 0.
     norm: of the module of `text` that its output passes last.
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
     logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
@@ -94,6 +96,7 @@ class Parts:
     attention: str = "self_attn"
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
+    mlp_params: int | None = None
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     logical_until: int = 0
@@ -134,7 +137,7 @@ class Parts:
             heads=config.num_attention_heads,
             head_dim=head_dim,
             attention_params=attention,
-            mlp_params=matrix_params(getattr(layer, self.mlp)),
+            mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
