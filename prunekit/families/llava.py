@@ -1,6 +1,7 @@
-"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP or SigLIP tower, projector, Llama-style decoder.
+"""LLaVA-1.5 (https://arxiv.org/abs/2310.03744): CLIP, SigLIP or Pixtral tower, projector, any plain decoder.
 
-Every image has the same number of tokens, row by row on one square grid.
+With CLIP and SigLIP every image has the same number of tokens, row by row on one square grid; with Pixtral
+(https://arxiv.org/abs/2410.07073) images keep their sizes, and a token of text ends each row.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
 from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.decoders import decoder
+from prunekit.families.grids import pixels
 
 # Towers that see every picture at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -19,13 +22,15 @@ LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
+    vision = config.vision_config
+    free = vision.model_type == "pixtral"
+    places = pixels(vision.patch_size) if free else square_places
     return Parts(
         family="llava",
         base=base,
-        text=base.language_model,
-        layers=base.language_model.layers,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
-        visual_tokens=_tokens_per_image(config),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
+        visual_tokens=None if free else _tokens_per_image(config),
+        **decoder(base.language_model),
     )
 
 
@@ -34,7 +39,7 @@ def _tokens_per_image(config: Any) -> int:
     if vision.model_type not in LEADING_TOKENS:
         raise Unsupported(
             f"LLaVA with a '{vision.model_type}' tower is not supported by this version; "
-            f"its tower must be one of: {', '.join(LEADING_TOKENS)}"
+            f"its tower must be one of: {', '.join(LEADING_TOKENS)}, pixtral"
         )
     patches: int = (vision.image_size // vision.patch_size) ** 2
     # "default" drops the first token whatever it is, "full" hands all of them on.

@@ -1,0 +1,28 @@
+"""Gemma 3 (https://arxiv.org/abs/2503.19786): each image pooled to one square grid, whose tokens see each other.
+
+Most layers see a window only. Crops of pan-and-scan count as pictures of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.decoders import decoder
+
+
+def _parts(model: PreTrainedModel) -> Parts:
+    config: Any = model.config
+    base: Any = model.model
+    return Parts(
+        family="gemma3",
+        base=base,
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        visual_tokens=config.mm_tokens_per_image,
+        **decoder(base.language_model),
+    )
+
+
+FAMILY = Family(name="gemma3", model_types=frozenset({"gemma3"}), parts=_parts)

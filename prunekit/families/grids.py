@@ -1,0 +1,159 @@
+"""Where visual tokens are in their pictures, after the packing that several families share; see `Modality.places`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.models.llava_next import modeling_llava_next
+
+from prunekit.errors import Unsupported
+from prunekit.families.base import grid_places
+
+PACKING: Any = modeling_llava_next  # its functions are not typed
+Places = Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+
+
+def grid(rows: int, columns: int, crop: int = 0) -> Tensor:
+    """Places, int64 (rows * columns, 5), of one complete grid, row by row."""
+    return grid_places(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2), crop)
+
+
+def separator(rows: int, columns: int, crop: int) -> Tensor:
+    """The place, int64 (1, 5), of a token of that crop which shows nothing."""
+    return torch.tensor([[crop, -1, -1, rows, columns]])
+
+
+def checked(places: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`places` where they fit the visual tokens of each picture. Raises Unsupported where they do not."""
+    if list(map(len, places)) != list(counts):
+        raise Unsupported(
+            f"places of the visual tokens are not known: pictures of {list(map(len, places))} tokens were expected, "
+            f"the encoder made {list(counts)}; strategies that ask for `coords` or `frames` cannot run on them"
+        )
+    return places
+
+
+def merged(sizes: str, merge: int) -> Places:
+    """Pictures of any size in patches of which `merge` x `merge` become one token.
+
+    sizes: the argument with frames, rows and columns of patches of each picture, int64 (pictures, 3).
+    """
+
+    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        shapes = torch.as_tensor(_given(arguments, sizes)).tolist()
+        found = [
+            torch.cat([grid(rows // merge, columns // merge, frame) for frame in range(frames)])
+            for frames, rows, columns in shapes
+        ]
+        return checked(found, counts)
+
+    return places
+
+
+def pixels(cell: int) -> Places:
+    """Pictures of the sizes in `image_sizes`, in pixels, of which `cell` x `cell` become one token."""
+
+    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        sizes = torch.as_tensor(_given(arguments, "image_sizes")).tolist()
+        return checked([grid(height // cell, width // cell) for height, width in sizes], counts)
+
+    return places
+
+
+def stacked(side: int) -> Places:
+    """Pictures of any number of square crops of `side` x `side` tokens, one behind the other."""
+
+    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        each = side * side
+        found = [[grid(side, side, crop) for crop in range(count // each)] for count in counts]
+        return checked([torch.cat([torch.empty(0, 5, dtype=torch.int64), *crops]) for crops in found], counts)
+
+    return places
+
+
+def frames(argument: str, side: int, newline: bool) -> Places:
+    """Videos (videos, frames, ...) whose frames are each pooled to `side` x `side` tokens.
+
+    newline: whether one token that shows nothing stands behind the last frame.
+    """
+
+    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        number = _given(arguments, argument).shape[1]
+        shown = torch.cat([grid(side, side, frame) for frame in range(number)])
+        whole = torch.cat([shown, separator(side, side, number - 1)]) if newline else shown
+        return checked([whole] * len(counts), counts)
+
+    return places
+
+
+def anyres(config: Any, limited: bool = False) -> Places:
+    """The whole picture as crop 0, then its tiles 1, 2 ... joined row by row, unpadded, with newlines.
+
+    Tiles at an edge that is unpadded have fewer rows or columns; the newline of a row of tokens belongs to the last
+    tile of that row. Pictures without tiles end with one newline. limited: large pictures are shrunken, as in
+    LLaVA-OneVision; a token then belongs to the tile in which its centre lies.
+    """
+    side = config.vision_config.image_size // config.vision_config.patch_size
+
+    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        limit = _limit(arguments, config) if limited else None
+        sizes = torch.as_tensor(_given(arguments, "image_sizes")).tolist()
+        found = [
+            torch.cat([grid(side, side), separator(side, side, 0)])
+            if count == side * side + 1
+            else torch.cat([grid(side, side), _tiles(size, side, limit, config)])
+            for size, count in zip(sizes, counts, strict=True)
+        ]
+        return checked(found, counts)
+
+    return places
+
+
+def _tiles(size: Sequence[int], side: int, limit: int | None, config: Any) -> Tensor:
+    """Places of a picture's tokens behind the whole: rows with a newline each."""
+    down, across = PACKING.get_anyres_image_grid_shape(
+        size, config.image_grid_pinpoints, config.vision_config.image_size
+    )
+    rows, columns = torch.meshgrid(torch.arange(down * side), torch.arange(across * side), indexing="ij")
+    cut = PACKING.unpad_image(torch.stack([rows, columns]), size)
+    tile_rows, tile_columns = cut[0, :, 0] // side, cut[1, 0] // side
+    if limit is not None:
+        ratio = (cut[0].numel() / (limit * side**2)) ** 0.5
+        if ratio > 1.1:
+            tile_rows, tile_columns = (_shrunken(line, int(len(line) // ratio)) for line in (tile_rows, tile_columns))
+    row, height = _within(tile_rows)
+    column, width = _within(tile_columns)
+    crop = 1 + tile_rows[:, None] * across + tile_columns
+    shape = crop.shape
+    parts = [crop, row[:, None], column, height[:, None], width]
+    table = torch.stack([part.expand(shape) for part in parts], dim=-1)
+    newline = table[:, -1:].clone()
+    newline[..., 1:3] = -1
+    return torch.cat([table, newline], dim=1).view(-1, 5)
+
+
+def _shrunken(tiles: Tensor, length: int) -> Tensor:
+    """The tile of each of `length` tokens that evenly cover a line of tokens with the tiles `tiles`."""
+    centres = (torch.arange(length) + 0.5) * len(tiles) / length
+    return tiles[centres.long()]
+
+
+def _within(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """For each token on a line its number within its tile, and how many the tile has: int64 (tokens,) each."""
+    same = functional.one_hot(tiles).bool()
+    counts = same.sum(0)
+    return (same.cumsum(0)[same] - 1), counts[tiles]
+
+
+def _limit(arguments: Mapping[str, Any], config: Any) -> int:
+    return int((arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
+
+
+def _given(arguments: Mapping[str, Any], name: str) -> Any:
+    if arguments.get(name) is None:
+        raise Unsupported(f"places of the visual tokens are not known, as '{name}' did not come with the pictures")
+    return arguments[name]

@@ -1,0 +1,27 @@
+"""InternVL 3 (https://arxiv.org/abs/2504.10479): tiles of one size, 2 x 2 patches shuffled into one token.
+
+The model does not say which tiles make one image, so that every tile counts as a picture of its own, also a frame.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.decoders import decoder
+
+
+def _parts(model: PreTrainedModel) -> Parts:
+    config: Any = model.config
+    base: Any = model.model
+    return Parts(
+        family="internvl",
+        base=base,
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        **decoder(base.language_model),
+    )
+
+
+FAMILY = Family(name="internvl", model_types=frozenset({"internvl"}), parts=_parts)

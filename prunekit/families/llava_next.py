@@ -1,0 +1,31 @@
+"""LLaVA-NeXT (https://llava-vl.github.io/blog/2024-01-30-llava-next/) and LLaVA-NeXT-Video.
+
+An image is seen whole and in tiles; the joined tiles lose their padding and get a newline token at the end of each row.
+Frames of a video are pooled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.families.base import Family, Modality, Parts
+from prunekit.families.decoders import decoder
+from prunekit.families.grids import anyres, frames
+
+
+def _parts(model: PreTrainedModel) -> Parts:
+    config: Any = model.config
+    base: Any = model.model
+    modalities = [Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), anyres(config))]
+    if config.model_type == "llava_next_video":
+        side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+        places = frames("pixel_values_videos", side, newline=False)
+        modalities.append(
+            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), places)
+        )
+    return Parts(family="llava_next", base=base, modalities=tuple(modalities), **decoder(base.language_model))
+
+
+FAMILY = Family(name="llava_next", model_types=frozenset({"llava_next", "llava_next_video"}), parts=_parts)

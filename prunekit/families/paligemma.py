@@ -1,0 +1,29 @@
+"""PaliGemma 1 and 2 (https://arxiv.org/abs/2407.07726, https://arxiv.org/abs/2412.03555).
+
+SigLIP tower, Gemma decoder; all tokens of the prompt see each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.decoders import decoder
+
+
+def _parts(model: PreTrainedModel) -> Parts:
+    config: Any = model.config
+    base: Any = model.model
+    vision = config.vision_config
+    return Parts(
+        family="paligemma",
+        base=base,
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        visual_tokens=(vision.image_size // vision.patch_size) ** 2,
+        **decoder(base.language_model),
+    )
+
+
+FAMILY = Family(name="paligemma", model_types=frozenset({"paligemma"}), parts=_parts)

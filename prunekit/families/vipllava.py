@@ -1,0 +1,26 @@
+"""ViP-LLaVA (https://arxiv.org/abs/2312.00784): LLaVA-1.5 whose projector reads several layers of the tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.decoders import decoder
+
+
+def _parts(model: PreTrainedModel) -> Parts:
+    config: Any = model.config
+    base: Any = model.model
+    vision = config.vision_config
+    return Parts(
+        family="vipllava",
+        base=base,
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        visual_tokens=(vision.image_size // vision.patch_size) ** 2,
+        **decoder(base.language_model),
+    )
+
+
+FAMILY = Family(name="vipllava", model_types=frozenset({"vipllava"}), parts=_parts)
