@@ -54,6 +54,7 @@ class Attached:
     """A pipeline on a model. Made by `apply`."""
 
     def __init__(self, model: PreTrainedModel, pipeline: Pipeline) -> None:
+        self.model = model
         self.parts: Parts = families.find(model)
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
         shape = self.parts.shape()

@@ -93,13 +93,17 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.logical + query_length, 0
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens; `tokens_to_remove` is 0 or negative. Raises Unsupported inside a pruned prompt."""
-        if self.layout is not None and -tokens_to_remove > self.tail:
+    def crop(self, count: int) -> None:
+        """Remove the newest tokens: -`count` of them, or where `count` is positive all but the first `count`, as
+        transformers before 5.13 calls it. Raises Unsupported inside a pruned prompt.
+        """
+        removed = max(self.logical - count, 0) if count > 0 else -count
+        if self.layout is not None and removed > self.tail:
             raise Unsupported("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens")
-        if self.keys is not None:
-            super().crop(tokens_to_remove)
-        self.logical += tokens_to_remove
+        if removed and self.keys is not None and self.values is not None:
+            left = self.keys.shape[2] - removed
+            self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+        self.logical -= removed
 
     def reset(self) -> None:
         super().reset()
