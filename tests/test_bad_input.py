@@ -87,12 +87,12 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "negative site": ("stages:\n  - {use: random, at: -1, keep: 0.5}\n", [r"F:2:23: stages\[0\].at: -1 is not a site"]),
     "reserved site": (
-        "stages:\n  - use: random\n    at: vision.3\n    keep: 0.5\n",
-        [r"F:3:9: stages\[0\].at: site 'vision.3' is reserved but not run by this version; use 'encoder'"],
+        "stages:\n  - use: random\n    at: decode\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: site 'decode' is reserved: decoding steps see what prefill left"],
     ),
-    "list of sites": (
-        "stages:\n  - use: random\n    at: [2, 4]\n    keep: 0.5\n",
-        [r"F:3:9: stages\[0\].at: must be one site, not a list \(write one stage for each site\)"],
+    "site that the strategy does not know": (
+        "stages:\n  - use: random\n    at: vision.3\n    keep: 0.5\n",
+        [r"F:3:9: stages\[0\].at: 'random' cannot act at 'vision.3': it needs a decoder layer, 0 or later"],
     ),
     "site that the strategy forbids": (
         "stages:\n  - use: fastv\n    at: encoder\n    keep: 0.5\n",

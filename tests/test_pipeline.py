@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,9 +13,12 @@ import pytest
 
 from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl, pipeline
 from prunekit.errors import PluginError, SpecError
+from prunekit.hookspecs import TokenHooks
 from prunekit.registry import Registry
 from prunekit.sites import ENCODER, Keep
 
+# What the engine hands to hooks that nobody asked for is None.
+NOTHING = dict.fromkeys(set(inspect.signature(TokenHooks.select_tokens).parameters) - {"self", "valid", "count"})
 SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144)
 
 
@@ -213,14 +217,14 @@ class TestBuild:
             registry=registry,
         )
         score, plan = built.stages
-        assert (score.site, score.keep, score.strategy, score.label) == (
-            Site(3),
-            Keep(0.5),
+        assert (score.sites_given, score.keeps, score.strategy, score.label) == (
+            (Site(3),),
+            (Keep(0.5),),
             Score(0),
             "stages[0] score",
         )
         assert (score.is_token, score.is_layer, plan.is_token, plan.is_layer) == (True, False, False, True)
-        assert (plan.site, plan.keep, plan.strategy) == (None, None, Plan((1,)))
+        assert (plan.sites_given, plan.keeps, plan.strategy) == (None, (), Plan((1,)))
         assert (built.name, built.source) == ("n", "<inline>")
 
     def test_the_resolved_form_fills_in_defaults_and_builds_the_same(self, registry: Registry) -> None:
@@ -336,14 +340,14 @@ class TestBuild:
         [
             ("nodataclass", "is no dataclass"),
             ("unmarked", "score_tokens is not marked; put @hookimpl above it"),
-            ("nothing", "implements none of score_tokens, select_tokens, plan_layers"),
+            ("nothing", "implements none of score_tokens, select_tokens, plan_layers, route"),
             ("misspelt", "hiden"),
             ("unknownhook", "score_token"),
             ("traitfield", "'takes_keep' cannot be a field (it is a class attribute"),
             ("keyfield", "'keep' cannot be a field (rename it)"),
             ("oddfield", "which a pipeline file cannot hold"),
             ("lostfield", "field types of LostField cannot be read"),
-            ("oddinput", "this version takes {'attention': Rows(...)} there"),
+            ("oddinput", "`inputs` has 'hidden', for which there is nothing to declare; it takes attention, keys"),
         ],
     )
     def test_a_broken_strategy_is_the_plugins_fault(self, registry: Registry, use: str, said: str) -> None:
@@ -384,10 +388,9 @@ class TestStage:
                 return result
 
         first.manager.register(Wrapper())
-        others = dict.fromkeys(("scores", "attention", "hidden", "coords", "seed", "state"))
         for number in range(3):
-            assert first.hook.select_tokens(valid=number, count=(number,), **others) == number
-            assert second.hook.select_tokens(valid=number, count=(number,), **others) == number
+            assert first.hook.select_tokens(valid=number, count=(number,), **NOTHING) == number
+            assert second.hook.select_tokens(valid=number, count=(number,), **NOTHING) == number
         assert seen == [((number,), number) for number in range(3)]
         assert isinstance(first.manager, pluggy.PluginManager) and first.manager is not second.manager
 
@@ -406,12 +409,12 @@ class TestBind:
             {"use": "plan", "layers": [4], "what": "skip_mlp"}, {"use": "dropall"},
         )  # fmt: skip
         bound = built.bind(SHAPE)
-        assert [(site, stage.use) for site, stage in bound.token_stages] == [
+        assert [(cut.site, cut.stage.use) for cut in bound.cuts] == [
             (ENCODER, "score"), (Site(2), "attend"), (Site(5), "dropall"),
         ]  # fmt: skip
         assert dict(bound.plan.actions) == {0: LayerAction.SKIP, 4: LayerAction.SKIP_MLP}
         assert (bound.pipeline, bound.shape) == (built, SHAPE)
-        assert built.bind(dataclasses.replace(SHAPE, layers=32)).token_stages[2][0] == Site(16)
+        assert built.bind(dataclasses.replace(SHAPE, layers=32)).cuts[2].site == Site(16)
 
     @pytest.mark.parametrize(
         ("stages", "said"),
@@ -430,11 +433,11 @@ class TestBind:
             ),
             (
                 [{"use": "careless", "at": 0, "keep": 1}],
-                "'careless' reads the attention of the layer before, and none has run",
+                "'careless' cannot act at '0': attention of the layer before is not there at '0' (name another site)",
             ),
             (
                 [{"use": "careless", "keep": 1}],
-                "reads the attention of the layer before, and none has run at 'encoder'",
+                "'careless' cannot act at 'encoder': attention of the layer before is not there at 'encoder'",
             ),
             (
                 [{"use": "score", "at": 4, "keep": 0.5}, {"use": "score", "at": 3, "keep": 0.25}],
@@ -495,7 +498,7 @@ class TestBind:
         ],
     )
     def test_what_just_fits(self, registry: Registry, stages: list[dict[str, Any]]) -> None:
-        assert len(build(registry, *stages).bind(SHAPE).token_stages) == sum("layers" not in stage for stage in stages)
+        assert len(build(registry, *stages).bind(SHAPE).cuts) == sum("layers" not in stage for stage in stages)
 
     def test_picture_dependent_models_are_not_second_guessed(self, registry: Registry) -> None:
         open_shape = dataclasses.replace(SHAPE, visual_tokens=None)
@@ -543,16 +546,10 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
     assert built.name == path.stem
     for layers, visual in ((10, 144), (32, 576)):
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
-        assert bound.token_stages or bound.plan.actions or path.stem == "dense"
+        assert bound.cuts or bound.plan.actions or path.stem == "dense"
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith(f"#   prunekit run docs/pipelines/{path.name} --model micro ")
 
 
 def test_there_are_pipeline_files() -> None:
     assert len(FILES) >= 10
-
-
-@pytest.mark.parametrize("row", [{"layer": "own"}, {"queries": "text"}, {"heads": "median"}])
-def test_attention_rows_that_are_not_computed_are_refused(row: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is not available: layer 'previous', queries 'last', heads 'mean' or 'max'"):
-        Rows(**row)

@@ -47,8 +47,8 @@ def test_a_file_with_the_place_of_every_value(tmp_path: Path) -> None:
     read = spec.load(path)
     assert (read.name, read.description, read.source) == ("both", "a test", str(path))
     first, second = read.stages
-    assert (first.use, first.at, first.keep, first.options) == ("fastv", Site(2), Keep(0.25), {})
-    assert (second.use, second.at, second.keep, second.options) == ("skip_layers", None, None, {"layers": [3, 5]})
+    assert (first.use, first.sites, first.keeps, first.options) == ("fastv", (Site(2),), (Keep(0.25),), {})
+    assert (second.use, second.sites, second.keeps, second.options) == ("skip_layers", None, None, {"layers": [3, 5]})
     assert first.where == Where(str(path), 5, 5)
     assert first.keys["keep"] == Where(str(path), 7, 11)
     assert second.keys["layers[1]"] == Where(str(path), 8, 36)
@@ -61,7 +61,7 @@ def test_path_text_json_and_dict_say_the_same(tmp_path: Path) -> None:
     }
     sources = [write(tmp_path, "both.yaml", TEXT), str(tmp_path / "both.yaml"), TEXT, json.dumps(data), data]
     read = [spec.load(source) for source in sources]
-    said = [[(one.use, one.at, one.keep, one.options) for one in each.stages] for each in read]
+    said = [[(one.use, one.sites, one.keeps, one.options) for one in each.stages] for each in read]
     assert all(one == said[0] for one in said)
     assert [each.source for each in read[2:]] == ["<inline>", "<inline>", "<dict>"]
     assert read[4].stages[0].where is None
@@ -77,7 +77,7 @@ def test_the_name_defaults_to_the_file(tmp_path: Path, file: str, name: str) -> 
 
 def test_a_bom_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
     path = write(tmp_path, "w.yaml", b"\xef\xbb\xbfstages:\r\n  - use: x\r\n    at: encoder\r\n")
-    assert spec.load(path).stages[0].at == ENCODER
+    assert spec.load(path).stages[0].sites == (ENCODER,)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_not_a_number_is_read_as_one() -> None:
 
 def test_keep_forms() -> None:
     read = spec.load("stages: [{use: a, keep: 1}, {use: a, keep_tokens: 64}, {use: a, keep: .5, keep_of: current}]\n")
-    assert [stage.keep for stage in read.stages] == [Keep(1.0), Keep(tokens=64), Keep(0.5, of="current")]
+    assert [stage.keeps for stage in read.stages] == [(Keep(1.0),), (Keep(tokens=64),), (Keep(0.5, of="current"),)]
 
 
 def test_extends_merges_left_to_right_and_keeps_places(tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_overrides_come_last_and_know_their_place() -> None:
         TEXT, ["stages[0].keep=0.5", "stages.0.at=encoder", "stages[1].layers=[4]", "name=other", "stages[0].x=1"]
     )
     assert read.name == "other"
-    assert (read.stages[0].keep, read.stages[0].at) == (Keep(0.5), ENCODER)
+    assert (read.stages[0].keeps, read.stages[0].sites) == ((Keep(0.5),), (ENCODER,))
     assert (read.stages[1].options, read.stages[0].options) == ({"layers": [4]}, {"x": 1})
     assert read.stages[0].keys["keep"] == Where("override 1", 1, 16)
-    assert spec.load(TEXT, ["stages[0].keep=null", "stages[0].keep_tokens=9"]).stages[0].keep == Keep(tokens=9)
+    assert spec.load(TEXT, ["stages[0].keep=null", "stages[0].keep_tokens=9"]).stages[0].keeps == (Keep(tokens=9),)
     assert spec.load(TEXT, ["stages[1].layers[0]=7"]).stages[1].options == {"layers": [7, 5]}
 
 
@@ -242,6 +242,8 @@ PIECES = st.sampled_from(
         "keep",
         "keep_tokens",
         "keep_of",
+        "keep_layers",
+        "positions: ",
         "extends:",
         "name:",
         "- ",
@@ -281,6 +283,7 @@ PIECES = st.sampled_from(
         "~",
         "encoder",
         "vision.3",
+        "2.mid",
         "2020-99-99",
         "\x00",
         "\ud7ff",
@@ -319,7 +322,7 @@ PLAIN = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["use", "at", "keep", "x"]), inner),
     max_leaves=8,
 )
-TREE = st.dictionaries(st.sampled_from(["name", "stages", "extends", "description", "z"]), PLAIN)
+TREE = st.dictionaries(st.sampled_from(["name", "stages", "extends", "description", "positions", "z"]), PLAIN)
 OVERRIDE = st.one_of(
     st.text(max_size=12), st.builds("{}={}".format, st.sampled_from(["stages[0].keep", "name"]), st.text())
 )

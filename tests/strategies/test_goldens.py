@@ -5,6 +5,7 @@ Each file holds seeded inputs and the indices that the authors' functions return
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import prunekit
+from prunekit import hookspecs
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 COUNTS = {"fastv": 5, "divprune": 4}
@@ -47,6 +49,13 @@ def stage_of(name):
     return prunekit.load({"name": name, "stages": [{"use": name, "keep": 0.5}]}).stages[0]
 
 
+def ask(stage, hook, **given):
+    """A hook of the stage with these arguments; what nobody asked for is None, as in the engine."""
+    function = getattr(hookspecs.TokenHooks, hook)
+    others = dict.fromkeys(name for name in inspect.signature(function).parameters if name != "self")
+    return getattr(stage.hook, hook)(**{**others, **given})
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("case", cases("fastv"))
 def test_fastv(case, dtype):
@@ -59,17 +68,9 @@ def test_fastv(case, dtype):
     attention = maps.mean(0)[-1, start : start + visual][None]
     valid = torch.ones(1, visual, dtype=torch.bool)
     count = (case["expected"]["count"],)
-    shared = {
-        "attention": attention,
-        "hidden": None,
-        "coords": None,
-        "valid": valid,
-        "count": count,
-        "seed": (0,),
-        "state": {},
-    }
-    scores = stage.hook.score_tokens(**shared)
-    keep = stage.hook.select_tokens(scores=scores, **shared)
+    shared = {"attention": attention, "valid": valid, "count": count, "seed": (0,), "state": {}}
+    scores = ask(stage, "score_tokens", **shared)
+    keep = ask(stage, "select_tokens", scores=scores, **shared)
     assert keep.shape == (1, visual)
     assert keep[0].nonzero()[:, 0].tolist() == case["expected"]["kept_sorted"]
     order = scores[0].argsort(descending=True, stable=True)[: count[0]]
@@ -83,10 +84,8 @@ def test_divprune(case, dtype):
     stage = stage_of("divprune")
     assert stage.strategy.per_sample
     tokens = drawn(case, dtype)["tokens"]
-    keep = stage.hook.select_tokens(
-        scores=None, attention=None, hidden=tokens, coords=None, valid=torch.ones(len(tokens), dtype=torch.bool),
-        count=case["expected"]["count"], seed=0, state={},
-    )  # fmt: skip
+    valid = torch.ones(len(tokens), dtype=torch.bool)
+    keep = ask(stage, "select_tokens", hidden=tokens, valid=valid, count=case["expected"]["count"], seed=0, state={})
     assert keep.nonzero()[:, 0].tolist() == case["expected"]["kept_sorted"]
 
 
