@@ -142,12 +142,33 @@ def test_after_a_refused_pipeline(model):
         pytest.fail("the block must not run")
 
 
-def test_nested_apply_is_refused_and_the_outer_one_goes_on(model):
+def test_nested_apply_acts_as_one_pipeline(model):
+    inputs, late = tiny_inputs((1, 2), dtype=torch.float32), {"stages": [{"use": "random", "at": 4, "keep": 0.1}]}
+    early = {"stages": [{"use": "divprune", "keep": 0.5}, {"use": "skip_layers", "layers": [5]}]}
+    before = snapshot(model)
+    with prunekit.apply(model, {"stages": [*early["stages"], *late["stages"]]}) as run:
+        both = generate(model, inputs, max_new_tokens=4).sequences
+        events = run.report.events
+    with prunekit.apply(model, late) as outer:
+        alone = generate(model, inputs, max_new_tokens=4).sequences
+        with prunekit.apply(model, early) as inner:
+            assert torch.equal(generate(model, inputs, max_new_tokens=4).sequences, both)
+            assert inner.report.events == events
+        assert torch.equal(generate(model, inputs, max_new_tokens=4).sequences, alone)
+        assert len(outer.report.events) == 1
+    assert snapshot(model) == before
+
+
+def test_nested_apply_that_does_not_fit_leaves_the_outer_one(model):
     inputs = tiny_inputs(dtype=torch.float32)
     with prunekit.apply(model, SPEC) as run:
         expected = generate(model, inputs, max_new_tokens=4).sequences
-        with pytest.raises(prunekit.Unsupported, match="already inside"), prunekit.apply(model, pipeline("blind")):
-            pytest.fail("the block must not run")
+        with pytest.raises(prunekit.SpecError, match="leaves no visual tokens"):
+            with prunekit.apply(model, pipeline("blind")):
+                pytest.fail("the block must not run")
+        with pytest.raises(prunekit.SpecError, match="positions"):
+            with prunekit.apply(model, {"positions": "renumber", "stages": [{"use": "random", "keep": 0.9}]}):
+                pytest.fail("the block must not run")
         assert torch.equal(generate(model, inputs, max_new_tokens=4).sequences, expected)
         assert len(run.report.events) == 2
 
