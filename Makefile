@@ -44,7 +44,7 @@ test-full: lint ## the same with the full exactness matrix
 	$(PYTEST) $(PYTEST_ARGS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/prefill.py $(BENCH_ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

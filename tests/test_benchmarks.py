@@ -1,66 +1,129 @@
-"""The benchmark runs, and its figures are what they say; the figures themselves are measured by `make bench`."""
+"""The benchmarks run, and their figures are what they say; the figures themselves are measured by `make bench`."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "prefill.py"
+ROOT = Path(__file__).parent.parent
+SCRIPTS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def prefill() -> ModuleType:
-    """The script as a module."""
-    name = "prunekit_bench_prefill"
-    spec = importlib.util.spec_from_file_location(name, SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def scripts() -> Iterator[Any]:
+    """`scripts(name)` imports a file of benchmarks/."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield import_module
+    sys.path.remove(str(SCRIPTS))
 
 
-def test_the_documented_figures_are_the_measured_ones(prefill: ModuleType) -> None:
-    figures = json.loads((SCRIPT.parent / "prefill.json").read_text(encoding="utf-8"))
-    assert figures["about"]["size"] == dataclasses.asdict(prefill.Size())
-    text = (SCRIPT.parent.parent / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert prefill.table([prefill.Row(**row) for row in figures["rows"]]) in text
+def test_the_documented_figures_are_the_measured_ones(scripts: Any) -> None:
+    cpu = scripts("cpu")
+    figures = json.loads((SCRIPTS / "cpu.json").read_text(encoding="utf-8"))
+    assert figures["about"]["size"] == dataclasses.asdict(scripts("workload").FULL)
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert cpu.into(text, cpu.rendered(figures)) == text
 
 
-def test_prints_a_table_and_writes_figures(
-    prefill: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_prints_every_table_and_writes_the_figures(
+    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "deep" / "figures.json"
-    assert prefill.main(["--tiny", "--rounds", "1", "--out", str(out)]) == 0
+    cpu, out = scripts("cpu"), tmp_path / "deep" / "figures.json"
+    assert cpu.main(["--tiny", "--rounds", "1", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())
-    rows = {row["pipeline"]: row for row in figures["rows"]}
-    assert next(iter(rows)) == "dense" and len(rows) == 7
-    printed = capsys.readouterr().out
-    assert all(f"| {name} |" in printed for name in rows)
+    assert set(figures) == {"about", *cpu.SECTIONS}
     assert figures["about"]["rounds"] == 1 and figures["about"]["size"]["layers"] == 8
+    printed = capsys.readouterr().out
+    for section in ("prefill", "peers", "decode", "batch", "memory"):
+        assert all(f"| {row[next(iter(row))]} |" in printed for row in figures[section]), section
+    assert len(cpu.targets(figures)) == 7
+    for row in figures["memory"]:
+        assert row["kv"] == row["kv_stated"]
+        assert row["peak"] >= row["kv"]
+    peaks = {row["pipeline"]: row["peak_ratio"] for row in figures["memory"]}
+    assert peaks["stride, at the encoder, keep 25 %"] < peaks["FastV, before layer 2, keep 25 %"] < peaks["dense"] == 1
 
 
-def test_flops_fractions_are_those_of_the_stages(prefill: ModuleType) -> None:
-    model, inputs = prefill.model_of(prefill.TINY), prefill.inputs_of(prefill.TINY)
+def test_one_section_leaves_the_others(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, out = scripts("cpu"), tmp_path / "figures.json"
+    out.write_text('{"scoring": 0.5}')
+    monkeypatch.setattr(cpu, "measure", lambda section, rounds, tiny: 0.25)
+    cpu.main(["--only", "scoring", "--out", str(out)])
+    assert json.loads(out.read_text())["scoring"] == 0.25
+    out.write_text(
+        '{"batch": [{"pipeline": "x", "tokens_per_second": 1, "ratio": 1, "filled": 1, "filled_pruned": 1}]}'
+    )
+    assert cpu.main(["--only", "scoring", "--out", str(out)]) == 1, "0.25 of a prefill is more than the target"
+    assert set(json.loads(out.read_text())) == {"about", "batch", "scoring"}
+    with pytest.raises(SystemExit):
+        cpu.main(["--only", "speed", "--out", str(out)])
 
-    def fraction(stages: list[object] | None) -> float:
-        return float(prefill.time_once(model, stages, inputs)[2])
+
+def test_flops_fractions_are_those_of_the_stages(scripts: Any) -> None:
+    workload, sections = scripts("workload"), scripts("sections")
+    model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
+
+    def fraction(stages: list[Any] | None) -> float:
+        return float(sections.flops_of(model, stages, inputs))
 
     assert fraction(None) == 1 == fraction([{"use": "dense"}])
-    assert fraction([prefill.SKIP]) == 0.5  # 4 of 8 layers
-    assert fraction(prefill.PRUNES["FastV, before layer 2, keep 25 %"]) < 0.6
+    assert fraction([workload.SKIP]) == 0.5  # 4 of 8 layers
+    assert fraction(workload.PRUNES["FastV, before layer 2, keep 25 %"]) < 0.6
 
 
-def test_ratios_are_of_medians(prefill: ModuleType) -> None:
-    dense = [(4.0, 8.0, 1.0), (2.0, 4.0, 1.0), (3.0, 9.0, 1.0)]
-    row = prefill._row("half", [(1.5, 4.0, 0.4), (1.0, 4.0, 0.4), (9.0, 9.0, 0.4)], dense)
+def test_ratios_are_of_medians(scripts: Any) -> None:
+    sections, time = scripts("sections"), scripts("timing").Time
+    dense = [time(4.0, 8.0), time(2.0, 4.0), time(3.0, 9.0)]
+    row = sections.row("half", [time(1.5, 4.0), time(1.0, 4.0), time(9.0, 9.0)], dense, 0.4)
     assert (row.cpu, row.wall, row.cpu_ratio, row.wall_ratio) == (1.5, 4.0, 0.5, 0.5)
     assert row.saved_of_promised == pytest.approx(0.5 / 0.6)
     assert (row.speedup, row.promised_speedup) == (2.0, 2.5)
-    assert prefill._row("dense", dense, dense).saved_of_promised is None
+    assert sections.row("dense", dense, dense, 1.0).saved_of_promised is None
+
+
+def test_the_masking_peer_really_masks(scripts: Any) -> None:
+    """What is forbidden to be seen changes the logits, and nothing else does: with all kept they are the dense ones."""
+    workload, sections = scripts("workload"), scripts("sections")
+    model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
+
+    @contextmanager
+    def logits(keep: float | None) -> Iterator[Any]:
+        case = workload.prefill(model, None, inputs) if keep is None else sections.masked(model, inputs, 2, keep)
+        with torch.inference_mode(), case as run:
+            yield run().logits
+
+    with logits(None) as dense, logits(1.0) as full, logits(0.25) as quarter:
+        assert torch.allclose(dense, full, atol=1e-5)
+        assert (dense - quarter).abs().max() > 1e-4
+
+
+def test_peak_memory_counts_what_is_held_at_once(scripts: Any) -> None:
+    given = torch.zeros(1000)
+    with scripts("timing").PeakMemory() as memory:
+        first = given + 1
+        second = first * 2
+        assert memory.now == 8000
+        del first
+        assert memory.now == 4000
+        view = second.view(10, 100)
+        view += 1
+        del second
+        assert memory.now == 4000, "a view keeps its storage"
+        del view
+        assert (memory.now, memory.peak) == (0, 8000)
+
+
+def test_what_is_profiled_must_exist(scripts: Any) -> None:
+    workload, sections = scripts("workload"), scripts("sections")
+    model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
+    with pytest.raises(LookupError, match="did not run"):
+        sections.cumulative(workload.prefill(model, None, inputs), sections.SCORING)
