@@ -31,7 +31,7 @@ hookimpl = pluggy.HookimplMarker("prunekit")
 
 
 class TokenHooks:
-    """Called on the one strategy of a stage (and on what a plugin wrapped around it) at each of its sites, in this order.
+    """Called on the one strategy of a stage (and on what a plugin wrapped around it) at each site, in this order.
 
     Arguments that these hooks share, T text tokens, W width of the vision tower; padding of floats holds 0:
         hidden: float (B, V, H), visual tokens as they enter the site; at `encoder` the projected image features, inside

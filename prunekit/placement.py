@@ -185,7 +185,7 @@ def protected_layers(cuts: Sequence[Cut], layers: int) -> frozenset[int]:
 
 def tower_blocks(shape: ModelShape) -> int:
     """Blocks of the vision tower that can be cut and read, 0 where it cannot."""
-    return getattr(shape, "tower_layers", 0)
+    return shape.tower_layers
 
 
 def _reads(cut: Cut, layers: int) -> dict[int, str]:

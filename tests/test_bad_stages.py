@@ -1,0 +1,673 @@
+"""What a person may get wrong about sites, lists, routers and positions: every fault with its place, all at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from prunekit import (
+    EncoderRows,
+    Features,
+    Keys,
+    LayerAction,
+    LayerPlan,
+    ModelShape,
+    Route,
+    Rows,
+    Site,
+    Sites,
+    hookimpl,
+    pipeline,
+)  # fmt: skip
+from prunekit.errors import PluginError, SpecError
+from prunekit.registry import Registry
+from prunekit.sites import Keep
+
+EVERYWHERE = Sites(tower=True, pixels=True, end=True)
+SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144, tower_layers=6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    sites = EVERYWHERE
+
+    @hookimpl
+    def score_tokens(self, hidden: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """Acts at the decoder's door alone."""
+
+    sites = Sites(decoder=False)
+
+    @hookimpl
+    def score_tokens(self, hidden: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """Takes the usual sites: the door and decoder layers."""
+
+    @hookimpl
+    def score_tokens(self, hidden: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Previous(Score):
+    @hookimpl
+    def score_tokens(self, attention: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Previous):
+    inputs = {"attention": Rows(layer="own")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ahead(Previous):
+    inputs = {"attention": Rows(layer="next")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Twice(Score):
+    """Reads two layers at once."""
+
+    inputs = {"attention": Rows(layer="previous"), "keys": Keys(layer="own")}
+
+    @hookimpl
+    def score_tokens(self, attention: Any, keys: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(Score):
+    @hookimpl
+    def score_tokens(self, text: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder(Score):
+    inputs = {"encoder_attention": EncoderRows(layer=3), "features": (Features(), Features(projected=True))}
+
+    @hookimpl
+    def score_tokens(self, encoder_attention: Any, features: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Cls(Score):
+    extras = ("cls",)
+
+    @hookimpl
+    def merge_tokens(self, extras: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    @hookimpl
+    def route(self, embeds: Any) -> Route: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRouter(Router):
+    routes_tokens = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRouter(Router):
+    routes_layers = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner(Router):
+    """Decides about layers by itself."""
+
+    takes_keep = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    skip: tuple[int, ...]
+    what: str = "skip"
+
+    @hookimpl
+    def plan_layers(self) -> LayerPlan:
+        return LayerPlan({layer: LayerAction(self.what) for layer in self.skip})
+
+
+STRATEGIES = (
+    Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
+    Plan,
+)  # fmt: skip
+
+
+def registry_of(*classes: type[Any]) -> Registry:
+    filled = Registry("stub", "stub-dist 1.0")
+    for cls in classes:
+        filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__qualname__}")
+    return filled
+
+
+@pytest.fixture
+def registry() -> Registry:
+    return registry_of(*STRATEGIES)
+
+
+def one(keys: str) -> str:
+    """A pipeline of one stage, on line 2."""
+    return f"stages:\n  - {{{keys}}}\n"
+
+
+def two(first: str, second: str) -> str:
+    return f"stages:\n  - {{{first}}}\n  - {{{second}}}\n"
+
+
+LISTS: dict[str, tuple[str, list[str]]] = {
+    "nothing in it": (one("use: score, at: [], keep: 0.5"), ["2:22: at: is empty (name at least one site, such as 2)"]),
+    "no site in it": (
+        one("use: score, at: [2, encodr], keep: 0.5"),
+        ["2:26: at[1]: 'encodr' is not a site; use 'encoder' (the decoder's door) or a layer number such as 2 "
+         "(did you mean 'encoder'?)"],
+    ),
+    "a list in it": (one("use: score, at: [2, [4]], keep: 0.5"), ["2:26: at[1]: must be a site, not a list (such as"]),
+    "two that are none": (
+        one("use: score, at: [true, x], keep: 0.5"),
+        ["2:23: at[0]: True is not a site", "2:29: at[1]: 'x' is not a site"],
+    ),
+    "falling": (
+        one("use: score, at: [4, 2], keep: 0.5"),
+        ["2:26: at[1]: '2' stands after '4' (list sites in the order of the data, each once)"],
+    ),
+    "the door after a layer": (
+        one("use: score, at: [4, encoder], keep: 0.5"),
+        ["2:26: at[1]: 'encoder' stands after '4'"],
+    ),
+    "after and then inside": (
+        one("use: score, at: [2.after, 2.mid], keep: 0.5"),
+        ["2:32: at[1]: '2.mid' stands after '2.after'"],
+    ),
+    "twice": (one("use: score, at: [2, 4, 4], keep: 0.5"), ["2:29: at[2]: '4' stands here twice"]),
+    "fewer budgets": (
+        one("use: score, at: [2, 4, 6], keep: [0.5, 0.25]"),
+        ["2:39: keep: names 2 budgets for 3 sites (one for each site in `at`, or a single one for all)"],
+    ),
+    "more budgets": (
+        one("use: score, at: [2, 4], keep_tokens: [64, 32, 16]"),
+        ["2:43: keep_tokens: names 3 budgets for 2 sites"],
+    ),
+    "budgets for one site": (
+        one("use: score, at: 2, keep: [0.5, 0.25]"),
+        ["2:31: keep: names 2 budgets, but the stage acts at one site (give `at` a list of as many sites, or one bud"],
+    ),
+    "budgets without sites": (
+        one("use: score, keep: [0.5, 0.25]"),
+        ["2:24: keep: names 2 budgets, but the stage acts at one site"],
+    ),
+    "no budgets": (one("use: score, at: [2, 4], keep: []"), ["2:36: keep: names 0 budgets for 2 sites"]),
+    "a bad budget": (
+        one("use: score, at: [2, 4], keep: [0.5, 1.25]"),
+        ["2:42: keep[1]: must be a fraction in (0, 1], not 1.25 (for a number of tokens write `keep_tokens`, for per"],
+    ),
+    "two bad budgets": (
+        one("use: score, at: [2, 4], keep_tokens: [0, half]"),
+        ["2:44: keep_tokens[0]: must be a whole number of tokens, at least 1, not 0 (dropping all has",
+         "2:47: keep_tokens[1]: must be a whole number of tokens, at least 1, not 'half'"],
+    ),
+    "rising": (
+        one("use: score, at: [2, 4, 6], keep: [0.5, 0.25, 0.3]"),
+        ["2:51: keep[2]: asks for 0.3 of original, but the site before it leaves only 0.25 of original (budgets must"],
+    ),
+    "rising tokens": (
+        one("use: score, at: [2, 4], keep_tokens: [32, 64]"),
+        ["2:48: keep_tokens[1]: asks for 64 tokens, but the site before it leaves only 32 tokens"],
+    ),
+    "two lists of budgets": (
+        one("use: score, at: [2, 4], keep: [0.5, 0.25], keep_tokens: [9, 9]"),
+        ["2:49: keep_tokens: this stage has two budgets"],
+    ),
+    "more than there are": (
+        one("use: score, at: [2, 4], keep_tokens: [200, 64]"),
+        ["2:44: keep_tokens[0]: asks for 200 of the 144 visual tokens that this model has per image"],
+    ),
+    "more than another stage leaves": (
+        two("use: score, keep: 0.25", "use: score, at: [2, 4], keep: [0.5, 0.2]"),
+        ["3:37: keep[0]: asks for 0.5 of original, but stages[0] score leaves only 0.25 of original"],
+    ),
+    "more than a list leaves there": (
+        two("use: score, at: [2, 8], keep: [0.5, 0.25]", "use: score, at: 9, keep: 0.3"),
+        ["3:31: keep: asks for 0.3 of original, but stages[0] score at '8' leaves only 0.25 of original"],
+    ),
+    "begins before the stage above": (
+        two("use: score, at: 4, keep: 0.5", "use: score, at: [3, 5], keep: 0.25"),
+        ["3:23: at[0]: stages are out of order: 'score' at '3' stands after 'score' at '4' (list stages in the order"],
+    ),
+    "a layer beyond": (
+        one("use: score, at: [2, 10, 11], keep: 0.5"),
+        ["2:26: at[1]: there is no layer 10: the model has layers 0 to 9", "2:30: at[2]: there is no layer 11"],
+    ),
+    "for a layer strategy": (
+        one("use: plan, skip: [1], at: [2, 4], keep: [0.5, 0.2]"),
+        ["2:28: at: 'plan' decides about layers, so it takes no `at`", "2:40: keep: 'plan' decides about layers"],
+    ),
+}  # fmt: skip
+
+SITES: dict[str, tuple[str, list[str]]] = {
+    "no such place": (one("use: score, at: deocder, keep: 1"), ["2:22: at: 'deocder' is not a site"]),
+    "no such point": (one("use: score, at: 2.before, keep: 1"), ["2:22: at: '2.before' is not a site"]),
+    "a number with a point": (
+        one("use: score, at: 2.5, keep: 1"),
+        ["2:22: at: 2.5 is not a site (layers are whole numbers, such as 2)"],
+    ),
+    "nothing": (one("use: score, at: ~, keep: 1"), ["2:22: at: must be a site, not nothing (such as encoder, 2 or"]),
+    "a mapping": (one("use: score, at: {layer: 2}, keep: 1"), ["2:22: at: must be a site, not a mapping"]),
+    "decoding": (one("use: score, at: decode, keep: 1"), ["2:22: at: site 'decode' is reserved: decoding steps see"]),
+    "inside a layer beyond": (
+        one("use: score, at: 10.mid, keep: 1"),
+        ["2:22: at: there is no layer 10: the model has layers 0 to 9 (name an earlier layer)"],
+    ),
+    "after a layer beyond": (one("use: score, at: 12.after, keep: 1"), ["2:22: at: there is no layer 12"]),
+    "a block beyond": (
+        one("use: score, at: vision.6, keep: 1"),
+        ["2:22: at: there is no tower block 6: the tower has blocks 0 to 5 (name an earlier one)"],
+    ),
+    "tower not allowed": (
+        one("use: plain, at: vision.3, keep: 1"),
+        ["2:22: at: 'plain' cannot act at 'vision.3': it needs a decoder layer, 0 or later"],
+    ),
+    "end not allowed": (one("use: plain, at: prefill_end, keep: 1"), ["2:22: at: 'plain' cannot act at 'prefill_end'"]),
+    "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),
+    "decoder not allowed": (one("use: door, at: 2.mid, keep: 1"), ["2:21: at: 'door' cannot act at '2.mid'"]),
+    "one of a list not allowed": (
+        one("use: plain, at: [encoder, 3, prefill_end], keep: 1"),
+        ["2:35: at[2]: 'plain' cannot act at 'prefill_end'"],
+    ),
+    "nothing has run": (
+        one("use: previous, at: 0, keep: 1"),
+        ["2:25: at: 'previous' cannot act at '0': attention of the layer before is not there at '0' (name another"],
+    ),
+    "nothing has run inside": (
+        one("use: previous, at: 0.mid, keep: 1"),
+        ["2:25: at: 'previous' cannot act at '0.mid': attention of the layer before is not there"],
+    ),
+    "own layer before it": (
+        one("use: own, at: 3, keep: 1"),
+        ["2:20: at: 'own' cannot act at '3': attention of the layer that the site stands in is not there at '3'"],
+    ),
+    "own layer at the door": (one("use: own, at: encoder, keep: 1"), ["2:20: at: 'own' cannot act at 'encoder'"]),
+    "looking ahead from inside": (
+        one("use: ahead, at: 3.mid, keep: 1"),
+        ["2:22: at: 'ahead' cannot act at '3.mid': attention of the layer ahead is not there at '3.mid'"],
+    ),
+    "looking ahead from the end": (one("use: ahead, at: 9.after, keep: 1"), ["2:22: at: 'ahead' cannot act at '9.a"]),
+    "attention in the tower": (
+        one("use: previous, at: vision.3, keep: 1"),
+        ["2:25: at: 'previous' asks for attention, which is not there yet at 'vision.3' (name 'encoder' or a later"],
+    ),
+    "text in the tower": (
+        one("use: text, at: pixels, keep: 1"),
+        ["2:21: at: 'text' asks for text, which is not there yet at 'pixels'"],
+    ),
+    "extras in the decoder": (
+        one("use: cls, at: 2, keep: 1"),
+        ["2:20: at: 'cls' takes extras (cls), which are there at 'encoder' only (name 'encoder')"],
+    ),
+    "inside a skipped layer": (
+        two("use: plan, skip: [3]", "use: score, at: 3.mid, keep: 1"),
+        ["3:22: at: 'score' cuts inside layer 3, which another stage leaves out (move it, or let that layer run)"],
+    ),
+    "own layer without attention": (
+        two("use: plan, skip: [3], what: skip_attention", "use: own, at: 3.after, keep: 1"),
+        ["3:20: at: 'own' reads the attention of layer 3, which another stage skips"],
+    ),
+    "keys of a filled layer": (
+        two("use: plan, skip: [3], what: fill_kv", "use: twice, at: 3.mid, keep: 1"),
+        ["3:22: at: 'twice' reads the keys of layer 3, which another stage skips"],
+    ),
+    "last layer at the end of prefill": (
+        two("use: plan, skip: [9]", "use: previous, at: prefill_end, keep: 1"),
+        ["3:25: at: 'previous' reads the attention of layer 9, which another stage skips"],
+    ),
+}  # fmt: skip
+
+KEEP_LAYERS: dict[str, tuple[str, list[str]]] = {
+    "none": (
+        one("use: router, keep_layers: 0"),
+        ["2:32: keep_layers: must be a number of layers, at least 1, or a fraction of them in (0, 1], not 0 (a model"],
+    ),
+    "none as a fraction": (one("use: router, keep_layers: 0.0"), ["2:32: keep_layers: must be a number of layers"]),
+    "negative": (one("use: router, keep_layers: -2"), ["2:32: keep_layers: must be a number of layers"]),
+    "more than all": (one("use: router, keep_layers: 1.5"), ["2:32: keep_layers: must be a number of layers"]),
+    "text": (one("use: router, keep_layers: half"), ["2:32: keep_layers: must be a number of layers, at least 1"]),
+    "quoted": (one("use: router, keep_layers: '8'"), ["2:32: keep_layers: must be a number of layers"]),
+    "true": (one("use: router, keep_layers: true"), ["2:32: keep_layers: must be a number .*not true"]),
+    "nothing": (one("use: router, keep_layers: ~"), ["2:32: keep_layers: must be a number .*not nothing"]),
+    "not a number": (one("use: router, keep_layers: .nan"), ["2:32: keep_layers: must be a number .*not nan"]),
+    "infinite": (one("use: router, keep_layers: .inf"), ["2:32: keep_layers: must be a number .*not inf"]),
+    "a list": (one("use: router, keep_layers: [8, 4]"), ["2:32: keep_layers: must be a number .*not a list"]),
+    "a typing error": (
+        one("use: router, keep_layer: 8, keep: 0.5"),
+        ["2:19: keep_layer: unknown key (did you mean 'keep_layers'? known keys: use, at, keep, keep_tokens, keep_of,"],
+    ),
+    "more than the model has": (
+        one("use: router, keep_layers: 11"),
+        ["2:32: keep_layers: asks for 11 layers, but the model has 10 (name at most 10, or a fraction)"],
+    ),
+    "of a token strategy": (
+        one("use: score, keep: 0.5, keep_layers: 4"),
+        ["2:29: keep_layers: 'score' decides about tokens, so it takes no `keep_layers` (remove it)"],
+    ),
+    "of a layer strategy": (
+        one("use: plan, skip: [1], keep_layers: 4"),
+        ["2:28: keep_layers: 'plan' decides by itself and takes no `keep_layers`"],
+    ),
+    "of a router of tokens": (
+        one("use: tokenrouter, keep: 0.5, keep_layers: 4"),
+        ["2:35: keep_layers: 'tokenrouter' decides about tokens, so it takes no `keep_layers`"],
+    ),
+    "of one that decides by itself": (
+        one("use: planner, keep_layers: 4"),
+        ["2:20: keep_layers: 'planner' decides by itself and takes no `keep_layers`"],
+    ),
+    "missing": (
+        one("use: layerrouter"),
+        ["2:5: keep_layers: is missing; 'layerrouter' needs `keep_layers` (how many decoder layers run, such as 24,"],
+    ),
+    "beside static skips": (
+        two("use: plan, skip: [3, 4]", "use: router, keep_layers: 9"),
+        ["3:32: keep_layers: asks for 9 layers, but another stage skips 3, 4, which leaves 8 (keep less here or skip"],
+    ),
+    "below what is read": (
+        two("use: layerrouter, keep_layers: 2", "use: previous, at: [2, 4, 6], keep: 0.5"),
+        ["2:37: keep_layers: leaves 2 layers, but other stages read, cut inside or plan layers 1, 3, 5 (keep at least"],
+    ),
+    "below what is cut": (
+        two("use: layerrouter, keep_layers: 0.1", "use: score, at: [2.mid, 4.mid], keep: 0.5"),
+        ["2:37: keep_layers: leaves 1 layers, but other stages read, cut inside or plan layers 2, 4"],
+    ),
+    "below what is planned": (
+        two("use: plan, skip: [3, 4], what: freeze", "use: router, keep_layers: 1"),
+        ["3:32: keep_layers: leaves 1 layers, but other stages read, cut inside or plan layers 3, 4"],
+    ),
+}  # fmt: skip
+
+ROUTERS: dict[str, tuple[str, list[str]]] = {
+    "no budget": (
+        one("use: router"),
+        ["2:5: keep: is missing; 'router' needs `keep` or `keep_tokens` or `keep_layers`"],
+    ),
+    "a site for nothing": (
+        one("use: router, at: 2, keep_layers: 4"),
+        ["2:19: at: says where tokens leave, but there is no `keep` (add `keep` or `keep_tokens`, or remove it)"],
+    ),
+    "tokens of a router of layers": (
+        one("use: layerrouter, keep_layers: 4, at: 2, keep_tokens: 9"),
+        ["2:40: at: 'layerrouter' decides about layers, so it takes no `at`", "2:47: keep_tokens: 'layerrouter' dec"],
+    ),
+    "budget of one that decides by itself": (
+        one("use: planner, keep: 0.5"),
+        ["2:20: keep: 'planner' decides by itself and takes no `keep`"],
+    ),
+    "in the tower": (
+        one("use: router, at: vision.2, keep: 0.5"),
+        ["2:23: at: 'router' cannot act at 'vision.2'"],
+    ),
+    "before others at the door": (
+        two("use: router, at: encoder, keep: 0.5", "use: score, at: encoder, keep: 0.25"),
+        ["3:22: at: 'router' routes after all other stages at the decoder's door, so also after this one (list it be"],
+    ),
+    "two about layers": (
+        two("use: router, keep_layers: 8", "use: planner"),
+        ["3:11: use: stages[0] router already decides which layers run (let one router decide about layers)"],
+    ),
+    "more than is left": (
+        two("use: score, keep: 0.25", "use: tokenrouter, at: 2, keep: 0.5"),
+        ["3:37: keep: asks for 0.5 of original, but stages[0] score leaves only 0.25 of original"],
+    ),
+    "after everything is gone": (
+        two("use: router, at: [2, 3], keep: [0.5, 0.6]", "use: score, at: 2, keep: 0.7"),
+        ["2:43: keep[1]: asks for 0.6 of original, but the site before it"],
+    ),
+    "no key of a router": (one("use: router, keep: 1, depth: 2"), ["2:28: depth: unknown key (known keys: use, at, k"]),
+}  # fmt: skip
+
+POSITIONS: dict[str, tuple[str, list[str]]] = {
+    text: (
+        f"positions: {text}\n" + one("use: score, keep: 0.5"),
+        [f"1:12: positions: must be 'keep' or 'renumber', {said}"],
+    )
+    for text, said in {
+        "renumbr": "not 'renumbr' (did you mean 'renumber'?)",
+        "Keep": "not 'Keep' (did you mean 'keep'?)",
+        "original": "not 'original' ('renumber' closes the gaps that dropped tokens leave)",
+        "true": "not true",
+        "1": "not 1",
+        "0.5": "not 0.5",
+        "~": "not nothing",
+        "''": "not ''",
+        "[keep]": "not a list",
+        "{keep: 1}": "not a mapping",
+        "'renumber '": "not 'renumber ' (did you mean 'renumber'?)",
+    }.items()
+} | {
+    "a typing error": ("position: keep\n" + one("use: score, keep: 1"), ["1:1: position: unknown key (did you mean"]),
+    "in a stage": (one("use: score, keep: 1, positions: keep"), ["2:27: positions: unknown key (known keys: use, at,"]),
+}  # fmt: skip
+
+
+def names(table: dict[str, Any], prefix: str) -> list[Any]:
+    return [pytest.param(*case, id=f"{prefix}: {name}") for name, case in table.items()]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *names(LISTS, "lists"), *names(SITES, "sites"), *names(KEEP_LAYERS, "keep_layers"), *names(ROUTERS, "routers"),
+        *names(POSITIONS, "positions"),
+    ],
+)  # fmt: skip
+def test_every_fault_with_its_place(registry: Registry, text: str, said: list[str]) -> None:
+    with pytest.raises(SpecError) as caught:
+        pipeline.build(text, registry=registry).bind(SHAPE)
+    found = [
+        re.sub(r"stages\[\d\]\.", "", str(fault).removeprefix("<inline>:"), count=1) for fault in caught.value.faults
+    ]
+    assert len(found) == len(said), found
+    for one_said, one_found in zip(said, found, strict=True):
+        pattern = ".*".join(map(re.escape, one_said.split(".*")))
+        assert re.match(pattern, one_found), one_found
+
+
+def test_there_are_at_least_ten_of_each() -> None:
+    assert all(len(table) >= 10 for table in (LISTS, SITES, KEEP_LAYERS, ROUTERS, POSITIONS))
+
+
+@pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])
+def test_a_tower_that_cannot_be_cut(registry: Registry, keys: str) -> None:
+    with pytest.raises(SpecError, match=r"2:22: .*this model's vision tower cannot be cut \(cut at 'encoder' or later"):
+        pipeline.build(one(keys), registry=registry).bind(dataclasses.replace(SHAPE, tower_layers=0))
+
+
+@pytest.mark.parametrize(("use", "name"), [("encoder", "encoder_attention"), ("cls", "extras")])
+def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) -> None:
+    built = pipeline.build(one(f"use: {use}, keep: 1"), registry=registry)
+    assert built.bind(SHAPE).cuts[0].site == Site(None)
+    with pytest.raises(SpecError, match=f"'{use}' asks for {name}, but this model's vision tower cannot be read"):
+        built.bind(dataclasses.replace(SHAPE, tower_layers=0))
+
+
+PLACES = (
+    "pixels", "vision.1.mid", "vision.1", "vision.2", "encoder", "0", "0.mid", "0.after", "1", "9.after", "prefill_end",
+)  # fmt: skip
+GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
+    "one budget for all sites": (
+        one("use: score, at: [encoder, 2, 4.mid], keep: 0.5"),
+        [("encoder", "0.5 of original"), ("2", "0.5 of original"), ("4.mid", "0.5 of original")],
+    ),
+    "equal budgets": (
+        one("use: score, at: [2, 4], keep: [0.5, 0.5]"),
+        [("2", "0.5 of original"), ("4", "0.5 of original")],
+    ),
+    "a list of one": (one("use: score, at: [2], keep: [0.5]"), [("2", "0.5 of original")]),
+    "fractions of what is left may rise": (
+        one("use: score, at: [2, 4], keep: [0.25, 0.5], keep_of: current"),
+        [("2", "0.25 of current"), ("4", "0.5 of current")],
+    ),
+    "all places in order": (
+        one(f"use: score, at: [{', '.join(PLACES)}], keep: 1"),
+        [(place, "1 of original") for place in PLACES],
+    ),
+    "stages between the sites of another": (
+        two("use: score, at: [2, 6], keep: [0.5, 0.25]", "use: score, at: 4, keep: 0.3"),
+        [("2", "0.5 of original"), ("4", "0.3 of original"), ("6", "0.25 of original")],
+    ),
+    "own layer after it": (one("use: own, at: 0.after, keep: 1"), [("0.after", "1 of original")]),
+    "ahead from the door": (
+        one("use: ahead, at: [encoder, 9], keep: 1"),
+        [("encoder", "1 of original"), ("9", "1 of original")],
+    ),
+    "a router after a stage at the door": (
+        two("use: score, keep: 0.5", "use: router, keep_tokens: 9, keep_layers: 8"),
+        [("encoder", "0.5 of original"), ("encoder", "9 tokens")],
+    ),
+    "a router of layers cuts nothing": (one("use: router, keep_layers: 0.75"), []),
+    "one that decides by itself": (one("use: planner"), []),
+    "inside a layer of attention alone": (
+        two("use: plan, skip: [3], what: skip_mlp", "use: own, at: 3.mid, keep: 1"),
+        [("3.mid", "1 of original")],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_just_fits(registry: Registry, name: str) -> None:
+    text, expected = GOOD[name]
+    built = pipeline.build(text, registry=registry)
+    bound = built.bind(SHAPE)
+    assert [(str(cut.site), str(cut.keep) if cut.keep else None) for cut in bound.cuts] == expected
+    again = pipeline.build(built.resolved, registry=registry)
+    assert (again.resolved, again.sha) == (built.resolved, built.sha)
+
+
+def test_cuts_know_their_number_and_their_layer(registry: Registry) -> None:
+    bound = pipeline.build(one("use: score, at: [encoder, 2, 2.mid, 2.after, 5], keep: 1"), registry=registry).bind(
+        SHAPE
+    )
+    assert [cut.number for cut in bound.cuts] == [0, 1, 2, 3, 4]
+    assert [cut.first_layer for cut in bound.cuts] == [0, 2, 3, 3, 5]
+    assert len({id(cut.stage) for cut in bound.cuts}) == 1
+    assert bound.cuts[2].label == "stages[0] score at '2.mid'"
+
+
+def test_what_routers_must_let_run(registry: Registry) -> None:
+    bound = pipeline.build(
+        two("use: layerrouter, keep_layers: 5", "use: twice, at: [3.mid, 8.after], keep: 0.5"), registry=registry
+    ).bind(SHAPE)
+    assert bound.protected == {2, 3, 8}
+    assert (bound.layer_budget, [stage.use for stage in bound.routers]) == (5, ["layerrouter"])
+    half = pipeline.build(one("use: router, keep_layers: 0.45"), registry=registry)
+    assert half.bind(SHAPE).layer_budget == 5  # half up
+    assert half.stages[0].keep_layers == Keep(0.45)
+    assert pipeline.build(one("use: planner"), registry=registry).bind(SHAPE).layer_budget is None
+
+
+def test_looking_ahead_protects_nothing(registry: Registry) -> None:
+    bound = pipeline.build(one("use: ahead, at: [2, 4], keep: 0.5"), registry=registry).bind(SHAPE)
+    assert bound.protected == frozenset()
+
+
+def test_every_new_key_is_in_the_hash(registry: Registry) -> None:
+    texts = [
+        one("use: router, keep: 0.5"), one("use: router, keep: 0.5, keep_layers: 8"),
+        one("use: router, keep: 0.5, keep_layers: 0.8"), one("use: router, keep: 0.5, at: [encoder, 2]"),
+        one("use: router, keep: [0.5, 0.25], at: [encoder, 2]"), one("use: router, keep: 0.5, at: 2.mid"),
+        "positions: renumber\n" + one("use: router, keep: 0.5"),
+    ]  # fmt: skip
+    built = [pipeline.build(text, registry=registry) for text in texts]
+    assert len({each.sha for each in built}) == len(texts)
+    assert "keep_layers: 8\n" in built[1].resolved and "keep_layers: 0.8\n" in built[2].resolved
+    assert "at:\n  - encoder\n  - 2\n  keep:\n  - 0.5\n  - 0.25\n" in built[4].resolved
+    assert "positions: renumber\n" in built[6].resolved and built[6].positions == "renumber"
+    same = pipeline.build("positions: keep\n" + one("use: router, at: [encoder], keep: [0.5]"), registry=registry)
+    assert same.sha == built[0].sha
+
+
+# Classes that cannot be strategies.
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(Router):
+    @hookimpl
+    def score_tokens(self, hidden: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoExtras(Score):
+    @hookimpl
+    def merge_tokens(self, extras: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OddExtras(Score):
+    extras = ("registers",)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextExtras(Score):
+    extras = "cls"
+
+
+@dataclasses.dataclass(frozen=True)
+class Idle(Router):
+    routes_tokens = False
+    routes_layers = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag(Score):
+    trainable = "yes"
+
+
+@dataclasses.dataclass(frozen=True)
+class OddSites(Score):
+    sites = ("encoder",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched(Score):
+    per_sample = True
+
+    @hookimpl
+    def select_tokens(self, forward: Any) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OddKind(Score):
+    inputs = {"keys": Rows()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Router):
+    keep_layers: int = 3
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [
+        (Both, "implements route and score_tokens; a router is a strategy of its own: make it two"),
+        (NoExtras, "asks for `extras` but declares none: extras = ('cls',)"),
+        (OddExtras, "`extras` is ('registers',); it is a tuple of 'cls'"),
+        (TextExtras, "`extras` is 'cls'; it is a tuple of 'cls', such as ('cls',)"),
+        (Idle, "a router that routes neither tokens nor layers would do nothing"),
+        (Flag, "`trainable` is 'yes'; it is True or False"),
+        (OddSites, "`sites` is ('encoder',); write Sites(...) there"),
+        (Batched, "`forward` runs the whole batch; leave out per_sample"),
+        (OddKind, "inputs['keys'] is Rows("),
+        (Layers, "'keep_layers' cannot be a field (rename it)"),
+    ],
+)
+def test_a_broken_class_is_the_plugins_fault(cls: type[Any], said: str) -> None:
+    with pytest.raises(PluginError) as caught:
+        pipeline.build(one(f"use: {cls.__name__.lower()}, keep: 0.5"), registry=registry_of(cls))
+    assert said in str(caught.value) and "stub-dist 1.0" in str(caught.value)
