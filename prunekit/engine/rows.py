@@ -102,8 +102,8 @@ class Attended:
         if domain == "softmax":
             return logits.to(wide).softmax(-1)
         there = visual[:, None, None, :]
-        if seen is not None:  # an additive mask closes with the lowest number of its dtype, and may open with a bias
-            there = there & (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2)
+        if seen is not None:  # an additive mask closes with the lowest number of a dtype, and may open with a bias
+            there = there & (seen if seen.dtype == torch.bool else seen > max(torch.finfo(seen.dtype).min / 2, -1e30))
         rows = logits.to(wide).masked_fill(~there, -torch.inf).softmax(-1)
         return rows.masked_fill(~there.any(-1, keepdim=True), 0.0)
 
