@@ -19,7 +19,7 @@ from prunekit.decisions import LayerAction, LayerPlan, ModelShape
 class Work:
     """What one decoder layer did for one sample at prefill.
 
-    tokens: that entered. visual: of these, visual ones. mlp: that reached the MLP.
+    tokens: that entered. visual: of these, visual ones. mlp: that went through the MLP.
     """
 
     action: LayerAction
@@ -58,15 +58,14 @@ def layer_flops(
 ) -> int:
     """FLOPs of one decoder layer that `tokens` tokens enter at prefill.
 
-    visual: the visual ones among them, which matter where they are frozen. mlp: those that reach the MLP; None: all.
+    visual: the visual ones among them, which matter where they are frozen. mlp: those that go through the MLP; None: all that it runs for.
     """
     moving = tokens - visual if action is LayerAction.FREEZE else tokens
     projections = shape.attention_params - shape.output_params
-    fed = moving if mlp is None or action is LayerAction.FREEZE else mlp
+    fed = moving * action.feeds_mlp if mlp is None else mlp
     keys = 2 * projections * tokens * action.writes_kv
     attention = (2 * shape.output_params * moving + 4 * moving * tokens * shape.heads * shape.head_dim) * action.attends
-    has_mlp = action in (LayerAction.RUN, LayerAction.FREEZE, LayerAction.SKIP_ATTENTION)
-    return keys + attention + 2 * shape.mlp_params * fed * has_mlp
+    return keys + attention + 2 * shape.mlp_params * fed
 
 
 def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan | None = None) -> int:

@@ -56,6 +56,11 @@ class LayerAction(Enum):
         return self in (LayerAction.RUN, LayerAction.SKIP_MLP, LayerAction.FREEZE)
 
     @property
+    def feeds_mlp(self) -> bool:
+        """Some of its tokens go through the MLP."""
+        return self in (LayerAction.RUN, LayerAction.SKIP_ATTENTION, LayerAction.FREEZE)
+
+    @property
     def in_decoding(self) -> LayerAction:
         """What decoding does when a plan names no action of its own for it: only a prompt has tokens to freeze, and
         KV is filled in order to be read.
@@ -125,6 +130,7 @@ class ModelShape:
     attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP, those that one
         token uses (of a mixture of experts, the router and the chosen experts). output_params: the part of
         attention_params in the output projection.
+    tower_layers: blocks of the vision tower between which stages can cut; 0: it cannot be cut.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -138,3 +144,4 @@ class ModelShape:
     kv_width: int
     visual_tokens: int | None
     output_params: int = 0
+    tower_layers: int = 0

@@ -18,6 +18,7 @@ from prunekit.engine.layout import Layout, take
 from prunekit.engine.prompt import Prompt
 from prunekit.engine.route import by_scores, route
 from prunekit.engine.stages import decide
+from prunekit.engine.tower_notes import dropped_in_tower, tower_events
 from prunekit.engine.view import Here, View
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
@@ -97,6 +98,7 @@ class Session:
     def enter(self, number: int, hidden: Tensor, here: Here) -> Tensor:
         """What happens before layer `number`, on physical hidden states (B, K, H); returns what is left of them."""
         if number == 0:
+            hidden = self._leave_tower(hidden)
             hidden = self._cuts(lambda site: site.place == "encoder", hidden, here)
             for router in self.bound.routers:
                 embeds = hidden if self.layout is None else self.layout.expand(hidden)
@@ -108,8 +110,21 @@ class Session:
 
     def leave(self, number: int, hidden: Tensor, here: Here) -> Tensor:
         """What happens after layer `number`; as `enter`."""
-        self.mlp_tokens.append(self.lengths)
+        feeds = (plan[number].feeds_mlp for plan in self.plans)
+        frozen = (plan[number] is LayerAction.FREEZE for plan in self.plans)
+        self.mlp_tokens.append(tuple(map(_fed, self.lengths, self.counts, feeds, frozen)))
         return self._cuts(lambda site: site == Site(number, "layer", "after"), hidden, here)
+
+    def _leave_tower(self, hidden: Tensor) -> Tensor:
+        """What was dropped inside the vision tower leaves at the decoder's door."""
+        gone = dropped_in_tower(self.prompt) if any(cut.site.place == "vision" for cut in self.bound.cuts) else None
+        if gone is None:
+            return hidden
+        kept = tuple((self.prompt.visual & ~gone).sum(1).tolist())
+        self.lengths = tuple(n - b + a for n, b, a in zip(self.lengths, self.counts, kept, strict=True))
+        self.counts = kept
+        self.layout, slots = Layout.full(self.prompt.ids).narrow(self.prompt.real & ~gone, list(self.lengths))
+        return take(hidden, slots, 1)
 
     def mid_cuts(self, number: int) -> list[Cut]:
         """The cuts between attention and MLP of layer `number`."""
@@ -119,6 +134,9 @@ class Session:
         """What happens after the prefill: nothing to the states, but the KV cache loses what was cropped."""
         self._cuts(lambda site: site == PREFILL_END, hidden, here)
         self.inputs.finish()
+        # What stages remembered was for this prefill; the session lives on with the cache.
+        self.states.clear()
+        self.scores.clear()
         if self.cropped is None or cache is None:
             return
         known: dict[Any, tuple[Layout, Tensor]] = {}
@@ -233,7 +251,7 @@ class Session:
             prompt_tokens=self.prompt.lengths,
             visual_tokens=self.prompt.visual_counts,
             kept_tokens=self.counts,
-            events=tuple(decision.event() for decision in self.decisions),
+            events=(*tower_events(self.prompt), *(decision.event() for decision in self.decisions)),
             layer_tokens=_by_row(self.layer_tokens or every),
             layer_visual=_by_row(self.layer_visual or [self.counts] * self.bound.shape.layers),
             mlp_tokens=_by_row(self.mlp_tokens or every),
@@ -244,6 +262,11 @@ class Session:
 
 def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     return tuple(zip(*layers, strict=True))
+
+
+def _fed(tokens: int, visual: int, feeds: bool, frozen: bool) -> int:
+    """How many of a row's tokens went through an MLP."""
+    return (tokens - visual if frozen else tokens) if feeds else 0
 
 
 def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor) -> Tensor:

@@ -112,9 +112,7 @@ class Step:
             return Layout(layout.index[:, :0], None, layout.length, shift=layout.shift)
         if missing:
             written = torch.tensor([action.writes_kv for action in actions], device=layout.index.device)
-            layout = Layout(
-                layout.index, layout.present & written[:, None], layout.length, layout.sizes, layout.shift
-            )
+            layout = Layout(layout.index, layout.present & written[:, None], layout.length, layout.sizes, layout.shift)
         return layout.select(self.session.index(rows)) if len(rows) < len(actions) else layout
 
     def _groups(
