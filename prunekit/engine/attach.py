@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import families
-from prunekit.engine import kv, layers, masks, mid
+from prunekit.engine import kv, layers, masks
 from prunekit.engine.call import CALL, Call
 from prunekit.engine.inputs import Needs
 from prunekit.engine.observers import tell
@@ -20,6 +20,7 @@ from prunekit.engine.overrides import Overrides
 from prunekit.engine.pictures import Pictures, counts_of, note
 from prunekit.engine.session import Session
 from prunekit.engine.step import STEP, Step
+from prunekit.engine.tower_plan import TowerPlan
 from prunekit.engine.view import Here
 from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
@@ -62,9 +63,12 @@ class Attached:
         self.bound: BoundPipeline = self.pipeline.bind(shape)
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
+        windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
+        self._window: int | None = min((window for window in windows if window), default=None)
         self._newest: Session | None = None
         self._report: tuple[Session, RunReport] | None = None
         self._overrides = Overrides()
+        self._tower = TowerPlan.of(self.bound, self.parts)
 
     @property
     def report(self) -> RunReport | None:
@@ -98,6 +102,8 @@ class Attached:
             if self.pipeline.positions == "renumber":
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
+            if self._tower is not None:
+                self._tower.attach(self._overrides)
             self.needs.attach(self._overrides)
 
     @property
@@ -123,6 +129,14 @@ class Attached:
                 "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
             )
 
+    def _check_window(self, length: int) -> None:
+        """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
+        if self._kind == "flat" and self._window is not None and length > self._window:
+            raise Unsupported(
+                f"{length} tokens are more than the sliding window of {self._window}, which flash attention would count "
+                "in kept tokens; load the model with attn_implementation='sdpa'"
+            )
+
     def _encode(self, modality: Modality) -> Callable[..., Any]:
         """Take notes while a method of the base model encodes pictures (`generate` encodes before it calls)."""
 
@@ -131,10 +145,18 @@ class Attached:
 
             def encode(*args: Any, **kwargs: Any) -> Any:
                 given = signature.bind_partial(*args, **kwargs).arguments
-                output = original(*args, **kwargs)
+                given |= given.pop("kwargs", {})
+                if self._tower is None:
+                    output, seen = original(*args, **kwargs), None
+                else:
+                    with self._tower.encoding(modality, given) as seen:
+                        output = original(*args, **kwargs)
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
-                    note(output, Pictures(modality, given | given.pop("kwargs", {}), counts_of(features)))
+                    pictures = Pictures(modality, given, counts_of(features))
+                    if self._tower is not None and seen is not None:
+                        pictures.tower["notes"] = self._tower.notes(seen, features)
+                    note(output, pictures)
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
                 return output
@@ -178,6 +200,8 @@ class Attached:
             if session is not None:
                 session.refuse_other(self.pipeline, self.parts)
                 call.refuse_new_pictures()
+            length = embeds.shape[1] + (cache.get_seq_length() if filled else 0)
+            self._check_window(length)
             prefill = session is None
             session = session or Session(self.bound, self.parts, call.prompt(), embeds.element_size(), self.needs)
             step = Step(session, prefill, embeds.shape[1], self._kind or "bool")
@@ -194,7 +218,9 @@ class Attached:
         session = step.session
         self._newest = session
         last = output["last_hidden_state"]
-        if session.layout is not None:
+        if session.layout is not None and len(self.parts.layers) <= self.parts.logical_until:
+            last = session.layout.gather(last)  # the loop wanted logical states to the very end
+        elif session.layout is not None:
             output["last_hidden_state"] = session.layout.expand(last)
         if self.active:
             session.end(last, Here(step, len(self.parts.layers), {}), cache)

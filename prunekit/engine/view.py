@@ -16,6 +16,7 @@ from prunekit.engine.forward import Forward
 from prunekit.engine.inputs import Run, blank, taken
 from prunekit.engine.layout import Layout, leftmost
 from prunekit.engine.prompt import Prompt
+from prunekit.engine.tower_inputs import FromTower
 from prunekit.errors import Unsupported
 from prunekit.stage import Cut
 
@@ -42,7 +43,7 @@ class Here:
 
 
 @dataclass(frozen=True, repr=False)
-class View:
+class View(FromTower):
     """The visual tokens that reach one stage. Its properties named in the hook specifications are the inputs of hooks.
 
     layout: of the tokens that reach it. hidden_states: float (B, K, H), physical, as they enter the site.
@@ -133,10 +134,6 @@ class View:
         if self.layout.sizes is None:
             return torch.ones_like(self.valid, dtype=torch.float32)
         return self.layout.sizes.gather(1, self.slots).masked_fill(~self.valid, 1.0)
-
-    @property
-    def extras(self) -> Tensor:
-        raise Unsupported("extras are not available at this site")
 
     @cached_property
     def attention(self) -> Any:

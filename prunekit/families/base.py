@@ -47,8 +47,8 @@ class Tower:
     pools them. pool: the head behind the blocks that attends from one learned query, where there is one.
     units: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches of a row
     (without `leading`) to int64 (V, p) for each picture: the patches, numbered through all rows, that become each of
-    its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual tokens are not made
-    of whole patches. None: a row is a picture, and a patch a visual token.
+    its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual tokens are not
+    made of whole patches. None: a row is a picture, and a patch a visual token.
     packed: blocks get all pictures as one sequence (tokens, width); they can be read, not cut.
     """
 
@@ -140,6 +140,7 @@ class Parts:
             mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
+            tower_layers=0 if self.tower is None or self.tower.packed else len(self.tower.layers),
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )
 

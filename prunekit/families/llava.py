@@ -14,9 +14,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Family, Modality, Parts, square_places
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import pixels
-
-# Towers that see every picture at one size, and the tokens they put in front of the patches.
-LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+from prunekit.families.towers import LEADING_TOKENS, plain_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -30,6 +28,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
         visual_tokens=None if free else _tokens_per_image(config),
+        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config),
         **decoder(base.language_model),
     )
 
