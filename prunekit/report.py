@@ -34,7 +34,7 @@ class RunReport:
     """What the prefill of one prompt batch did. Counts are without padding; one entry per sample.
 
     layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
-    mlp_tokens[b][l]: tokens that went through its MLP: fewer where a stage cuts inside the layer, none where it is left out.
+    mlp_tokens[b][l]: tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
     kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
     kept_tokens: visual tokens left after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.

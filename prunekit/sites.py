@@ -25,9 +25,9 @@ class Site:
     | written | number, place, point | where |
     | --- | --- | --- |
     | `pixels` | None, pixels, before | pictures, before the tower |
-    | `vision.3.mid`, `vision.3` | 3, vision, mid / after | inside the tower: between attention and MLP of block 3, after it |
+    | `vision.3.mid`, `vision.3` | 3, vision, mid / after | tower: between attention and MLP of block 3, after it |
     | `encoder` | None, encoder, before | the decoder's door |
-    | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after decoder layer 2 |
+    | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
     `Site(2)` is before decoder layer 2, `Site(None)` the encoder.
@@ -54,7 +54,7 @@ class Site:
             if found := WRITTEN.fullmatch(text):
                 point = found["point"]
                 if found["tower"] and point != "after":
-                    return cls(int(found["number"]), "vision", point or "after")
+                    return cls(int(found["number"]), "vision", cast("Any", point or "after"))
                 if not found["tower"]:
                     return cls(int(found["number"]), "layer", cast("Any", point or "before"))
         raise ValueError(f"{text!r} is not a site; {USE}")

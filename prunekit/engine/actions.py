@@ -29,8 +29,8 @@ PARTIAL = frozenset({LayerAction.SKIP_ATTENTION, LayerAction.SKIP_MLP})
 class Running:
     """One call of decoder layer `number` for one group of rows.
 
-    original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's call,
-    logical, for the whole batch. layout: of the group, None when all tokens are there. rows: int64 (B',), None: all.
+    original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's
+    call, logical, for the whole batch. layout: of the group, None when all tokens are there. rows: int64 (B',), None: all.
     cache: what the layer writes its keys to, None without one.
     """
 
@@ -104,7 +104,8 @@ def run_action(action: LayerAction, running: Running) -> Tensor:
 
 def _call(running: Running, local: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
     output = running.original(running.hidden if hidden is None else hidden, **local)
-    return output[0] if isinstance(output, tuple) else output
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def _fill(running: Running) -> Tensor:

@@ -200,7 +200,7 @@ class Attached:
             if session is not None:
                 session.refuse_other(self.pipeline, self.parts)
                 call.refuse_new_pictures()
-            length = embeds.shape[1] + (cache.get_seq_length() if filled else 0)
+            length = embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
             self._check_window(length)
             prefill = session is None
             session = session or Session(self.bound, self.parts, call.prompt(), embeds.element_size(), self.needs)

@@ -87,4 +87,4 @@ def _split(pixels: Tensor, counts: Sequence[int]) -> list[Tensor] | None:
         shown = [picture for picture in pixels.flatten(0, 1) if bool(picture.any())]
         return shown if len(shown) == len(counts) else None
     each, rest = divmod(len(pixels), sum(counts) or 1)
-    return None if rest or not each else list(pixels.split([each * count for count in counts]))
+    return None if rest or not each else list(torch.split(pixels, [each * count for count in counts]))

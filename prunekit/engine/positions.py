@@ -65,10 +65,7 @@ class Rotations:
         made = self._of(rotary)
         assert layout.shift is not None
         ids = select_rows(made.ids, rows, made.ids.ndim - 2)
-        if prefill:
-            ids = _closed(ids, layout)
-        else:
-            ids = ids - layout.shift[:, None].to(ids.device)
+        ids = _closed(ids, layout) if prefill else ids - layout.shift[:, None].to(ids.device)
         states = made.states[:1]
         return made.module(states, ids, *made.args, **made.kwargs)
 

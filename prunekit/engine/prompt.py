@@ -1,4 +1,4 @@
-"""What is known of a prompt batch before the decoder runs: ids, padding, where the visual tokens are, which pictures."""
+"""What is known of a prompt batch before the decoder runs: ids, padding, visual tokens and their pictures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Prompt:
             for row, numbers in enumerate(self._dealt(source)):
                 shown = torch.isin(self.ids[row], torch.tensor(source.modality.token_ids, device=self.ids.device))
                 positions = (shown & self.real[row]).nonzero()[:, 0]
-                parts = positions.split([source.counts[number] for number in numbers])
+                parts = torch.split(positions, [source.counts[number] for number in numbers])
                 found[row] += [Picture(source, n, part) for n, part in zip(numbers, parts, strict=True)]
         return [sorted(row, key=lambda picture: int(picture.positions[0])) for row in found]
 
@@ -83,7 +83,7 @@ class Prompt:
 
     @cached_property
     def places(self) -> Tensor:
-        """Number of the picture, then as `Modality.places`, of every original visual token: int64 (B, V, 6), padding -1."""
+        """Number of the picture, then as `Modality.places`, of original visual tokens: int64 (B, V, 6), padding -1."""
         table = torch.full((*self.ids.shape, 6), -1, dtype=torch.int64)
         for b, pictures in enumerate(self.by_row):
             for number, picture in enumerate(pictures):

@@ -32,12 +32,12 @@ def decide(stage: Stage, view: View) -> Selection:
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
         if not getattr(stage.strategy, "per_sample", False):
             return _decide(stage, view.valid, lambda name: getattr(view, name))
-        rows = [b for b, length in enumerate(view.counts) if length]
-        lengths = {b: view.counts[b] for b in rows}
-        found = {
-            b: _decide(stage, view.valid[b, : lengths[b]], lambda name, b=b: view.of_sample(name, b)) for b in rows
-        }
+        found = {b: _decide_one(stage, view, b) for b, length in enumerate(view.counts) if length}
         return _together(stage, view, found)
+
+
+def _decide_one(stage: Stage, view: View, b: int) -> Selection:
+    return _decide(stage, view.valid[b, : view.counts[b]], lambda name: view.of_sample(name, b))
 
 
 def is_trainable(stage: Stage) -> bool:

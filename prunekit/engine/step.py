@@ -74,10 +74,11 @@ class Step:
         session = self.session
         actions, decoding = session.actions(number), session.decoding(number)
         layout = self.localised(session.layout, kwargs)
-        store = None
+        store: kv.RaggedLayer | None = None
         if cache is not None:
-            store = cache.layers[number]
-            assert isinstance(store, kv.RaggedLayer)
+            found = cache.layers[number]
+            assert isinstance(found, kv.RaggedLayer)
+            store = found
             store.begin(self._held(layout, actions, decoding), decoding)
             store.open(self.tokens)
         if session.mid_cuts(number) and any(session.counts):
@@ -95,7 +96,8 @@ class Step:
         if layout is None or self.session.bound.pipeline.positions == "keep":
             return layout
         rotary = kwargs["position_embeddings"]
-        return self.once((layout, rotary, "shift"), lambda: self.rotations.shifted(rotary, layout))
+        shifted: Layout = self.once((layout, rotary, "shift"), lambda: self.rotations.shifted(rotary, layout))
+        return shifted
 
     def _held(
         self, layout: Layout | None, actions: Sequence[LayerAction], decoding: Sequence[LayerAction]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ class _Patch:
     def acquire(self) -> None:
         with self.lock:
             if self.users == 0:
-                self.original = cast("Callable[..., Any]", _method())
+                self.original = _method()
                 setattr(AttentionInterface, METHOD, _watched(self.original))
             self.users += 1
 
