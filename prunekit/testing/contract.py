@@ -122,7 +122,8 @@ class LayerContract(StrategyContract):
 
     def test_the_plan_names_layers_of_the_model(self) -> None:
         report, _ = self.run(self.model(), tiny_inputs(**RAGGED))
-        assert set(report.actions) <= set(range(len(report.layer_tokens[0])))
+        for plan in report.plans:
+            assert plan.layers <= set(range(len(report.layer_tokens[0])))
 
 
 class TokenContract(StrategyContract):

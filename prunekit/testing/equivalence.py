@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import prunekit
-from prunekit import Pipeline, Selection, hookimpl
+from prunekit import Pipeline
+from prunekit.testing.fates import Fates
+from prunekit.testing.frame import Frame
 from prunekit.testing.oracle import MaskedReference, Merge
 from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.recorder import recorded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
 
     from prunekit.report import RunReport
 
-RECORDER = "prunekit-testing-recorder"
+Merges = Callable[["RunReport"], Mapping[int, "Merge | Sequence[Tensor]"]]
 
 
 @dataclass(frozen=True)
 class Equivalence:
     """A pruned run beside its reference.
 
-    sequences: int64 (B, P + T), prompt and decoded tokens. logits, reference: float64 (B, T, vocabulary).
+    sequences: int64 (B, P + T), prompt and decoded tokens. logits, reference: float (B, T, vocabulary).
     error: the largest absolute difference of the two. cache: the KV cache that the run left behind.
     """
 
@@ -47,44 +50,47 @@ def assert_equivalent(
     inputs: Mapping[str, Tensor],
     steps: int = 8,
     atol: float = 1e-9,
-    merges: Callable[[RunReport], Mapping[int, Merge]] | None = None,
+    merges: Merges | None = None,
+    frame: Frame | None = None,
+    **options: Any,
 ) -> Equivalence:
     """Prefill and `steps` decode steps of the pruned model equal the masked reference; AssertionError if they do not.
 
-    The pruned model decodes greedily with its cache; the reference is given the same tokens, replays the decisions of
-    the run's report on the full sequence, and every logit is compared.
+    The pruned model decodes with its cache; the reference is given the same tokens, replays the decisions of the run's
+    report on the full sequence, and every logit is compared. So are the token and KV counts of the report with those
+    that follow from its decisions, the KV that the cache really holds, and the model before and after.
 
-    model: a stock model in float64 and eval mode, sdpa or eager. Both sides run under `Float64Throughout`, which takes
-        out the places where a float64 model still rounds to float32 (RMSNorm, eager softmax, generate's logits);
-        without it the floor would be 1e-7.
-    inputs: `input_ids`, `attention_mask` (B, P), left-padded, `pixel_values`; `prunekit.testing.tiny` makes some.
+    model: a stock model in eval mode; in float64 unless `atol` is 1e-6 or more. Both sides run under
+        `Float64Throughout`, which takes out the places where a float64 model still rounds to float32 (RMSNorm, eager
+        softmax, generate's logits); without it the floor would be 1e-7.
+    inputs: what `generate` takes, left-padded; `prunekit.testing.tiny_families` makes some for every family.
     merges: how events merged, from the report alone: an independent statement of the strategy's rule. None takes the
         weights that the strategy returned to the engine, so that only their application is checked.
-    Raises ValueError when the model is not in float64.
+    frame: `prunekit.testing.frame.frame_of(model, inputs, steps + 1)`, to make it once for many pipelines.
+    options: for `generate`, such as `num_beams` (all beams of a row are then returned and compared) or a cache.
+    Raises ValueError when the model is not in float64 and `atol` is below 1e-6.
     """
-    if model.dtype != torch.float64:
+    if model.dtype != torch.float64 and atol < 1e-6:
         raise ValueError(f"the model is in {model.dtype}; equality to {atol} needs float64: model.double()")
     built = pipeline if isinstance(pipeline, Pipeline) else prunekit.load(pipeline)
-    with Float64Throughout():
+    beams = options.get("num_beams", 1)
+    if beams > 1:
+        options |= {"num_return_sequences": beams, "output_scores": True}
+    with Float64Throughout(), restored(model):
         with recorded(built) as record, prunekit.apply(model, built) as run:
-            output = generate(model, inputs, max_new_tokens=steps + 1)
+            output = generate(model, inputs, max_new_tokens=steps + 1, **options)
         if run.report is None:
             raise AssertionError("the run left no report")
-        stated = merges(run.report) if merges else record.merges(run.report)
-        logits = torch.stack(output.logits, dim=1)
+        report = _of_prompts(run.report, beams)
+        stated = merges(report) if merges else record.merges(report)
+        logits = _logits(output, beams)
+        reference = MaskedReference(model, inputs, report, stated, frame)
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-        reference = MaskedReference(model, inputs, run.report, stated).logits(tokens)
-    difference = (logits - reference).abs().nan_to_num(torch.inf)
-    error = float(difference.max())
-    if error > atol:
-        worst = difference.amax(-1)
-        row, step = divmod(int(worst.argmax()), worst.shape[1])
-        raise AssertionError(
-            f"pipeline {built.name}: logits differ from the masked reference by {error:.3g} (allowed {atol:.3g}), most "
-            f"in row {row} at {'prefill' if step == 0 else f'decode step {step}'}; per row and step:\n{worst}\n"
-            f"{run.report}"
-        )
-    return Equivalence(run.report, output.sequences, logits, reference, error, output.past_key_values)
+        expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
+        found = torch.cat([logits[beam::beams] for beam in range(beams)])
+    error = _compare(built.name, found, expected, atol, report)
+    _check_counts(report, reference.fates, output.past_key_values, steps)
+    return Equivalence(report, output.sequences, found, expected, error, output.past_key_values)
 
 
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Any:
@@ -95,71 +101,93 @@ def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: An
     return call(**inputs, **(defaults | options))
 
 
-class Recorder:
-    """Wraps the token hooks of every stage of a pipeline and notes the merge weights that the strategies return."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
-
-    def merges(self, report: RunReport) -> dict[int, Merge]:
-        """The merges of the one prompt batch that ran while recording, as `MaskedReference` takes them."""
-        found: dict[int, Merge] = {}
-        before: tuple[Sequence[int], ...] = tuple(range(count) for count in report.visual_tokens)
-        for number, event in enumerate(report.events):
-            rows = _per_sample(self.calls[sorted(self.calls)[number]], event.entered)
-            if any(weights is not None for weights in rows):
-                chosen = [[old.index(one) for one in new] for old, new in zip(before, event.kept, strict=True)]
-                found[number] = tuple(
-                    torch.eye(many)[keep] if weights is None else weights[keep]
-                    for weights, keep, many in zip(rows, chosen, event.entered, strict=True)
-                )
-            before = event.kept
-        return found
-
-    def wrapper(self, stage: int) -> object:
-        """A plugin for the manager of stage number `stage`."""
-        calls = self.calls.setdefault(stage, [])
-
-        class Wrapper:
-            @hookimpl(wrapper=True)
-            def select_tokens(self, valid: Tensor) -> Any:
-                result = yield
-                calls.append((valid, result.weights if isinstance(result, Selection) else None))
-                return result
-
-            @hookimpl(wrapper=True)
-            def merge_tokens(self, valid: Tensor) -> Any:
-                weights = yield
-                if weights is not None:
-                    calls[-1] = (valid, weights)
-                return weights
-
-        return Wrapper()
+def _logits(output: Any, beams: int) -> Tensor:
+    """Raw logits along every returned sequence, (rows * beams, T, vocabulary)."""
+    if beams == 1:
+        return torch.stack(output.logits, dim=1)
+    length = len(output.logits)
+    return torch.stack([output.logits[step][output.beam_indices[:, step]] for step in range(length)], dim=1)
 
 
-def _per_sample(calls: Sequence[tuple[Tensor, Tensor | None]], entered: Sequence[int]) -> list[Tensor | None]:
-    """The weights of each sample, (entered, entered), from one call a batch or one call a sample."""
-    found: list[Tensor | None] = []
-    for valid, weights in calls:
-        for row, present in enumerate(valid.reshape(-1, valid.shape[-1])):
-            square = None if weights is None else weights.reshape(-1, *weights.shape[-2:])[row]
-            found.append(None if square is None else square[present][:, present])
-    if len(found) == len(entered):
-        return found
-    # A strategy that takes one sample at a time is not asked about samples without visual tokens.
-    asked = iter(found)
-    return [next(asked) if count else None for count in entered]
+def _of_prompts(report: RunReport, beams: int) -> RunReport:
+    """The report of one row for each prompt; AssertionError when the beams of a prompt were not treated alike."""
+    if beams == 1:
+        return report
+    changes: dict[str, Any] = {"samples": report.samples // beams}
+    for name in ("prompt_tokens", "visual_tokens", "kept_tokens", "layer_tokens", "mlp_tokens", "kv_tokens", "plans"):
+        changes[name] = _first(getattr(report, name), beams)
+    events = []
+    for event in report.events:
+        sizes = None if event.sizes is None else _first(event.sizes, beams)
+        events.append(replace(event, entered=_first(event.entered, beams), kept=_first(event.kept, beams), sizes=sizes))
+    return replace(report, events=tuple(events), **changes)
+
+
+def _first(rows: Sequence[Any], beams: int) -> tuple[Any, ...]:
+    for start in range(0, len(rows), beams):
+        if any(row != rows[start] for row in rows[start : start + beams]):
+            raise AssertionError(f"the {beams} beams of prompt {start // beams} differ: {rows}")
+    return tuple(rows[::beams])
+
+
+def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: RunReport) -> float:
+    difference = (logits - expected).abs().nan_to_num(torch.inf)
+    error = float(difference.max())
+    if error > atol:
+        worst = difference.amax(-1)
+        row, step = divmod(int(worst.argmax()), worst.shape[1])
+        raise AssertionError(
+            f"pipeline {name}: logits differ from the masked reference by {error:.3g} (allowed {atol:.3g}), most "
+            f"in row {row} at {'prefill' if step == 0 else f'decode step {step}'}; per row and step:\n{worst}\n{report}"
+        )
+    return error
+
+
+def _check_counts(report: RunReport, fates: Fates, cache: Any, steps: int) -> None:
+    """The report's counts follow from its decisions, and the cache holds what they say."""
+    for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
+        said, expected = getattr(report, name), getattr(fates, name)()
+        if said != expected:
+            raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
+    for number, layer in enumerate(cache.layers):
+        if type(layer).__module__.startswith("transformers") and type(layer).__name__.startswith("Static"):
+            continue  # its length says nothing
+        decoded = any(plan.decoding(number).writes_kv for plan in report.plans)
+        expected = max(row[number] for row in report.kv_tokens) + steps * decoded
+        held = kv_length(cache, number)
+        if held != expected:
+            raise AssertionError(f"the cache holds {held} KV entries in layer {number}, the report says {expected}")
+
+
+def kv_length(cache: Any, layer: int) -> int:
+    """KV entries that one layer of a cache really holds for each row; keys and values have as many."""
+    keys, values = cache.layers[layer].keys, cache.layers[layer].values
+    if keys is None or keys.numel() == 0:
+        return 0
+    if keys.shape[:-1] != values.shape[:-1]:
+        raise AssertionError(f"layer {layer}: keys {tuple(keys.shape)}, values {tuple(values.shape)}")
+    return int(keys.shape[-2])
 
 
 @contextmanager
-def recorded(pipeline: Pipeline) -> Iterator[Recorder]:
-    """Record the merges of a pipeline's token stages while this is open."""
-    recorder = Recorder()
-    stages = [stage for stage in pipeline.stages if stage.is_token]
-    for stage in stages:
-        stage.manager.register(recorder.wrapper(stage.index), name=RECORDER)
-    try:
-        yield recorder
-    finally:
-        for stage in stages:
-            stage.manager.unregister(name=RECORDER)
+def restored(model: nn.Module) -> Iterator[None]:
+    """AssertionError unless parameters, buffers and the attributes of every module are afterwards what they were."""
+    weights = {name: tensor.clone() for name, tensor in _tensors(model)}
+    attributes = {name: _attributes(module) for name, module in model.named_modules()}
+    yield
+    for name, tensor in _tensors(model):
+        if name not in weights or not torch.equal(tensor, weights[name]):
+            raise AssertionError(f"{name} has changed")
+    for name, module in model.named_modules():
+        if _attributes(module) != attributes.get(name):
+            raise AssertionError(f"module '{name}' has other attributes: {_attributes(module)}")
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _attributes(module: nn.Module) -> dict[str, int]:
+    """The functions that stand on a module itself, over those of its class."""
+    return {name: id(value) for name, value in vars(module).items() if callable(value) and not name.startswith("_")}

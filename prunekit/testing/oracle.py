@@ -1,49 +1,66 @@
 """The masked reference: what a pruned run must equal, computed the slow and obvious way.
 
-It takes the decisions of a run (its `RunReport`) and replays them on the stock model: the complete, unpruned sequence,
-no cache, everything recomputed at every step. Nothing is ever made shorter:
+It takes the decisions of a run (its `RunReport`) and replays them on the stock model: the complete, unpruned sequence
+of prompt and decoded tokens in one forward, no cache, nothing ever made shorter:
 
-- a token dropped at a site stays in the sequence, but its key column is masked in every layer from there on;
-- a merged token's state is written into the slot of its anchor before that layer, the others are masked;
-- a skipped layer runs and its output is thrown away for its input; of a skipped attention or MLP the output is zeros;
-- positions are the original ones, counted without padding.
+- who sees whom, and every position, are those of the stock model's own `generate` (`prunekit.testing.frame`), so
+  nothing about a family is written down here;
+- a token dropped at a site stays in the sequence, but its key column is masked in every layer from there on; one that
+  leaves the KV cache later or only there (a crop, `prefill_end`) is masked for the decoded tokens alone;
+- a merged token's state is written into the slot of its anchor, the others are masked;
+- a token's size is the logarithm added to its column of the mask;
+- a skipped layer runs and its output is thrown away for its input, for the prompt, the decoded tokens or both; of a
+  skipped attention or MLP the output is zeros; a frozen token's output is its input;
+- decoded tokens do not see prompt tokens in a layer that wrote no KV for them;
+- positions stay, or are counted again per row and layer and handed to the stock rotary module.
 
 It shares no code with `prunekit.engine`, which does none of these things.
 
-Shape letters: B batch, S padded prompt plus decoded tokens, V visual tokens, H hidden, A heads, N layers, T steps.
+Shape letters: B batch, P padded prompt, S prompt plus decoded tokens, V visual tokens, H hidden, N layers, T steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.decisions import LayerAction
-from prunekit.sites import Site
+from prunekit.testing.fates import ATTENDS, MLPS, RUNS, Fates, Move, closed, fates_of
+from prunekit.testing.frame import Frame, as_square, frame_of, parts_of, visual_places
+from prunekit.testing.tower import tower_cuts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
-    from prunekit.report import RunReport, StageEvent
+    from prunekit.report import RunReport
 
-# The merge of one event: for each sample, float (kept, entered), how the tokens that entered are summed into the kept.
-Merge = Sequence[Tensor]
+
+@dataclass(frozen=True)
+class Merge:
+    """How the tokens that entered one event were summed into the kept ones.
+
+    weights: for each sample, float (kept, entered + E). extras: for each sample, float (E, H), the declared extras that
+    the last E columns stand for; None when there are none.
+    """
+
+    weights: Sequence[Tensor]
+    extras: Sequence[Tensor] | None = None
 
 
 class MaskedReference:
     """Replays the decisions in `report` on `model` with the prompt batch `inputs`.
 
-    model: stock, in eval mode, with no pipeline applied, attention implementation sdpa or eager; the caller chooses
-        the dtype. A model in float64 under `prunekit.testing.precision.Float64Throughout` gives errors below 1e-12.
-    inputs: `input_ids` and `attention_mask` int64 (B, P), left-padded, and `pixel_values` if there are images.
-    merges: event number (in `report.events`) to the merge of that event; events that are not named merge nothing.
+    model: stock, in eval mode, with no pipeline applied; the caller chooses the dtype and, of sdpa and eager, the
+        attention (a flash-style kernel is replaced by sdpa). In float64 under
+        `prunekit.testing.precision.Float64Throughout` errors are below 1e-12.
+    inputs: what `generate` takes: `input_ids` and `attention_mask` int64 (B, P), pixels and what belongs to them.
+    merges: event number (in `report.events`) to the merge of that event, or just its weights; events that are not named
+        merge nothing.
+    frame: of these inputs, at least as long as what is asked for; None makes one when needed.
     Raises ValueError when the report contradicts itself or the inputs.
     """
 
@@ -52,15 +69,19 @@ class MaskedReference:
         model: PreTrainedModel,
         inputs: Mapping[str, Tensor],
         report: RunReport,
-        merges: Mapping[int, Merge] | None = None,
+        merges: Mapping[int, Merge | Sequence[Tensor]] | None = None,
+        frame: Frame | None = None,
     ) -> None:
-        self.model, self.inputs, self.report = model, inputs, report
-        self.stock = cast(Any, model)  # untyped, as the methods of transformers are
-        self.merges = dict(merges or {})
-        self.decoder: Any = self.stock.get_decoder()
-        self.layers: Sequence[Any] = self.decoder.layers
-        self.visual = [row.nonzero()[:, 0] for row in inputs["input_ids"] == model.config.image_token_id]
-        self._check()
+        self.model, self.inputs, self.report, self.frame = model, inputs, report, frame
+        self.stock = cast("Any", model)  # untyped, as the methods of transformers are
+        self.merges = {
+            number: merge if isinstance(merge, Merge) else Merge(merge) for number, merge in (merges or {}).items()
+        }
+        self.layers: Sequence[Any] = self.stock.get_decoder().layers
+        self.visual = [row.nonzero()[:, 0] for row in visual_places(model, inputs["input_ids"])]
+        self.present = inputs["attention_mask"].bool()
+        self.fates: Fates = fates_of(inputs["input_ids"], self.present, self.visual, report, len(self.layers))
+        self.muted: set[str] = set()
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -69,22 +90,21 @@ class MaskedReference:
         tokens: int64 (B, T), what the pruned run decoded. Step t sees the prompt and the first t of them, so the last
         of them is never read.
         """
-        steps = [self.forward(tokens[:, :step]).last_hidden_state[:, -1] for step in range(tokens.shape[1])]
-        head = self.stock.get_output_embeddings()
-        return torch.stack([head(state) for state in steps], dim=1)
+        found: Tensor = self.forward(tokens[:, :-1]).logits
+        return found[:, self.inputs["input_ids"].shape[1] - 1 :]
 
     @torch.no_grad()
     def attention(self, layer: int) -> Tensor:
-        """The full attention map of one decoder layer over the prompt, (B, A, S, S); the model must be eager."""
+        """The full attention map of one decoder layer over the prompt, (B, A, P, P); the model must be eager."""
         maps: Tensor = self.forward(self.inputs["input_ids"][:, :0], output_attentions=True).attentions[layer]
         return maps
 
     @torch.no_grad()
     def states(self, layer: int) -> Tensor:
-        """The states that enter one decoder layer over the prompt, (B, S, H), merged ones in their anchors' slots."""
+        """The states that enter one decoder layer over the prompt, (B, P, H), merged ones in their anchors' slots."""
         seen: list[Tensor] = []
 
-        def look(state: Tensor, arguments: dict[str, Any]) -> Tensor:
+        def look(state: Tensor, _: dict[str, Any]) -> Tensor:
             seen.append(state)
             return state
 
@@ -92,113 +112,149 @@ class MaskedReference:
             self.forward(self.inputs["input_ids"][:, :0])
         return seen[0]
 
+    @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:
-        """The stock decoder over the whole sequence, prompt and `tokens`, with the hooks of the reference on it."""
-        mask = self.inputs["attention_mask"]
-        mask = torch.cat([mask, mask.new_ones(tokens.shape)], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        with ExitStack() as stack:
-            alive = mask.bool()
-            self._install(stack, lambda: alive)
-            return self.decoder(
-                inputs_embeds=self._embeddings(tokens), attention_mask=mask, position_ids=positions, use_cache=False,
-                **options,
-            )  # fmt: skip
+        """The stock model's output for the whole sequence, prompt and `tokens`, with the reference's hooks on it."""
+        inputs = dict(self.inputs)
+        for key, value in self.inputs.items():
+            if key == "input_ids":
+                # To `generate` a decoded id of a visual token is a word; here it would be a place to fill.
+                words = tokens.masked_fill(visual_places(self.model, tokens), 0)
+                inputs[key] = torch.cat([value, words], 1)
+            elif key == "attention_mask":
+                inputs[key] = torch.cat([value, value.new_ones(tokens.shape)], 1)
+            elif key.endswith("token_type_ids"):
+                inputs[key] = torch.cat([value, value.new_zeros(tokens.shape)], 1)  # text
+        with self.installed(tokens.shape[1] + 1), self._embedded(tokens):
+            return self.stock(**inputs, use_cache=False, **options)
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, steps: int = 32) -> Iterator[None]:
         """While open, the model itself is the reference: every uncached forward replays the decisions.
 
-        For `model.generate(..., use_cache=False)`; each forward must hold the whole sequence, prompt included.
+        For `model.generate(..., use_cache=False)` of up to `steps` tokens; each forward must hold the whole sequence,
+        prompt included.
         """
-        with ExitStack() as stack:
-            alive = self.inputs["attention_mask"].bool()
-
-            def begin(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-                nonlocal alive
-                alive = named["attention_mask"].bool().clone()
-
-            handle = self.decoder.register_forward_pre_hook(begin, with_kwargs=True)
-            stack.callback(handle.remove)
-            self._install(stack, lambda: alive)
+        if self.frame is None or self.frame.length < self.inputs["input_ids"].shape[1] + steps - 1:
+            self.frame = frame_of(self.model, self.inputs, steps)
+        with ExitStack() as stack, as_square(self.model):
+            stack.enter_context(tower_cuts(self.model, self.report, self.visual))
+            for number, layer in enumerate(self.layers):
+                stack.enter_context(_before(layer, self._entering(number)))
+                stack.enter_context(_after(layer, self._leaving(number, layer)))
+                attention, mlp = parts_of(layer)
+                stack.enter_context(_after(attention, self._part(number, "attention")))
+                stack.enter_context(_after(mlp, self._part(number, "mlp")))
             yield
 
-    def before_layer(self, layer: int, state: Tensor, alive: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Replay what happens before a layer: returns the new state and edits `arguments` of the layer's call.
+    @contextmanager
+    def _embedded(self, tokens: Tensor) -> Iterator[None]:
+        """While open, the decoder gets the embeddings of `tokens` behind the prompt, whatever their ids."""
+        length = self.present.shape[1]
 
-        state: float (B, S, H). alive: bool (B, S), edited in place as tokens are dropped.
-        """
-        for number, event in enumerate(self.report.events):
-            if max(Site.parse(event.site).depth, 0) == layer:
-                state = self._drop(number, event, state, alive)
-        arguments["attention_mask"] = self._mask(alive, state.dtype)
-        return state
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            words = self.stock.get_input_embeddings()(tokens)
+            named["inputs_embeds"] = torch.cat([named["inputs_embeds"][:, :length], words], 1)
 
-    def _embeddings(self, tokens: Tensor) -> Tensor:
-        """Prompt with the image features in their slots, then the decoded tokens: (B, S, H)."""
-        table: Any = self.model.get_input_embeddings()
-        prompt: Tensor = table(self.inputs["input_ids"])
-        if "pixel_values" in self.inputs:
-            features = self.stock.get_image_features(pixel_values=self.inputs["pixel_values"], return_dict=True)
-            flat = torch.cat([image.reshape(-1, prompt.shape[-1]) for image in features.pooler_output])
-            start = 0
-            for row, slots in enumerate(self.visual):
-                prompt[row, slots] = flat[start : start + len(slots)].to(prompt.dtype)
-                start += len(slots)
-        return torch.cat([prompt, table(tokens)], dim=1)
+        handle = self.stock.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
-    def _install(self, stack: ExitStack, alive: Callable[[], Tensor]) -> None:
-        for number, layer in enumerate(self.layers):
-            action = self.report.actions.get(number, LayerAction.RUN)
-            stack.enter_context(_before(layer, self._replay(number, alive)))
-            if action is LayerAction.SKIP:
-                stack.enter_context(_after(layer, lambda given, _: given))
-            elif action is LayerAction.SKIP_ATTENTION:
-                stack.enter_context(_after(layer.self_attn, lambda _, result: (torch.zeros_like(result[0]), result[1])))
-            elif action is LayerAction.SKIP_MLP:
-                stack.enter_context(_after(layer.mlp, lambda _, result: torch.zeros_like(result)))
+    def mask(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Who sees whom in a layer, bool (B, S, S), and what is added to the logits of each key, float64 (B, S)."""
+        assert self.frame is not None
+        length, fates = self.present.shape[1], self.fates
+        seen = self.frame.mask(layer)[:, :tokens, :tokens].clone()
+        seen[:, :length, :length] &= fates.entering[layer][:, None]
+        seen[:, length:, :length] &= fates.lasting[layer][:, None]
+        bias = torch.zeros(len(seen), tokens, dtype=torch.float64, device=seen.device)
+        bias[:, :length] = fates.sizes[layer].log()
+        return seen, bias
 
-    def _replay(self, layer: int, alive: Callable[[], Tensor]) -> Callable[[Tensor, dict[str, Any]], Tensor]:
-        return lambda state, arguments: self.before_layer(layer, state, alive(), arguments)
+    def positions(self, layer: int, tokens: int) -> Tensor | None:
+        """Positions in a layer, int64 (axes, B, S); None where the model rotates nothing."""
+        assert self.frame is not None
+        positions = self.frame.positions(layer)
+        if positions is not None and self.report.positions == "renumber":
+            positions = closed(positions, self.fates.entering[layer], self.present)
+        return None if positions is None else positions[..., :tokens]
 
-    def _drop(self, number: int, event: StageEvent, state: Tensor, alive: Tensor) -> Tensor:
+    def _entering(self, layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+        def edit(state: Tensor, arguments: dict[str, Any]) -> Tensor:
+            tokens = state.shape[1]
+            arguments["attention_mask"] = _additive(*self.mask(layer, tokens), state.dtype)
+            positions = self.positions(layer, tokens)
+            if positions is not None and self.frame is not None:
+                arguments["position_embeddings"] = self.frame.rotate(layer, positions)
+            return self._moved(self.fates.before[layer], state)
+
+        return edit
+
+    def _leaving(self, layer: int, module: Any) -> Callable[[Tensor, dict[str, Any], Any], Any]:
+        """The layer's output, with what moves inside it, and the input where a token passes unchanged."""
+
+        def edit(state: Tensor, arguments: dict[str, Any], result: Any) -> Any:
+            runs = self.fates.switch(layer, RUNS, state.shape[1], frozen=True)[..., None]
+            if any(move.number in self.merges for move in self.fates.mid[layer]):
+                result = self._in_two(layer, module, state, arguments)
+            return torch.where(runs, result, state)
+
+        return edit
+
+    def _in_two(self, layer: int, module: Any, state: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The layer once without its MLP, then the merge, then the layer once without its attention."""
+        with self._without("mlp"):
+            between = module.forward(state, **arguments)
+        between = self._moved(self.fates.mid[layer], between)
+        with self._without("attention"):
+            return cast("Tensor", module.forward(between, **arguments))
+
+    def _part(self, layer: int, part: str) -> Callable[[Any, dict[str, Any], Any], Any]:
+        """What attention or MLP gives, and zeros where it is skipped."""
+        table = ATTENDS if part == "attention" else MLPS
+
+        def edit(_: Any, arguments: dict[str, Any], result: Any) -> Any:
+            first = result[0] if isinstance(result, tuple) else result
+            adds = self.fates.switch(layer, table, first.shape[1])[..., None]
+            if part in self.muted:
+                adds = torch.zeros_like(adds)
+            first = torch.where(adds, first, torch.zeros_like(first))
+            return (first, *result[1:]) if isinstance(result, tuple) else first
+
+        return edit
+
+    @contextmanager
+    def _without(self, part: str) -> Iterator[None]:
+        self.muted.add(part)
+        try:
+            yield
+        finally:
+            self.muted.remove(part)
+
+    def _moved(self, moves: Sequence[Move], state: Tensor) -> Tensor:
         state = state.clone()
-        for row, slots in enumerate(self.visual):
-            entered = slots[alive[row, slots]]
-            kept = slots[list(event.kept[row])]
-            if number in self.merges and len(kept):
-                state[row, kept] = self.merges[number][row].to(state.dtype) @ state[row, entered]
-            alive[row, slots] = False
-            alive[row, kept] = True
+        for move in moves:
+            merge = self.merges.get(move.number)
+            for row, (entered, kept) in enumerate(zip(move.entered, move.kept, strict=True)):
+                if merge is not None and len(kept):
+                    parts = state[row, entered]
+                    if merge.extras is not None:
+                        parts = torch.cat([parts, merge.extras[row].to(parts.dtype)])
+                    state[row, kept] = merge.weights[row].to(state.dtype) @ parts
         return state
 
-    def _mask(self, alive: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, 1, S, S) for the model's attention: bool for sdpa, additive for eager.
 
-        Every token sees itself, also padding and dropped ones: no row of the softmax may be empty, and what they
-        compute is read by nobody.
-        """
-        size = alive.shape[1]
-        square = torch.ones(size, size, dtype=torch.bool, device=alive.device)
-        seen = square.tril() & alive[:, None, None, :] | square.diag().diag()
-        if self.model.config.get_text_config()._attn_implementation == "sdpa":
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+def _additive(seen: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, S, S), as both sdpa and eager attention take it.
 
-    def _check(self) -> None:
-        counts = tuple(map(len, self.visual))
-        if self.report.samples != len(counts) or self.report.visual_tokens != counts:
-            raise ValueError(f"the report has visual tokens {self.report.visual_tokens}, the inputs have {counts}")
-        everything = tuple(tuple(range(count)) for count in counts)
-        decided = [everything, *(event.kept for event in self.report.events)]
-        for event, (before, after) in zip(self.report.events, pairwise(decided), strict=True):
-            if event.entered != tuple(map(len, before)):
-                raise ValueError(f"{event.stage} at {event.site}: {event.entered} entered, {before} had been kept")
-            for old, new in zip(before, after, strict=True):
-                if not set(new) <= set(old) or list(new) != sorted(set(new)):
-                    raise ValueError(f"{event.stage} at {event.site}: kept {new} of {old}")
-        if self.report.kept_tokens != tuple(map(len, decided[-1])):
-            raise ValueError(f"the report keeps {self.report.kept_tokens}, its last event {decided[-1]}")
+    Every token sees itself, also padding and dropped ones: no row of the softmax may be empty, and what they compute is
+    read by nobody.
+    """
+    seen = seen | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    columns = bias.to(dtype)[:, None, :].expand(seen.shape)
+    return columns.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
 
 @contextmanager
@@ -215,9 +271,9 @@ def _before(module: nn.Module, edit: Callable[[Tensor, dict[str, Any]], Tensor],
 
 
 @contextmanager
-def _after(module: nn.Module, edit: Callable[[Tensor, Any], Any]) -> Iterator[None]:
+def _after(module: nn.Module, edit: Callable[[Any, dict[str, Any], Any], Any]) -> Iterator[None]:
     def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
-        return edit(given[0] if given else named["hidden_states"], result)
+        return edit(given[0] if given else None, named, result)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -11,6 +11,7 @@ from twins import pool_merges
 
 import prunekit
 from prunekit.testing.equivalence import assert_equivalent, generate
+from prunekit.testing.fates import closed
 from prunekit.testing.oracle import MaskedReference
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
@@ -66,7 +67,15 @@ def test_each_row_of_a_batch_equals_its_own_run(name, batch, attention):
             for step in range(STEPS + 1):
                 assert (together.logits[step][row] - alone.logits[step][0]).abs().max() < EXACT
             assert [event.kept[row] for event in report.events] == [event.kept[0] for event in run.report.events]
-            for field in ("prompt_tokens", "visual_tokens", "kept_tokens", "layer_tokens", "kv_tokens"):
+            for field in (
+                "prompt_tokens",
+                "visual_tokens",
+                "kept_tokens",
+                "layer_tokens",
+                "mlp_tokens",
+                "kv_tokens",
+                "plans",
+            ):
                 assert getattr(report, field)[row] == getattr(run.report, field)[0], field
             assert report.cost.prefill_flops[row] == run.report.cost.prefill_flops[0]
 
@@ -85,8 +94,8 @@ def test_all_positions_of_one_forward(name, use_cache, attention):
                 logits = model(**inputs, use_cache=use_cache).logits
             report = run.report
             reference = MaskedReference(model, inputs, report, pool_merges(spec["stages"])(report))
-            states = reference.forward(inputs["input_ids"][:, :0]).last_hidden_state
-            difference = (logits - model.lm_head(states)).abs().amax(-1)
+            expected = reference.forward(inputs["input_ids"][:, :0]).logits
+            difference = (logits - expected).abs().amax(-1)
         alive = inputs["attention_mask"].bool()
         for row, slots in enumerate(reference.visual):
             gone = set(range(len(slots))) - set(report.events[-1].kept[row] if report.events else range(len(slots)))
@@ -99,35 +108,38 @@ def test_all_positions_of_one_forward(name, use_cache, attention):
 class Renumbered(MaskedReference):
     """Wrong on purpose: positions close up after tokens have left."""
 
-    def before_layer(self, layer, state, alive, arguments):
-        state = super().before_layer(layer, state, alive, arguments)
-        arguments["position_embeddings"] = self.decoder.rotary_emb(state, (alive.cumsum(1) - 1).clamp(min=0))
-        return state
+    def positions(self, layer, tokens):
+        return closed(super().positions(layer, tokens), self.fates.entering[layer], self.present)
 
 
 class OneLayerLate(MaskedReference):
     """Wrong on purpose: tokens leave one layer later than they should."""
 
-    def before_layer(self, layer, state, alive, arguments):
-        full = alive.clone()
-        state = super().before_layer(layer, state, alive, arguments)
-        arguments["attention_mask"] = self._mask(full, state.dtype)
-        return state
+    def mask(self, layer, tokens):
+        return super().mask(max(layer - 1, 0), tokens)
 
 
 class PadsSeen(MaskedReference):
     """Wrong on purpose: padding is attended."""
 
-    def before_layer(self, layer, state, alive, arguments):
-        state = super().before_layer(layer, state, alive, arguments)
-        padding = torch.zeros_like(alive)
-        padding[:, : self.inputs["input_ids"].shape[1]] = self.inputs["attention_mask"] == 0
-        arguments["attention_mask"] = self._mask(alive | padding, state.dtype)
-        return state
+    def mask(self, layer, tokens):
+        seen, bias = super().mask(layer, tokens)
+        pads = torch.zeros(bias.shape, dtype=torch.bool)
+        pads[:, : self.present.shape[1]] = ~self.present
+        return seen | (pads[:, None] & torch.ones(tokens, tokens, dtype=torch.bool).tril()), bias
+
+
+class AllAlike(MaskedReference):
+    """Wrong on purpose: every key stands for a token and a bit more."""
+
+    def mask(self, layer, tokens):
+        seen, bias = super().mask(layer, tokens)
+        bias[:, : self.present.shape[1]] += 0.1 * self.fates.entering[layer]
+        return seen, bias
 
 
 @pytest.mark.parametrize("batch", ["one", "ragged"])
-@pytest.mark.parametrize("wrong", [Renumbered, OneLayerLate, PadsSeen])
+@pytest.mark.parametrize("wrong", [Renumbered, OneLayerLate, PadsSeen, AllAlike])
 def test_a_wrong_reference_is_noticed(wrong, batch):
     """The check has power: a small mistake in the reference shows by far more than the tolerance."""
     result = check("fastv", "sdpa", batch)

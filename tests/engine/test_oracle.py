@@ -1,19 +1,25 @@
-"""The masked reference checked against itself and against forwards that are shortened by hand, without the engine."""
+"""The masked reference checked against itself and against runs that are shortened by hand, without the engine."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from by_hand import ByHand
 
 from prunekit.cost import Cost
-from prunekit.decisions import LayerAction
+from prunekit.decisions import LayerAction, LayerPlan
 from prunekit.report import RunReport, StageEvent
 from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference
+from prunekit.testing.oracle import MaskedReference, Merge
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import IMAGE, PER_IMAGE, row_of, tiny_inputs, tiny_llava
 
 RAGGED = {"images": (1, 2, 0), "text": (12, 9, 15)}
+STEPS = 5
+RUN, SKIP, NO_ATTENTION, NO_MLP, FILL, FREEZE = (
+    LayerAction.RUN, LayerAction.SKIP, LayerAction.SKIP_ATTENTION, LayerAction.SKIP_MLP, LayerAction.FILL_KV,
+    LayerAction.FREEZE,
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -22,44 +28,105 @@ def _exact():
         yield
 
 
-def decided(batch, *events, actions=None):
-    """A report by hand; events are (site, kept indices per row)."""
+def decided(batch, *events, plans=None, positions="keep"):
+    """A report by hand; events are (site, kept indices per row, further fields of the event)."""
     counts = tuple(int((row == IMAGE).sum()) for row in batch["input_ids"])
     entered, records = counts, []
-    for site, kept in events:
-        records.append(StageEvent("by hand", site, entered, kept))
+    for site, kept, *more in events:
+        records.append(StageEvent("by hand", site, entered, kept, **(more[0] if more else {})))
         entered = tuple(map(len, kept))
+    ones = (1,) * len(counts)
     return RunReport(
-        "by hand", "0", len(counts), tuple(batch["attention_mask"].sum(1).tolist()), counts, entered, tuple(records),
-        (), (), actions or {}, (), Cost((1,), (1,), (1,), (1,)),
+        pipeline="by hand", sha="0", samples=len(counts), prompt_tokens=tuple(batch["attention_mask"].sum(1).tolist()),
+        visual_tokens=counts, kept_tokens=entered, events=tuple(records), layer_tokens=(), mlp_tokens=(), kv_tokens=(),
+        plans=plans or (LayerPlan(),) * len(counts), positions=positions, notes=(), cost=Cost(ones, ones, ones, ones),
     )  # fmt: skip
 
 
-def ones_by_hand(model, batch, cut, kept, actions=None, merge=None):
-    """Logits of the last token of one unpadded prompt, in a loop over the layers that really shortens the sequence."""
-    decoder = model.get_decoder()
-    state = decoder.embed_tokens(batch["input_ids"])
-    slots = (batch["input_ids"][0] == IMAGE).nonzero()[:, 0]
-    state[0, slots] = torch.cat(list(model.get_image_features(batch["pixel_values"]).pooler_output))
-    positions = torch.arange(state.shape[1])[None]
-    for number, layer in enumerate(decoder.layers):
-        if number == cut:
-            keep = torch.ones(state.shape[1], dtype=torch.bool)
-            keep[slots] = False
-            keep[slots[list(kept)]] = True
-            if merge is not None:
-                state[0, slots[list(kept)]] = merge @ state[0, slots]
-            state, positions = state[:, keep], positions[:, keep]
-        action = (actions or {}).get(number, LayerAction.RUN)
-        if action is LayerAction.SKIP:
-            continue
-        if action is not LayerAction.SKIP_ATTENTION:
-            rope = decoder.rotary_emb(state, positions)
-            causal = torch.ones(1, 1, state.shape[1], state.shape[1], dtype=torch.bool).tril()
-            state = state + layer.self_attn(layer.input_layernorm(state), rope, causal)[0]
-        if action is not LayerAction.SKIP_MLP:
-            state = state + layer.mlp(layer.post_attention_layernorm(state))
-    return model.lm_head(decoder.norm(state[:, -1]))
+def some_tokens(rows=1, steps=STEPS):
+    return torch.randint(IMAGE + 1, 100, (rows, steps), generator=torch.Generator().manual_seed(1))
+
+
+def same_as_by_hand(*events, plan=None, positions="keep"):
+    """Reference and hand agree on prefill and decoding; returns the logits. Events as `ByHand` takes them."""
+    model, batch, tokens = tiny_llava(), tiny_inputs(), some_tokens()
+    told, merges = [], {}
+    for number, (site, kept, options) in enumerate(events):
+        more = {"crop": options.get("crop", False)}
+        if "sizes" in options:
+            more["sizes"] = (tuple(options["sizes"]),)
+        if "weights" in options:
+            extras = options.get("extras")
+            merges[number] = Merge((options["weights"],), None if extras is None else (extras,))
+        told.append((site, (tuple(kept),), more))
+    report = decided(batch, *told, plans=(plan or LayerPlan(),), positions=positions)
+    reference = MaskedReference(model, batch, report, merges)
+    logits = reference.logits(tokens)[0]
+    by_hand = ByHand(model, batch, events, plan, positions)
+    assert (logits - by_hand.logits(tokens[0])).abs().max() < 1e-12
+    held = [sum(slot is not None for slot, *_ in layer) for layer in by_hand.kv]
+    assert reference.fates.kv_tokens() == (tuple(held),)
+    return logits
+
+
+def averages(kept, entered, extras=0):
+    """Rows that sum to one, all different."""
+    weights = torch.rand(kept, entered + extras, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return weights / weights.sum(1, keepdim=True)
+
+
+FOUR, TWO = (0, 3, 7, 15), (3, 15)
+EXTRA = torch.randn(2, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+CUTS = {
+    "dense": [],
+    "encoder": [("encoder", FOUR, {})],
+    "before": [("2", FOUR, {})],
+    "before-the-first": [("0", (), {})],
+    "mid": [("2.mid", FOUR, {})],
+    "after": [("2.after", FOUR, {})],
+    "after-the-last": [("5.after", FOUR, {})],
+    "prefill-end": [("prefill_end", FOUR, {})],
+    "crop": [("3", FOUR, {"crop": True})],
+    "crop-mid": [("3.mid", FOUR, {"crop": True})],
+    "merge": [("3", FOUR, {"weights": averages(4, PER_IMAGE)})],
+    "merge-mid": [("3.mid", FOUR, {"weights": averages(4, PER_IMAGE)})],
+    "merge-extras": [("encoder", FOUR, {"weights": averages(4, PER_IMAGE, 2), "extras": EXTRA})],
+    "sizes": [("2", FOUR, {"sizes": (2.0, 6.0, 1.0, 7.0)})],
+    "sizes-mid": [("2.mid", FOUR, {"sizes": (2.0, 6.0, 1.0, 7.0), "weights": averages(4, PER_IMAGE)})],
+    "two": [("1", FOUR, {"sizes": (2.0, 6.0, 1.0, 7.0)}), ("3", TWO, {"weights": averages(2, 4), "sizes": (9.0, 7.0)})],
+    "everywhere": [
+        ("encoder", (0, 1, 3, 7, 9, 15), {}), ("1.mid", FOUR, {"crop": True}), ("4.after", TWO, {"sizes": (4.0, 2.0)}),
+        ("prefill_end", (15,), {}),
+    ],
+}  # fmt: skip
+PLANS = {
+    "run": LayerPlan(),
+    "skip": LayerPlan({1: SKIP, 3: NO_ATTENTION, 4: NO_MLP}),
+    "fill": LayerPlan({2: FILL, 5: FILL}),
+    "freeze": LayerPlan({2: FREEZE, 3: FREEZE}),
+    "prefill-only": LayerPlan({1: SKIP, 2: NO_ATTENTION, 4: NO_MLP}, decode={}),
+    "decode-only": LayerPlan({}, decode={0: SKIP, 3: NO_ATTENTION, 5: NO_MLP}),
+    "fill-and-skip": LayerPlan({2: FILL, 4: FREEZE}, decode={2: SKIP, 4: NO_MLP}),
+}
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_cuts_are_cuts_by_hand(cut, positions):
+    logits = same_as_by_hand(*CUTS[cut], positions=positions)
+    if cut not in ("dense", "after-the-last"):
+        assert (logits - same_as_by_hand()).abs().max() > 1e-3, "it must matter"
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("cut", ["dense", "crop", "two", "merge-mid"])
+def test_plans_are_plans_by_hand(plan, cut):
+    if plan == "freeze" and cut == "merge-mid":
+        cut = "merge"  # what a frozen token becomes inside its layer is nobody's business
+    logits = same_as_by_hand(*CUTS[cut], plan=PLANS[plan], positions="renumber" if cut == "two" else "keep")
+    if plan != "run":
+        run = same_as_by_hand(*CUTS[cut], positions="renumber" if cut == "two" else "keep")
+        assert (logits - run).abs().max() > 1e-3, "it must matter"
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -72,38 +139,21 @@ def test_without_decisions_it_is_the_stock_model_with_its_cache(attention, rows)
     assert (reference - torch.stack(output.logits, 1)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("cut", [0, 2, 5])
-@pytest.mark.parametrize("kept", [(0, 3, 7, 15), ()], ids=["four", "none"])
-def test_masking_is_dropping_by_hand(cut, kept):
-    model, batch = tiny_llava(), tiny_inputs()
-    actions = {1: LayerAction.SKIP, 3: LayerAction.SKIP_ATTENTION, 4: LayerAction.SKIP_MLP}
-    report = decided(batch, (str(cut), (kept,)), actions=actions)
-    reference = MaskedReference(model, batch, report).logits(torch.zeros(1, 1, dtype=torch.long))[:, 0]
-    assert (reference - ones_by_hand(model, batch, cut, kept, actions)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("site", ["encoder", "3"])
-def test_a_merge_is_a_merge_by_hand(site):
-    model, batch = tiny_llava(), tiny_inputs()
-    merge = torch.rand(3, PER_IMAGE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    merge /= merge.sum(1, keepdim=True)
-    report = decided(batch, (site, ((2, 6, 11),)))
-    reference = MaskedReference(model, batch, report, {0: (merge,)}).logits(torch.zeros(1, 1, dtype=torch.long))[:, 0]
-    cut = 0 if site == "encoder" else int(site)
-    assert (reference - ones_by_hand(model, batch, cut, (2, 6, 11), merge=merge)).abs().max() < 1e-12
-    plain = MaskedReference(model, batch, report).logits(torch.zeros(1, 1, dtype=torch.long))[:, 0]
-    assert (reference - plain).abs().max() > 1e-3, "the merge must matter"
-
-
-def test_rows_of_a_ragged_batch_are_their_own_runs():
-    model, batch = tiny_llava(), tiny_inputs(**RAGGED)
-    tokens = torch.randint(4, 100, (3, 5), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_rows_of_a_ragged_batch_are_their_own_runs(positions):
+    model, batch, tokens = tiny_llava(), tiny_inputs(**RAGGED), some_tokens(3)
     first, second = ((1, 4, 9, 12), (0, 3, 17, 20, 31), ()), ((4, 9), (3, 31), ())
-    together = MaskedReference(model, batch, decided(batch, ("1", first), ("3", second))).logits(tokens)
+    sizes = ((2.0, 3.0), (1.5, 7.0), ())
+    plans = (LayerPlan({1: SKIP}), LayerPlan({1: FILL, 4: FREEZE}), LayerPlan({}, {2: SKIP}))
+
+    def report(batch, rows):
+        events = (("1", first[rows]), ("3", second[rows], {"sizes": sizes[rows], "crop": True}))
+        return decided(batch, *events, plans=plans[rows], positions=positions)
+
+    together = MaskedReference(model, batch, report(batch, slice(None))).logits(tokens)
     for row in range(3):
         single = row_of(batch, row)
-        report = decided(single, ("1", first[row : row + 1]), ("3", second[row : row + 1]))
-        alone = MaskedReference(model, single, report).logits(tokens[row : row + 1])
+        alone = MaskedReference(model, single, report(single, slice(row, row + 1))).logits(tokens[row : row + 1])
         assert (together[row] - alone[0]).abs().max() < 1e-12
 
 
@@ -118,23 +168,35 @@ def test_sdpa_and_eager_agree_and_rows_of_attention_sum_to_one():
     assert (row > 0).sum(-1).tolist() == [int(batch["attention_mask"][0].sum()) - PER_IMAGE + 2] * row.shape[0]
 
 
+def test_it_counts_what_passes_the_mlps():
+    model, batch = tiny_llava(), tiny_inputs()
+    plan = LayerPlan({0: SKIP, 1: FREEZE, 4: NO_MLP, 5: FILL})
+    report = decided(batch, ("2.mid", (FOUR,)), plans=(plan,))
+    prompt, words = batch["input_ids"].shape[1], batch["input_ids"].shape[1] - PER_IMAGE
+    fates = MaskedReference(model, batch, report).fates
+    assert fates.layer_tokens() == ((prompt, prompt, prompt, words + 4, words + 4, words + 4),)
+    assert fates.mlp_tokens() == ((0, words, words + 4, words + 4, 0, 0),)
+    assert fates.kv_tokens() == ((0, prompt, prompt, words + 4, words + 4, words + 4),)
+
+
 def test_it_refuses_reports_that_contradict_themselves():
     model, batch = tiny_llava(), tiny_inputs()
     with pytest.raises(ValueError, match="kept"):
         MaskedReference(model, batch, decided(batch, ("1", ((1, 2),)), ("2", ((3,),))))
     with pytest.raises(ValueError, match="inputs have"):
         MaskedReference(model, tiny_inputs((2,)), decided(batch))
+    with pytest.raises(ValueError, match="plans for"):
+        MaskedReference(model, batch, decided(batch, plans=(LayerPlan(), LayerPlan())))
 
 
 def test_hooks_are_gone_afterwards():
     model, batch = tiny_llava(), tiny_inputs()
-    actions = {1: LayerAction.SKIP, 2: LayerAction.SKIP_MLP, 3: LayerAction.SKIP_ATTENTION}
-    tokens = torch.zeros(1, 1, dtype=torch.long)
+    plans = (LayerPlan({1: SKIP, 2: NO_MLP, 3: NO_ATTENTION}),)
 
     def hooks():
         return [(*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules()]
 
     generate(model, batch, max_new_tokens=1)  # transformers puts hooks of its own on
     before = hooks()
-    MaskedReference(model, batch, decided(batch, actions=actions)).logits(tokens)
+    MaskedReference(model, batch, decided(batch, plans=plans)).logits(some_tokens(steps=1))
     assert hooks() == before

@@ -72,7 +72,7 @@ def test_tokens_calls_and_kv_are_what_the_report_says(name, batch, attention):
         if stage["use"] == "skip_layers"
         for layer in stage["layers"]
     }
-    assert dict(report.actions) == actions
+    assert [dict(plan.actions) for plan in report.plans] == [actions] * report.samples
     assert report.prompt_tokens == tuple(inputs["attention_mask"].sum(1).tolist())
     assert report.layer_tokens == expected_tokens(report, layers)
 
@@ -118,7 +118,7 @@ def test_compute_and_memory_really_fall(name):
     dense_flops, dense_kv, _ = measured({"name": "dense", "stages": [{"use": "dense"}]})
     flops, kv, report = measured(pipeline(name))
     assert kv / dense_kv == pytest.approx(report.cost.kv_fraction)
-    assert kv < dense_kv or all(action is LayerAction.SKIP_MLP for action in report.actions.values())
+    assert kv < dense_kv or all(action is LayerAction.SKIP_MLP for _, action in report.plans[0])
     saved = report.cost.dense_prefill_flops[0] - report.cost.prefill_flops[0]
     visual, hidden = report.visual_tokens[0], model.config.text_config.hidden_size
     choosing = len(report.events) * 2 * visual * visual * hidden  # all pairs of visual tokens, at most

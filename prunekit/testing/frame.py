@@ -1,0 +1,182 @@
+"""What the stock model gives its decoder layers when it generates: masks and positions, noted while it does.
+
+Families differ in who sees whom (windows, pictures that see themselves, prefixes) and in how positions count (one axis,
+three). None of that is written down here: a `Frame` watches a stock `generate` with its cache, call by call, and puts
+the pieces together into masks and positions of the whole sequence. They do not depend on what was decoded.
+
+Shape letters: B batch, P padded prompt, S prompt plus decoded tokens, H hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+# Attention implementations whose masks say for every query and key whether it is seen.
+SQUARE = ("sdpa", "eager")
+# The last words of their class names: LlamaAttention, CohereMLP, Qwen3VLMoeTextSparseMoeBlock, Glm4vMoeTextMoE.
+ATTENTION, MLP = re.compile(r"Attention$"), re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """One call of a rotary module: its arguments, of which the integers `ids` (..., B, tokens) are the positions."""
+
+    module: Any
+    given: tuple[Any, ...]
+    named: Mapping[str, Any]
+    ids: Tensor
+    result: Any
+
+    def again(self, ids: Tensor) -> Any:
+        """The same call with other positions."""
+        given = [ids if one is self.ids else one for one in self.given]
+        named = {key: ids if one is self.ids else one for key, one in self.named.items()}
+        return self.module.forward(*given, **named)
+
+
+@dataclass
+class LayerFrame:
+    """What one layer was given over all calls. rotations: of each call; empty where the model rotates nothing."""
+
+    masks: list[Tensor] = field(default_factory=list)
+    rotations: list[Rotation] = field(default_factory=list)
+
+
+@dataclass
+class Frame:
+    """Masks and positions of a stock generation.
+
+    prompt: int64 (B, P), the prompt that it was taken from. layers: one entry per decoder layer. length: the S tokens
+    that it covers.
+    """
+
+    prompt: Tensor
+    length: int
+    layers: Sequence[LayerFrame]
+
+    def mask(self, layer: int) -> Tensor:
+        """Who sees whom in one layer of the stock model: bool (B, S, S), queries by keys."""
+        rows = self.prompt.shape[0]
+        square = torch.zeros(rows, self.length, self.length, dtype=torch.bool, device=self.prompt.device)
+        start = 0
+        for seen in self.layers[layer].masks:
+            square[:, start : start + seen.shape[-2], : seen.shape[-1]] = seen
+            start += seen.shape[-2]
+        return square
+
+    def positions(self, layer: int) -> Tensor | None:
+        """Positions as the rotary module gets them, int64 (axes, B, S); None where the layer is given no rotation."""
+        calls = self.layers[layer].rotations
+        if not calls:
+            return None
+        rows = self.prompt.shape[0]
+        return torch.cat([one.ids.view(-1, *one.ids.shape[-2:]).expand(-1, rows, -1) for one in calls], dim=-1)
+
+    def rotate(self, layer: int, positions: Tensor) -> Any:
+        """What the stock rotary module makes of positions, int64 (axes, B, S), for one layer."""
+        first = self.layers[layer].rotations[0]
+        return first.again(positions if first.ids.ndim > 2 else positions[0])
+
+
+@torch.no_grad()
+def frame_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int) -> Frame:
+    """Watch `model` generate `steps` tokens, at least 1, for a prompt batch; they cover prompt + steps - 1 tokens.
+
+    model: stock, in eval mode, with no pipeline applied. inputs: as for `generate`.
+    Raises ValueError when the model does not give its layers masks of all queries and keys.
+    """
+    decoder: Any = cast("Any", model).get_decoder()
+    layers = [LayerFrame() for _ in decoder.layers]
+    prompt = inputs["input_ids"]
+    with ExitStack() as stack, as_square(model):
+        calls: list[Rotation] = []
+        for name, module in decoder.named_children():
+            if module is not decoder.layers and "rot" in name:
+                stack.enter_context(_rotations(module, calls))
+        for number, layer in enumerate(decoder.layers):
+            stack.enter_context(_arguments(layer, layers[number], prompt.shape[0], calls))
+        cast("Any", model).generate(
+            **inputs, past_key_values=DynamicCache(), do_sample=False, num_beams=1, max_new_tokens=steps,
+            min_new_tokens=steps,
+        )  # fmt: skip
+    return Frame(prompt, prompt.shape[1] + steps - 1, layers)
+
+
+def visual_places(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Bool, like `input_ids`: places that the model fills with features of pictures and videos."""
+    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    return torch.isin(input_ids, torch.tensor([one for one in ids if one is not None], device=input_ids.device))
+
+
+def parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Attention and MLP of a decoder layer, known by the names of their classes. Raises ValueError if that fails."""
+    found = []
+    for words in (ATTENTION, MLP):
+        named = [module for module in layer.children() if words.search(type(module).__name__)]
+        if len(named) != 1:
+            raise ValueError(f"{type(layer).__name__} has {len(named)} parts named {words.pattern}, not one")
+        found += named
+    return found[0], found[1]
+
+
+@contextmanager
+def as_square(model: PreTrainedModel) -> Iterator[None]:
+    """While open, a model with kernels that take other masks (flash) runs under sdpa."""
+    found = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {id(one): one for one in found}
+    changed = [(one, one._attn_implementation) for one in configs.values() if one._attn_implementation not in SQUARE]
+    try:
+        for config, _ in changed:
+            config._attn_implementation = "sdpa"
+        yield
+    finally:
+        for config, implementation in changed:
+            config._attn_implementation = implementation
+
+
+@contextmanager
+def _rotations(module: nn.Module, calls: list[Rotation]) -> Iterator[None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
+        for one in (*given, *named.values()):
+            if isinstance(one, Tensor) and not one.is_floating_point():
+                calls.append(Rotation(module, given, named, one, result))
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _arguments(layer: nn.Module, frame: LayerFrame, rows: int, calls: list[Rotation]) -> Iterator[None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tokens = given[0].shape[1]
+        before = sum(mask.shape[-2] for mask in frame.masks)
+        frame.masks.append(_as_bool(named.get("attention_mask"), tokens, before + tokens).expand(rows, -1, -1))
+        for one in calls:
+            if one.result is named.get("position_embeddings"):
+                frame.rotations.append(one)
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _as_bool(mask: Tensor | None, queries: int, keys: int) -> Tensor:
+    """A mask of any kind as bool (B or 1, queries, keys); None is the causal one, as in transformers."""
+    if mask is None:
+        return torch.ones(1, queries, keys, dtype=torch.bool).tril(keys - queries)
+    if mask.ndim != 4 or mask.shape[-2:] != (queries, keys):
+        raise ValueError(f"the mask of a layer is {tuple(mask.shape)}, not (batch, heads, {queries}, {keys})")
+    return mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
