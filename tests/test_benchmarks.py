@@ -127,3 +127,39 @@ def test_what_is_profiled_must_exist(scripts: Any) -> None:
     model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
     with pytest.raises(LookupError, match="did not run"):
         sections.cumulative(workload.prefill(model, None, inputs), sections.SCORING)
+
+
+def test_the_gpu_script_runs_on_toys(
+    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, out = scripts("gpu"), tmp_path / "gpu.json"
+    assert gpu.main(["--tiny", "--rounds", "1", "--batches", "1,2", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 3 * 2 * 5
+    printed = capsys.readouterr().out
+    assert all(f"| {model.name} | 2 | dense |" in printed for model in scripts("gpu_models").MODELS)
+    promised = {
+        row["pipeline"]: row["promised"] for row in rows if row["model"] == "LLaVA-1.5-7B" and row["batch"] == 2
+    }
+    assert promised["dense"] == promised["a stage keeps all"] == 1 < promised["FastV, layer 2, T=9"]
+    assert gpu.main(["--tiny", "--rounds", "1", "--minutes", "0", "--out", str(out)]) == 0
+    assert "left out, the time is over" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+
+
+def test_the_promise_at_7b_is_that_of_the_paper_setting(scripts: Any) -> None:
+    """128 visual tokens from layer 2 on in 24 of 32 layers, beside 64 text tokens: about 30 % of the FLOPs."""
+    from prunekit import cost, families
+    from prunekit.decisions import LayerAction, LayerPlan
+
+    models, gpu = scripts("gpu_models"), scripts("gpu")
+    model = models.MODELS[0]
+    with torch.device("meta"):
+        live = models.transformers.AutoModelForImageTextToText.from_config(model.config(model.decoder))
+    shape = families.find(live).shape()
+    (stages,) = [stages for name, stages in gpu.pipelines(model.decoder).items() if "L=24" in name]
+    plan = LayerPlan(dict.fromkeys(stages[1]["layers"], LayerAction.SKIP))
+    tokens = [640] * 2 + [192] * 30
+    share = cost.prefill_flops(shape, tokens, plan) / cost.prefill_flops(shape, [640] * 32)
+    assert len(plan.actions) == 8 and 0.25 < share < 1 / 3
