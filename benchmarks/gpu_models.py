@@ -48,7 +48,8 @@ class Model:
 def _text(d: Decoder, **more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCABULARY, "hidden_size": d.hidden, "intermediate_size": d.mlp, "num_hidden_layers": d.layers,
-        "num_attention_heads": d.heads, "num_key_value_heads": d.kv_heads, "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2, **more,
+        "num_attention_heads": d.heads, "num_key_value_heads": d.kv_heads, "max_position_embeddings": 8192,
+        "bos_token_id": 1, "eos_token_id": 2, **more,
     }  # fmt: skip
 
 
