@@ -58,7 +58,8 @@ def layer_flops(
 ) -> int:
     """FLOPs of one decoder layer that `tokens` tokens enter at prefill.
 
-    visual: the visual ones among them, which matter where they are frozen. mlp: those that go through the MLP; None: all that it runs for.
+    visual: the visual ones among them, which matter where they are frozen. mlp: those that go through the MLP; None:
+    all that it runs for.
     """
     moving = tokens - visual if action is LayerAction.FREEZE else tokens
     projections = shape.attention_params - shape.output_params

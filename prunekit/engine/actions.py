@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from prunekit.engine.layout import Layout, select_rows, take
 from prunekit.engine.positions import take_rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from prunekit.engine.step import Step
 
@@ -30,8 +30,8 @@ class Running:
     """One call of decoder layer `number` for one group of rows.
 
     original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's
-    call, logical, for the whole batch. layout: of the group, None when all tokens are there. rows: int64 (B',), None: all.
-    cache: what the layer writes its keys to, None without one.
+    call, logical, for the whole batch. layout: of the group, None when all tokens are there. who: the group's rows, and
+    rows: the same as an index, int64 (B',), None: all. cache: what the layer writes its keys to, None without one.
     """
 
     step: Step
@@ -40,6 +40,7 @@ class Running:
     hidden: Tensor
     kwargs: Mapping[str, Any]
     layout: Layout | None
+    who: Sequence[int]
     rows: Tensor | None
     cache: Any
 
@@ -127,14 +128,12 @@ def _freeze(running: Running) -> Tensor:
     frozen = select_rows(session.visual_slots(), rows)
     present = layout.present & select_rows(session.prompt.real, rows) if running.layout is None else layout.present
     active = present & ~frozen
-    counts = torch.stack([frozen.sum(1), active.sum(1)]).tolist()
-    if not any(counts[0]):
+    many = [session.counts[row] for row in running.who]
+    if not any(many):
         return _call(running, running.local())
-    shared = Running(
-        step, running.number, running.original, running.hidden, running.kwargs, layout, rows, running.cache
-    )
-    resting, at_rest = layout.narrow(frozen, counts[0])
-    moving, in_motion = layout.narrow(active, counts[1])
+    shared = replace(running, layout=layout)
+    resting, at_rest = layout.narrow(frozen, many)
+    moving, in_motion = layout.narrow(active, [session.lengths[row] - session.counts[row] for row in running.who])
     keys, values = grab(running.original, take(running.hidden, at_rest, 1), _of_part(shared, (resting, at_rest)))
     places = _places(layout.width, (at_rest, frozen), (in_motion, active))
     local = shared.local((moving, in_motion)) | {"past_key_values": Beside((keys, values), places, running.cache)}

@@ -133,8 +133,8 @@ class Attached:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
         if self._kind == "flat" and self._window is not None and length > self._window:
             raise Unsupported(
-                f"{length} tokens are more than the sliding window of {self._window}, which flash attention would count "
-                "in kept tokens; load the model with attn_implementation='sdpa'"
+                f"{length} tokens are more than the sliding window of {self._window}, which flash attention would "
+                "count in kept tokens; load the model with attn_implementation='sdpa'"
             )
 
     def _encode(self, modality: Modality) -> Callable[..., Any]:

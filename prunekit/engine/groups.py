@@ -80,20 +80,24 @@ class Shares:
     prefill: bool
     written: list[tuple[tuple[int, ...], Tensor, Tensor]] = field(default_factory=list)
 
-    def of(self, rows: Sequence[int]) -> _Share:
-        """The cache that the group of batch rows `rows` sees."""
-        return _Share(self, tuple(rows))
+    def of(self, rows: Sequence[int]) -> _Share | RaggedLayer:
+        """The cache that the group of batch rows `rows` sees: the layer itself where it stores just those."""
+        return self.store if tuple(rows) == self.stored else _Share(self, tuple(rows))
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The rows that the layer stores."""
+        return tuple(range(self.total)) if self.store.rows is None else self.store.rows
 
     def close(self) -> None:
         """Store what was written, in the order of the stored rows; what no group wrote is zeros that nobody reads."""
-        stored = tuple(range(self.total)) if self.store.rows is None else self.store.rows
-        if not self.written or not stored:
+        if not self.written or not self.stored:
             return
-        places = {row: place for place, row in enumerate(stored)}
+        places = {row: place for place, row in enumerate(self.stored)}
         both = []
         for part in (1, 2):
             first: Tensor = self.written[0][part]  # type: ignore[assignment]
-            whole = first.new_zeros(len(stored), *first.shape[1:])
+            whole = first.new_zeros(len(self.stored), *first.shape[1:])
             for rows, *states in self.written:
                 mine = [(local, places[row]) for local, row in enumerate(rows) if row in places]
                 if mine:

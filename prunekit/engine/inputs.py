@@ -35,11 +35,13 @@ WHOLE = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
 class Needs:
     """What the stages of a pipeline read, by decoder layer.
 
-    watched: layers whose queries, keys and values are noted while they run. entered: layers whose input is kept.
+    watched: layers whose queries, keys and values are noted while they run. read: those, and layers that are called
+    again for queries and keys without rotation. entered: layers whose input is kept.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
     """
 
     watched: frozenset[int] = frozenset()
+    read: frozenset[int] = frozenset()
     entered: frozenset[int] = frozenset()
     embeds: bool = False
     kernels: bool = False
@@ -48,6 +50,7 @@ class Needs:
     def of(cls, bound: BoundPipeline) -> Needs:
         """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
         watched: set[int] = set()
+        read: set[int] = set()
         entered: set[int] = set()
         embeds = kernels = False
         layers = bound.shape.layers
@@ -63,7 +66,7 @@ class Needs:
                 kernels = True
                 embeds = embeds or callable(getattr(spec, "queries", None))
                 if spec.layer != "next":
-                    entered.add(layer)
+                    read.add(layer)
                     if inputs.layer_and_rope(spec)[1]:
                         watched.add(layer)
             before = inputs.layer_before(cut.site, layers)
@@ -73,7 +76,7 @@ class Needs:
                 raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(watched), frozenset(entered), embeds, kernels)
+        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), embeds, kernels)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -136,6 +139,8 @@ class Inputs:
         if not (any(session.counts) and (self.needs.kernels or self.needs.entered)):
             yield
             return
+        if number == 0:
+            self._check_plans()
         self.heres[self.kind(number)] = here
         for earlier in [n for n in self.runs if n < number - 1]:
             del self.runs[earlier]
@@ -145,19 +150,20 @@ class Inputs:
         place = scratch.Place(here, session.layout)
         run = self.runs[number] = Run(place, number, hidden, session.counts, session.lengths)
         actions = set(session.actions(number))
-        if number not in self.needs.watched:
-            yield
-            return
-        if any(not action.attends for action in actions):
-            raise Unsupported(
-                f"a stage reads the attention of layer {number}, which is skipped for some sample; "
-                "protect that layer in the router, or move the stage"
-            )
-        if len(actions) > 1 or not actions <= WHOLE:
+        if number not in self.needs.watched or len(actions) > 1 or not actions <= WHOLE:
             yield
             return
         with watching(Watch(self.attention_of(number))) as run.watch:
             yield
+
+    def _check_plans(self) -> None:
+        """Raise Unsupported when a router leaves out a layer whose attention is read, before any layer has run."""
+        for number in sorted(self.needs.read):
+            if any(not action.attends for action in self.session.actions(number)):
+                raise Unsupported(
+                    f"a stage reads the attention of layer {number}, which a router skips for some sample; "
+                    "let the router keep that layer, or move the stage"
+                )
 
     def attention_of(self, number: int) -> nn.Module:
         """The attention module of a decoder layer."""

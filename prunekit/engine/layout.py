@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+REMEMBERED = 7
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The physical tokens of every row, right-aligned and in ascending logical order.
@@ -26,8 +29,8 @@ class Layout:
     length: int
     sizes: Tensor | None = None
     shift: Tensor | None = None
-    # The newest `select`: the KV layers that share a layout are reordered one by one with the same index tensor, and
-    # must go on sharing, so that masks are gathered once a step and not once a layer.
+    # Newest results of `select`: the KV layers that share a layout are reordered one by one with the same index tensor,
+    # and must go on sharing, so that masks are gathered once a step and not once a layer.
     _selected: list[tuple[Tensor, Layout]] = field(default_factory=list, repr=False)
 
     @property
@@ -61,12 +64,16 @@ class Layout:
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of batch rows `rows`, int64 (B',)."""
-        if not self._selected or self._selected[0][0] is not rows:
-            local = rows.to(self.index.device)
-            parts = (part if part is None else part[local] for part in (self.valid, self.sizes, self.shift))
-            valid, sizes, shift = parts
-            self._selected[:] = [(rows, Layout(self.index[local], valid, self.length, sizes, shift))]
-        return self._selected[0][1]
+        for known, layout in self._selected:
+            if known is rows:
+                return layout
+        local = rows.to(self.index.device)
+        parts = (part if part is None else part[local] for part in (self.valid, self.sizes, self.shift))
+        valid, sizes, shift = parts
+        selected = Layout(self.index[local], valid, self.length, sizes, shift)
+        # As many as one layer has groups of rows; beams bring a new index every step.
+        self._selected[:] = [*self._selected[-REMEMBERED:], (rows, selected)]
+        return selected
 
     def narrow(self, keep: Tensor, lengths: list[int]) -> tuple[Layout, Tensor]:
         """Drop slots: keep is bool (B, K), lengths the number of True in each row (known to the host: no sync).

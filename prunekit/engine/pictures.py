@@ -65,7 +65,7 @@ def noted(output: Any, modality: Modality) -> Pictures | None:
 
 
 def counts_of(features: Any) -> tuple[int, ...]:
-    """Visual tokens of each picture in a `pooler_output`: a list of (tokens, H), or one tensor (pictures, tokens, H)."""
+    """Visual tokens of each picture in a `pooler_output`: a list of (tokens, H), or a tensor (pictures, tokens, H)."""
     return tuple(len(picture) for picture in features)
 
 

@@ -34,7 +34,9 @@ class Place:
         """A layer's arguments for physical states (B, K, H), without a cache."""
         kwargs = self.here.kwargs
         layout = self.here.step.localised(self.layout, kwargs)
-        running = Running(self.here.step, self.here.number, _nothing, hidden, kwargs, layout, None, None)
+        running = Running(
+            self.here.step, self.here.number, _nothing, hidden, kwargs, layout, range(len(hidden)), None, None
+        )
         return running.local() | {"use_cache": False}
 
 

@@ -46,7 +46,8 @@ class Step:
         if isinstance(actions, tuple):
             return self._groups(number, actions, original, hidden, kwargs, store)
         store.open(self.tokens)
-        running = Running(self, number, original, hidden, kwargs, store.layout, None, kwargs["past_key_values"])
+        who, cache = range(len(hidden)), kwargs["past_key_values"]
+        running = Running(self, number, original, hidden, kwargs, store.layout, who, None, cache)
         return run_action(actions, running)
 
     def _prefill(self, number: int, original: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -83,12 +84,12 @@ class Step:
             store.open(self.tokens)
         if session.mid_cuts(number) and any(session.counts):
             with cutting(session, Here(self, number, kwargs), actions) as mid:
-                running = Running(self, number, original, hidden, kwargs, layout, None, cache)
+                running = Running(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
                 return mid.leave(run_action(actions[0], running))
         mixed = len(set(actions)) > 1 or (store is not None and store.rows not in (None, ()))
         if mixed:
             return self._groups(number, actions, original, hidden, kwargs, store)
-        running = Running(self, number, original, hidden, kwargs, layout, None, cache)
+        running = Running(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
         return run_action(actions[0], running)
 
     def localised(self, layout: Layout | None, kwargs: Mapping[str, Any]) -> Layout | None:
@@ -138,7 +139,7 @@ class Step:
             index = self.session.index(rows)
             layout = self._layout_of(rows, kwargs, store) if action.writes_kv else None
             cache = None if shares is None else shares.of(rows)
-            part = Running(self, number, original, select_rows(hidden, index), kwargs, layout, index, cache)
+            part = Running(self, number, original, select_rows(hidden, index), kwargs, layout, rows, index, cache)
             results = results.index_copy(0, index.to(hidden.device), run_action(action, part))
         if shares is not None:
             shares.close()

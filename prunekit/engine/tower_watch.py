@@ -86,23 +86,28 @@ def _cls_row(spec: EncoderRows, seen: Attended) -> Tensor:
 
 
 def _received(seen: Attended) -> Tensor:
-    """The mean over queries of each key's probability, (R, A, K), in pieces; only over queries that are no padding."""
+    """The mean of each key's probability over the queries that see it, (R, A, K), in pieces; padding is no query."""
     rows, heads, length, _ = seen.query.shape
-    real = torch.ones(rows, length, dtype=torch.bool, device=seen.query.device)
-    if seen.mask is not None:  # every query sees the same keys, so the mask also says which queries are real
-        first = seen.mask[:, 0, 0].expand(rows, -1)
-        real = first if first.dtype == torch.bool else first > torch.finfo(first.dtype).min / 2
-    total: Tensor | float = 0.0
+    mask = None if seen.mask is None else _visible(seen.mask).expand(rows, -1, length, -1)
+    real = None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
+    total = seen.query.new_zeros(rows, heads, length, dtype=torch.promote_types(seen.query.dtype, torch.float32))
+    count = total.new_zeros(rows, 1, length)
     step = max(PIECE // (rows * heads * length), 1)
     for start in range(0, length, step):
         part = slice(start, start + step)
-        mask = seen.mask
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask[:, :, part]
-        chances = _softmax(seen.query[:, :, part] @ seen.key.transpose(-1, -2) * seen.scaling, mask)
-        total = total + (chances * real[:, None, part, None]).sum(2)
-    assert isinstance(total, Tensor)
-    return total / real.sum(1)[:, None, None]
+        bias = seen.mask if seen.mask is None or seen.mask.shape[2] == 1 else seen.mask[:, :, part]
+        chances = _softmax(seen.query[:, :, part] @ seen.key.transpose(-1, -2) * seen.scaling, bias)
+        if mask is None or real is None:
+            total, count = total + chances.sum(2), count + chances.shape[2]
+        else:
+            asked = real[:, None, part, None]
+            total = total + (chances * asked).sum(2)
+            count = count + (mask[:, :1, part] & asked).sum(2)
+    return total / count.clamp_min(1)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
