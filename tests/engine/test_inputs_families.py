@@ -9,7 +9,7 @@ import torch
 from reading import piped, reader
 
 import prunekit
-from prunekit import Rows
+from prunekit import Rows, Unsupported
 from prunekit.families import find
 from prunekit.inputs import Keys
 from prunekit.testing.precision import Float64Throughout
@@ -77,3 +77,38 @@ def test_unrotated_keys_are_those_of_the_projection(family):
             wanted = (wanted if wanted.shape[1] == batch["input_ids"].shape[1] else wanted.transpose(1, 2)).flatten(2)
         for row, columns in enumerate(visual_of(model, batch)):
             torch.testing.assert_close(found[row, : columns.sum()], wanted[row, columns], atol=1e-11, rtol=1e-9)
+
+
+def asked(family, at, names, answer, **traits):
+    model = model_of(family)
+    with prunekit.apply(model, piped((reader(names, [], answer, **traits), {"at": at}))):
+        model(**tiny_batch(model))
+
+
+def test_nothing_is_looked_at_past_features_that_the_decoder_adds():
+    """Qwen3-VL adds features of its pictures behind its first layers; what comes next is not what is there."""
+    assert find(model_of("qwen3_vl")).logical_until > 1
+    with pytest.raises(Unsupported, match="adds features"):
+        asked("qwen3_vl", "0.after", ["attention"], None, inputs={"attention": Rows("next")})
+    with pytest.raises(Unsupported, match="adds features"):
+        asked("qwen3_vl", 0, ["forward"], lambda given: given["forward"]([0, 1]))
+    asked("qwen3_vl", 0, ["forward"], lambda given: given["forward"]([0]).hidden.norm(dim=-1) > 0)
+
+
+def test_layers_of_a_kind_that_has_not_run():
+    """Gemma 3 gives its sliding and its full layers different masks and rotations."""
+    kinds = find(model_of("gemma3")).text.config.layer_types
+    full = kinds.index("full_attention")
+    with pytest.raises(Unsupported, match="no layer of its kind, full_attention, has run"):
+        asked("gemma3", 0, ["forward"], lambda given: given["forward"]([full]))
+    answers, states = [], []
+
+    def keep(given):
+        answers.append(given["forward"]([full + 1, full + 2]).hidden)
+        return given["valid"]
+
+    model = model_of("gemma3")
+    later = reader(["hidden"], states, lambda given: given["valid"])
+    with prunekit.apply(model, piped((reader(["forward"], [], keep), {"at": full + 1}), (later, {"at": full + 3}))):
+        model(**tiny_batch(model))
+    torch.testing.assert_close(answers[0], states[0]["hidden"], atol=1e-11, rtol=1e-9)

@@ -14,7 +14,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
-from prunekit.engine import rows, watch
+from prunekit.engine import rows, scratch, watch
 from prunekit.engine.rows import Attended
 from prunekit.errors import PluginError, SpecError
 from prunekit.inputs import Keys
@@ -368,3 +368,24 @@ def test_forward_is_not_there(at):
 def test_forward_needs_the_batch():
     with pytest.raises(PluginError, match="per_sample"):
         read(reader(["forward"], [], per_sample=True), "2")
+
+
+def test_attention_of_other_kinds_is_refused():
+    """Rows of kernels that add more to their logits, or take another mask, are not known."""
+    one, module = states(), nn.Identity()
+    for extra in ("s_aux", "position_bias"):
+        with pytest.raises(Unsupported, match=f"where attention has {extra}"):
+            Attended.of(module, one.query, one.key, one.value, None, {extra: torch.zeros(1)})
+    with pytest.raises(Unsupported, match="object as mask"):
+        Attended.of(module, one.query, one.key, one.value, object(), {})
+
+
+def test_attention_that_takes_its_kernel_elsewhere_is_refused():
+    looked = watch.Watch(nn.Identity())
+    with pytest.raises(Unsupported, match="Identity are not available"):
+        _ = looked.result
+
+
+def test_layers_without_cos_and_sin_have_no_unrotated_keys():
+    with pytest.raises(Unsupported, match="rope=False"):
+        scratch._unrotated({"position_embeddings": torch.zeros(1)})
