@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import prunekit
-from prunekit.cost import cost_of, layer_flops, prefill_flops
+from prunekit.cost import Work, cost_of, kv_tokens, layer_flops, prefill_flops
 from prunekit.decisions import LayerAction, LayerPlan
 from prunekit.families import shape_of
 
@@ -54,6 +54,10 @@ def test_the_7b_prefill_is_what_torch_counts_on_the_meta_device() -> None:
         [{"use": "stride", "keep": 0.5}, {"use": "skip_layers", "layers": [1, 4]}],
         [{"use": "skip_layers", "layers": [0, 3], "what": "attention"}],
         [{"use": "vtw", "at": 3}, {"use": "skip_layers", "layers": [2], "what": "mlp"}],
+        [{"use": "random", "at": "1.mid", "keep": 0.25}, {"use": "skip_layers", "layers": [3]}],
+        [{"use": "freeze_layers", "layers": [1, 3]}, {"use": "stride", "at": 2, "keep": 0.5}],
+        [{"use": "skip_layers", "layers": [2, 3], "phase": "prefill", "fill_kv": True}],
+        [{"use": "random", "at": "2.after", "keep": 0.5}, {"use": "skip_layers", "layers": [3], "phase": "decode"}],
     ],
     ids=lambda stages: "+".join(stage["use"] for stage in stages),
 )
@@ -66,21 +70,33 @@ def test_a_pruned_prefill_executes_the_flops_that_its_report_says(stages: list[d
         layer = re.compile(r"language_model\.layers\.\d+$")
         counted = sum(sum(flops.values()) for name, flops in counter.get_flop_counts().items() if layer.search(name))
         assert run.report is not None
-        assert run.report.cost.prefill_flops == (counted,)
+        # FastV's own row, one product with each key, is computed inside its layer and is no part of the figure.
+        scoring = 2 * 21 * SMALL.hidden_size * (stages[0]["use"] == "fastv")
+        assert run.report.cost.prefill_flops == (counted - scoring,)
         assert run.report.cost.flops_fraction < 1
 
 
 def test_actions_split_a_layer_exactly() -> None:
     shape = shape_of(llava(SMALL))
-    run, skip, attention, mlp = (layer_flops(shape, 37, action) for action in LayerAction)
-    assert skip == 0
-    assert attention + mlp == run  # what remains without attention, plus what remains without MLP
+    cost = {action: layer_flops(shape, 37, action, visual=16) for action in LayerAction}
+    run = cost[LayerAction.RUN]
+    assert cost[LayerAction.SKIP] == 0
+    # What remains without attention, plus what remains without MLP.
+    assert cost[LayerAction.SKIP_ATTENTION] + cost[LayerAction.SKIP_MLP] == run
+    assert 0 < cost[LayerAction.FILL_KV] < cost[LayerAction.FREEZE] < run
+    assert layer_flops(shape, 37, LayerAction.FREEZE, visual=0) == run
+    assert layer_flops(shape, 37, mlp=10) == run - 2 * shape.mlp_params * 27
 
 
-def test_kv_bytes_count_keys_and_values_of_the_layers_that_write() -> None:
+def test_kv_is_what_layers_write_and_decoding_reads() -> None:
     shape = shape_of(llava(SMALL))
     plan = LayerPlan({0: LayerAction.SKIP, 1: LayerAction.SKIP_ATTENTION, 2: LayerAction.SKIP_MLP})
-    cost = cost_of(shape, [(10, 10, 10, 4, 4)], [10], plan, itemsize=2)
+    kv = kv_tokens((10, 10, 10, 4, 4), plan)
+    assert kv == (0, 0, 10, 4, 4)
+    assert kv_tokens((9, 9), LayerPlan({0: LayerAction.FILL_KV}, {})) == (9, 9)
+    assert kv_tokens((9, 9), LayerPlan({}, {1: LayerAction.SKIP})) == (9, 0)
+    work = [Work(plan[layer], tokens, 0, tokens) for layer, tokens in enumerate((10, 10, 10, 4, 4))]
+    cost = cost_of(shape, [work], [kv], [10], itemsize=2)
     per_token = 2 * 2 * 8 * 2  # keys and values, two KV heads of width 8, two bytes
     assert cost.kv_bytes == (per_token * (10 + 4 + 4),)
     assert cost.dense_kv_bytes == (per_token * 50,)

@@ -67,7 +67,7 @@ class Prompt:
         wanted = (torch.isin(self.ids, ids) & self.real).sum(1).tolist()
         total = sum(source.counts)
         times = sum(wanted) // total if total else 1
-        if total * times != sum(wanted) or len(wanted) % max(times, 1):
+        if times < 1 or total * times != sum(wanted) or len(wanted) % times:
             raise Unsupported(f"the prompt shows {sum(wanted)} {source.modality.name} tokens, the encoder made {total}")
         remaining = list(range(len(source.counts)))
         rows: list[list[int]] = []
