@@ -57,7 +57,7 @@ def _no_such_place(site: Site, shape: ModelShape) -> tuple[str, str] | None:
         return message, "name an earlier layer"
     if site.place == "vision" and site.layer is not None:
         blocks = tower_blocks(shape)
-        if blocks == 0:
+        if blocks == 0 or shape.tower_packed:
             return "this model's vision tower cannot be cut", "cut at 'encoder' or later"
         if site.layer >= blocks:
             return (
@@ -184,7 +184,7 @@ def protected_layers(cuts: Sequence[Cut], layers: int) -> frozenset[int]:
 
 
 def tower_blocks(shape: ModelShape) -> int:
-    """Blocks of the vision tower that can be cut and read, 0 where it cannot."""
+    """Blocks of the vision tower that can be read, 0 where it cannot."""
     return shape.tower_layers
 
 

@@ -52,12 +52,17 @@ class Left:
         return torch.arange(self.index.shape[1], device=self.index.device) < lengths[:, None]
 
     def mask(self, given: Tensor | None, hidden: Tensor, additive: bool) -> Tensor | None:
-        """The attention mask of a block's slots, from its mask for all tokens (R, 1, 1 or T, T), bool or additive."""
+        """The attention mask of a block's slots, from its mask for all tokens (R, 1, 1 or T, T), bool or additive.
+
+        Padding of a crop of which nothing else is left sees itself, where stock attention would see nothing at all.
+        """
+        valid = None if self.valid is None else self.valid.to(hidden.device)[:, None, None]
         local = given
         if given is not None:
             local = take(given, self.index, 3)
             local = local if given.shape[2] == 1 else take(local, self.index, 2)
-        valid = None if self.valid is None else self.valid.to(hidden.device)[:, None, None]
+            seen = visible(local) if valid is None else visible(local) & valid
+            local = torch.where(seen.any(-1, keepdim=True), local, True if local.dtype == torch.bool else 0.0)
         if self.sizes is None and not additive:
             return both(local, valid, hidden)
         total = as_bias(valid, hidden)
@@ -66,6 +71,11 @@ class Left:
             bias = self.gather(self.sizes.to(hidden.device, wide)).log().to(hidden.dtype)[:, None, None]
             total = bias if total is None else total + bias
         return both(as_bias(local, hidden), total, hidden)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """A mask, bool or additive, as bool."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def both(first: Tensor | None, second: Tensor | None, hidden: Tensor) -> Tensor | None:

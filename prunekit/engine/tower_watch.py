@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.encoder_inputs import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues
-from prunekit.engine.tower_tokens import as_bias
+from prunekit.engine.tower_tokens import as_bias, visible
 
 # Numbers of one piece of an attention map, when the mean over all queries needs the whole.
 PIECE = 1 << 24
@@ -88,7 +88,7 @@ def _cls_row(spec: EncoderRows, seen: Attended) -> Tensor:
 def _received(seen: Attended) -> Tensor:
     """The mean of each key's probability over the queries that see it, (R, A, K), in pieces; padding is no query."""
     rows, heads, length, _ = seen.query.shape
-    mask = None if seen.mask is None else _visible(seen.mask).expand(rows, -1, length, -1)
+    mask = None if seen.mask is None else visible(seen.mask).expand(rows, -1, length, -1)
     real = None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
     total = seen.query.new_zeros(rows, heads, length, dtype=torch.promote_types(seen.query.dtype, torch.float32))
     count = total.new_zeros(rows, 1, length)
@@ -104,10 +104,6 @@ def _received(seen: Attended) -> Tensor:
             total = total + (chances * asked).sum(2)
             count = count + (mask[:, :1, part] & asked).sum(2)
     return total / count.clamp_min(1)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:

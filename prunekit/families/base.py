@@ -140,7 +140,8 @@ class Parts:
             mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
-            tower_layers=0 if self.tower is None or self.tower.packed else len(self.tower.layers),
+            tower_layers=0 if self.tower is None else len(self.tower.layers),
+            tower_packed=self.tower is not None and self.tower.packed,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )
 

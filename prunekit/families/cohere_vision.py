@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from prunekit.families.base import Family, Modality, Parts, square_places
 from prunekit.families.decoders import decoder
+from prunekit.families.towers import plain_tower
+from prunekit.families.units import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -21,6 +23,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="cohere_vision",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        tower=plain_tower(base.vision_tower, None, config, blocks(config.downsample_factor)),
         **decoder(base.language_model),
     )
 

@@ -11,16 +11,21 @@ from transformers import PreTrainedModel
 
 from prunekit.families.base import Family, Modality, Parts, square_places
 from prunekit.families.decoders import decoder
+from prunekit.families.towers import plain_tower
+from prunekit.families.units import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    merge = side // round(config.mm_tokens_per_image**0.5)
     return Parts(
         family="gemma3",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
         visual_tokens=config.mm_tokens_per_image,
+        tower=plain_tower(base.vision_tower, None, config, blocks(merge)),
         **decoder(base.language_model),
     )
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import merged
+from prunekit.families.towers import packed_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -27,6 +28,7 @@ def _parts(model: PreTrainedModel) -> Parts:
             Modality("image", "get_image_features", "pixel_values", ids, merged("image_grid_thw", merge)),
             Modality("video", "get_video_features", "pixel_values_videos", ids, merged("video_grid_thw", merge)),
         ),
+        tower=packed_tower(base.visual, merge),
         **decoder(base.language_model),
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts
+from prunekit.families import units
+from prunekit.families.base import Family, Modality, Parts, Tower
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import stacked
 
@@ -24,6 +25,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="idefics3",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
+        tower=Tower(base.vision_model.encoder.layers, None, units=units.stacked(config.scale_factor)),
         **decoder(base.text_model),
     )
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.base import Family, Modality, Parts, Tower, square_places
 from prunekit.families.decoders import decoder
+from prunekit.families.units import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -20,8 +21,17 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="internvl",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        tower=_tower(base, config),
         **decoder(base.language_model),
     )
+
+
+def _tower(base: Any, config: Any) -> Tower | None:
+    if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
+        return None
+    merge = round(1 / config.downsample_ratio)
+    layers, chosen = base.vision_tower.encoder.layer, config.vision_feature_layer
+    return Tower(layers, None, "attention", leading=1, feature_layer=chosen, units=blocks(merge))
 
 
 FAMILY = Family(name="internvl", model_types=frozenset({"internvl"}), parts=_parts)

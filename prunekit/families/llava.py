@@ -14,7 +14,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Family, Modality, Parts, square_places
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import pixels
-from prunekit.families.towers import LEADING_TOKENS, plain_tower
+from prunekit.families.towers import LEADING_TOKENS, pixtral_tower, plain_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -28,7 +28,9 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
         visual_tokens=None if free else _tokens_per_image(config),
-        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config),
+        tower=pixtral_tower(base.vision_tower, vision.patch_size)
+        if free
+        else plain_tower(base.vision_tower, base.multi_modal_projector, config),
         **decoder(base.language_model),
     )
 

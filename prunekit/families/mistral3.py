@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import pixels
+from prunekit.families.towers import pixtral_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -22,6 +23,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="mistral3",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
+        tower=pixtral_tower(base.vision_tower, config.vision_config.patch_size, config.spatial_merge_size),
         **decoder(base.language_model),
     )
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import merged
+from prunekit.families.towers import packed_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -21,6 +22,7 @@ def _parts(model: PreTrainedModel) -> Parts:
     base: Any = model.model
     merge = config.vision_config.spatial_merge_size
     image, video = merged("image_grid_thw", merge), merged("video_grid_thw", merge)
+    window = getattr(config.vision_config, "window_size", None)
     return Parts(
         family="qwen_vl",
         base=base,
@@ -29,6 +31,7 @@ def _parts(model: PreTrainedModel) -> Parts:
             Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), video),
         ),
         logical_until=len(getattr(config.vision_config, "deepstack_visual_indexes", ())),
+        tower=packed_tower(base.visual, merge, window and window // merge // config.vision_config.patch_size),
         **decoder(base.language_model),
     )
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from prunekit.families.base import Family, Modality, Parts, square_places
 from prunekit.families.decoders import decoder
+from prunekit.families.towers import plain_tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -19,6 +20,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
         visual_tokens=(vision.image_size // vision.patch_size) ** 2,
+        tower=plain_tower(base.vision_tower, None, config, strategy="default"),
         **decoder(base.language_model),
     )
 

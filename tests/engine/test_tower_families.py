@@ -1,0 +1,218 @@
+"""The vision towers of every family: which patches make which visual token, cuts, and rows of attention."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from tower_cases import ANYWHERE, Norms, piped
+
+import prunekit
+from prunekit import Selection, hookimpl
+from prunekit.encoder_inputs import EncoderRows
+from prunekit.engine.tower_tokens import Units
+from prunekit.families import find
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
+
+PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glm4v_moe", "mistral3")
+PLAIN = tuple(name for name in tiny_names() if name not in PACKED)
+model_of = cache(tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    with Float64Throughout():
+        yield
+
+
+def encode(model, batch, kind="image"):
+    """The features of the pictures, and the arguments of the call."""
+    modality = next(one for one in find(model).modalities if one.name == kind)
+    method = getattr(model.model, modality.method)
+    names = [name for name in inspect.signature(method).parameters if name in batch]
+    given = {name: batch[name] for name in names}
+    return list(method(**given, return_dict=True).pooler_output), given
+
+
+@contextmanager
+def leaf_after(block):
+    """Within the block, the output of a module is a leaf whose gradient can be asked for."""
+    found, original = [], block.forward
+
+    def forward(*args, **kwargs):
+        found.append(original(*args, **kwargs).detach().requires_grad_())
+        return found[-1]
+
+    block.forward = forward
+    try:
+        yield found
+    finally:
+        del block.forward
+
+
+def units_of(model, kind, given, hidden):
+    """The units that the family declares, for the tower's states in one call."""
+    tower, shape = find(model).tower, hidden.shape if hidden.ndim == 3 else (1, *hidden.shape)
+    if tower.units is None:
+        return Units.plain(*shape[:2], tower.leading)
+    return Units.of(tower.units(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
+
+
+KINDS = [(name, kind) for name in tiny_names() for kind in ("image", "video") if kind == "image" or takes_video(name)]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
+    model = model_of(name)
+    rows = ((kind,), (kind, kind)) if kind == "image" else ((kind,), (kind,))
+    batch = tiny_batch(model, rows)
+    tower = find(model).tower
+    with leaf_after(tower.layers[tower.feature_block]) as found, torch.enable_grad():
+        features, given = encode(model, batch, kind)
+    units = units_of(model, kind, given, found[0])
+    assert units.counts == tuple(map(len, features))
+    mix = torch.linspace(-1, 1, features[0].shape[-1], dtype=torch.float64)
+    for picture, shown in enumerate(features):
+        for token, value in enumerate((shown * mix).sum(-1)):
+            there = bool(units.there[picture, token])
+            if not value.requires_grad:
+                assert not there
+                continue
+            (gradient,) = torch.autograd.grad(value, found[0], retain_graph=True)
+            moved = gradient.flatten(0, -2).abs().sum(-1).nonzero()[:, 0]
+            expected = units.cells[picture, token].sort().values if there else moved[:0]
+            assert torch.equal(moved, expected), (picture, token)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Keeps at the door what a list says."""
+
+    sites = ANYWHERE
+    takes_keep = False
+    kept: ClassVar[tuple] = ()
+
+    @hookimpl
+    def select_tokens(self, valid):
+        keep = torch.zeros_like(valid)
+        for row, kept in enumerate(self.kept):
+            keep[row, list(kept)] = True
+        return Selection(keep)
+
+
+@contextmanager
+def masked(model, units, kept, first):
+    """Patches of dropped visual tokens are masked as keys in the tower's blocks from `first` on."""
+    tower, handles = find(model).tower, []
+    counts, keep = units.counts, kept
+    gone = [
+        units.cells[picture, :count][units.there[picture, :count] & ~keep[sum(counts[:picture]) :][:count]]
+        for picture, count in enumerate(counts)
+    ]
+    gone = torch.cat([cells.flatten() for cells in gone])
+
+    def hook(module, args, named):
+        hidden = args[0] if args else named["hidden_states"]
+        bias = torch.zeros(hidden.shape[:2], dtype=hidden.dtype)
+        bias.view(-1)[gone] = torch.finfo(hidden.dtype).min
+        mask, given = bias[:, None, None], named.get("attention_mask")
+        if given is not None:
+            lowest = torch.finfo(hidden.dtype).min
+            mask = mask.masked_fill(~given if given.dtype == torch.bool else given < lowest / 2, lowest)
+        return args, {**named, "attention_mask": mask}
+
+    for block in tower.layers[first:]:
+        handles.append(getattr(block, tower.attention).register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(("name", "attention"), [(n, "sdpa") for n in PLAIN] + [("idefics3", "eager")])
+@pytest.mark.parametrize("at", ["vision.0", "vision.0.mid"])
+def test_a_cut_equals_masking(name, attention, at):
+    model = model_of(name, attention)
+    batch = tiny_batch(model)
+    with torch.no_grad(), prunekit.apply(model, piped((Norms, {"at": at, "keep": 0.6}))) as run:
+        logits = model(**batch).logits
+    event = run.report.events[0]
+    assert 0 < sum(map(len, event.kept)) < sum(run.report.visual_tokens)
+    tower = find(model).tower
+    with leaf_after(tower.layers[tower.feature_block]) as found, torch.no_grad():
+        _, given = encode(model, batch)
+    units = units_of(model, "image", given, found[0])
+    starts = [sum(run.report.visual_tokens[:row]) for row in range(len(event.kept))]
+    kept = torch.zeros(sum(run.report.visual_tokens), dtype=torch.bool)
+    kept[[start + one for start, row in zip(starts, event.kept, strict=True) for one in row]] = True
+    Fixed.kept = event.kept
+    with torch.no_grad(), masked(model, units, kept, 1), prunekit.apply(model, piped((Fixed, {"at": "encoder"}))):
+        expected = model(**batch).logits
+    assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-9
+
+
+class Maps(TorchFunctionMode):
+    """Collects what softmax returns over its last dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (nn.functional.softmax, torch.softmax, torch.Tensor.softmax) and result.ndim == 4:
+            self.found.append(result)
+        return result
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Takes down the mean row of the last block."""
+
+    sites = ANYWHERE
+    takes_keep = False
+    seen: ClassVar[list] = []
+    inputs: ClassVar = {"encoder_attention": EncoderRows(-1, "mean")}
+
+    @hookimpl
+    def select_tokens(self, encoder_attention, valid):
+        self.seen.append(encoder_attention)
+        return valid
+
+
+@pytest.mark.parametrize("name", tiny_names())
+def test_mean_rows_of_the_last_block(name):
+    """Under sdpa, against the maps of eager attention; windows and pictures of packed towers have a map each."""
+    model, eager = model_of(name), model_of(name, "eager")
+    batch = tiny_batch(model)
+    with torch.no_grad(), prunekit.apply(model, piped((Rows, {"at": "encoder"}))) as run:
+        model(**batch)
+    with leaf_after(find(eager).tower.layers[-1]) as found, torch.no_grad(), Maps() as maps:
+        _, given = encode(eager, batch)
+    hidden = found[0] if found[0].ndim == 3 else found[0][None]
+    received, last = [], list(maps.found)
+    while sum(row.shape[1] for row in received) < hidden.shape[1]:
+        chances = last.pop()
+        real = (chances > 0).any(2, keepdim=True).transpose(2, 3)  # padding is seen by nobody, and asks for nobody
+        received.insert(0, ((chances * real).sum(2) / ((chances > 0) & real).sum(2).clamp_min(1)).mean(1))
+    units = units_of(eager, "image", given, hidden)
+    table = units.mean(torch.cat(received, 1))
+    expected = torch.cat([row[:count] for row, count in zip(table, units.counts, strict=True)])
+    taken = torch.cat([r[:n] for r, n in zip(Rows.seen.pop(), run.report.visual_tokens, strict=True)])
+    assert (taken - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_towers_are_not_cut(name):
+    pipeline = piped((Norms, {"at": "vision.0", "keep": 0.5}))
+    with pytest.raises(prunekit.PrunekitError, match="cut"), prunekit.apply(model_of(name), pipeline):
+        pass
