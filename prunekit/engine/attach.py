@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import families
-from prunekit.engine import kv, layers, masks
+from prunekit.engine import kv, layers, masks, upstream
 from prunekit.engine.call import CALL, Call
 from prunekit.engine.inputs import Needs
 from prunekit.engine.observers import tell
@@ -55,6 +55,7 @@ class Attached:
     """A pipeline on a model. Made by `apply`."""
 
     def __init__(self, model: PreTrainedModel, pipeline: Pipeline) -> None:
+        upstream.verify()
         self.model = model
         self.parts: Parts = families.find(model)
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
