@@ -87,7 +87,8 @@ def _flat(mask: Tensor | None, queries: Layout, keys: Layout) -> Tensor | None:
 def _finished(local: Tensor, sizes: Tensor | None, tail: int, like: Tensor, kind: Kind) -> Tensor:
     """`local` in the kind that attention takes, with log(size) added to the keys' logits."""
     if sizes is not None:
-        bias = sizes.log().to(local.device, like.dtype)
+        wide = torch.promote_types(sizes.dtype, like.dtype)
+        bias = sizes.to(local.device, wide).log().to(like.dtype)
         bias = torch.cat([bias, bias.new_zeros(len(bias), tail)], dim=1)[:, None, None, :]
         return bias.expand(local.shape).masked_fill(~local, _lowest(like.dtype)) if _is_bool(local) else local + bias
     if _is_bool(local) and kind == "additive":
