@@ -37,12 +37,14 @@ class Needs:
 
     watched: layers whose queries, keys and values are noted while they run. read: those, and layers that are called
     again for queries and keys without rotation. entered: layers whose input is kept.
+    behind: layers inside which a cut reads the layer before.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
     """
 
     watched: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
     entered: frozenset[int] = frozenset()
+    behind: frozenset[int] = frozenset()
     embeds: bool = False
     kernels: bool = False
 
@@ -52,6 +54,7 @@ class Needs:
         watched: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
+        behind: set[int] = set()
         embeds = kernels = False
         layers = bound.shape.layers
         for cut in bound.cuts:
@@ -67,6 +70,7 @@ class Needs:
                 embeds = embeds or callable(getattr(spec, "queries", None))
                 if spec.layer != "next":
                     read.add(layer)
+                    behind |= {layer + 1} if cut.site.layer == layer + 1 and cut.site.point == "mid" else set()
                     if inputs.layer_and_rope(spec)[1]:
                         watched.add(layer)
             before = inputs.layer_before(cut.site, layers)
@@ -76,7 +80,7 @@ class Needs:
                 raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), embeds, kernels)
+        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -142,7 +146,7 @@ class Inputs:
         if number == 0:
             self._check_plans()
         self.heres[self.kind(number)] = here
-        for earlier in [n for n in self.runs if n < number - 1]:
+        for earlier in [n for n in self.runs if n < number - (number in self.needs.behind)]:
             del self.runs[earlier]
         if number not in self.needs.entered:
             yield

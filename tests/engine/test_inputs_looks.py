@@ -14,8 +14,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
-from prunekit.engine import rows, scratch, watch
+from prunekit.engine import kv, rows, scratch, watch
 from prunekit.engine.rows import Attended
+from prunekit.engine.step import STEP
 from prunekit.errors import PluginError, SpecError
 from prunekit.inputs import Keys
 from prunekit.testing.precision import Float64Throughout
@@ -389,3 +390,19 @@ def test_attention_that_takes_its_kernel_elsewhere_is_refused():
 def test_layers_without_cos_and_sin_have_no_unrotated_keys():
     with pytest.raises(Unsupported, match="rope=False"):
         scratch._unrotated({"position_embeddings": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(("at", "kept"), [("2", {1: [1]}), ("2.mid", {1: [1], 2: [1, 2]}), ("2.after", {2: [2]})])
+def test_what_was_noted_is_let_go(at, kept):
+    """Queries and keys of a layer are there until the last cut that reads them, and not while further layers run."""
+    model, held = model_of(), {}
+    for number, layer in enumerate(model.get_decoder().layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda *_, n=number: held.update({n: sorted(STEP.get().session.inputs.runs)})
+        )
+    asks = (Rows("own"), Rows()) if at == "2.mid" else Rows()
+    answer, _ = read(reader(["attention", "previous_hidden"], [], inputs={"attention": asks}), at)
+    for layer in model.get_decoder().layers:
+        layer.mlp._forward_pre_hooks.clear()
+    assert {number: runs for number, runs in held.items() if runs} == kept
+    assert not kv.owner_of(answer.past_key_values).inputs.runs
