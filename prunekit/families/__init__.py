@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from prunekit.decisions import ModelShape
 from prunekit.errors import Unsupported
+from prunekit.families import generic
 from prunekit.families.base import Family, Parts
 
 
@@ -19,20 +20,31 @@ def families() -> tuple[Family, ...]:
 
 
 def find(model: PreTrainedModel) -> Parts:
-    """The parts of `model`. Raises Unsupported for a model of no known family."""
+    """The parts of `model`. One of no known family is recognised by its modules and proved on a tiny twin, which takes
+    seconds, once for each config. Raises Unsupported, with what is amiss, where that fails.
+    """
+    family = family_of(model)
+    return generic.parts(model) if family is None else family.parts(model)
+
+
+def family_of(model: PreTrainedModel) -> Family | None:
+    """The family whose file knows models of this type, None where none does.
+
+    Raises Unsupported for a model of a known family without its head.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     for family in families():
         if model_type in family.model_types:
             if not isinstance(model, GenerationMixin):
                 raise Unsupported(f"{type(model).__name__} cannot generate; give the complete model with its head")
-            return family.parts(model)
-    known = ", ".join(sorted(t for family in families() for t in family.model_types))
-    raise Unsupported(
-        f"no family file for models of type '{model_type}' ({type(model).__name__}); this version runs: {known}. "
-        "A family is one short file in prunekit/families/."
-    )
+            return family
+    return None
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """The numbers of `model` (which may live on the meta device) that pipelines are checked and costed against."""
-    return find(model).shape()
+    """The numbers of `model` (which may live on the meta device) that pipelines are checked and costed against.
+
+    Of a model of no known family as it looks, without a proof.
+    """
+    family = family_of(model)
+    return (generic.recognise(model) if family is None else family.parts(model)).shape()

@@ -44,7 +44,7 @@ class Recipe:
     shared_id: bool = False
 
 
-def _video_frames(kind: str, picture: Mapping[str, Tensor]) -> int:
+def video_frames(kind: str, picture: Mapping[str, Tensor]) -> int:
     """Frames of a video stand apart."""
     return int(picture["video_grid_thw"][0, 0]) if kind == "video" else 1
 
@@ -62,7 +62,7 @@ def _tiles(kind: str, picture: Mapping[str, Tensor]) -> int:
 FENCED = ((BEGIN,), (END,))
 M_ROPE = {"mm_token_type_ids": (0, 1, 2)}
 QWEN2 = Recipe(draw.patches, draw.video_patches, FENCED, types=M_ROPE)
-STAMPED = replace(QWEN2, runs=_video_frames, stamped=True)
+STAMPED = replace(QWEN2, runs=video_frames, stamped=True)
 GLM = replace(STAMPED, shared_id=True)
 IDEFICS = Recipe(draw.masked_tiles, None, FENCED, _tiles, stamped=True, stacked=True)
 RECIPES: dict[str, Recipe] = {
@@ -137,19 +137,25 @@ def tiny_from_config(config: Any, attention: str = "sdpa", dtype: torch.dtype = 
 
 
 def tiny_batch(
-    model: Any, rows: Sequence[Row] = ROWS, seed: int = 0, text: Sequence[int] | int | None = None
+    model: Any,
+    rows: Sequence[Row] = ROWS,
+    seed: int = 0,
+    text: Sequence[int] | int | None = None,
+    recipe: Recipe | None = None,
 ) -> TinyBatch:
     """A left-padded prompt batch for a model of `tiny_model`, with what `generate` needs besides ids.
 
     rows: for each row its pictures in order, `image` or `video`; an empty row is text alone. text: words of each row,
     one number for all, or None for 9, 12, 15 ...; they stand before, between and after the pictures. Row b depends on
     `seed`, b, `rows[b]` and its number of words alone; `row_of` cuts it out. Floats have the model's dtype.
-    The number of visual tokens of a picture is asked of the model itself.
+    The number of visual tokens of a picture is asked of the model itself. recipe: how prompts are made; None takes that
+    of the model's family. Raises KeyError for an unknown family without one.
     """
+    recipe = recipe or RECIPES[model.config.model_type]
     words = [9 + 3 * b for b in range(len(rows))] if text is None else text
     lengths = [words] * len(rows) if isinstance(words, int) else list(words)
     made = [
-        _row(model, row, length, torch.Generator().manual_seed(1000 * seed + b))
+        _row(model, recipe, row, length, torch.Generator().manual_seed(1000 * seed + b))
         for b, (row, length) in enumerate(zip(rows, lengths, strict=True))
     ]
     ids, sorts = [one.ids for one in made], [one.kinds for one in made]
@@ -157,7 +163,6 @@ def tiny_batch(
     batch = TinyBatch()
     batch["input_ids"] = torch.stack([_left(prompt, longest, PAD) for prompt in ids])
     batch["attention_mask"] = torch.stack([_left(torch.ones_like(prompt), longest, 0) for prompt in ids])
-    recipe = RECIPES[model.config.model_type]
     for name, values in recipe.types.items():
         batch[name] = torch.stack([_left(torch.tensor(values)[kinds], longest, 0) for kinds in sorts])
     batch.pictures, batch.shares = tuple(map(len, rows)), {}
@@ -202,9 +207,8 @@ class _Prompt:
     tensors: dict[str, Tensor]
 
 
-def _row(model: Any, row: Row, words: int, generator: Generator) -> _Prompt:
+def _row(model: Any, recipe: Recipe, row: Row, words: int, generator: Generator) -> _Prompt:
     """One prompt: the words between its pictures."""
-    recipe = RECIPES[model.config.model_type]
     makers = {"image": recipe.image, "video": recipe.video or recipe.image}
     pictures = [makers[kind](model.config, generator) for kind in row]
     tensors = _gather(model, recipe, pictures)

@@ -1,0 +1,195 @@
+"""A tiny twin of any LVLM: the same classes, the same geometry of pictures, two heads, six layers, 120 words.
+
+Widths shrink; sizes of pictures and patches stay, because configs count their tokens in many ways, and so does the
+depth of a tower whose blocks a config names.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.errors import Unsupported
+from prunekit.testing import tiny_pictures as draw
+from prunekit.testing.tiny_configs import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW
+from prunekit.testing.tiny_families import RECIPES, Recipe, tiny_batch, tiny_from_config, video_frames
+
+LAYERS = 6
+HEADS = ("num_attention_heads", "num_heads")
+EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+# Numbers that only make a decoder with experts smaller.
+LIMITS = {
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1,
+    "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": WINDOW,
+} | dict.fromkeys(EXPERTS, 4)  # fmt: skip
+TOKENS = {
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+}
+
+
+def twin_of(config: Any, attention: str = "sdpa") -> Any:
+    """A small model with random weights from a shrunken copy of `config`, in float64.
+
+    Raises Unsupported when no such model can be made, with the reason.
+    """
+    try:
+        return tiny_from_config(shrunken(config), attention)
+    except Exception as error:  # configs of unknown models fail in any way
+        reason = str(error).partition("\n")[0]
+        raise Unsupported(
+            f"no tiny twin of {type(config).__name__} can be made, so that nothing can be proved about it: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+
+
+def shrunken(config: Any) -> Any:
+    """A copy of an LVLM's config with small numbers that still fit each other."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    wide = {_shrink_text(text)[0]: text.hidden_size}
+    vision = getattr(small, "vision_config", None)
+    if vision is not None and any(hasattr(vision, name) for name in HEADS):
+        _shrink_vision(small, vision, wide)
+    for name, value in list(vars(small).items()):
+        if isinstance(value, int) and ("intermediate" in name or (value in wide and _is_width(name))):
+            setattr(small, name, wide.get(value, 64))
+    for part in {id(small): small, id(text): text}.values():
+        part.tie_word_embeddings = False
+        _rename_tokens(part)
+    for name in ("quantization_config", "dtype"):
+        if getattr(small, name, None) is not None:
+            delattr(small, name) if name == "quantization_config" else setattr(small, name, None)
+    return small
+
+
+def _shrink_text(text: Any) -> tuple[int, int]:
+    """Two heads of their own size; returns the width before and after."""
+    before = text.hidden_size
+    size = getattr(text, "head_dim", None) or before // text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    text.num_key_value_heads = 2 if keys == text.num_attention_heads else 1
+    text.num_attention_heads, text.hidden_size = 2, 2 * size
+    text.intermediate_size, text.vocab_size = 2 * text.hidden_size, VOCABULARY
+    layers = text.num_hidden_layers
+    text.num_hidden_layers = min(layers, LAYERS)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == layers:
+            setattr(text, name, value[: text.num_hidden_layers])
+        elif name in LIMITS and isinstance(value, int) and not isinstance(value, bool):
+            setattr(text, name, min(value, LIMITS[name]))
+    return before, text.hidden_size
+
+
+def _shrink_vision(small: Any, vision: Any, wide: Mapping[int, int]) -> None:
+    """Two heads of 32, and what feeds the decoder as wide as it is now."""
+    width = "embed_dim" if hasattr(vision, "embed_dim") else "hidden_size"
+    setattr(vision, next(name for name in HEADS if hasattr(vision, name)), 2)
+    for name, value in list(vars(vision).items()):
+        if name != width and isinstance(value, int) and value in wide and _is_width(name):
+            setattr(vision, name, wide[value])
+    setattr(vision, width, 64)
+    smaller = {"intermediate_size": 96, "head_dim": 32}
+    if not _named_layers(small, vision):
+        smaller |= dict.fromkeys(("num_hidden_layers", "depth"), 4)
+    for name, value in smaller.items():
+        if getattr(vision, name, None) is not None:
+            setattr(vision, name, value)
+
+
+def _named_layers(small: Any, vision: Any) -> bool:
+    """Whether configs name blocks of the tower that a tower of four blocks would not have."""
+    chosen = getattr(small, "vision_feature_layer", -1)
+    lists = [name for name, value in vars(vision).items() if isinstance(value, (list, tuple)) and "index" in name]
+    return bool(lists) or not isinstance(chosen, int) or not -4 <= chosen <= 4
+
+
+def _is_width(name: str) -> bool:
+    return "hidden" in name or "dim" in name
+
+
+def _rename_tokens(config: Any) -> None:
+    """Ids below the first word, so that the small vocabulary holds them and none is generated."""
+    later = iter(range(VIDEO + 1, END + 1))
+    for name, value in list(vars(config).items()):
+        known = name.replace("_token_index", "_token_id")
+        if known in TOKENS and value is not None:
+            setattr(config, name, TOKENS[known])
+        elif known.endswith("token_id") and isinstance(value, int):
+            setattr(config, name, next(later, END))
+        elif known.endswith("token_ids") and isinstance(value, (list, tuple)):
+            setattr(config, name, [END + 1 + n % 3 for n in range(len(value))])
+
+
+def recipe_for(model: Any) -> Recipe:
+    """How prompts for `model` are made: of its own family, or the first guess that it runs on.
+
+    Guesses follow what its encoders and its forward take. Raises Unsupported when it runs on none of them.
+    """
+    known = RECIPES.get(model.config.model_type)
+    if known is not None:
+        return known
+    errors = []
+    for recipe in _guesses(model):
+        try:
+            with torch.no_grad():
+                model(**tiny_batch(model, rows_of(recipe), recipe=recipe))
+        except Exception as error:  # a model that is given something else fails in any way
+            video = f" and {recipe.video.__name__}" if recipe.video else ""
+            errors.append(f"{recipe.image.__name__}{video}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        else:
+            return recipe
+    raise Unsupported(f"{type(model).__name__} runs on none of the inputs that prunekit can make ({'; '.join(errors)})")
+
+
+def rows_of(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
+    """Two rows with all that a recipe's prompts may hold."""
+    if recipe.shared_id:
+        return ("video",), ("video", "video")
+    return (("image", "image"), ("video",)) if recipe.video else (("image",), ("image", "image"))
+
+
+def _guesses(model: Any) -> Iterator[Recipe]:
+    image = _arguments(model, "get_image_features")
+    video = _arguments(model, "get_video_features")
+    forward = inspect.signature(type(model).forward).parameters
+    known = {"mm_token_type_ids": (0, 1, 2), "token_type_ids": (0, 1, 0)}
+    types = {name: values for name, values in known.items() if name in forward}
+    for one, stacked in _draws(image):
+        recipe = Recipe(one, types=types, stacked=stacked, around=((BEGIN,), (END,)))
+        if not video:
+            yield recipe
+            yield replace(recipe, runs=_tiles)
+        else:
+            moving = replace(recipe, video=draw.video_patches if "video_grid_thw" in video else draw.frames)
+            yield moving
+            yield replace(moving, runs=video_frames, stamped=True)
+
+
+def _tiles(kind: str, picture: Mapping[str, Tensor]) -> int:
+    return len(picture["pixel_values"])
+
+
+def _arguments(model: Any, method: str) -> Mapping[str, Any]:
+    found = getattr(model.model, method, None)
+    return inspect.signature(found).parameters if found else {}
+
+
+def _draws(arguments: Mapping[str, Any]) -> list[tuple[draw.Draw, bool]]:
+    """Kinds of pictures that an encoder with these arguments may take, and whether a row's pictures are stacked."""
+    if "image_grid_thw" in arguments:
+        return [(draw.patches, False)]
+    if "pixel_attention_mask" in arguments:
+        return [(draw.masked_tiles, True)]
+    if "image_sizes" in arguments:
+        return [(draw.anyres, False), (draw.any_size, False), (draw.square, False)]
+    return [(draw.square, False), (draw.square, True)]
