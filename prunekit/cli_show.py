@@ -144,64 +144,72 @@ def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
+    from prunekit.forecast import forecast
+    from prunekit.report import plan_data
+
     shape = bound.shape
     data: dict[str, Any] = {
         "family": shape.family,
         "layers": shape.layers,
         "visual_tokens": shape.visual_tokens,
-        "sites": [_cut_data(cut) for cut in bound.cuts],
-        "actions": {str(layer): action.value for layer, action in bound.plan},
+        "positions": bound.pipeline.positions,
+        "cuts": [_cut_data(cut) for cut in bound.cuts],
+        "routers": [_router_data(router, bound) for router in bound.routers],
+        "plan": plan_data(bound.plan),
     }
-    tokens = expected_tokens(bound, text_tokens)
-    if tokens:
-        from prunekit import cost
-
-        dense = cost.prefill_flops(shape, [(shape.visual_tokens or 0) + text_tokens] * shape.layers)
+    if (found := forecast(bound, text_tokens)) is not None:
         data["text_tokens"] = text_tokens
-        data["layer_tokens"] = list(tokens)
-        data["kv_tokens"] = list(cost.kv_tokens(tokens, bound.plan))
-        data["prefill_flops_fraction"] = cost.prefill_flops(shape, tokens, bound.plan) / dense
-        data["kv_fraction"] = sum(data["kv_tokens"]) / ((shape.visual_tokens or 0) + text_tokens) / shape.layers
+        data["layer_tokens"], data["mlp_tokens"] = list(found.layer_tokens), list(found.mlp_tokens)
+        data["kv_tokens"] = list(found.kv_tokens)
+        data["prefill_flops_fraction"], data["kv_fraction"] = list(found.flops), list(found.kv)
     return data
 
 
 def _cut_data(cut: Cut) -> dict[str, Any]:
-    return {"stage": cut.stage.label, "site": str(cut.site), "keep": None if cut.keep is None else str(cut.keep)}
+    keep = None if cut.keep is None else str(cut.keep)
+    return {"stage": cut.stage.label, "site": str(cut.site), "keep": keep, "drops_all": cut.drops_all}
 
 
-def expected_tokens(bound: BoundPipeline, text_tokens: int) -> tuple[int, ...] | None:
-    """Tokens that enter each layer for one image and so many text tokens; None where that depends on the picture.
-
-    A stage that merges may leave fewer than its budget; this is the budget.
-    """
-    original = bound.shape.visual_tokens
-    if original is None:
-        return None
-    tokens, left = [], original
-    cuts = list(bound.cuts)
-    for layer in range(bound.shape.layers):
-        while cuts and cuts[0].first_layer <= layer:
-            cut = cuts.pop(0)
-            if cut.drops_all:
-                left = 0
-            elif cut.keep:
-                left = cut.keep.count(original, left)
-        tokens.append(left + text_tokens)
-    return tuple(tokens)
+def _router_data(router: Stage, bound: BoundPipeline) -> dict[str, Any]:
+    decides = router.decides_layers
+    return {
+        "stage": router.label,
+        "decides_layers": decides,
+        "keep_layers": bound.layer_budget if decides else None,
+        "protected": sorted(bound.protected) if decides else [],
+    }
 
 
 def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
+    from prunekit.report import plan_lines
+
     data = _bound_data(bound, text_tokens)
     visual = data["visual_tokens"] or "picture-dependent"
     print(f"\non {model} ({data['family']}, {data['layers']} layers, {visual} visual tokens an image)")
-    for row in data["sites"]:
-        print(f"  {row['stage']}: at {row['site']}")
-    for layer, action in data["actions"].items():
-        print(f"  layer {layer}: {action}")
+    for cut in data["cuts"]:
+        what = "drops all" if cut["drops_all"] else f"keeps {cut['keep'] or 'what it decides'}"
+        print(f"  {cut['stage']}: at {cut['site']}, {what}")
+    for router in (router for router in data["routers"] if router["decides_layers"]):
+        print(f"  {router['stage']}: {_routed(router, data['layers'])}")
+    for line in plan_lines(bound.plan):
+        print(line)
+    print(f"  positions: {'renumbered without gaps' if data['positions'] == 'renumber' else 'kept'}")
     if "layer_tokens" in data:
         print(f"  tokens entering each layer, for one image and {text_tokens} text tokens:")
         print(f"    {' '.join(map(str, data['layer_tokens']))}")
-        print(f"  prefill FLOPs {data['prefill_flops_fraction']:.1%} of dense, KV {data['kv_fraction']:.1%} of dense")
+        flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
+        print(f"  prefill FLOPs {flops} of dense, KV {kv} of dense")
+
+
+def _routed(router: dict[str, Any], layers: int) -> str:
+    count, protected = router["keep_layers"], ", ".join(map(str, router["protected"]))
+    text = "decides which layers run" if count is None else f"{count} of {layers} layers run for each sample"
+    return text + (f"; always {protected}" if protected else "")
+
+
+def _percent(bounds: list[float]) -> str:
+    low, high = (f"{bound:.1%}" for bound in bounds)
+    return low if low == high else f"{low} to {high}"
 
 
 def _doc(stage: Stage) -> str:

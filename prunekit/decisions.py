@@ -115,11 +115,13 @@ class Route:
         ignored. The stage's `keep` or `keep_tokens` cuts by them at its site. None: nothing is said about tokens.
     layers: float (B, N), higher is more important; the stage's `keep_layers` keeps the best. None: nothing is said.
     plans: one plan for each sample, in place of `layers`, when the router decides about layers all by itself.
+    note: what a reader of the results should know; goes to the notes of the run's report.
     """
 
     tokens: Tensor | None = None
     layers: Tensor | None = None
     plans: Sequence[LayerPlan] | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
         data = asdict(self)
-        data["plans"] = [_plan_data(plan) for plan in self.plans]
+        data["plans"] = [plan_data(plan) for plan in self.plans]
         data["cost"] |= {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
         return data
 
@@ -70,7 +70,7 @@ class RunReport:
         for plan in _distinct(self.plans):
             several = any(other != plan for other in self.plans)
             who = [row for row, other in enumerate(self.plans) if other == plan]
-            lines += [line + f" (samples {_listed(who)})" * several for line in _plan_lines(plan)]
+            lines += [line + f" (samples {_listed(who)})" * several for line in plan_lines(plan)]
         lines.append(
             f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
         )
@@ -126,7 +126,7 @@ def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEv
     )
 
 
-def _plan_data(plan: LayerPlan) -> dict[str, Any]:
+def plan_data(plan: LayerPlan) -> dict[str, Any]:
     """A plan as plain data: actions by layer, `decode` only where it is said."""
     phases = {"prefill": plan.actions} | ({} if plan.decode is None else {"decode": plan.decode})
     return {
@@ -135,7 +135,7 @@ def _plan_data(plan: LayerPlan) -> dict[str, Any]:
     }
 
 
-def _plan_lines(plan: LayerPlan) -> list[str]:
+def plan_lines(plan: LayerPlan) -> list[str]:
     """`skip: layers 4, 5`; what only one phase does says which."""
     found: dict[str, list[int]] = {}
     for layer in sorted(plan.layers):

@@ -65,8 +65,8 @@ class Stage:
 
     @property
     def decides_layers(self) -> bool:
-        """It is a router that decides which decoder layers run."""
-        return traits.routes_layers(type(self.strategy))
+        """It is a router that decides which decoder layers run; with a budget of tokens alone it does not."""
+        return traits.routes_layers(type(self.strategy)) and (self.keep_layers is not None or not self.keeps)
 
     @property
     def cuts_tokens(self) -> bool:
@@ -140,11 +140,6 @@ class Cut:
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return self.stage.drops_all
-
-    @property
-    def first_layer(self) -> int:
-        """The first decoder layer that the dropped tokens do not enter; beyond all at `prefill_end`."""
-        return max(self.site.depth, 0) + (self.site.in_decoder and self.site.point == "mid")
 
     @property
     def label(self) -> str:

@@ -12,19 +12,24 @@ ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "
 
 @dataclass(frozen=True)
 class SkipLayers:
-    """Leave out decoder layers, in prefill and decoding.
+    """Leave out decoder layers.
 
-    layers: their numbers, from 0. what: the whole layer, or only its attention or its MLP.
+    layers: their numbers, from 0. what: the whole layer, or only its attention or its MLP. phase: when.
+    fill_kv: whole layers still write the keys and values of their input, for the phase that runs them.
     """
 
     layers: tuple[int, ...]
     what: Literal["layer", "attention", "mlp"] = "layer"
+    phase: Literal["both", "prefill", "decode"] = "both"
+    fill_kv: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("layers: name at least one layer")
         if min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
             raise ValueError("layers: layer numbers are counted from 0 and named once")
+        if self.fill_kv and (self.what != "layer" or self.phase == "both"):
+            raise ValueError("fill_kv: is for whole layers (`what: layer`) that one `phase` alone leaves out")
 
     @hookimpl
     def plan_layers(self, shape: ModelShape) -> LayerPlan:
@@ -32,4 +37,7 @@ class SkipLayers:
         beyond = [layer for layer in self.layers if layer >= shape.layers]
         if beyond:
             raise ValueError(f"layers: the model has layers 0 to {shape.layers - 1}, not {beyond}")
-        return LayerPlan(dict.fromkeys(self.layers, ACTIONS[self.what]))
+        plan = dict.fromkeys(self.layers, LayerAction.FILL_KV if self.fill_kv else ACTIONS[self.what])
+        if self.phase == "both":
+            return LayerPlan(plan)
+        return LayerPlan(plan, {}) if self.phase == "prefill" else LayerPlan({}, plan)

@@ -421,6 +421,10 @@ ROUTERS: dict[str, tuple[str, list[str]]] = {
         two("use: router, keep_layers: 8", "use: planner"),
         ["3:11: use: stages[0] router already decides which layers run (let one router decide about layers)"],
     ),
+    "two with budgets of layers": (
+        two("use: router, keep: 0.5, keep_layers: 8", "use: layerrouter, keep_layers: 4"),
+        ["3:11: use: stages[0] router already decides which layers run"],
+    ),
     "more than is left": (
         two("use: score, keep: 0.25", "use: tokenrouter, at: 2, keep: 0.5"),
         ["3:37: keep: asks for 0.5 of original, but stages[0] score leaves only 0.25 of original"],
@@ -531,6 +535,10 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
         two("use: score, keep: 0.5", "use: router, keep_tokens: 9, keep_layers: 8"),
         [("encoder", "0.5 of original"), ("encoder", "9 tokens")],
     ),
+    "two routers, one of tokens and one of layers": (
+        two("use: router, keep: 0.5", "use: router, keep_layers: 8"),
+        [("encoder", "0.5 of original")],
+    ),
     "a router of layers cuts nothing": (one("use: router, keep_layers: 0.75"), []),
     "one that decides by itself": (one("use: planner"), []),
     "inside a layer of attention alone": (
@@ -555,7 +563,7 @@ def test_cuts_know_their_number_and_their_layer(registry: Registry) -> None:
         SHAPE
     )
     assert [cut.number for cut in bound.cuts] == [0, 1, 2, 3, 4]
-    assert [cut.first_layer for cut in bound.cuts] == [0, 2, 3, 3, 5]
+    assert [cut.site.reach for cut in bound.cuts] == [0, 2, 3, 3, 5]
     assert len({id(cut.stage) for cut in bound.cuts}) == 1
     assert bound.cuts[2].label == "stages[0] score at '2.mid'"
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from tiny_checkpoint import picture, save
 
-from prunekit import cli, cli_list, cli_run, cli_show, hookimpl, loading, pipeline, plugins
+from prunekit import cli, cli_list, cli_run, hookimpl, loading, pipeline, plugins
 from prunekit.decisions import ModelShape
 from prunekit.errors import PrunekitWarning
 
@@ -108,7 +108,9 @@ class TestShow:
         (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
         out = run(capsys, "show", PIPELINES / "compose.yaml", "--model", tmp_path, "--text-tokens", 10)
         assert f"on {tmp_path} (llava, 10 layers, 16 visual tokens an image)" in out
-        assert "stages[0] divprune: at encoder" in out and "stages[1] fastv: at 4" in out and "layer 7: skip" in out
+        assert "stages[0] divprune: at encoder, keeps 0.5 of original\n" in out
+        assert "stages[1] fastv: at 4, keeps 0.125 of original\n" in out
+        assert "  skip: layers 7\n  positions: kept\n" in out
         assert "    18 18 18 18 12 12 12 12 12 12\n" in out
 
     def test_json(self, capsys: pytest.CaptureFixture[str], model: Path) -> None:
@@ -118,21 +120,12 @@ class TestShow:
         assert data["stages"][0]["keep"] == 0.25 and data["stages"][2]["layers"] == [7]
         assert data["model"]["layer_tokens"] == [14] * 4 + [12] * 6
         assert data["model"]["kv_tokens"] == [14] * 4 + [12] * 3 + [0] + [12] * 2
-        assert data["model"]["actions"] == {"7": "skip"}
-        assert 0 < data["model"]["prefill_flops_fraction"] < 14 / 26
-        assert data["model"]["kv_fraction"] == pytest.approx((14 * 4 + 12 * 5) / 260)
+        assert data["model"]["plan"] == {"prefill": {"7": "skip"}}
+        assert [cut["site"] for cut in data["model"]["cuts"]] == ["encoder", "4"] and data["model"]["routers"] == []
+        low, high = data["model"]["prefill_flops_fraction"]
+        assert 0 < low == high < 14 / 26
+        assert data["model"]["kv_fraction"] == pytest.approx([(14 * 4 + 12 * 5) / 260] * 2)
         assert "model" not in json.loads(run(capsys, *arguments))
-
-    def test_expected_tokens(self) -> None:
-        shape = ModelShape("stub", 4, 8, 2, 4, 1, 1, 16, 10)
-        stages: list[Any] = [
-            {"use": "random", "keep": 0.5},
-            {"use": "fastv", "at": 2, "keep": 0.5, "keep_of": "current"},
-        ]
-        bound = pipeline.build({"stages": [*stages, {"use": "vtw", "at": 3}]}).bind(shape)
-        assert cli_show.expected_tokens(bound, 7) == (12, 12, 10, 7)
-        open_shape = ModelShape("stub", 4, 8, 2, 4, 1, 1, 16, None)
-        assert cli_show.expected_tokens(pipeline.build({"stages": stages}).bind(open_shape), 7) is None
 
     def test_a_picture_dependent_model_shows_no_tokens(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -172,8 +165,8 @@ class TestRun:
         assert data["report"]["prompt_tokens"] == [20]
         assert data["report"]["layer_tokens"] == [shown["model"]["layer_tokens"]]
         assert data["report"]["kv_tokens"] == [shown["model"]["kv_tokens"]]
-        assert data["report"]["cost"]["flops_fraction"] == pytest.approx(shown["model"]["prefill_flops_fraction"])
-        assert data["report"]["cost"]["kv_fraction"] == pytest.approx(shown["model"]["kv_fraction"])
+        assert data["report"]["cost"]["flops_fraction"] == pytest.approx(shown["model"]["prefill_flops_fraction"][0])
+        assert data["report"]["cost"]["kv_fraction"] == pytest.approx(shown["model"]["kv_fraction"][0])
         out = run(capsys, *arguments, "--image", image)
         assert out.startswith(data["answer"] + "\n\npipeline compose (") and "visual tokens 16 -> 8" in out
         compared = run(capsys, *arguments, "--image", image, "--compare-dense")

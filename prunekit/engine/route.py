@@ -27,13 +27,20 @@ def route(stage: Stage, session: Session, embeds: Tensor) -> tuple[Tensor | None
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
         answer = _ask(stage, session, embeds)
     rows, layers = len(session.lengths), session.bound.shape.layers
+    if answer.note is not None:
+        session.notes.append(f"{stage.label}: {answer.note}")
     if answer.tokens is not None:
         checked(stage, "route (tokens)", answer.tokens, session.prompt.ids.shape)
     if answer.plans is not None:
+        if not stage.decides_layers:
+            raise PluginError(
+                f"{stage.label}: route returned plans of layers, but the stage has a budget of tokens alone "
+                "(add `keep_layers`, or let the class decide by itself with takes_keep = False)"
+            )
         if len(answer.plans) != rows:
             raise PluginError(f"{stage.label}: route gave {len(answer.plans)} plans for {rows} samples")
         own = tuple(answer.plans)
-    elif answer.layers is not None:
+    elif answer.layers is not None and stage.decides_layers:
         own = _plans(stage, session, checked(stage, "route (layers)", answer.layers, (rows, layers)))
     else:
         return answer.tokens, session.plans
@@ -99,7 +106,8 @@ def _together(answers: list[Route], there: Tensor) -> Route:
     chosen = [answer.plans for answer in answers if answer.plans is not None]
     if len(chosen) == len(answers):
         plans = tuple(plan for one in chosen for plan in one)
-    return Route(tokens, layers, plans)
+    notes = dict.fromkeys(answer.note for answer in answers if answer.note is not None)
+    return Route(tokens, layers, plans, "; ".join(notes) or None)
 
 
 def _plans(stage: Stage, session: Session, scores: Tensor) -> tuple[LayerPlan, ...]:

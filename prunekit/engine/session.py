@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline import BoundPipeline, Pipeline
 from prunekit.report import RunReport, StageEvent, summarise
-from prunekit.sites import PREFILL_END, Site
-from prunekit.stage import Cut
+from prunekit.sites import ENCODER, PREFILL_END, Site
+from prunekit.stage import Cut, Stage
 
 NO_IMAGE = "no visual tokens in this batch: token stages had nothing to do, all tokens ran"
 
@@ -99,21 +99,25 @@ class Session:
         """What happens before layer `number`, on physical hidden states (B, K, H); returns what is left of them."""
         if number == 0:
             hidden = self._leave_tower(hidden)
-            hidden = self._cuts(lambda site: site.place == "encoder", hidden, here)
+            hidden = self._cuts(lambda cut: cut.site == ENCODER and not cut.stage.is_router, hidden, here)
             for router in self.bound.routers:
-                embeds = hidden if self.layout is None else self.layout.expand(hidden)
-                self.scores[router.index], self.plans = route(router, self, embeds)
-        hidden = self._cuts(lambda site: site == Site(number), hidden, here)
+                hidden = self._route(router, hidden, here)
+        hidden = self._cuts(lambda cut: cut.site == Site(number), hidden, here)
         self.layer_tokens.append(self.lengths)
         self.layer_visual.append(self.counts)
         return hidden
+
+    def _route(self, router: Stage, hidden: Tensor, here: Here) -> Tensor:
+        embeds = hidden if self.layout is None else self.layout.expand(hidden)
+        self.scores[router.index], self.plans = route(router, self, embeds)
+        return self._cuts(lambda cut: cut.site == ENCODER and cut.stage is router, hidden, here)
 
     def leave(self, number: int, hidden: Tensor, here: Here) -> Tensor:
         """What happens after layer `number`; as `enter`."""
         feeds = (plan[number].feeds_mlp for plan in self.plans)
         frozen = (plan[number] is LayerAction.FREEZE for plan in self.plans)
         self.mlp_tokens.append(tuple(map(_fed, self.lengths, self.counts, feeds, frozen)))
-        return self._cuts(lambda site: site == Site(number, "layer", "after"), hidden, here)
+        return self._cuts(lambda cut: cut.site == Site(number, "layer", "after"), hidden, here)
 
     def _leave_tower(self, hidden: Tensor) -> Tensor:
         """What was dropped inside the vision tower leaves at the decoder's door."""
@@ -132,7 +136,7 @@ class Session:
 
     def end(self, hidden: Tensor, here: Here, cache: Cache | None) -> None:
         """What happens after the prefill: nothing to the states, but the KV cache loses what was cropped."""
-        self._cuts(lambda site: site == PREFILL_END, hidden, here)
+        self._cuts(lambda cut: cut.site == PREFILL_END, hidden, here)
         self.inputs.finish()
         # What stages remembered was for this prefill; the session lives on with the cache.
         self.states.clear()
@@ -152,15 +156,16 @@ class Session:
             if rows is not None:
                 ids, cropped = ids[rows], cropped[rows]
             layout = store.layout or Layout.full(ids)
-            keep = layout.present & ~layout.gather(cropped)
+            real = self.prompt.real if rows is None else self.prompt.real[rows]
+            keep = layout.gather(real) & layout.present & ~layout.gather(cropped)
             lengths = keep.sum(1).tolist()
             narrowed, slots = layout.narrow(keep, lengths)
             known[key] = narrowed.with_shift(layout.shift), slots
         store.narrow(*known[key])
 
-    def _cuts(self, where: Any, hidden: Tensor, here: Here) -> Tensor:
+    def _cuts(self, now: Callable[[Cut], bool], hidden: Tensor, here: Here) -> Tensor:
         for cut in self.bound.cuts:
-            if where(cut.site) and any(self.counts):
+            if now(cut) and any(self.counts):
                 hidden, slots = self.cut(cut, hidden, here)
                 if slots is not None:
                     hidden = take(hidden, slots, 1)

@@ -11,7 +11,11 @@ from prunekit import Selection, Sites, hookimpl, plugins
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
 
 # What a strategy needs beside its name; one that is missing here and cannot be built without options fails by name.
-OPTIONS = {"skip_layers": {"layers": [1, 4]}}
+OPTIONS = {
+    "skip_layers": {"layers": [1, 4]},
+    "freeze_layers": {"layers": [1, 4]},
+    "par": {"weights": None, "seed": 0, "width": 32},
+}
 AT_MOST = {"pool"}
 NAMES = [entry.name for entry in plugins.registry().strategies()]
 

@@ -1,0 +1,32 @@
+"""ShortV (https://arxiv.org/abs/2504.00502): in layers that hardly change visual tokens, the visual tokens stand still.
+
+They are neither queries nor go through the MLP there; the other tokens attend to them as ever. Which layers: the paper
+orders them by how little freezing them changes the output; this strategy takes the list.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl
+
+
+@dataclass(frozen=True)
+class FreezeLayers:
+    """Let visual tokens pass decoder layers unchanged at prefill. layers: their numbers, from 0."""
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("layers: name at least one layer")
+        if min(self.layers) < 0 or len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers: layer numbers are counted from 0 and named once")
+
+    @hookimpl
+    def plan_layers(self, shape: ModelShape) -> LayerPlan:
+        """The same plan for every sample."""
+        beyond = [layer for layer in self.layers if layer >= shape.layers]
+        if beyond:
+            raise ValueError(f"layers: the model has layers 0 to {shape.layers - 1}, not {beyond}")
+        return LayerPlan(dict.fromkeys(self.layers, LayerAction.FREEZE))

@@ -1,0 +1,137 @@
+"""What `prunekit show` promises is what a run then reports, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import prunekit
+from prunekit import LayerAction, LayerPlan, Route, Sites, families, hookimpl, pipeline, plugins
+from prunekit.forecast import forecast
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
+
+INPUTS = tiny_inputs(images=(1,), text=(10,))
+TEXT = INPUTS["input_ids"].shape[1] - 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Early:
+    """Keeps the first tokens, anywhere."""
+
+    sites = Sites(end=True)
+
+    @hookimpl
+    def score_tokens(self, valid: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(valid.shape[1]).expand(valid.shape).float()
+
+
+@dataclasses.dataclass(frozen=True)
+class Late:
+    """Routes: prefers late tokens and early layers."""
+
+    @hookimpl
+    def route(self, embeds: torch.Tensor, shape: prunekit.ModelShape) -> Route:
+        rows, length, _ = embeds.shape
+        layers = -torch.arange(shape.layers).expand(rows, -1).float()
+        return Route(torch.arange(length).expand(rows, -1).float(), layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Plans by itself: leaves out layer 1."""
+
+    takes_keep = False
+
+    @hookimpl
+    def route(self, embeds: torch.Tensor) -> Route:
+        return Route(plans=[LayerPlan({1: LayerAction.SKIP})] * len(embeds))
+
+
+class Plugin:
+    @hookimpl
+    def prunekit_register(self, registry: Any) -> None:
+        for cls in (Early, Late, Whole):
+            registry.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    plugins.register(Plugin(), "forecast")
+    yield
+    plugins.unregister("forecast")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_llava()
+
+
+EXACT: dict[str, list[dict[str, Any]]] = {
+    "dense": [{"use": "dense"}],
+    "before, inside and after a layer": [
+        {"use": "early", "at": ["encoder", "1.mid", "2.after", 4], "keep": [0.8, 0.6, 0.4, 0.2]},
+    ],
+    "two cuts inside a layer": [
+        {"use": "early", "at": "2.mid", "keep": 0.5}, {"use": "stride", "at": "2.mid", "keep": 0.25},
+    ],
+    "of what is left": [{"use": "early", "at": [1, 2], "keep": 0.5, "keep_of": "current"}],
+    "everything": [{"use": "fastv", "keep_tokens": 7}, {"use": "vtw", "at": 4}],
+    "after the prefill": [{"use": "early", "at": [2, "prefill_end"], "keep": [0.5, 0.25]}],
+    "layers left out": [{"use": "early", "keep": 0.5}, {"use": "skip_layers", "layers": [1, 4]}],
+    "parts of layers": [
+        {"use": "skip_layers", "layers": [1], "what": "mlp"},
+        {"use": "skip_layers", "layers": [3], "what": "attention"},
+    ],
+    "one phase": [
+        {"use": "skip_layers", "layers": [1], "phase": "prefill", "fill_kv": True},
+        {"use": "skip_layers", "layers": [3], "phase": "decode"},
+    ],
+    "frozen": [{"use": "freeze_layers", "layers": [1, 2]}, {"use": "early", "at": 2, "keep": 0.5}],
+    "tokens of a router": [{"use": "stride", "keep": 0.5}, {"use": "late", "at": [2, 4], "keep": [0.25, 0.125]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_promised_and_reported(model: Any, name: str) -> None:
+    built = pipeline.build({"stages": EXACT[name]})
+    found = forecast(built.bind(families.find(model).shape()), TEXT)
+    with prunekit.apply(model, built) as run:
+        model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
+    report = run.report
+    assert found is not None and report is not None
+    assert found.layer_tokens == report.layer_tokens[0]
+    assert found.mlp_tokens == report.mlp_tokens[0]
+    assert found.kv_tokens == report.kv_tokens[0]
+    assert found.flops == pytest.approx((report.cost.flops_fraction,) * 2)
+    assert found.kv == pytest.approx((report.cost.kv_fraction,) * 2)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"use": "late", "keep_layers": 4}],
+        [{"use": "late", "keep_layers": 0.5, "keep": 0.25, "at": 2}],
+        [{"use": "late", "keep_layers": 3}, {"use": "fastv", "at": 4, "keep": 0.25}],
+        [{"use": "skip_layers", "layers": [2]}, {"use": "late", "keep_layers": 4, "keep": 0.5}],
+        [{"use": "whole"}, {"use": "early", "at": "3.mid", "keep": 0.25}],
+    ],
+)
+def test_what_a_router_does_is_within_the_promised_range(model: Any, stages: list[dict[str, Any]]) -> None:
+    built = pipeline.build({"stages": stages})
+    found = forecast(built.bind(families.find(model).shape()), TEXT)
+    with prunekit.apply(model, built) as run:
+        model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
+    assert found is not None and run.report is not None
+    assert found.flops[0] - 1e-9 <= run.report.cost.flops_fraction <= found.flops[1] + 1e-9
+    assert found.kv[0] - 1e-9 <= run.report.cost.kv_fraction <= found.kv[1] + 1e-9
+    if built.stages[-1].use != "early":
+        assert found.flops[0] < 1
+
+
+def test_nothing_is_promised_where_tokens_depend_on_the_picture(model: Any) -> None:
+    shape = dataclasses.replace(families.find(model).shape(), visual_tokens=None)
+    assert forecast(pipeline.build({"stages": [{"use": "dense"}]}).bind(shape), TEXT) is None
