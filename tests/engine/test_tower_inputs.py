@@ -1,0 +1,303 @@
+"""What stages read of the vision tower equals the naive tower's maps and states, wherever they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+import pytest
+import torch
+from tower_cases import (
+    ANYWHERE,
+    AppendCls,
+    ClsTopK,
+    Everything,
+    Norms,
+    Steps,
+    naive_logits,
+    naive_states,
+    piped,
+    tower_of,
+)
+
+import prunekit
+from prunekit import hookimpl
+from prunekit.encoder_inputs import EncoderKeys, EncoderRows, EncoderValues, Features
+from prunekit.engine import tower_run
+from prunekit.ops import top_k_mask
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.testing.tiny_families import tiny_batch, tiny_model
+
+BATCH = ((1, 2), (12, 9))
+model_of = cache(tiny_llava)
+
+
+@pytest.fixture(autouse=True)
+def _exact():
+    with Float64Throughout(), torch.no_grad():
+        yield
+    Everything.seen.clear()
+
+
+def naive(model, pixels):
+    """What `Everything` asks for, of each picture (pictures, patches, ...), in the order of its declarations."""
+    states, attended, maps, _ = naive_states(model, pixels)
+    q, k, v = (list(parts) for parts in zip(*attended, strict=True))
+    joined = (q[2] * 1.0).transpose(1, 2).flatten(2) @ k[2].transpose(1, 2).flatten(2).transpose(1, 2)
+    scale = q[1].shape[-1] ** -0.5
+    features = model.model.multi_modal_projector(states[2][:, 1:])
+    return {
+        "encoder_attention": (
+            maps[1][:, :, 0, 1:].mean(1), maps[0][:, :, 0, 1:].sum(1), maps[1].mean(2)[..., 1:].transpose(1, 2),
+            (joined[:, 0] * (q[2].shape[1] * q[2].shape[-1]) ** -0.5).softmax(-1)[:, 1:],
+            (q[1][:, :, :1] @ k[1].transpose(-1, -2) * scale)[:, :, 0, 1:].transpose(1, 2),
+        ),
+        "encoder_keys": k[0][:, :, 1:].transpose(1, 2),
+        "encoder_values": (v[1][:, :, 1:].mean(1), v[1][:, :, :1].mean(1)),
+        "encoder_queries": q[1][:, :, 1:].mean(1),
+        "features": (states[2][:, 1:], states[1][:, 1:], features, states[2][:, :1]),
+    }  # fmt: skip
+
+
+def compare(given, expected, kept, cls_pictures):
+    """Every table of the batch against the naive one of each picture. kept: for each row its visual tokens."""
+    for name, tables in expected.items():
+        several = isinstance(tables, tuple)
+        assert isinstance(given[name], tuple) == several
+        for one, table in zip(
+            given[name] if several else (given[name],), tables if several else (tables,), strict=True
+        ):
+            first = 0
+            for row, tokens in enumerate(kept):
+                rows = table[first : first + cls_pictures[row]].flatten(0, 1)
+                first += cls_pictures[row]
+                wanted = rows[list(tokens)] if table.shape[1] > 1 else rows
+                assert (one[row, : len(wanted)] - wanted).abs().max() < 1e-9, name
+                assert not one[row, len(wanted) :].any(), "padding holds zeros"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("at", ["encoder", 2, "3.mid", "prefill_end"])
+def test_everything_that_can_be_read(at, attention):
+    model, inputs = model_of(attention), tiny_inputs(*BATCH)
+    stages = [] if at == "encoder" else [(Norms, {"at": "encoder", "keep": 0.5})]
+    with prunekit.apply(model, piped(*stages, (Everything, {"at": at}))) as run:
+        model(**inputs)
+    kept = [range(16), range(32)] if at == "encoder" else run.report.events[0].kept
+    (given,) = Everything.seen
+    compare(given, naive(model, inputs["pixel_values"]), kept, BATCH[0])
+
+
+def test_generate_encodes_before_it_calls():
+    model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
+    with prunekit.apply(model, piped((Everything, {"at": "encoder"}))):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=2)
+    plain, beams = Everything.seen
+    expected = naive(model, inputs["pixel_values"])
+    compare(plain, expected, [range(16), range(32)], BATCH[0])
+    twice = {name: _twice(tables) for name, tables in expected.items()}
+    compare(beams, twice, [range(16), range(16), range(32), range(32)], (1, 1, 2, 2))
+
+
+def _twice(tables):
+    """Tables of pictures in the order of two beams a row: the first row has one picture, the second two."""
+    again = lambda table: torch.cat([table[:1], table[:1], table[1:], table[1:]])  # noqa: E731
+    return tuple(map(again, tables)) if isinstance(tables, tuple) else again(tables)
+
+
+def test_nothing_is_read_that_nobody_asks_for(monkeypatch):
+    """One read for each declaration and call of the tower, none while decoding; without declarations no override."""
+    calls, read = [], tower_run.read
+    monkeypatch.setattr(tower_run, "read", lambda spec, seen: calls.append(spec) or read(spec, seen))
+    model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
+    with prunekit.apply(model, piped((ClsTopK, {"at": "encoder", "keep": 0.5}), (ClsTopK, {"at": 2, "keep": 0.25}))):
+        assert not any("forward" in vars(module) for module in model.model.vision_tower.modules())
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert calls == [EncoderRows(1)]
+    with prunekit.apply(model, piped((Norms, {"at": "encoder", "keep": 0.5}))):
+        model(**inputs)
+    assert len(calls) == 1
+
+
+def test_cls_top_k_keeps_what_the_naive_map_says():
+    model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
+    with prunekit.apply(model, piped((ClsTopK, {"at": "encoder", "keep": 0.25}))) as run:
+        model(**inputs)
+    _, _, maps, _ = naive_states(model, inputs["pixel_values"])
+    row = maps[1][:, :, 0, 1:].mean(1)
+    expected = [row[0].topk(4).indices, row[1:].flatten().topk(8).indices]
+    assert run.report.events[0].kept == tuple(tuple(sorted(one.tolist())) for one in expected)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_cls_token_itself_goes_in(attention):
+    """VisionZip appends it: one for each picture, the first of them in the last slot that is kept."""
+    model, inputs = model_of(attention), tiny_inputs(*BATCH)
+    with prunekit.apply(model, piped((AppendCls, {"at": "encoder", "keep": 0.25}))) as run:
+        logits = model(**inputs).logits[:, -1]
+    states, _, maps, _ = naive_states(model, inputs["pixel_values"])
+    project, rows, first = model.model.multi_modal_projector, maps[1][:, :, 0, 1:].mean(1), 0
+    features = project(states[2][:, 1:])
+    for count in BATCH[0]:
+        last = rows[first : first + count].flatten().topk(4 * count).indices[-1]
+        features[first : first + count].view(-1, features.shape[-1])[last] = project(states[2][first, 0])
+        first += count
+    left = torch.zeros(3, 16, dtype=torch.bool)
+    left[0, list(run.report.events[0].kept[0])] = True
+    left[1:].view(-1)[list(run.report.events[0].kept[1])] = True
+    expected, _ = naive_logits(model, inputs, features, left)
+    assert (logits - expected).abs().max() < 1e-9
+
+
+def test_rows_after_a_cut_are_over_what_is_left():
+    """In the tower and behind it; patches that are gone hold zeros, the others sum to one with CLS."""
+    model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
+    stages = [(Norms, {"at": "vision.0", "keep": 0.5}), (Later, {"at": "vision.1"}), (Later, {"at": "encoder"})]
+    with prunekit.apply(model, piped(*stages)) as run:
+        model(**inputs)
+    keep = torch.zeros(3, 16, dtype=torch.bool)
+    keep[0, list(run.report.events[0].kept[0])] = True
+    keep[1:].view(-1)[list(run.report.events[0].kept[1])] = True
+    _, attended, maps, _ = naive_states(model, inputs["pixel_values"], [(0, "after", lambda *_: (keep, None, None))])
+    inside, behind = Later.seen
+    row = maps[1][:, :, 0, 1:].mean(1)
+    for picture in range(3):
+        assert (inside[0][picture] - row[picture][keep[picture]]).abs().max() < 1e-9
+        assert (inside[1][picture] - attended[1][1][picture].mean(0)[1:][keep[picture]]).abs().max() < 1e-9
+    assert (behind[0][0, :8] - row[0][keep[0]]).abs().max() < 1e-9
+    assert (behind[0][1, :16] - row[1:][keep[1:]]).abs().max() < 1e-9
+
+
+@dataclass(frozen=True)
+class Later:
+    """Takes down rows and keys."""
+
+    sites = ANYWHERE
+    takes_keep = False
+    seen: ClassVar[list] = []
+    inputs: ClassVar = {"encoder_attention": EncoderRows(1), "encoder_keys": EncoderKeys(1)}
+
+    @hookimpl
+    def select_tokens(self, encoder_attention, encoder_keys, valid):
+        self.seen.append((encoder_attention, encoder_keys))
+        return valid
+
+
+def test_one_stage_with_several_cuts_remembers():
+    """The running score of two cuts, computed by hand."""
+    model, inputs = model_of("sdpa"), tiny_inputs((1,), 9)
+    with prunekit.apply(model, piped((Steps, {"at": ["vision.0", "vision.1"], "keep": [0.5, 0.25]}))) as run:
+        model(**inputs)
+    _, attended, maps, _ = naive_states(model, inputs["pixel_values"])
+
+    def score(number, maps, attended):
+        return maps[number][0, :, 0, 1:].mean(0) * attended[number][2][0].mean(0)[1:].norm(p=1, dim=-1)
+
+    first = score(0, maps, attended)
+    keep = top_k_mask(first[None], (8,), torch.ones(1, 16, dtype=torch.bool))
+    _, attended, maps, _ = naive_states(model, inputs["pixel_values"], [(0, "after", lambda *_: (keep, None, None))])
+    second = ((first + score(1, maps, attended)) / 2).masked_fill(~keep[0], -1)
+    assert run.report.events[0].kept[0] == tuple(keep[0].nonzero()[:, 0].tolist())
+    assert run.report.events[1].kept[0] == tuple(sorted(second.topk(4).indices.tolist()))
+
+
+@dataclass(frozen=True)
+class NoCls:
+    """Asks for a token that SigLIP does not have."""
+
+    sites = ANYWHERE
+    takes_keep = False
+    extras = ("cls",)
+
+    @hookimpl
+    def select_tokens(self, extras, valid):
+        return valid
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Asks for the row of a pooling head."""
+
+    sites = ANYWHERE
+    inputs: ClassVar = {"encoder_attention": EncoderRows(query="pool")}
+
+    @hookimpl
+    def score_tokens(self, encoder_attention):
+        return encoder_attention
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Asks for what has not run yet."""
+
+    sites = ANYWHERE
+    inputs: ClassVar = {"features": Features(2)}
+
+    @hookimpl
+    def score_tokens(self, features):
+        return features.norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class Beyond:
+    """Asks for a block that is not there."""
+
+    sites = ANYWHERE
+    inputs: ClassVar = {"encoder_values": EncoderValues(7)}
+
+    @hookimpl
+    def score_tokens(self, encoder_values):
+        return encoder_values.norm(dim=-1)
+
+
+REFUSED = {
+    "cls of a tower without": ("paligemma", [(ClsTopK, {"at": "encoder", "keep": 0.5})], "no CLS token"),
+    "extras of a tower without": ("paligemma", [(NoCls, {"at": "encoder"})], "no CLS token"),
+    "extras that cannot be projected": ("internvl", [(NoCls, {"at": "encoder"})], "does not map single tokens"),
+    "no pooling head": ("llava", [(Pooled, {"at": "encoder", "keep": 0.5})], "no pooling head"),
+    "a block that is not there": ("llava", [(Beyond, {"at": "encoder", "keep": 0.5})], "blocks 0 to 2"),
+    "a block that has not run": ("llava", [(Ahead, {"at": "vision.1", "keep": 0.5})], "has not run yet"),
+    "a cut behind the features": ("llava", [(Norms, {"at": "vision.2", "keep": 0.5})], "after block 1"),
+    "tower and decoder in one stage": (
+        "llava", [(Norms, {"at": ["vision.0", 2], "keep": [0.5, 0.25]})], "split the stage in two"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_compute(case):
+    name, stages, match = REFUSED[case]
+    model = tiny_model(name)
+    with pytest.raises(prunekit.Unsupported, match=match), prunekit.apply(model, piped(*stages)):
+        pass
+
+
+def test_calls_that_do_not_fit_are_refused():
+    model, inputs = tiny_model("llava"), tiny_inputs((1,), 9)
+    pipeline = piped((ClsTopK, {"at": "encoder", "keep": 0.5}))
+    with prunekit.apply(model, pipeline), pytest.raises(prunekit.Unsupported, match="vision_feature_layer"):
+        model(**inputs, vision_feature_layer=-1)
+    encoded = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    with prunekit.apply(model, pipeline), pytest.raises(prunekit.Unsupported, match="encoded outside"):
+        model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_shrunken_pictures_are_refused():
+    """LLaVA-OneVision interpolates the tokens of large pictures, so that no patch makes a token."""
+    model = tiny_model("llava_onevision")
+    batch = tiny_batch(model)
+    model.config.vision_aspect_ratio = "anyres_max_1"
+    pipeline = piped((Norms, {"at": "vision.0", "keep": 0.5}))
+    with prunekit.apply(model, pipeline), pytest.raises(prunekit.Unsupported, match="shrunken"):
+        model(**batch)
+
+
+def test_leading_tokens_are_never_dropped():
+    model, inputs = model_of("sdpa"), tiny_inputs((1,), 9)
+    assert tower_of(model)[1] == 1
+    with prunekit.apply(model, piped((Norms, {"at": "vision.0", "keep_tokens": 1}))) as run:
+        model(**inputs)
+    assert run.report.kept_tokens == (1,)
