@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from prunekit import placement, plans, plugins, spec
+from prunekit import abilities, placement, plans, plugins, spec
 from prunekit.decisions import LayerPlan, ModelShape
 from prunekit.errors import Fault, SpecError
 from prunekit.registry import Registry
@@ -26,7 +26,8 @@ class Pipeline:
     """Stages that are ready to meet a model.
 
     source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
-    sha: 16 hex digits of `resolved`, prunekit's version and the versions of the distributions of its strategies.
+    sha: 16 hex digits of `resolved`, prunekit's version, the versions of the distributions of its strategies, and the
+        files that they rest on.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     """
 
@@ -44,7 +45,8 @@ class Pipeline:
         faults += placement.site_faults(cuts, shape)
         faults += placement.sequence_faults(self.stages, cuts, shape.visual_tokens)
         plan = plans.static_plan(self.stages, shape, faults)
-        protected = placement.protected_layers(cuts, shape.layers)
+        faults += abilities.shape_faults(self.stages, shape)
+        protected = placement.protected_layers(cuts, shape.layers) | abilities.protected_layers(self.stages, shape)
         faults += placement.plan_faults(cuts, plan, shape.layers)
         faults += plans.routing_faults(self.stages, plan, protected, shape)
         if faults:
@@ -61,7 +63,8 @@ class BoundPipeline:
 
     cuts: where visual tokens leave, in the order in which the data passes them.
     plan: what becomes of each decoder layer, for every sample alike.
-    protected: layers that a router has to let run, because a cut reads their attention or stands inside them.
+    protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
+        because its own options say so.
     """
 
     pipeline: Pipeline
@@ -102,6 +105,7 @@ def build(
     # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
     faults += placement.sequence_faults(stages, placement.cuts_of(stages, None), None)
     faults += plans.rival_faults(stages)
+    faults += abilities.file_faults(stages)
     if faults:
         raise SpecError(_sorted(faults))
     resolved = _resolved(read, stages)
@@ -183,5 +187,6 @@ def _plain(value: Any) -> Any:
 def _sha(resolved: str, stages: Sequence[Stage]) -> str:
     from prunekit import __version__
 
-    parts = [resolved, f"prunekit {__version__}", *sorted({stage.origin for stage in stages})]
+    origins = sorted({stage.origin for stage in stages})
+    parts = [resolved, f"prunekit {__version__}", *origins, *abilities.file_digests(stages)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -14,7 +14,9 @@ STRATEGIES = {
     "fastv": ("fastv:FastV", "most attended by the last prompt token (FastV, ECCV 2024)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
-    "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, or of their attention or MLP"),
+    "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
+    "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
+    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens stand still in listed layers (ShortV, ICCV 2025)"),
 }
 
 

@@ -183,7 +183,7 @@ def test_every_strategy_is_documented_with_its_fields() -> None:
 
 
 def _yaml(value: object) -> str:
-    return yaml.safe_dump(value).partition("\n")[0]
+    return yaml.safe_dump(value, default_flow_style=True).partition("\n")[0]
 
 
 def test_every_key_of_a_pipeline_file_is_documented() -> None:

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 import prunekit
-from prunekit import Pipeline, Site, plugins
+from prunekit import Pipeline, Site, families, plugins
+from prunekit.decisions import LayerAction
 from prunekit.stage import TOKEN_STARTS, implements
 from prunekit.testing.equivalence import Equivalence, assert_equivalent, generate
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+from prunekit.traits import is_router
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +203,28 @@ class DropAllContract(TokenContract):
         assert report.kept_tokens == (0, 0, 0)
 
 
+class RouterContract(KeepContract):
+    """A router that decides about tokens and layers."""
+
+    def test_as_many_layers_run_as_it_is_told(self) -> None:
+        """For every sample, whatever it chooses; what it has to let run does run."""
+        model, inputs = self.model(), tiny_inputs(**MIXED)
+        shape = families.shape_of(model)
+        protected = self.build().bind(shape).protected
+        for count in range(max(len(protected), 1), shape.layers + 1):
+            report, _ = self.run(model, inputs, keep_layers=count)
+            for plan in report.plans:
+                skipped = {layer for layer, action in plan if action is LayerAction.SKIP}
+                assert len(skipped) == shape.layers - count and not skipped & protected
+
+    def test_skipped_layers_are_exact(self) -> None:
+        """As many as may be skipped."""
+        shape = families.shape_of(self.model())
+        least = max(len(self.build().bind(shape).protected), 1)
+        for rows in (RAGGED, MIXED):
+            self.exact(tiny_inputs(**rows), keep_layers=least)
+
+
 def contract(
     use: str, options: Mapping[str, Any] | None = None, *, at_most: bool = False, keep: Mapping[str, Any] | None = None
 ) -> type[StrategyContract]:
@@ -212,7 +236,9 @@ def contract(
     """
     cls = plugins.registry().get_strategy(use)
     base: type[StrategyContract]
-    if not any(implements(cls, hook) for hook in TOKEN_STARTS):
+    if is_router(cls):
+        base = RouterContract
+    elif not any(implements(cls, hook) for hook in TOKEN_STARTS):
         base = LayerContract
     elif getattr(cls, "drops_all", False):
         base = DropAllContract

@@ -1,0 +1,159 @@
+"""PAR, Pruning All-Rounder (https://arxiv.org/abs/2412.06458): one router ranks visual tokens and decoder layers.
+
+Rules from the released code, ASGO-MM/Pruning-All-Rounder@1890d44, which masks where prunekit drops and skips; what that
+code and the figures of the paper leave open is an option here, and docs/par.md says which.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from prunekit_strategies.par import files
+from prunekit_strategies.par.config import WIDTH, Attention, RouterConfig, config_of
+from prunekit_strategies.par.learner import Learner
+from prunekit_strategies.par.router import Router
+from prunekit_strategies.par.starting import LayerTokens, random_router, router_of_layers
+from torch import Tensor, nn
+
+from prunekit import ModelShape, Route, Site, Sites, Unsupported, hookimpl
+
+UNTRAINED = "the router is untrained: its choices are as good as random ones (`weights: null`)"
+
+
+@dataclass(frozen=True)
+class Par:
+    """A small router ranks visual tokens and decoder layers for each sample; the stage's budget cuts both rankings.
+
+    weights: a router folder, a hub id or the name of a shipped router; null: an untrained one, which needs `seed`.
+    depth, width, heads, attention: of the router; null takes what the router's file says, for a new one 1 block, width
+        512, a head for each 64 numbers, bidirectional. width `model`: blocks of the LVLM's own size.
+    init: how a new router starts: at `random`, or, in training, as copies of the LVLM's first blocks, `llm_first`.
+        layer_tokens: they start as `normal` noise or as `zeros`.
+    eligible: layers that may be skipped: `all`, the `second_half`, or a list. protect: layers that always run, negative
+        ones counted from the end.
+    """
+
+    weights: str | None
+    seed: int | None = None
+    depth: int | None = None
+    width: int | Literal["model"] | None = None
+    heads: int | None = None
+    attention: Attention | None = None
+    init: Literal["random", "llm_first"] = "random"
+    layer_tokens: LayerTokens = "normal"
+    eligible: Literal["all", "second_half"] | tuple[int, ...] = "all"
+    protect: tuple[int, ...] = (0, 1, -1)
+
+    sites = Sites(default=Site(2))
+    per_sample = True
+
+    def __post_init__(self) -> None:
+        if self.weights is None and self.seed is None:
+            raise ValueError("seed: an untrained router (`weights: null`) is drawn at random and needs a seed")
+        if self.weights == "":
+            raise ValueError("weights: name a router folder, or write null for an untrained router")
+        for name in ("depth", "width", "heads"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name}: must be at least 1")
+        if self.init == "llm_first" and self.width != "model" and self.weights is None:
+            raise ValueError("init: llm_first copies blocks of the LVLM, which needs `width: model`")
+
+    def files(self) -> Sequence[Path]:
+        """What its identity depends on besides its options."""
+        if self.weights is None:
+            return ()
+        folder = _at("weights", files.find, self.weights)
+        return (folder / files.CONFIG, folder / files.WEIGHTS)
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ValueError, beginning with the option's name, for a model that this router cannot serve."""
+        self._config(shape)
+        self.protected_layers(shape)
+
+    def protected_layers(self, shape: ModelShape) -> frozenset[int]:
+        """Layers that run for every sample."""
+        total = shape.layers
+        for name, numbers in (("protect", self.protect), ("eligible", self.eligible)):
+            beyond = [n for n in numbers if isinstance(n, int) and not -total <= n < total]
+            if beyond:
+                raise ValueError(f"{name}: the model has layers 0 to {total - 1}, not {beyond}")
+        if self.eligible == "all":
+            may = set(range(total))
+        elif self.eligible == "second_half":
+            may = set(range(total // 2, total))
+        else:
+            may = {int(n) % total for n in self.eligible}
+        return frozenset(set(range(total)) - may | {n % total for n in self.protect})
+
+    def flops(self, shape: ModelShape, text: int, visual: int) -> int:
+        """What the router itself costs for a prompt of `text` and `visual` tokens."""
+        return self._config(shape).flops(text + visual)
+
+    @hookimpl
+    def route(self, embeds: Tensor, visual: Tensor, valid: Tensor, shape: ModelShape) -> Route:
+        """Logits of one sample: of its positions, (S,), and of the layers, (N,)."""
+        router = self._router(shape, embeds)
+        tokens, layers = router(embeds[None], visual[None], valid[None])
+        return Route(tokens[0], layers[0], note=UNTRAINED if self.weights is None else None)
+
+    def learner(self, shape: ModelShape, layers: Sequence[nn.Module], theta: float) -> Learner:
+        """The router as `prunekit train` starts with it, float32: that of `weights`, or a new one.
+
+        layers: the LVLM's decoder layers. theta: base of its rotary frequencies.
+        """
+        config = self._config(shape)
+        if self.weights is not None:
+            return Learner(files.load(files.find(self.weights)).float(), shape, frozenset())
+        copied, seed = self.init == "llm_first", self.seed or 0
+        if copied:
+            router = router_of_layers(config, layers, theta, seed, self.layer_tokens)
+        else:
+            router = random_router(config, seed, self.layer_tokens)
+        return Learner(router, shape, frozenset({"blocks"} if copied else ()))
+
+    def _config(self, shape: ModelShape) -> RouterConfig:
+        """The architecture on a model: the file's, or that of the options. Raises ValueError."""
+        if self.weights is None:
+            return config_of(shape, self.depth or 1, self.width or WIDTH, self.heads, self.attention or "bidirectional")
+        found = _at("weights", lambda: files.read(files.find(str(self.weights))))
+        if (refusal := found.refusal(shape)) is not None:
+            raise ValueError(f"weights: {refusal}")
+        mine: dict[str, Any] = {"depth": self.depth, "heads": self.heads, "attention": self.attention}
+        mine["width"] = shape.hidden if self.width == "model" else self.width
+        for name, value in mine.items():
+            if value is not None and value != getattr(found.architecture, name):
+                theirs = getattr(found.architecture, name)
+                raise ValueError(f"{name}: the router in '{self.weights}' has {theirs}; leave it out, or train another")
+        return found.architecture
+
+    def _router(self, shape: ModelShape, like: Tensor) -> Router:
+        if self.weights is not None:
+            return files.loaded(files.find(self.weights), like.dtype, like.device)
+        config = self._config(shape)
+        if self.init == "llm_first":
+            raise Unsupported(
+                "an untrained router that starts as a copy of the LVLM's blocks exists in `prunekit train` only; train "
+                "it (--steps 0 saves it as it starts), or use init: random"
+            )
+        return _untrained(config, self.seed or 0, self.layer_tokens, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _untrained(
+    config: RouterConfig, seed: int, layer_tokens: LayerTokens, dtype: torch.dtype, device: torch.device
+) -> Router:
+    return random_router(config, seed, layer_tokens).requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def _at(option: str, function: Any, *arguments: Any) -> Any:
+    """Call a function; its ValueError then names the option."""
+    try:
+        return function(*arguments)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
