@@ -81,18 +81,23 @@ def load(
 
 def load_shape(name: str | Path, download: bool = False) -> ModelShape:
     """The numbers of a model from its config alone, without its weights. Raises InputError, Unsupported."""
+    from prunekit.families import shape_of
+
+    return shape_of(load_skeleton(name, download))
+
+
+def load_skeleton(name: str | Path, download: bool = False) -> PreTrainedModel:
+    """A model from its config alone, on the meta device: modules without weights. Raises InputError."""
     import torch
     import transformers
-
-    from prunekit.families import shape_of
 
     auto: Any = transformers
     path = resolve(name)
     with _explained(path, download):
         config = auto.AutoConfig.from_pretrained(path, local_files_only=not download)
         with torch.device("meta"):
-            model = auto.AutoModelForImageTextToText.from_config(config)
-    return shape_of(model)
+            model: PreTrainedModel = auto.AutoModelForImageTextToText.from_config(config)
+    return model
 
 
 @contextmanager
