@@ -55,6 +55,8 @@ def _no_such_place(site: Site, shape: ModelShape) -> tuple[str, str] | None:
     if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
         message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
         return message, "name an earlier layer"
+    if site.place == "pixels":
+        return "this version cannot cut pictures before the tower sees them", "cut at 'vision.0' or later"
     if site.place == "vision" and site.layer is not None:
         blocks = tower_blocks(shape)
         if blocks == 0 or shape.tower_packed:

@@ -278,6 +278,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "end not allowed": (one("use: plain, at: prefill_end, keep: 1"), ["2:22: at: 'plain' cannot act at 'prefill_end'"]),
     "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),
+    "pixels": (one("use: score, at: pixels, keep: 1"), ["2:22: at: this version cannot cut pictures before the tower"]),
     "decoder not allowed": (one("use: door, at: 2.mid, keep: 1"), ["2:21: at: 'door' cannot act at '2.mid'"]),
     "one of a list not allowed": (
         one("use: plain, at: [encoder, 3, prefill_end], keep: 1"),
@@ -306,8 +307,8 @@ SITES: dict[str, tuple[str, list[str]]] = {
         ["2:25: at: 'previous' asks for attention, which is not there yet at 'vision.3' (name 'encoder' or a later"],
     ),
     "text in the tower": (
-        one("use: text, at: pixels, keep: 1"),
-        ["2:21: at: 'text' asks for text, which is not there yet at 'pixels'"],
+        one("use: text, at: vision.2, keep: 1"),
+        ["2:21: at: 'text' asks for text, which is not there yet at 'vision.2'"],
     ),
     "extras in the decoder": (
         one("use: cls, at: 2, keep: 1"),
@@ -502,7 +503,7 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
 
 
 PLACES = (
-    "pixels", "vision.1.mid", "vision.1", "vision.2", "encoder", "0", "0.mid", "0.after", "1", "9.after", "prefill_end",
+    "vision.1.mid", "vision.1", "vision.2", "encoder", "0", "0.mid", "0.after", "1", "9.after", "prefill_end",
 )  # fmt: skip
 GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
     "one budget for all sites": (
