@@ -32,7 +32,8 @@ class EncoderRows:
     """Which attention the input `encoder_attention` holds: float (B, V), what each visual token receives.
 
     query: from whom. `cls`: the CLS token. `mean`: the mean over all tokens that see it, CLS among them: those of the
-        same crop, in towers that attend in windows those of the same window. `pool`: the learned query of the pooling head behind the last block.
+        same crop, in towers that attend in windows those of the same window. `pool`: the learned query of the pooling
+        head behind the last block.
     heads: how the A heads become one. `none` keeps them, float (B, V, A). `joined` treats queries and keys of all heads
         as one long head with the scale that goes with its length; only for `cls`.
     domain: `softmax` over all tokens that the query sees, CLS among them, and not normalised again; `logits` are the

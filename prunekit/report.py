@@ -38,6 +38,8 @@ class RunReport:
     kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
     kept_tokens: visual tokens left after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
+    tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
+    among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.
     """
 
     pipeline: str
@@ -54,6 +56,7 @@ class RunReport:
     positions: str
     notes: tuple[str, ...]
     cost: Cost
+    tower_tokens: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""

@@ -18,7 +18,7 @@ from prunekit.engine.layout import Layout, take
 from prunekit.engine.prompt import Prompt
 from prunekit.engine.route import by_scores, route
 from prunekit.engine.stages import decide
-from prunekit.engine.tower_notes import dropped_in_tower, tower_events
+from prunekit.engine.tower_notes import dropped_in_tower, tower_events, tower_tokens
 from prunekit.engine.view import Here, View
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
@@ -261,6 +261,7 @@ class Session:
             layer_visual=_by_row(self.layer_visual or [self.counts] * self.bound.shape.layers),
             mlp_tokens=_by_row(self.mlp_tokens or every),
             notes=tuple(self.notes),
+            tower_tokens=tower_tokens(self.prompt),
             itemsize=self.itemsize,
         )
 

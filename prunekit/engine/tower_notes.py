@@ -28,8 +28,8 @@ class TowerNotes:
 
     inputs: by resolved declaration, (V, ...), or (E, ...) of CLS tokens. extras: (E, H), the CLS tokens through the
     projector. left: bool (V,), visual tokens that no cut dropped; None: there were no cuts. decisions: of the cuts.
-    made: bool (B, V), visual tokens that have patches. block_tokens, mlp_tokens: for each block from the first cut on,
-    the tokens that went through its attention and its MLP, for each row of the tower's batch.
+    made: bool (B, V), visual tokens that have patches. rows: of the tower's batch, those of each picture. block_tokens:
+    for each block, the tokens of each of those rows that entered it; empty without cuts.
     """
 
     inputs: dict[EncoderSpec, list[Tensor]]
@@ -37,8 +37,8 @@ class TowerNotes:
     left: list[Tensor] | None
     decisions: tuple[TowerDecision, ...]
     made: Tensor | None
+    rows: tuple[tuple[int, ...], ...]
     block_tokens: tuple[tuple[int, ...], ...]
-    mlp_tokens: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, run: TowerRun, plan: TowerPlan, features: Sequence[Tensor]) -> TowerNotes:
@@ -59,9 +59,10 @@ class TowerNotes:
         left = None
         if plan.cuts:
             left = [(run.present | ~run.units.there)[b, :count] for b, count in enumerate(counts)]
-        return cls(
-            inputs, extras, left, tuple(run.decisions), run.units.there, tuple(run.block_tokens), tuple(run.mlp_tokens)
-        )
+        assert run.shape is not None
+        whole, blocks = (run.shape[1],) * run.shape[0], range(len(plan.tower.layers) if plan.cuts else 0)
+        entered = tuple(run.block_tokens.get(number, whole) for number in blocks)
+        return cls(inputs, extras, left, tuple(run.decisions), run.units.there, run.units.rows, entered)
 
 
 def _of_pictures(run: TowerRun, spec: EncoderSpec, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -124,6 +125,21 @@ def dropped_in_tower(prompt: Prompt) -> Tensor | None:
                 cuts = True
                 gone[b, picture.positions] = ~left[picture.at].to(gone.device)
     return gone if cuts else None
+
+
+def tower_tokens(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
+    """Tokens of each sample that entered each block of the vision tower, all its pictures together; () without cuts."""
+    known: list[TowerNotes | None] = [source.tower.get("notes") for source in prompt.pictures]
+    blocks = max((len(notes.block_tokens) for notes in known if notes is not None), default=0)
+    if not blocks:
+        return ()
+    found = [[0] * blocks for _ in prompt.by_row]
+    for b, pictures in enumerate(prompt.by_row):
+        for picture in pictures:
+            notes = notes_of(picture.source)
+            for number, entered in enumerate(notes.block_tokens):
+                found[b][number] += sum(entered[row] for row in notes.rows[picture.at])
+    return tuple(map(tuple, found))
 
 
 def tower_events(prompt: Prompt) -> list[StageEvent]:

@@ -56,8 +56,7 @@ class TowerRun:
         self.seen: dict[EncoderSpec, list[Tensor]] = {}
         self.states: dict[int, Tensor] = {}
         self.pool_states: Tensor | None = None
-        self.block_tokens: list[tuple[int, ...]] = []
-        self.mlp_tokens: list[tuple[int, ...]] = []
+        self.block_tokens: dict[int, tuple[int, ...]] = {}
         self.only: Literal["attention", "mlp"] | None = None
         self._physical: tuple[Tensor, Tensor, Left] | None = None
         self._masks: dict[int, tuple[Any, Any]] = {}
@@ -121,13 +120,12 @@ class TowerRun:
         """Run block `number` on the tokens that are left, with its cuts."""
         hidden = args[0] if args else kwargs["hidden_states"]
         self.begin(hidden)
-        self.block_tokens.append(self._lengths())
+        self.block_tokens[number] = self._lengths()
         mids = self.plan.cuts_at(number, "mid")
         if mids:
             hidden = self._local(original, hidden, args, kwargs, "attention")
             for cut in mids:
                 hidden = self.cut(cut, hidden)
-        self.mlp_tokens.append(self._lengths())
         output = self._local(original, hidden, args, kwargs, "mlp" if mids else None)
         for cut in self.plan.cuts_at(number, "after"):
             output = self.cut(cut, output)

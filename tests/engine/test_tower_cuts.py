@@ -83,6 +83,15 @@ def test_a_cut_equals_masking_from_there_on(name, batch, attention):
     assert [layers[0] for layers in run.report.layer_tokens] == [p + k for p, k in zip(plain, kept, strict=True)]
 
 
+def test_the_report_counts_tokens_of_the_tower():
+    model, inputs = model_of("sdpa"), tiny_inputs((1, 2), (12, 9))
+    with prunekit.apply(model, piped(*CUTS["several"])) as run:
+        model(**inputs)
+    kept = [[len(row) for row in event.kept] for event in run.report.events]
+    # 17 tokens with CLS enter block 0; what its cuts leave enters block 1, and what is left then block 2.
+    assert run.report.tower_tokens == tuple((17 * n, kept[1][b] + n, kept[3][b] + n) for b, n in enumerate((1, 2)))
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_second_cut_sees_states_that_the_first_has_changed(batch):
     model, inputs = model_of("sdpa"), tiny_inputs(*BATCHES[batch])

@@ -22,7 +22,7 @@ from tower_cases import (
 )
 
 import prunekit
-from prunekit import hookimpl
+from prunekit import Sites, hookimpl
 from prunekit.encoder_inputs import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.engine import tower_run
 from prunekit.ops import top_k_mask
@@ -230,6 +230,17 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Shrink:
+    """Acts on pictures before the tower."""
+
+    sites = Sites(pixels=True)
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        return hidden.norm(dim=-1)
+
+
+@dataclass(frozen=True)
 class Ahead:
     """Asks for what has not run yet."""
 
@@ -261,6 +272,7 @@ REFUSED = {
     "a block that is not there": ("llava", [(Beyond, {"at": "encoder", "keep": 0.5})], "blocks 0 to 2"),
     "a block that has not run": ("llava", [(Ahead, {"at": "vision.1", "keep": 0.5})], "has not run yet"),
     "a cut behind the features": ("llava", [(Norms, {"at": "vision.2", "keep": 0.5})], "after block 1"),
+    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "does not change the resolution"),
     "tower and decoder in one stage": (
         "llava", [(Norms, {"at": ["vision.0", 2], "keep": [0.5, 0.25]})], "split the stage in two"
     ),
