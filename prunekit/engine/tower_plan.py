@@ -33,10 +33,6 @@ from prunekit.sites import Site
 from prunekit.stage import Cut, Stage
 
 _RUN: ContextVar[TowerRun | None] = ContextVar("prunekit_tower", default=None)
-NO_PIXELS = (
-    "this version does not change the resolution of pictures, as towers differ in what sizes they take; give smaller "
-    "pictures, or cut at 'vision.0'"
-)
 # Hooks that may ask for inputs.
 HOOKS = ("score_tokens", "select_tokens", "merge_tokens", "route")
 
@@ -72,9 +68,6 @@ class TowerPlan:
 
         Raises Unsupported, naming the stage, for what this tower cannot give.
         """
-        for cut in bound.cuts:
-            if cut.site.place == "pixels":
-                raise Unsupported(f"{cut.label} cannot act at 'pixels': {NO_PIXELS}")
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
         asked = [(cut, name) for cut in bound.cuts for name in ENCODER_KINDS if cut.stage.asks_for(name)]
         extras = [cut for cut in bound.cuts if cut.stage.extras]
