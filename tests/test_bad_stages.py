@@ -7,6 +7,8 @@ import re
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prunekit import (
     EncoderRows,
@@ -680,3 +682,83 @@ def test_a_broken_class_is_the_plugins_fault(cls: type[Any], said: str) -> None:
     with pytest.raises(PluginError) as caught:
         pipeline.build(one(f"use: {cls.__name__.lower()}, keep: 0.5"), registry=registry_of(cls))
     assert said in str(caught.value) and "stub-dist 1.0" in str(caught.value)
+
+
+PLACED = ["vision.1", "encoder", 0, 2, "2.mid", "2.after", 3, "5.mid", 9, "9.after", "prefill_end"]
+ODD = st.sampled_from([12, "x", None, 0.5, True, [], "vision.6"])
+FRACTIONS, TOKENS = [1, 0.5, 0.4, 0.25, 0.1], [200, 144, 64, 32, 9, 1]
+
+
+@st.composite
+def stages_of_one_kind(draw: st.DrawFn) -> dict[str, Any]:
+    """A stage that is often right: sites and budgets in order, keys that its kind takes, and now and then not."""
+    use = draw(st.sampled_from([cls.__name__.lower() for cls in STRATEGIES]))
+    stage: dict[str, Any] = {"use": use}
+    sites = draw(
+        st.lists(st.sampled_from(PLACED), min_size=1, max_size=3, unique=True).map(
+            lambda x: sorted(x, key=PLACED.index)
+        )
+    )
+    count = len(sites)
+    budget, values = draw(st.sampled_from([("keep", FRACTIONS), ("keep_tokens", TOKENS)]))
+    keeps = sorted(draw(st.lists(st.sampled_from(values), min_size=count, max_size=count)), reverse=True)
+    if use == "plan":
+        stage["skip"] = draw(st.lists(st.integers(0, 10), max_size=3))
+        stage["what"] = draw(st.sampled_from(["skip", "freeze", "fill_kv", "skip_mlp"]))
+    elif "router" in use:
+        if use != "layerrouter" and draw(st.booleans()):
+            stage |= {"at": sites, budget: keeps}
+        if use != "tokenrouter" or not draw(st.booleans()):
+            stage["keep_layers"] = draw(st.sampled_from([1, 3, 10, 0.5, 1.0]))
+    elif use != "planner":
+        stage |= {"at": draw(st.sampled_from([sites, sites[0]])), budget: keeps[0]}
+        if isinstance(stage["at"], list) and draw(st.booleans()):
+            stage[budget] = keeps
+        if budget == "keep" and draw(st.booleans()):
+            stage["keep_of"] = "current"
+    if draw(st.integers(0, 9)) == 0:
+        stage[draw(st.sampled_from(["at", "keep", "keep_tokens", "keep_of", "keep_layers"]))] = draw(ODD)
+    return stage
+
+
+@settings(max_examples=600, deadline=None, derandomize=True)
+@given(st.lists(stages_of_one_kind(), min_size=1, max_size=3), st.sampled_from([144, None]))
+def test_whatever_is_accepted_makes_sense(stages: list[dict[str, Any]], visual: int | None) -> None:
+    shape = dataclasses.replace(SHAPE, visual_tokens=visual)
+    try:
+        built = pipeline.build({"stages": stages}, registry=registry_of(*STRATEGIES))
+        bound = built.bind(shape)
+    except SpecError as error:
+        assert error.faults and all(fault.key and fault.message for fault in error.faults)
+        return
+    assert list(bound.cuts) == sorted(bound.cuts, key=lambda cut: (cut.site, cut.stage.index))
+    fractions = [
+        cut.keep.fraction for cut in bound.cuts if cut.keep and cut.keep.fraction and cut.keep.of == "original"
+    ]
+    assert fractions == sorted(fractions, reverse=True)
+    budget = bound.layer_budget
+    assert budget is None or len(bound.protected) <= budget <= shape.layers
+    again = pipeline.build(built.resolved, registry=registry_of(*STRATEGIES))
+    assert (again.resolved, again.sha) == (built.resolved, built.sha)
+    assert again.bind(shape).cuts == tuple(
+        dataclasses.replace(cut, stage=again.stages[cut.stage.index]) for cut in bound.cuts
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "cuts"),
+    [
+        ("stages[0].at=[1, 3.mid]", ["1", "3.mid"]),
+        ("stages[0].at[1]=7", ["2", "7"]),
+        ("stages[0].at=null", ["encoder"]),
+        ("stages[0].keep=null", None),
+    ],
+)
+def test_overrides_of_lists(registry: Registry, override: str, cuts: list[str] | None) -> None:
+    text = one("use: score, at: [2, 4], keep: 0.5")
+    if cuts is None:
+        with pytest.raises(SpecError, match="keep: is missing"):
+            pipeline.build(text, [override], registry)
+        return
+    built = pipeline.build(text, [override], registry)
+    assert [str(cut.site) for cut in built.bind(SHAPE).cuts] == cuts
