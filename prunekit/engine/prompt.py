@@ -69,7 +69,8 @@ class Prompt:
         times = sum(wanted) // total if total else 1
         if times < 1 or total * times != sum(wanted) or len(wanted) % times:
             raise Unsupported(f"the prompt shows {sum(wanted)} {source.modality.name} tokens, the encoder made {total}")
-        remaining = list(range(len(source.counts)))
+        # Some encoders return an empty entry for a row without pictures.
+        remaining = [number for number, count in enumerate(source.counts) if count]
         rows: list[list[int]] = []
         for row, count in enumerate(wanted):
             if row % times:
