@@ -42,7 +42,7 @@ class Fates:
     """Tables of one run.
 
     entering[l]: bool (B, P), prompt tokens that enter layer l, which its prompt queries can see.
-    lasting[l]: bool (B, P), prompt tokens whose keys and values layer l still has when tokens are decoded.
+    lasting[l]: bool (B, P), prompt tokens whose keys and values decoded tokens find in layer l.
     sizes[l]: float64 (B, P), tokens that each key of layer l stands for.
     before[l], mid[l]: what moves before layer l, and inside it between attention and MLP.
     plans: per row.
@@ -116,7 +116,8 @@ def fates_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report: 
         fates.mid.append(mid)
         fates.entering.append(alive.clone())
         fates.sizes.append(size.clone())
-        written = [plan[layer].writes_kv for plan in plans]
+        # A layer whose keys no decoding step will ask for need not hold them.
+        written = [plan[layer].writes_kv and plan.decoding(layer).attends for plan in plans]
         fates.lasting.append(alive & torch.tensor(written, device=alive.device)[:, None])
         for move in mid:
             _apply(move, report.events[move.number], alive, size)

@@ -138,7 +138,7 @@ class MaskedReference:
         if self.frame is None or self.frame.length < self.inputs["input_ids"].shape[1] + steps - 1:
             self.frame = frame_of(self.model, self.inputs, steps)
         with ExitStack() as stack, as_square(self.model):
-            stack.enter_context(tower_cuts(self.model, self.report, self.visual))
+            stack.enter_context(tower_cuts(self.model, self.inputs, self.report, self.visual))
             for number, layer in enumerate(self.layers):
                 stack.enter_context(_before(layer, self._entering(number)))
                 stack.enter_context(_after(layer, self._leaving(number, layer)))

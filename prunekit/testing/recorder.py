@@ -35,9 +35,10 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: dict[tuple[str, int, int], list[Call]] = {}
 
-    def merges(self, report: RunReport) -> dict[int, Merge]:
+    def merges(self, report: RunReport, beams: int = 1) -> dict[int, Merge]:
         """The merges of the one prompt batch that ran while recording, as `MaskedReference` takes them.
 
+        beams: how many rows of the report belong to one prompt; the merges are those of the first of them.
         Raises ValueError for a merge inside the vision tower, which the reference does not know.
         """
         found: dict[int, Merge] = {}
@@ -48,7 +49,8 @@ class Recorder:
             if pending and pending[0][0][0] == event.stage:
                 merge = _merge(pending.pop(0)[1], event, before)
                 if merge is not None:
-                    found[number] = merge
+                    extras = None if merge.extras is None else merge.extras[::beams]
+                    found[number] = Merge(merge.weights[::beams], extras)
             before = event.kept
         return found
 

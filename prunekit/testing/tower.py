@@ -1,9 +1,9 @@
 """The part of the masked reference that lies inside a vision tower: patches that left are masked in the blocks after.
 
-For plain towers: one row of the tower's batch is one picture, and one patch becomes one visual token. What a dropped
-patch has become in the end never reaches the decoder: its visual token is masked there from the first layer on.
+A visual token leaves with its patches. What a dropped patch has become in the end never reaches the decoder: its visual
+token is masked there from the first layer on. Patches of which no visual token is made stay.
 
-Shape letters: M pictures, D tokens of one picture inside the tower (with its CLS token, if any).
+Shape letters: V visual tokens, p patches that become one visual token.
 """
 
 from __future__ import annotations
@@ -25,54 +25,76 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def tower_cuts(model: PreTrainedModel, report: RunReport, visual: Sequence[Tensor]) -> Iterator[None]:
+def tower_cuts(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], report: RunReport, visual: Sequence[Tensor]
+) -> Iterator[None]:
     """While open, the tower of `model` replays the events of `report` that lie inside it.
 
-    visual: slots of the visual tokens of each row. Raises ValueError for events in a tower that is not plain.
+    visual: slots of the visual tokens of each row. Raises ValueError for prompts with videos, and for families that
+    declare no tower.
     """
     events = {n: event for n, event in enumerate(report.events) if Site.parse(event.site).place == "vision"}
     with ExitStack() as stack:
         if events:
             tower: Any = find(model).tower
-            if tower is None:
-                raise ValueError("the report has events inside the tower, but the family declares none")
+            if tower is None or "pixel_values_videos" in inputs:
+                raise ValueError("the masked reference cuts towers of families that declare one, and for images only")
             for number, block in enumerate(tower.layers):
-                here = {n: e for n, e in events.items() if _block(e) < number}
+                # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
+                here = [event for event in events.values() if int(Site.parse(event.site).layer or 0) < number]
                 if here:
-                    handle = block.register_forward_pre_hook(_masking(here, visual, tower.leading), with_kwargs=True)
-                    stack.callback(handle.remove)
+                    hook = _masking(tower, inputs, here, visual)
+                    attention = getattr(block, tower.attention)
+                    stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _block(event: StageEvent) -> int:
-    """The last block in which the dropped patches still are seen: for `vision.3.mid` and `vision.3` it is block 3."""
-    return int(Site.parse(event.site).layer or 0)
-
-
-def _masking(events: Mapping[int, StageEvent], visual: Sequence[Tensor], leading: int) -> Any:
+def _masking(tower: Any, inputs: Mapping[str, Tensor], events: Sequence[StageEvent], visual: Sequence[Tensor]) -> Any:
     def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        state = given[0]
-        seen = torch.ones(state.shape[:2], dtype=torch.bool, device=state.device)
-        each = state.shape[1] - leading
-        bias = torch.zeros(state.shape[:2], dtype=state.dtype, device=state.device)
-        for event in events.values():
-            picture = 0
-            for row, slots in enumerate(visual):
-                pictures, rest = divmod(len(slots), each)
-                if rest:
-                    raise ValueError(f"{len(slots)} visual tokens are no whole number of pictures of {each} patches")
-                keep = torch.zeros(pictures * each, dtype=torch.bool, device=state.device)
-                keep[list(event.kept[row])] = True
-                seen[picture : picture + pictures, leading:] &= keep.view(pictures, each)
-                if event.sizes is not None:
-                    sizes = torch.ones(pictures * each, dtype=state.dtype, device=state.device)
-                    sizes[list(event.kept[row])] = torch.tensor(event.sizes[row], dtype=state.dtype)
-                    bias[picture : picture + pictures, leading:] = sizes.view(pictures, each).log()
-                picture += pictures
-        columns = bias.masked_fill(~seen, torch.finfo(state.dtype).min)[:, None, None, :]
-        mask = columns.expand(-1, 1, state.shape[1], -1)
+        state = given[0] if given else named["hidden_states"]
+        rows, patches = state.shape[0], state.shape[1] - tower.leading
+        bias = torch.zeros(rows, state.shape[1], dtype=state.dtype, device=state.device)
+        units = _units(tower, inputs, rows, patches)
+        for event in events:
+            bias[:, tower.leading :] += _bias(event, units, visual, rows * patches).view(rows, patches).to(bias)
+        columns = bias[:, None, None, :].expand(-1, 1, state.shape[1], -1)
         if len(given) > 1:
-            return (state, mask, *given[2:]), named
-        return given, named | {"attention_mask": mask}
+            return (state, _both(given[1], columns), *given[2:]), named
+        return given, named | {"attention_mask": _both(named.get("attention_mask"), columns)}
 
     return hook
+
+
+def _both(mask: Tensor | None, columns: Tensor) -> Tensor:
+    """The tower's own mask and ours as one that is added."""
+    if mask is not None:
+        own = torch.zeros_like(columns).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        columns = columns + own
+    return columns.clamp(min=torch.finfo(columns.dtype).min)
+
+
+def _units(tower: Any, inputs: Mapping[str, Tensor], rows: int, patches: int) -> Tensor:
+    """The patches of every visual token of the batch in the order of the prompts, int64 (V, p); -1 stands for none."""
+    if tower.units is None:
+        return torch.arange(rows * patches)[:, None]
+    return torch.cat(list(tower.units("image", inputs, rows, patches)))
+
+
+def _bias(event: StageEvent, units: Tensor, visual: Sequence[Tensor], patches: int) -> Tensor:
+    """What one event adds to the logits of each patch: -inf where it left, the logarithm of its new size; float64."""
+    found = torch.zeros(patches, dtype=torch.float64)
+    first = 0
+    for row, slots in enumerate(visual):
+        mine = units[first : first + len(slots)]
+        kept = torch.zeros(len(slots), dtype=torch.bool)
+        kept[list(event.kept[row])] = True
+        stay = mine[kept].flatten()
+        gone = mine[~kept].flatten()
+        found[gone[(gone >= 0) & ~torch.isin(gone, stay)]] = -torch.inf
+        if event.sizes is not None:
+            sizes = torch.tensor(event.sizes[row], dtype=found.dtype)[:, None].expand(-1, mine.shape[1]).flatten()
+            found[stay] = sizes.log()
+        first += len(slots)
+    if first != len(units):
+        raise ValueError(f"the prompts have {first} visual tokens, the tower makes {len(units)}")
+    return found

@@ -1,0 +1,144 @@
+"""The exactness matrix: every cell equals the masked reference in prefill and eight decode steps, or is refused.
+
+`make test` runs every eleventh cell, `make test-full` all of them, and writes their table into docs/exactness.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from contextlib import nullcontext
+from functools import cache
+
+import exactness_table
+import pytest
+import torch
+from examples import EXAMPLES, registered
+from matrix import ALLOWED, BATCHES, CELLS, FAMILIES, PIPELINES, SHAPES, SHORT, SOME, VIDEO_TOO, WAYS
+
+import prunekit
+from prunekit.errors import SpecError, Unsupported
+from prunekit.testing.equivalence import assert_equivalent, generate
+from prunekit.testing.frame import frame_of
+from prunekit.testing.precision import Float64Throughout
+from prunekit.testing.tiny_families import row_of, tiny_batch, tiny_model
+
+STEPS, EXACT = 8, 1e-9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _registered():
+    with registered():
+        yield
+
+
+@cache
+def model_of(family, attention, dtype=torch.float64):
+    return tiny_model(family, attention, dtype)
+
+
+@cache
+def batch_of(family, attention, batch, dtype=torch.float64):
+    return tiny_batch(model_of(family, attention, dtype), BATCHES[batch])
+
+
+@cache
+def frame(family, attention, batch, dtype=torch.float64):
+    with Float64Throughout() if dtype == torch.float64 else nullcontext():
+        return frame_of(model_of(family, attention, dtype), batch_of(family, attention, batch, dtype), STEPS + 1)
+
+
+def pipeline(name):
+    return {"name": name, **PIPELINES[name]}
+
+
+def run(cell):
+    """The largest error of the cell."""
+    which = (cell.family, cell.attention, cell.batch, torch.float32 if cell.way == "float32" else torch.float64)
+    model, inputs = model_of(which[0], which[1], which[3]), batch_of(*which)
+    found = assert_equivalent(
+        model, pipeline(cell.pipeline), inputs, STEPS, ALLOWED.get(cell.way, EXACT), frame=frame(*which),
+        **WAYS.get(cell.way, {}),
+    )  # fmt: skip
+    assert found.logits.shape[1] == STEPS + 1
+    return found.error
+
+
+def tenth_or_slow(all_of, some):
+    chosen = set(some)
+    return [pytest.param(one, id=str(one), marks=() if one in chosen else pytest.mark.slow) for one in all_of]
+
+
+@pytest.mark.parametrize("cell", tenth_or_slow(CELLS, SOME))
+def test_cell(cell):
+    if cell.refused:
+        with pytest.raises((Unsupported, SpecError), match=cell.refused):
+            run(cell)
+        record(cell, None)
+    else:
+        record(cell, run(cell))
+
+
+def record(cell, error):
+    """For `exactness_table.py`: one line a cell, in the file that the environment names."""
+    if path := os.environ.get("PRUNEKIT_EXACTNESS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"cell": str(cell), "error": error}) + "\n")
+
+
+ROWS = [f"{family} {name}" for name in SHORT for family in FAMILIES]
+
+
+@pytest.mark.parametrize("which", tenth_or_slow(ROWS, ROWS[::11]))
+def test_rows_of_a_ragged_batch_are_their_own_runs(which):
+    family, name = which.split()
+    model, inputs = model_of(family, "sdpa"), batch_of(family, "sdpa", "ragged")
+    if family in ("aya_vision", "cohere2_vision") and name == "four-sites":
+        with pytest.raises(Unsupported), prunekit.apply(model, pipeline(name)):
+            model(**inputs)
+        return
+    with Float64Throughout(), prunekit.apply(model, pipeline(name)) as run:
+        together, report = generate(model, inputs, max_new_tokens=4), run.report
+        for row in range(2):
+            alone = generate(model, row_of(inputs, row), max_new_tokens=4)
+            for step, logits in enumerate(together.logits):
+                assert (logits[row] - alone.logits[step][0]).abs().max() < EXACT
+            assert [event.kept[row] for event in report.events] == [event.kept[0] for event in run.report.events]
+            for field in ("layer_tokens", "mlp_tokens", "kv_tokens", "plans"):
+                assert getattr(report, field)[row] == getattr(run.report, field)[0], field
+
+
+class TestTheMatrixItself:
+    """What is counted is what there is, and a tenth of it has something of everything."""
+
+    def test_it_is_large_and_has_no_cell_twice(self):
+        assert len(CELLS) >= 2000
+        assert len(set(map(str, CELLS))) == len(CELLS)
+        assert sum(bool(cell.refused) for cell in CELLS) < len(CELLS) / 10
+
+    def test_every_example_is_in_a_pipeline(self):
+        used = {stage["use"] for one in PIPELINES.values() for stage in one["stages"]}
+        assert set(EXAMPLES) <= used
+
+    def test_some_cells_stand_for_all(self):
+        assert len(CELLS) / 12 < len(SOME) < len(CELLS) / 10
+        for name in ("family", "pipeline", "batch", "attention", "way"):
+            assert {getattr(cell, name) for cell in SOME} == {getattr(cell, name) for cell in CELLS}, name
+        pairs = Counter((cell.family, cell.group) for cell in SOME)
+        assert min(Counter(family for family, _ in pairs).values()) >= 6
+
+    def test_docs_show_the_last_full_run(self):
+        """Made by `make test-full`, of exactly these cells."""
+        results = json.loads(exactness_table.RESULTS.read_text())
+        assert results["cells"] == len(CELLS)
+        counted = Counter((cell.family, cell.group) for cell in CELLS)
+        assert {(f, g): one["cells"] for f, row in results["families"].items() for g, one in row.items()} == counted
+        assert exactness_table.table(results) in exactness_table.DOCS.read_text()
+
+    def test_shapes_and_ways_are_all_there(self):
+        assert {(cell.batch, cell.attention) for cell in CELLS} == {
+            *SHAPES,
+            *((batch, "sdpa") for batch in ("video", "videos", "pair")),
+        }
+        assert {cell.pipeline for cell in CELLS if "video" in cell.batch} == set(VIDEO_TOO)
