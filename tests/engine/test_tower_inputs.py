@@ -94,18 +94,12 @@ def test_generate_encodes_before_it_calls():
     model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
     with prunekit.apply(model, piped((Everything, {"at": "encoder"}))):
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        model.generate(**inputs, max_new_tokens=3, do_sample=False, num_beams=2)
+        alone = tiny_inputs((1, 1), (12, 9))  # older transformers mix the pictures of rows with several under beams
+        model.generate(**alone, max_new_tokens=3, do_sample=False, num_beams=2)
     plain, beams = Everything.seen
-    expected = naive(model, inputs["pixel_values"])
-    compare(plain, expected, [range(16), range(32)], BATCH[0])
-    twice = {name: _twice(tables) for name, tables in expected.items()}
-    compare(beams, twice, [range(16), range(16), range(32), range(32)], (1, 1, 2, 2))
-
-
-def _twice(tables):
-    """Tables of pictures in the order of two beams a row: the first row has one picture, the second two."""
-    again = lambda table: torch.cat([table[:1], table[:1], table[1:], table[1:]])  # noqa: E731
-    return tuple(map(again, tables)) if isinstance(tables, tuple) else again(tables)
+    compare(plain, naive(model, inputs["pixel_values"]), [range(16), range(32)], BATCH[0])
+    twice = alone["pixel_values"].repeat_interleave(2, 0)
+    compare(beams, naive(model, twice), [range(16)] * 4, (1, 1, 1, 1))
 
 
 def test_nothing_is_read_that_nobody_asks_for(monkeypatch):
