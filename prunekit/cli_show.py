@@ -162,6 +162,7 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
         data["layer_tokens"], data["mlp_tokens"] = list(found.layer_tokens), list(found.mlp_tokens)
         data["kv_tokens"] = list(found.kv_tokens)
         data["prefill_flops_fraction"], data["kv_fraction"] = list(found.flops), list(found.kv)
+        data["decision_flops_fraction"] = found.decisions
     return data
 
 
@@ -198,7 +199,9 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
         print(f"  tokens entering each layer, for one image and {text_tokens} text tokens:")
         print(f"    {' '.join(map(str, data['layer_tokens']))}")
         flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
-        print(f"  prefill FLOPs {flops} of dense, KV {kv} of dense")
+        own = data["decision_flops_fraction"]
+        more = f", decisions another {own:.1%}" if own else ""
+        print(f"  prefill FLOPs {flops} of dense{more}, KV {kv} of dense")
 
 
 def _routed(router: dict[str, Any], layers: int) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prunekit import cost
+from prunekit.abilities import selection_flops
 from prunekit.decisions import LayerAction
 from prunekit.pipeline import BoundPipeline
-from prunekit.sites import PREFILL_END, Site
+from prunekit.sites import ENCODER, PREFILL_END, Site
 from prunekit.stage import Cut
 
 
@@ -23,6 +24,7 @@ class Forecast:
 
     layer_tokens: that enter each layer. mlp_tokens: that go through its MLP. kv_tokens: that it holds afterwards.
     flops, kv: lowest and highest fraction of the dense model's prefill FLOPs, and of its KV entries.
+    decisions: FLOPs of the stages' own decisions, as far as they say, as a fraction of the same; not in `flops`.
     """
 
     layer_tokens: tuple[int, ...]
@@ -30,6 +32,7 @@ class Forecast:
     kv_tokens: tuple[int, ...]
     flops: tuple[float, float]
     kv: tuple[float, float]
+    decisions: float
 
 
 def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
@@ -49,12 +52,14 @@ def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
     ]
     held = tuple(kept and kept - gone for kept in cost.kv_tokens(tokens, plan))
     dense = original + text_tokens
+    dense_flops = cost.prefill_flops(shape, [dense] * shape.layers)
     return Forecast(
         tokens,
         mlp,
         held,
-        _range(bound, flops, cost.prefill_flops(shape, [dense] * shape.layers)),
+        _range(bound, flops, dense_flops),
         _range(bound, held, dense * shape.layers),
+        _decisions(bound, original, text_tokens) / dense_flops,
     )
 
 
@@ -73,6 +78,18 @@ def _visual(bound: BoundPipeline, original: int) -> tuple[list[int], list[int], 
         before, left = left, _after(cut, original, left)
         gone += (before - left) * (cut.site == PREFILL_END)
     return entering, inside, gone
+
+
+def _decisions(bound: BoundPipeline, original: int, text_tokens: int) -> int:
+    """FLOPs of the decisions themselves: of token stages at each of their cuts, of routers once."""
+    total, left, door = 0, original, original
+    for cut in bound.cuts:
+        if not cut.stage.is_router:
+            total += selection_flops(cut.stage, bound.shape, text_tokens, left)
+        left = _after(cut, original, left)
+        if cut.site <= ENCODER and not cut.stage.is_router:
+            door = left
+    return total + sum(selection_flops(router, bound.shape, text_tokens, door) for router in bound.routers)
 
 
 def _after(cut: Cut, original: int, left: int) -> int:

@@ -29,7 +29,7 @@ import yaml
 from PIL import Image
 
 import prunekit
-from prunekit import cli, hookspecs, loading, plugins, spec
+from prunekit import abilities, cli, hookspecs, loading, plugins, spec, traits
 from prunekit.errors import SpecError
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +196,13 @@ def test_every_public_name_is_documented() -> None:
     text = (REFERENCE / "python.md").read_text(encoding="utf-8")
     names = re.findall(r"^### `(\w+)", text, flags=re.M)
     assert sorted(names) == sorted(prunekit.__all__)
+
+
+def test_every_trait_and_method_of_strategies_is_documented() -> None:
+    text = (REFERENCE / "python.md").read_text(encoding="utf-8").partition("### Traits and methods")[2]
+    told = set(re.findall(r"`(\w+)", text.partition("\n## ")[0]))
+    methods = re.findall(r"^    (\w+)\(.*\) -> ", abilities.__doc__ or "", flags=re.M)
+    assert len(methods) >= 4 and {*traits.TRAITS, *methods} <= told
 
 
 def test_every_command_and_option_is_documented() -> None:

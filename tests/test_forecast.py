@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, Sites, families, hookimpl, pipeline, plugins
+from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, pipeline, plugins
 from prunekit.forecast import forecast
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
@@ -51,10 +51,26 @@ class Whole:
         return Route(plans=[LayerPlan({1: LayerAction.SKIP})] * len(embeds))
 
 
+@dataclasses.dataclass(frozen=True)
+class Priced(Early):
+    """Says what it costs."""
+
+    def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
+        return text + visual
+
+
+@dataclasses.dataclass(frozen=True)
+class PricedRouter(Late):
+    """So does this router."""
+
+    def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
+        return 1000 * (text + visual)
+
+
 class Plugin:
     @hookimpl
     def prunekit_register(self, registry: Any) -> None:
-        for cls in (Early, Late, Whole):
+        for cls in (Early, Late, Whole, Priced, PricedRouter):
             registry.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
 
 
@@ -130,6 +146,16 @@ def test_what_a_router_does_is_within_the_promised_range(model: Any, stages: lis
     assert found.kv[0] - 1e-9 <= run.report.cost.kv_fraction <= found.kv[1] + 1e-9
     if built.stages[-1].use != "early":
         assert found.flops[0] < 1
+
+
+def test_what_decisions_cost_by_their_own_account(model: Any) -> None:
+    """A token stage at each of its cuts, with what reaches it; a router once, with what the door leaves."""
+    shape = families.find(model).shape()
+    stages = [{"use": "priced", "at": ["encoder", 2], "keep": 0.5}, {"use": "pricedrouter", "at": 3, "keep": 0.25}]
+    found = forecast(pipeline.build({"stages": stages}).bind(shape), TEXT)
+    dense = cost.prefill_flops(shape, [16 + TEXT] * shape.layers)
+    assert found is not None
+    assert found.decisions == pytest.approx(((TEXT + 16) + (TEXT + 8) + 1000 * (TEXT + 8)) / dense)
 
 
 def test_nothing_is_promised_where_tokens_depend_on_the_picture(model: Any) -> None:
