@@ -179,4 +179,4 @@ def _doing(action: LayerAction) -> Iterator[None]:
 
 def left_out() -> LayerAction | None:
     """The part of the running layer that is left out, SKIP_ATTENTION or SKIP_MLP; None: neither."""
-    return _DOING.get()
+    return None if torch.compiler.is_compiling() else _DOING.get()

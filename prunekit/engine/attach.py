@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import families
-from prunekit.engine import kv, layers, masks, upstream
+from prunekit.engine import generating, kv, layers, masks, static, upstream
 from prunekit.engine.call import CALL, Call
 from prunekit.engine.inputs import Needs
 from prunekit.engine.observers import tell
@@ -71,6 +72,10 @@ class Attached:
         self._overrides = Overrides()
         self._tower = TowerPlan.of(self.bound, self.parts)
 
+    def __deepcopy__(self, memo: object) -> Attached:
+        """What is on a model is bound to it: a copy would go on to run the modules of the original."""
+        raise Unsupported("a model inside a prunekit.apply block cannot be copied; do it outside of the block")
+
     @property
     def report(self) -> RunReport | None:
         """What the newest prompt batch did; None before the first. Reads tensors back from their device."""
@@ -100,6 +105,7 @@ class Attached:
             replace(parts.base, modality.method, self._encode(modality))
         replace(parts.text, "forward", self._text_forward)
         if self.active:
+            generating.override(self._overrides, self.model)
             if self.pipeline.positions == "renumber":
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
@@ -118,6 +124,7 @@ class Attached:
         try:
             self._overrides.restore()
         finally:
+            static.forget(self.model)
             if self.outer is not None:
                 outer, self.outer = self.outer, None
                 outer._put_in(outer.parts)
@@ -130,9 +137,12 @@ class Attached:
                 "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
             )
 
-    def _check_window(self, length: int) -> None:
+    def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
-        if self._kind == "flat" and self._window is not None and length > self._window:
+        if self._kind != "flat" or self._window is None:
+            return
+        length = tokens + (0 if cache is None else cache.get_seq_length())
+        if length > self._window:
             raise Unsupported(
                 f"{length} tokens are more than the sliding window of {self._window}, which flash attention would "
                 "count in kept tokens; load the model with attn_implementation='sdpa'"
@@ -145,6 +155,8 @@ class Attached:
             signature = inspect.signature(original)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
+                if torch.compiler.is_compiling() and self.active:
+                    static.require(None)
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
                 if self._tower is None:
@@ -171,6 +183,8 @@ class Attached:
         signature = inspect.signature(original)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
+                return original(*args, **kwargs)
             given = signature.bind_partial(*args, **kwargs).arguments
             call = Call(given | given.get("kwargs", {}), self.parts)
             if self.active:
@@ -187,9 +201,13 @@ class Attached:
         """Open a step around the decoder stack; after a prefill, give its output the logical length again."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call, cache = CALL.get(), kwargs.get("past_key_values")
+            cache = kwargs.get("past_key_values")
+            if torch.compiler.is_compiling():
+                if self.active:
+                    static.require(cache)
+                return original(*args, **kwargs)
+            call, filled = CALL.get(), kv.is_filled(cache)
             session: Session | None = kv.owner_of(cache)
-            filled = cache is not None and cache.get_seq_length() > 0
             if not self.active and (call is None or call.given.get("input_ids") is None or filled):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
@@ -201,8 +219,7 @@ class Attached:
             if session is not None:
                 session.refuse_other(self.pipeline, self.parts)
                 call.refuse_new_pictures()
-            length = embeds.shape[1] + (cache.get_seq_length() if cache is not None else 0)
-            self._check_window(length)
+            self._check_window(embeds.shape[1], cache)
             prefill = session is None
             session = session or Session(self.bound, self.parts, call.prompt(), embeds.element_size(), self.needs)
             step = Step(session, prefill, embeds.shape[1], self._kind or "bool")
@@ -225,6 +242,7 @@ class Attached:
             output["last_hidden_state"] = session.layout.expand(last)
         if self.active:
             session.end(last, Here(step, len(self.parts.layers), {}), cache)
+            static.seal(cache)
         tell(lambda: self.report or session.report())
         return output
 

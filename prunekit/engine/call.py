@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine import kv
+from prunekit.engine import kv, static
+from prunekit.engine.generating import flat_mask
 from prunekit.engine.pictures import Pictures, noted
 from prunekit.engine.prompt import Prompt
 from prunekit.errors import Unsupported
@@ -27,22 +28,53 @@ class Call:
     def refuse_unsupported(self) -> None:
         """Raise Unsupported for what cannot be answered on fewer tokens."""
         for name in ("output_attentions", "output_hidden_states"):
-            if self.given.get(name):
+            if self._asks(name):
                 raise Unsupported(
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
         cache = self.given.get("past_key_values")
         if cache is not None and kv.owner_of(cache) is None:
-            kv.check(cache)
-        if self.given.get("use_cache") is False and self.given.get("mm_encoder_outputs"):
-            raise Unsupported(
-                "generate(use_cache=False) would prune anew at every step; leave use_cache at its default"
-            )
+            kv.check(cache, kv.takes(cache) or static.takes(cache))
         mask = self.given.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim != 2:
+        if mask is not None and kv.owner_of(cache) is None and flat_mask(mask) is None:
             raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
         if self.given.get("input_ids") is None:
             raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
+        if kv.owner_of(cache) is None:
+            self._refuse_incomplete(flat_mask(mask))
+        self._refuse_checkpointing()
+
+    def _asks(self, name: str) -> bool:
+        """Whether this call, or else a config, asks for an output of every layer."""
+        if self.given.get(name) is not None:
+            return bool(self.given[name])
+        return any(bool(getattr(module.config, name, False)) for module in (self.parts.base, self.parts.text))
+
+    def _refuse_incomplete(self, mask: Tensor | None) -> None:
+        """Raise Unsupported for a prompt whose parts do not fit each other."""
+        ids = self.given["input_ids"]
+        if mask is not None and mask.shape != ids.shape:
+            raise Unsupported(
+                f"attention_mask is {tuple(mask.shape)}, but input_ids are {tuple(ids.shape)}; give one entry for each "
+                "token of the prompt"
+            )
+        if self.outputs or any(self.given.get(modality.pixels) is not None for modality in self.parts.modalities):
+            return
+        shown = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device))
+        if count := int((shown if mask is None else shown & mask.to(ids.device, torch.bool)).sum()):
+            raise Unsupported(
+                f"the prompt shows {count} visual tokens, but no pictures came with it; give their pixels"
+            )
+
+    def _refuse_checkpointing(self) -> None:
+        """Raise Unsupported where layers would run a second time in the backward pass."""
+        layers = self.parts.layers
+        if torch.is_grad_enabled() and any(
+            getattr(one, "gradient_checkpointing", False) and one.training for one in layers
+        ):
+            raise Unsupported(
+                "gradient checkpointing would run the decoder layers again after pruning has moved on; turn it off"
+            )
 
     def refuse_new_pictures(self) -> None:
         """Raise Unsupported when later tokens on a pruned cache bring pictures."""
@@ -58,7 +90,7 @@ class Call:
     def prompt(self) -> Prompt:
         """The prompt batch of a prefill; one read back from the device."""
         ids = self.given["input_ids"]
-        mask = self.given.get("attention_mask")
+        mask = flat_mask(self.given.get("attention_mask"))
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
         visual = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device)) & real
         visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()

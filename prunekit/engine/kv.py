@@ -143,32 +143,43 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return _shared(rows, tuple(place for _, place in kept))
 
 
-def adopt(cache: Cache, layers: int, owner: object) -> None:
-    """Put ragged layers into an empty cache and tie it to its owner. Raises Unsupported for other kinds of cache."""
-    check(cache)
-    cache.layers[:] = [RaggedLayer() for _ in range(layers)]
+def adopt(cache: Cache, layers: Sequence[RaggedLayer], owner: object) -> None:
+    """Put ragged layers into an empty cache and tie it to its owner."""
+    cache.layers[:] = layers
     setattr(cache, _OWNER, owner)
 
 
-def check(cache: Cache) -> None:
-    """Raise Unsupported unless `cache` is an empty DynamicCache whose layers hold keys and values."""
-    if type(cache) is not DynamicCache or any(type(layer) not in ADOPTED for layer in cache.layers):
-        kinds = sorted({type(layer).__name__ for layer in cache.layers}) or [type(cache).__name__]
+def takes(cache: Cache) -> bool:
+    """Whether `cache` is a DynamicCache whose layers hold keys and values."""
+    return type(cache) is DynamicCache and all(type(layer) in (*ADOPTED, RaggedLayer) for layer in cache.layers)
+
+
+def check(cache: Cache, taken: bool) -> None:
+    """Raise Unsupported unless `cache` is empty and of a kind that is `taken`."""
+    if not taken:
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())}) or [type(cache).__name__]
         raise Unsupported(
-            "pruning needs transformers' DynamicCache with attention layers (no linear-attention, static, quantized or "
-            f"offloaded ones), not {type(cache).__name__} with {', '.join(kinds)}; "
+            "pruning needs transformers' DynamicCache with attention layers, or StaticCache with full-attention ones "
+            f"(none linear-attention, quantized or offloaded), not {type(cache).__name__} with {', '.join(kinds)}; "
             "leave `cache_implementation` and `past_key_values` at their defaults"
         )
-    if cache.get_seq_length() > 0:
+    if is_filled(cache):
         raise Unsupported(
             "this KV cache was filled outside of prunekit.apply; prefill inside the `with` block, with a new cache"
         )
 
 
+def is_filled(cache: Cache | None) -> bool:
+    """Whether tokens have passed a cache; reads nothing back from its device where its layers are ragged."""
+    if cache is None:
+        return False
+    first = next(iter(getattr(cache, "layers", ())), None)
+    return first.logical > 0 if isinstance(first, RaggedLayer) else bool(cache.get_seq_length() > 0)
+
+
 def owner_of(cache: Cache | None) -> Any:
     """Who adopted this cache; None if nobody did, or if it was emptied since."""
-    filled = cache is not None and cache.get_seq_length() > 0
-    return getattr(cache, _OWNER, None) if filled else None
+    return getattr(cache, _OWNER, None) if is_filled(cache) else None
 
 
 def _as_list(rows: Tensor) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit.decisions import LayerAction
-from prunekit.engine import mid
+from prunekit.engine import masks, mid, static
 from prunekit.engine.actions import left_out
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.step import STEP
@@ -20,11 +20,12 @@ from prunekit.pipeline import BoundPipeline
 
 def override(overrides: Overrides, parts: Parts, bound: BoundPipeline) -> None:
     """Override the layers of `parts`, and of their attention, norm and MLP what `bound` needs."""
+    kind = masks.kind_of(parts.attention_implementation) or "bool"
     inside = {cut.site.layer for cut in bound.cuts if cut.site.in_decoder and cut.site.point == "mid"}
     # A router may plan anything for any sample.
     planned = set(range(len(parts.layers))) if bound.routers else set(bound.plan.layers)
     for number, layer in enumerate(parts.layers):
-        overrides.replace(layer, "forward", _layer_forward(number))
+        overrides.replace(layer, "forward", _layer_forward(number, kind))
         if number in inside:
             _override_mid(overrides, parts, layer)
         if number in planned and _may(bound, number, LayerAction.SKIP_ATTENTION):
@@ -44,9 +45,11 @@ def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
     overrides.replace(getattr(layer, parts.mlp), "forward", mid.mlp_forward)
 
 
-def _layer_forward(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return static.decode(number, original, hidden_states, kwargs, kind)
             step = STEP.get()
             if step is None:
                 return original(hidden_states, *args, **kwargs)
@@ -84,7 +87,7 @@ def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """An override of the decoder's rotary module: its calls are noted, to be made again with other positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        step = STEP.get()
+        step = None if torch.compiler.is_compiling() else STEP.get()
         return original(*args, **kwargs) if step is None else step.rotations.watch(original, args, kwargs)
 
     return forward

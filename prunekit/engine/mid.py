@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from prunekit.decisions import LayerAction
@@ -87,7 +88,7 @@ def norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """An override of the norm before the MLP."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mid = _MID.get()
+        mid = None if torch.compiler.is_compiling() else _MID.get()
         return original(hidden if mid is None else mid.decide(hidden), *args, **kwargs)
 
     return forward
@@ -97,7 +98,8 @@ def mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """An override of the MLP."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        mid, output = _MID.get(), original(hidden, *args, **kwargs)
+        mid = None if torch.compiler.is_compiling() else _MID.get()
+        output = original(hidden, *args, **kwargs)
         if mid is None:
             return output
         return (mid.widen(output[0]), *output[1:]) if isinstance(output, tuple) else mid.widen(output)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from prunekit.decisions import LayerAction
-from prunekit.engine import kv, masks
+from prunekit.engine import kv, masks, static
 from prunekit.engine.actions import Running, run_action
 from prunekit.engine.groups import Shares
 from prunekit.engine.layout import Layout, select_rows
@@ -55,7 +55,9 @@ class Step:
         cache: Cache | None = kwargs.get("past_key_values")
         until = session.parts.logical_until
         if number == 0 and cache is not None:
-            kv.adopt(cache, session.bound.shape.layers, session)
+            ragged = static.layers_for(cache) if static.takes(cache) else None
+            kv.adopt(cache, ragged or [kv.RaggedLayer() for _ in session.parts.layers], session)
+        kwargs = self._cut_mask(kwargs)
         if 0 < number <= until and session.layout is not None:
             hidden = session.layout.gather(hidden)
         here = Here(self, number, kwargs)
@@ -68,6 +70,13 @@ class Step:
         if number < until and session.layout is not None:
             return session.layout.put(hidden, logical)
         return hidden
+
+    def _cut_mask(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Masks for caches of fixed size have columns for later tokens, which a prefill does not see."""
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] == self.tokens:
+            return kwargs
+        return {**kwargs, "attention_mask": self.once((mask, "cut"), lambda: mask[..., : self.tokens])}
 
     def _act(
         self, number: int, original: Any, hidden: Tensor, kwargs: Mapping[str, Any], cache: Cache | None

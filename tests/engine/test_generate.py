@@ -279,7 +279,8 @@ def test_a_mixed_batch_says_which_rows_had_nothing_to_prune(model):
     [
         ({"output_attentions": True}, "output_attentions"),
         ({"output_hidden_states": True}, "output_hidden_states"),
-        ({"cache_implementation": "static"}, "static"),
+        ({"cache_implementation": "offloaded"}, "offloaded"),
+        ({"prefill_chunk_size": 8}, "prefill_chunk_size"),
         ({"use_cache": False}, "use_cache"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
