@@ -110,7 +110,7 @@ class MaskedReference:
 
         with _before(self.layers[layer], look, last=True):
             self.forward(self.inputs["input_ids"][:, :0])
-        return seen[0]
+        return seen[-1]  # a frame may have been made first
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:
