@@ -19,3 +19,9 @@ def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
 def prunekit_models() -> dict[str, str]:
     """The bundled model."""
     return {"micro": "prunekit_evals.micro:model_path"}
+
+
+@hookimpl
+def prunekit_data() -> dict[str, str]:
+    """The bundled model's own scenes, with questions."""
+    return {"micro-scenes": "prunekit_evals.scene_prompts:source"}

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from prunekit import __version__, cli_doctor, cli_list, cli_run, cli_show, plugins
+from prunekit import __version__, cli_doctor, cli_list, cli_run, cli_show, cli_train, plugins
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
 
 EPILOG = """\
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"prunekit {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (cli_list, cli_show, cli_run, cli_doctor):
+    for module in (cli_list, cli_show, cli_run, cli_doctor, cli_train):
         module.add(commands)
     try:
         plugins.manager().hook.prunekit_commands(subparsers=commands)

@@ -48,7 +48,7 @@ def run(namespace: argparse.Namespace) -> int:
     if not namespace.prompt.strip():
         raise InputError("the prompt is empty (ask something with --prompt)")
     pipeline.bind(loading.load_shape(namespace.model, namespace.download))
-    _quiet()
+    quiet()
     model, processor = loading.load(
         namespace.model, namespace.dtype, namespace.device, namespace.attn, namespace.download
     )
@@ -112,7 +112,7 @@ def _open(path: Path) -> Image:
         raise InputError(f"'{path}' is not a readable image: {error}") from error
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keep transformers' progress bars and advice out of the output."""
     from transformers.utils import logging as transformers_logging
 

@@ -154,6 +154,13 @@ class HostHooks:
         raise NotImplementedError
 
     @hookspec
+    def prunekit_data(self) -> dict[str, str]:
+        """Named prompts to train on: {"micro-scenes": "package.module:function"}; the function returns a `Source`, see
+        `prunekit.training.data`.
+        """
+        raise NotImplementedError
+
+    @hookspec
     def prunekit_commands(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         """Add commands to the `prunekit` program; each sets `run=callable(namespace) -> int`. Import nothing heavy."""
 

@@ -72,11 +72,12 @@ def registry() -> Registry:
         # A hook caller for this plugin alone: so we know who registers what.
         others = [other for other, _ in _named(manager()) if other is not plugin]
         _guarded(signed, manager().subset_hook_caller("prunekit_register", others), registry=signed)
-        for models in _guarded(signed, manager().subset_hook_caller("prunekit_models", others)):
-            if not isinstance(models, Mapping):
-                raise PluginError(f"plugin '{name}' of {signed.origin}: prunekit_models gave {models!r}, not a dict")
-            for model, target in models.items():
-                signed.model(model, target)
+        for hook, add in (("prunekit_models", signed.model), ("prunekit_data", signed.source)):
+            for named in _guarded(signed, manager().subset_hook_caller(hook, others)):
+                if not isinstance(named, Mapping):
+                    raise PluginError(f"plugin '{name}' of {signed.origin}: {hook} gave {named!r}, not a dict")
+                for key, target in named.items():
+                    add(key, target)
     return filled
 
 

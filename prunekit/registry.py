@@ -53,10 +53,11 @@ class Registry:
     origin: str = "local code"
     _strategies: dict[str, Entry] = field(default_factory=dict)
     _models: dict[str, Entry] = field(default_factory=dict)
+    _sources: dict[str, Entry] = field(default_factory=dict)
 
     def signed(self, plugin: str, origin: str) -> Registry:
         """The same registry, signing what is registered through it with another plugin and origin."""
-        return Registry(plugin, origin, self._strategies, self._models)
+        return Registry(plugin, origin, self._strategies, self._models, self._sources)
 
     def strategy(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
         """Register a strategy class: `target` is `package.module:Class`. Raises DuplicateName, PluginError."""
@@ -66,6 +67,10 @@ class Registry:
         """Register a short model name: `target` is a function without arguments that returns the model's folder."""
         self._add("model", self._models, name, target, summary, origin)
 
+    def source(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
+        """Register prompts to train on: `target` is a function without arguments that returns a `Source`."""
+        self._add("data", self._sources, name, target, summary, origin)
+
     def strategies(self) -> tuple[Entry, ...]:
         """Every strategy, by name."""
         return tuple(sorted(self._strategies.values(), key=lambda entry: entry.name))
@@ -73,6 +78,10 @@ class Registry:
     def models(self) -> tuple[Entry, ...]:
         """Every short model name, by name."""
         return tuple(sorted(self._models.values(), key=lambda entry: entry.name))
+
+    def sources(self) -> tuple[Entry, ...]:
+        """Every name of data, by name."""
+        return tuple(sorted(self._sources.values(), key=lambda entry: entry.name))
 
     def strategy_entry(self, name: str) -> Entry:
         """The entry of a strategy, without importing it. Raises UnknownName."""
@@ -88,11 +97,11 @@ class Registry:
 
     def get_model(self, name: str) -> Callable[[], str | PathLike[str]]:
         """The function that returns the folder of a model. Raises UnknownName."""
-        entry = _find("model", self._models, name)
-        target = entry.load()
-        if not callable(target):
-            raise PluginError(f"model '{name}' of {entry.origin}: {entry.target} is {target!r}, which is no function")
-        return target  # type: ignore[no-any-return]
+        return _function("model", _find("model", self._models, name))  # type: ignore[no-any-return]
+
+    def get_source(self, name: str) -> Callable[[], Any]:
+        """The function that returns the data of this name. Raises UnknownName."""
+        return _function("data", _find("data", self._sources, name))  # type: ignore[no-any-return]
 
     def _add(
         self, kind: str, table: dict[str, Entry], name: str, target: str, summary: str, origin: str | None
@@ -107,6 +116,14 @@ class Registry:
             first = table[name]
             raise DuplicateName(kind, name, f"plugin '{first.plugin}' of {first.origin}", who)
         table[name] = entry
+
+
+def _function(kind: str, entry: Entry) -> Any:
+    target = entry.load()
+    if not callable(target):
+        what = f"{entry.target} is {target!r}, which is no function"
+        raise PluginError(f"{kind} '{entry.name}' of {entry.origin}: {what}")
+    return target
 
 
 def _find(kind: str, table: Mapping[str, Entry], name: str) -> Entry:

@@ -37,6 +37,7 @@ ORDER = (
     ("ops", "families"),
     ("engine",),
     ("loading",),
+    ("training",),
     ("testing",),
     ("cli",),
 )

@@ -27,15 +27,17 @@ COPIED = {
 
 
 def random_router(config: RouterConfig, seed: int, layer_tokens: LayerTokens = "normal") -> Router:
-    """Every matrix normal with std 0.02, float32, drawn on the CPU. layer_tokens `zeros`: as in the released code; they
-    then differ by position alone.
+    """Every matrix normal, float32, drawn on the CPU: with std 0.02, which suits blocks of a 7B model's width; in
+    narrow blocks with one over the root of the inputs, else they would hardly mix tokens and noise would do nothing.
+    layer_tokens `zeros`: as in the released code; they then differ by position alone.
     """
     router = Router(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(router.named_parameters()):
             if parameter.ndim == 2:
-                parameter.normal_(0, STD, generator=generator)
+                mixing = config.narrow and name.startswith(("blocks", "project"))
+                parameter.normal_(0, parameter.shape[1] ** -0.5 if mixing else STD, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
     if layer_tokens == "zeros":

@@ -1,0 +1,82 @@
+"""Contrastive preference learning (https://arxiv.org/abs/2310.13639) on pairs of decisions, and sparsity.
+
+A decision is taken as independent coin flips with the router's probabilities: log p(a) is the sum over visual tokens of
+a log p + (1 - a) log(1 - p), and the same over the layers about which the router decides. Which loss PAR has is not
+known; its code speaks of offline preferences, of a positive and a negative part, and of sparsity of tokens and layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunekit.training.forced import Shown
+from prunekit.training.teacher import Actions, Pairs, Teacher
+
+Scores = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The parts of a batch's loss, each summed over its samples: float32 scalars. pairs: useful ones."""
+
+    preference: Tensor
+    sparsity: Tensor
+    pairs: int
+
+
+def loss_of(scores: Scores, reference: Scores | None, pairs: Pairs, seen: Shown, teacher: Teacher) -> Loss:
+    """The loss of a router's logits (B, S), (B, N) on a batch.
+
+    reference: logits of the starting router, for `dpo`.
+    """
+    recipe = teacher.recipe
+    better = log_likelihood(scores, pairs.better, seen, teacher)
+    worse = log_likelihood(scores, pairs.worse, seen, teacher)
+    if reference is None:
+        alpha, bias = recipe.scale
+        margin = alpha * (better - bias * worse)
+    else:
+        base = log_likelihood(reference, pairs.better, seen, teacher)
+        margin = recipe.beta * (better - base - (worse - log_likelihood(reference, pairs.worse, seen, teacher)))
+    preference = -(F.logsigmoid(margin) * pairs.useful).sum()
+    return Loss(preference, _sparsity(scores, pairs.better, seen, teacher).sum(), int(pairs.useful.sum()))
+
+
+def log_likelihood(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> Tensor:
+    """log p of what was decided for each sample, float32 (B,)."""
+    mean = teacher.recipe.likelihood == "normalised"
+    return sum(
+        (_over(F.logsigmoid(torch.where(chosen, logits, -logits)), there, mean)
+         for logits, chosen, there in _groups(scores, actions, seen, teacher)),
+        start=torch.zeros(len(seen.valid), device=seen.valid.device),
+    )  # fmt: skip
+
+
+def _sparsity(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> Tensor:
+    """How far the mean probability of keeping is from the share that stays, squared; float32 (B,)."""
+    total = torch.zeros(len(seen.valid), device=seen.valid.device)
+    for logits, chosen, there in _groups(scores, actions, seen, teacher):
+        total = total + (_over(logits.sigmoid(), there, True) - _over(chosen.float(), there, True)).square()
+    return total
+
+
+def _groups(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Logits, decisions and which of them count, of tokens and of layers, as far as the router decides about them."""
+    found = []
+    if teacher.cuts_tokens:
+        found.append((scores[0].float(), actions.tokens, seen.visual))
+    if teacher.skips_layers:
+        free = torch.zeros_like(actions.layers)
+        free[:, list(teacher.free)] = True
+        found.append((scores[1].float(), actions.layers, free))
+    return found
+
+
+def _over(values: Tensor, there: Tensor, mean: bool) -> Tensor:
+    """Sum or mean over the second axis, of what is there; 0 of nothing."""
+    total = values.masked_fill(~there, 0.0).sum(1)
+    return total / there.sum(1).clamp(min=1) if mean else total

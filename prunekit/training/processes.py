@@ -1,0 +1,66 @@
+"""Several processes that train one router, through Accelerate if they were started by it; else this one alone.
+
+Each process takes every n-th prompt of a batch and the gradients are added up, so that a step is the same step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.errors import InputError
+
+T = TypeVar("T")
+
+
+class Processes:
+    """This process among `count`, with its number and its device (None: the caller's choice)."""
+
+    def __init__(self) -> None:
+        self.count, self.number = int(os.environ.get("WORLD_SIZE", "1")), 0
+        self.device: torch.device | None = None
+        self._accelerator: Any = None
+        if self.count > 1:
+            try:
+                from accelerate import Accelerator
+            except ImportError as error:
+                raise InputError(
+                    "training in several processes needs accelerate (pip install prunekit[train])"
+                ) from error
+            self._accelerator = Accelerator()
+            self.number, self.device = self._accelerator.process_index, self._accelerator.device
+
+    @property
+    def first(self) -> bool:
+        """It writes and speaks for all."""
+        return self.number == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """The items of this process."""
+        return list(items[self.number :: self.count])
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over the processes, in double precision."""
+        if self._accelerator is None:
+            return list(values)
+        device = self.device or torch.device("cpu")
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        found: list[float] = self._accelerator.reduce(torch.tensor(values, dtype=wide, device=device), "sum").tolist()
+        return found
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by the sum over the processes."""
+        if self._accelerator is None:
+            return
+        for parameter in parameters:
+            grad: Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self._accelerator.reduce(grad, "sum")
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self._accelerator is not None:
+            self._accelerator.wait_for_everyone()

@@ -1,0 +1,173 @@
+"""The frozen LVLM as a teacher: candidates for each prompt, really run, and how far each is from the dense answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from prunekit.decisions import LayerAction
+from prunekit.engine.attach import apply
+from prunekit.errors import Unsupported
+from prunekit.pipeline import BoundPipeline, Pipeline
+from prunekit.report import RunReport
+from prunekit.stage import Stage
+from prunekit.training.answers import Answers, dense_answers, divergence, told_logits
+from prunekit.training.forced import Decide, Shown, deciding, shown
+from prunekit.training.learner import Learner
+from prunekit.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What was decided for a batch: tokens bool (B, S), True where a visual token stays; layers bool (B, N), those that
+    run.
+    """
+
+    tokens: Tensor
+    layers: Tensor
+
+    def difference(self, other: Actions) -> Tensor:
+        """How many tokens and layers are in one and not in the other: int64 (B,)."""
+        return (self.tokens != other.tokens).sum(1) + (self.layers != other.layers).sum(1)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """For each sample the preferred decision and the other, whether they tell anything (bool (B,)), and all KLs,
+    float32 (candidates, B).
+    """
+
+    better: Actions
+    worse: Actions
+    useful: Tensor
+    kl: Tensor
+
+
+def router_of(pipeline: Pipeline) -> Stage:
+    """The one router of a pipeline. Raises Unsupported for a pipeline that this training does not cover."""
+    routers = [stage for stage in pipeline.stages if stage.is_router]
+    if len(routers) != 1:
+        raise Unsupported(f"training needs a pipeline with one router, and '{pipeline.name}' has {len(routers)}")
+    return routers[0]
+
+
+def check_cuts(bound: BoundPipeline, stage: Stage) -> None:
+    """Raise Unsupported where other stages cut between the router's decision and its own cut, or it cuts repeatedly."""
+    cuts = [cut for cut in bound.cuts if cut.site.in_decoder]
+    own = [cut for cut in bound.cuts if cut.stage is stage]
+    if len(own) > 1:
+        raise Unsupported(f"{stage.label} cuts at several sites; train it with one, and use it with several")
+    if own and any(cut.site <= own[0].site and cut.stage is not stage for cut in cuts):
+        raise Unsupported(f"another stage cuts tokens between the decision of {stage.label} and its own cut")
+
+
+class Teacher:
+    """One model under one pipeline.
+
+    free: decoder layers about which the router decides. token_share: fraction of the visual tokens that stay, of each
+    sample; layer_share: of the free layers. None where the pipeline gives the router no such budget.
+    """
+
+    def __init__(self, model: Any, pipeline: Pipeline, bound: BoundPipeline, recipe: Recipe) -> None:
+        self.model, self.pipeline, self.bound, self.recipe = model, pipeline, bound, recipe
+        self.stage = router_of(pipeline)
+        check_cuts(bound, self.stage)
+        layers = range(bound.shape.layers)
+        self.free = tuple(n for n in layers if n not in bound.protected and n not in bound.plan.layers)
+        self.cuts_tokens = bool(self.stage.keeps)
+        self.skips_layers = bound.layer_budget is not None and bool(self.free)
+
+    def answers(self, inputs: Mapping[str, Tensor]) -> Answers:
+        """What the model says without any pruning."""
+        return dense_answers(self.model, inputs, self.recipe.answer_tokens)
+
+    def decide(self, inputs: Mapping[str, Tensor], answers: Answers, by: Decide) -> tuple[Tensor, Actions, Shown]:
+        """Run one decision for each sample: its KL (B,), what was decided, and what the router was shown."""
+        with deciding(self.stage, by) as teller, apply(self.model, self.pipeline) as run:
+            logits = told_logits(self.model, inputs, answers)
+        assert run.report is not None
+        seen = shown(teller.seen)
+        return divergence(answers, logits, self.recipe), self._actions(run.report, seen), seen
+
+    def pairs(
+        self, learner: Learner, inputs: Mapping[str, Tensor], answers: Answers, seeds: Sequence[int]
+    ) -> tuple[Pairs, Shown]:
+        """Try candidates from this router, the first without noise, and find the best and the worst of each sample.
+
+        seeds: one for each sample; every candidate draws its noise from it and its own number.
+        """
+        kl, actions, seen = self.decide(inputs, answers, plainly(learner))
+        kls, tried = [kl], [actions]
+        for number in range(1, self.recipe.candidates):
+            with torch.no_grad():
+                mine = [seed * 1_000_003 + number for seed in seeds]
+                scores = learner.noisy(seen.embeds, seen.visual, seen.valid, self.recipe.noise, mine)
+            kl, actions, _ = self.decide(inputs, answers, told(scores, seen))
+            kls.append(kl)
+            tried.append(actions)
+        every = torch.stack(kls)
+        best = every.argmin(0)
+        worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
+        gap = every.gather(0, worst[None])[0] - every.gather(0, best[None])[0]
+        return Pairs(_chosen(tried, best), _chosen(tried, worst), gap >= self.recipe.least_gap, every), seen
+
+    def _actions(self, report: RunReport, seen: Shown) -> Actions:
+        rows = range(report.samples)
+        kept = [self._kept(report, row, seen) for row in rows]
+        running = torch.ones(report.samples, self.bound.shape.layers, dtype=torch.bool)
+        for row in rows:
+            for layer, action in report.plans[row]:
+                running[row, layer] = action is not LayerAction.SKIP
+        return Actions(pad_sequence(kept, batch_first=True), running.to(seen.valid.device))
+
+    def _kept(self, report: RunReport, row: int, seen: Shown) -> Tensor:
+        """Bool (S,): positions, as the router saw them, of the visual tokens that stay."""
+        visual = seen.visual[row]
+        if not self.cuts_tokens or not bool(visual.any()):
+            return visual.clone()
+        number = next(n for n, event in enumerate(report.events) if event.stage == self.stage.use)
+        before = report.events[number - 1].kept[row] if number else range(report.visual_tokens[row])
+        alive = torch.tensor(list(before))
+        stay = torch.isin(alive, torch.tensor(report.events[number].kept[row], dtype=torch.int64))
+        return torch.zeros_like(visual).masked_scatter(visual, stay.to(visual.device))
+
+
+def plainly(learner: Learner) -> Decide:
+    """The router's own decision."""
+
+    def decide(row: int, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            tokens, layers = learner.scores(embeds[None], visual[None], torch.ones_like(visual)[None])
+        return tokens[0], layers[0]
+
+    return decide
+
+
+def told(scores: tuple[Tensor, Tensor], seen: Shown) -> Decide:
+    """Scores that are known already, (B, S) and (B, N)."""
+    lengths = seen.lengths
+    return lambda row, embeds, visual: (scores[0][row, : lengths[row]], scores[1][row])
+
+
+def at_random(layers: int, seeds: Sequence[int]) -> Decide:
+    """Uniform scores, drawn on the CPU from one seed for each sample."""
+
+    def decide(row: int, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(seeds[row])
+        drawn = torch.rand(len(visual) + layers, generator=generator).to(visual.device)
+        return drawn[: len(visual)], drawn[len(visual) :]
+
+    return decide
+
+
+def _chosen(tried: Sequence[Actions], which: Tensor) -> Actions:
+    """For each sample that candidate's actions."""
+    pick: Callable[[list[Tensor]], Tensor] = lambda parts: torch.stack(  # noqa: E731
+        [parts[number][row] for row, number in enumerate(which.tolist())]
+    )
+    return Actions(pick([one.tokens for one in tried]), pick([one.layers for one in tried]))
