@@ -65,8 +65,8 @@ class Stage:
 
     @property
     def decides_layers(self) -> bool:
-        """It is a router that decides which decoder layers run; with a budget of tokens alone it does not."""
-        return traits.routes_layers(type(self.strategy)) and (self.keep_layers is not None or not self.keeps)
+        """It is a router that decides which decoder layers run: by a budget of them, or by itself."""
+        return self.keep_layers is not None or traits.plans_layers_itself(type(self.strategy))
 
     @property
     def cuts_tokens(self) -> bool:
@@ -211,7 +211,7 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
     found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
     budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
-    if budgets and not any(key in given for key in (*budgets, "keep_of")):
+    if budgets and not traits.plans_layers_itself(cls) and not any(key in given for key in (*budgets, "keep_of")):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
         if budgets == ["keep_layers"]:
             hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
@@ -230,7 +230,8 @@ def _refusal(cls: type[Any], use: str, key: str) -> str:
         return f"'{use}' decides about layers, so it takes no `{key}`"
     if about_layers and not (traits.routes_layers(cls) or implements(cls, "plan_layers")):
         return f"'{use}' decides about tokens, so it takes no `{key}`"
-    return f"'{use}' decides by itself and takes no `{key}`"
+    about = "about layers " if about_layers and traits.takes_keep(cls) and traits.is_router(cls) else ""
+    return f"'{use}' decides {about}by itself and takes no `{key}`"
 
 
 def _given_site_faults(cls: type[Any], draft: Stage) -> list[Fault]:

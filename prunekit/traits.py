@@ -16,7 +16,7 @@ TOKEN_STARTS = ("score_tokens", "select_tokens")
 TOKEN_HOOKS = (*TOKEN_STARTS, "merge_tokens")
 STARTS = (*TOKEN_STARTS, "plan_layers", "route")
 HOOKS = (*TOKEN_HOOKS, "plan_layers", "route")
-FLAGS = ("takes_keep", "drops_all", "per_sample", "trainable", "routes_tokens", "routes_layers")
+FLAGS = ("takes_keep", "takes_keep_layers", "drops_all", "per_sample", "trainable", "routes_tokens", "routes_layers")
 # What a strategy class says about itself beside its options; as dataclass fields they would become options.
 TRAITS = ("sites", "inputs", "extras", *FLAGS)
 EXTRAS = ("cls",)  # what a tower gives beside the visual tokens
@@ -47,6 +47,12 @@ def routes_layers(cls: type[Any]) -> bool:
     return is_router(cls) and bool(getattr(cls, "routes_layers", True))
 
 
+def plans_layers_itself(cls: type[Any]) -> bool:
+    """It is a router that plans layers without a budget."""
+    own = not (getattr(cls, "takes_keep_layers", True) and takes_keep(cls))
+    return routes_layers(cls) and own
+
+
 def takes_keep(cls: type[Any]) -> bool:
     """Its budgets come from the pipeline file."""
     return bool(getattr(cls, "takes_keep", True))
@@ -61,7 +67,8 @@ def stage_keys(cls: type[Any]) -> tuple[str, ...]:
     """The reserved keys that its stages take, for suggestions."""
     if is_router(cls):
         tokens = STAGE_KEYS[1:5] if routes_tokens(cls) and takes_keep(cls) else ()
-        return ("use", *tokens, *(STAGE_KEYS[5:] if routes_layers(cls) and takes_keep(cls) else ()))
+        layers = STAGE_KEYS[5:] if routes_layers(cls) and not plans_layers_itself(cls) else ()
+        return ("use", *tokens, *layers)
     if is_token(cls):
         return STAGE_KEYS[:5] if takes_keep(cls) else STAGE_KEYS[:2]
     return STAGE_KEYS[:1]

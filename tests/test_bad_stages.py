@@ -130,6 +130,13 @@ class Planner(Router):
 
 
 @dataclasses.dataclass(frozen=True)
+class OwnLayers(Router):
+    """Decides about layers by itself, and about tokens by a budget if it is given one."""
+
+    takes_keep_layers = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     skip: tuple[int, ...]
     what: str = "skip"
@@ -141,7 +148,7 @@ class Plan:
 
 STRATEGIES = (
     Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
-    Plan,
+    OwnLayers, Plan,
 )  # fmt: skip
 
 
@@ -373,6 +380,10 @@ KEEP_LAYERS: dict[str, tuple[str, list[str]]] = {
         one("use: planner, keep_layers: 4"),
         ["2:20: keep_layers: 'planner' decides by itself and takes no `keep_layers`"],
     ),
+    "of one that decides about layers by itself": (
+        one("use: ownlayers, keep: 0.5, keep_layers: 4"),
+        ["2:33: keep_layers: 'ownlayers' decides about layers by itself and takes no `keep_layers`"],
+    ),
     "missing": (
         one("use: layerrouter"),
         ["2:5: keep_layers: is missing; 'layerrouter' needs `keep_layers` (how many decoder layers run, such as 24,"],
@@ -423,6 +434,10 @@ ROUTERS: dict[str, tuple[str, list[str]]] = {
     "two about layers": (
         two("use: router, keep_layers: 8", "use: planner"),
         ["3:11: use: stages[0] router already decides which layers run (let one router decide about layers)"],
+    ),
+    "two that decide by themselves": (
+        two("use: planner", "use: ownlayers"),
+        ["3:11: use: stages[0] planner already decides which layers run"],
     ),
     "two with budgets of layers": (
         two("use: router, keep: 0.5, keep_layers: 8", "use: layerrouter, keep_layers: 4"),
@@ -544,6 +559,11 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
     ),
     "a router of layers cuts nothing": (one("use: router, keep_layers: 0.75"), []),
     "one that decides by itself": (one("use: planner"), []),
+    "about layers by itself": (one("use: ownlayers"), []),
+    "about layers by itself, about tokens by budget": (
+        one("use: ownlayers, keep: 0.5"),
+        [("encoder", "0.5 of original")],
+    ),
     "inside a layer of attention alone": (
         two("use: plan, skip: [3], what: skip_mlp", "use: own, at: 3.mid, keep: 1"),
         [("3.mid", "1 of original")],
@@ -580,7 +600,10 @@ def test_what_routers_must_let_run(registry: Registry) -> None:
     half = pipeline.build(one("use: router, keep_layers: 0.45"), registry=registry)
     assert half.bind(SHAPE).layer_budget == 5  # half up
     assert half.stages[0].keep_layers == Keep(0.45)
-    assert pipeline.build(one("use: planner"), registry=registry).bind(SHAPE).layer_budget is None
+    for text in ("use: planner", "use: ownlayers", "use: ownlayers, keep: 0.5"):
+        bound = pipeline.build(one(text), registry=registry).bind(SHAPE)
+        assert bound.layer_budget is None and bound.routers[0].decides_layers
+    assert not pipeline.build(one("use: router, keep: 0.5"), registry=registry).stages[0].decides_layers
 
 
 def test_looking_ahead_protects_nothing(registry: Registry) -> None:

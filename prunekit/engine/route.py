@@ -26,28 +26,51 @@ def route(stage: Stage, session: Session, embeds: Tensor) -> tuple[Tensor | None
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
         answer = _ask(stage, session, embeds)
-    rows, layers = len(session.lengths), session.bound.shape.layers
     if answer.note is not None:
         session.notes.append(f"{stage.label}: {answer.note}")
     if answer.tokens is not None:
         checked(stage, "route (tokens)", answer.tokens, session.prompt.ids.shape)
-    if answer.plans is not None:
-        if not stage.decides_layers:
-            raise PluginError(
-                f"{stage.label}: route returned plans of layers, but the stage has a budget of tokens alone "
-                "(add `keep_layers`, or let the class decide by itself with takes_keep = False)"
-            )
-        if len(answer.plans) != rows:
-            raise PluginError(f"{stage.label}: route gave {len(answer.plans)} plans for {rows} samples")
-        own = tuple(answer.plans)
-    elif answer.layers is not None and stage.decides_layers:
-        own = _plans(stage, session, checked(stage, "route (layers)", answer.layers, (rows, layers)))
-    else:
+    own = _decided(stage, session, answer)
+    if own is None:
         return answer.tokens, session.plans
     try:
         return answer.tokens, tuple(mine.merge(plan) for mine, plan in zip(session.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
+
+
+def _decided(stage: Stage, session: Session, answer: Route) -> tuple[LayerPlan, ...] | None:
+    """What the router alone decides about the layers of each sample; None: nothing."""
+    if answer.plans is not None:
+        if not stage.decides_layers:
+            raise PluginError(
+                f"{stage.label}: route returned plans of layers, but the stage has a budget of tokens alone "
+                "(let the class decide about layers by itself with takes_keep_layers = False)"
+            )
+        if stage.keep_layers is not None:
+            raise PluginError(f"{stage.label}: route returned plans, but the stage has `keep_layers`: return scores")
+        return _checked_plans(stage, session, tuple(answer.plans))
+    if answer.layers is not None and stage.keep_layers is not None:
+        shape = (len(session.lengths), session.bound.shape.layers)
+        return _plans(stage, session, checked(stage, "route (layers)", answer.layers, shape))
+    if stage.keep_layers is not None:
+        raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
+    return None
+
+
+def _checked_plans(stage: Stage, session: Session, plans: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    rows, layers = len(session.lengths), session.bound.shape.layers
+    if len(plans) != rows or not all(isinstance(plan, LayerPlan) for plan in plans):
+        raise PluginError(f"{stage.label}: route gave {len(plans)} plans for {rows} samples; each needs a LayerPlan")
+    named = frozenset(layer for plan in plans for layer in plan.layers)
+    if beyond := sorted(named - frozenset(range(layers))):
+        raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
+    lost = sorted(
+        layer for layer in session.bound.protected if not all(plan[layer].attends for plan in plans)
+    )  # fmt: skip
+    if lost:
+        raise PluginError(f"{stage.label}: route leaves out layers {lost}, which other stages read or cut inside")
+    return plans
 
 
 def by_scores(stage: Stage, scores: Tensor | None, view: View) -> Selection:
