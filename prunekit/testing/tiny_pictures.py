@@ -95,7 +95,8 @@ def video_patches(config: Any, generator: Generator) -> Picture:
 
 def _patches(config: Any, count: int, generator: Generator) -> Tensor:
     vision = config.vision_config
-    return torch.randn(count, 3 * vision.temporal_patch_size * vision.patch_size**2, generator=generator)
+    depth = getattr(vision, "temporal_patch_size", 1)
+    return torch.randn(count, 3 * depth * vision.patch_size**2, generator=generator)
 
 
 def concatenate(pieces: list[Tensor]) -> Tensor:

@@ -37,19 +37,21 @@ TOKENS = {
 }
 
 
-def twin_of(config: Any, attention: str = "sdpa") -> Any:
-    """A small model with random weights from a shrunken copy of `config`, in float64.
+def twin_of(config: Any) -> Any:
+    """A small model with random weights from a shrunken copy of `config`, in float64; eager where it has no sdpa.
 
     Raises Unsupported when no such model can be made, with the reason.
     """
-    try:
-        return tiny_from_config(shrunken(config), attention)
-    except Exception as error:  # configs of unknown models fail in any way
-        reason = str(error).partition("\n")[0]
-        raise Unsupported(
-            f"no tiny twin of {type(config).__name__} can be made, so that nothing can be proved about it: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+    reasons = []
+    for attention in ("sdpa", "eager"):
+        try:
+            return tiny_from_config(shrunken(config), attention)
+        except Exception as error:  # configs of unknown models fail in any way
+            reasons.append(f"{attention}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+    raise Unsupported(
+        f"no tiny twin of {type(config).__name__} can be made, so that nothing can be proved about it: "
+        f"{'; '.join(reasons)}"
+    )
 
 
 def shrunken(config: Any) -> Any:
@@ -145,7 +147,9 @@ def recipe_for(model: Any) -> Recipe:
                 model(**tiny_batch(model, rows_of(recipe), recipe=recipe))
         except Exception as error:  # a model that is given something else fails in any way
             video = f" and {recipe.video.__name__}" if recipe.video else ""
-            errors.append(f"{recipe.image.__name__}{video}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            errors.append(
+                f"{recipe.image.__name__}{video}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+            )
         else:
             return recipe
     raise Unsupported(f"{type(model).__name__} runs on none of the inputs that prunekit can make ({'; '.join(errors)})")

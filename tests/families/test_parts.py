@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ NAMES = tiny_names()
 
 def test_every_type_has_a_tiny_model_and_the_other_way_round() -> None:
     assert set(NAMES) == {name for family in families() for name in family.model_types}
+
+
+def test_every_type_is_documented() -> None:
+    table = (
+        (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8").partition("**Decoders.**")[0]
+    )
+    assert {
+        name for row in re.findall(r"^\| [A-Z].*? \| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)
+    } == set(NAMES)
 
 
 def test_every_family_file_is_short() -> None:
