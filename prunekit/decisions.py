@@ -132,7 +132,7 @@ class ModelShape:
     attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP, those that
         one token uses (of a mixture of experts, the router and the chosen experts). output_params: the part of
         attention_params in the output projection.
-    tower_layers: blocks of the vision tower; 0: it can neither be cut nor read. tower_packed: it can be read only.
+    tower_layers: blocks of the vision tower; 0: it can neither be cut nor read.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -147,4 +147,3 @@ class ModelShape:
     visual_tokens: int | None
     output_params: int = 0
     tower_layers: int = 0
-    tower_packed: bool = False

@@ -59,7 +59,7 @@ def _no_such_place(site: Site, shape: ModelShape) -> tuple[str, str] | None:
         return "this version cannot cut pictures before the tower sees them", "cut at 'vision.0' or later"
     if site.place == "vision" and site.layer is not None:
         blocks = tower_blocks(shape)
-        if blocks == 0 or shape.tower_packed:
+        if blocks == 0:
             return "this model's vision tower cannot be cut", "cut at 'encoder' or later"
         if site.layer >= blocks:
             return (
@@ -186,7 +186,7 @@ def protected_layers(cuts: Sequence[Cut], layers: int) -> frozenset[int]:
 
 
 def tower_blocks(shape: ModelShape) -> int:
-    """Blocks of the vision tower that can be read, 0 where it cannot."""
+    """Blocks of the vision tower that can be cut and read, 0 where it cannot."""
     return shape.tower_layers
 
 

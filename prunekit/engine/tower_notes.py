@@ -28,8 +28,9 @@ class TowerNotes:
 
     inputs: by resolved declaration, (V, ...), or (E, ...) of CLS tokens. extras: (E, H), the CLS tokens through the
     projector. left: bool (V,), visual tokens that no cut dropped; None: there were no cuts. decisions: of the cuts.
-    made: bool (B, V), visual tokens that have patches. rows: of the tower's batch, those of each picture. block_tokens:
-    for each block, the tokens of each of those rows that entered it; empty without cuts.
+    made: bool (B, V), visual tokens that have patches. rows: of the tower's batch, those of each picture; a packed
+    tower counts as one for each. block_tokens: for each block, the tokens of each row that entered it; empty without
+    cuts.
     """
 
     inputs: dict[EncoderSpec, list[Tensor]]
@@ -59,10 +60,12 @@ class TowerNotes:
         left = None
         if plan.cuts:
             left = [(run.present | ~run.units.there)[b, :count] for b, count in enumerate(counts)]
-        assert run.shape is not None
-        whole, blocks = (run.shape[1],) * run.shape[0], range(len(plan.tower.layers) if plan.cuts else 0)
+        rows, whole = run.units.rows, run.whole
+        if plan.tower.packed:  # one row holds all; counted picture by picture
+            rows = tuple((picture,) for picture in range(len(counts)))
+        blocks = range(len(plan.tower.layers) if plan.cuts else 0)
         entered = tuple(run.block_tokens.get(number, whole) for number in blocks)
-        return cls(inputs, extras, left, tuple(run.decisions), run.units.there, run.units.rows, entered)
+        return cls(inputs, extras, left, tuple(run.decisions), run.units.there, rows, entered)
 
 
 def _of_pictures(run: TowerRun, spec: EncoderSpec, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:

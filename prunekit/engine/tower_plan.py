@@ -106,6 +106,12 @@ class TowerPlan:
         """The tower's attention takes masks that are added."""
         return _implementation(self.tower) == "eager"
 
+    @property
+    def takes_masks(self) -> bool:
+        """Its attention takes masks; towers that attend part by part take none."""
+        attention = getattr(self.tower.layers[0], self.tower.attention)
+        return "attention_mask" in inspect.signature(type(attention).forward).parameters
+
     def attach(self, overrides: Overrides) -> None:
         """Put overrides on the blocks that need one."""
         tower, first = self.tower, min((cut.site.layer or 0 for cut in self.cuts), default=len(self.tower.layers))
@@ -145,10 +151,8 @@ def _check_cut(cut: Cut, tower: Tower) -> None:
     """Raise Unsupported for a cut that this tower does not allow."""
     blocks, number, used = len(tower.layers), cut.site.layer or 0, _implementation(tower)
     reason = None
-    if tower.packed:
-        reason = "this vision tower takes all pictures as one sequence; it can be read but not cut: cut at 'encoder'"
-    elif number >= blocks:
-        reason = f"the vision tower has blocks 0 to {blocks - 1}"
+    if number >= blocks:
+        reason = f"the vision tower ends with block {blocks - 1}"
     elif number > tower.feature_block:
         reason = (
             f"image features are taken after block {tower.feature_block}, so a later cut changes nothing that the "
@@ -198,7 +202,7 @@ def _check_spec(cut: Cut, name: str, spec: EncoderSpec, tower: Tower, cuts: bool
 def _check_extras(cut: Cut, tower: Tower) -> None:
     reason = None
     if not tower.leading:
-        reason = "this vision tower has no CLS token"
+        reason = "there is no CLS token in this vision tower"
     elif tower.projector is None:
         reason = "the projector of this model does not map single tokens, so its CLS token cannot be projected"
     elif tower.feature_block < 0:
@@ -246,8 +250,9 @@ def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden = given[names[0]]
         if run.only == "mlp":
-            return torch.zeros_like(hidden), None
-        given["attention_mask"] = run.mask(given.get("attention_mask"), hidden)
+            return (torch.zeros_like(hidden), None) if hidden.ndim == 3 else torch.zeros_like(hidden)
+        if run.plan.takes_masks:
+            given["attention_mask"] = run.mask(given.get("attention_mask"), hidden)
         return original(**given)
 
     return forward

@@ -19,6 +19,7 @@ from prunekit.decisions import Selection
 from prunekit.encoder_inputs import POOL, EncoderRows, EncoderSpec, Features
 from prunekit.engine.pictures import Pictures
 from prunekit.engine.stages import decide
+from prunekit.engine.tower_packed import as_row, cut_along
 from prunekit.engine.tower_tokens import Left, Units
 from prunekit.engine.tower_view import TowerView
 from prunekit.engine.tower_watch import Attended, pooled_row, read
@@ -53,15 +54,14 @@ class TowerRun:
         self.left: Left | None = None
         self.decisions: list[TowerDecision] = []
         self.stage_states: dict[int, dict[Any, Any]] = {}
-        self.seen: dict[EncoderSpec, list[Tensor]] = {}
+        # What was read of a block's attention, in one call or several, and the tokens that were left then.
+        self.seen: dict[EncoderSpec, tuple[Left | None, list[Tensor]]] = {}
         self.states: dict[int, Tensor] = {}
         self.pool_states: Tensor | None = None
         self.block_tokens: dict[int, tuple[int, ...]] = {}
         self.only: Literal["attention", "mlp"] | None = None
         self._physical: tuple[Tensor, Tensor, Left] | None = None
         self._masks: dict[int, tuple[Any, Any]] = {}
-
-    # -- the tokens ------------------------------------------------------------------------------------------------
 
     @cached_property
     def units(self) -> Units:
@@ -114,11 +114,11 @@ class TowerRun:
             raise Unsupported("the pixels of each picture cannot be told apart, so a stage in the tower has no `seed`")
         return tuple(number & (1 << 56) - 1 for number in sums)
 
-    # -- the blocks ------------------------------------------------------------------------------------------------
-
     def run_block(self, number: int, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run block `number` on the tokens that are left, with its cuts."""
         hidden = args[0] if args else kwargs["hidden_states"]
+        flat, original = hidden.ndim == 2, as_row(original, hidden)
+        hidden = hidden[None] if flat else hidden
         self.begin(hidden)
         self.block_tokens[number] = self._lengths()
         mids = self.plan.cuts_at(number, "mid")
@@ -130,25 +130,35 @@ class TowerRun:
         for cut in self.plan.cuts_at(number, "after"):
             output = self.cut(cut, output)
         if number in self.plan.kept_states:
-            self.states[number] = output.detach() if output.ndim == 3 else output.detach()[None]
-        return output
+            self.states[number] = output.detach()
+        return output[0] if flat else output
 
     def begin(self, hidden: Tensor) -> None:
         """Take the shape of the tower's batch from the states of its first block."""
         if self.shape is None:
-            self.shape = (1, len(hidden)) if hidden.ndim == 2 else (hidden.shape[0], hidden.shape[1])
+            self.shape = (hidden.shape[0], hidden.shape[1])
 
     def settle(self) -> bool:
         """After the call: whether the tower's batch is known, be it from what was read alone."""
         if self.shape is None:
-            seen = [torch.cat(found, 1) for found in self.seen.values()]
+            seen = [torch.cat(found, 1) for _, found in self.seen.values()]
             seen += [] if self.pool_states is None else [self.pool_states]
             self.shape = (seen[0].shape[0], seen[0].shape[1]) if seen else None
         return self.shape is not None
 
-    def _lengths(self) -> tuple[int, ...]:
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Tokens of each row of the tower's batch before any cut; in a packed tower, of each picture."""
+        if self.plan.tower.packed:
+            return tuple(count * self.units.cells.shape[-1] for count in self.units.made)
         assert self.shape is not None
-        return (self.shape[1],) * self.shape[0] if self.left is None else self.left.lengths
+        return (self.shape[1],) * self.shape[0]
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Tokens of each row that are left; in a packed tower, of each picture."""
+        if self.plan.tower.packed:
+            return tuple(count * self.units.cells.shape[-1] for count in self.counts)
+        return self.whole if self.left is None else self.left.lengths
 
     def _local(
         self, original: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -160,6 +170,7 @@ class TowerRun:
         if left is not None:
             known = self._physical
             inner = known[1] if known and known[0] is hidden and known[2] is left else left.gather(hidden)
+            kwargs = cut_along(kwargs, left) if self.plan.tower.packed else kwargs
         self.only = only
         try:
             call: dict[str, Any] = {} if args else {"hidden_states": inner}
@@ -181,8 +192,6 @@ class TowerRun:
         found: Tensor | None = self._masks[key][0]
         return found
 
-    # -- the cuts --------------------------------------------------------------------------------------------------
-
     def cut(self, cut: Cut, states: Tensor) -> Tensor:
         """Let a stage decide about logical `states` (R, T, W); returns them with what was merged."""
         units, wanted = self.units, None
@@ -193,6 +202,10 @@ class TowerRun:
         if selection.crop:
             raise Unsupported(f"{cut.label}: crop=True is about the KV cache; there is none at '{cut.site}'")
         keep = torch.zeros_like(self.present).scatter_(1, view.ordinals, selection.keep & view.valid)
+        if selection.sizes is not None and not self.plan.takes_masks:
+            raise Unsupported(
+                f"{cut.label}: sizes add to attention logits, and this vision tower takes no masks for them"
+            )
         if selection.weights is not None:
             states = self._merge(states, view, selection)
         sizes = None if selection.sizes is None else self._resize(view, selection)
@@ -239,20 +252,10 @@ class TowerRun:
         if sizes is not None or min(lengths) < tokens:
             self.left = Left.of(there, lengths, sizes)
 
-    # -- what is read ----------------------------------------------------------------------------------------------
-
     def take(self, block: int, seen: Attended) -> None:
         """Note what is asked of a block's attention."""
         for spec in self.plan.reads.get(block, ()):
-            found = read(cast("Any", spec), seen)
-            if self.left is not None:
-                assert self.shape is not None
-                blank = found.new_zeros(found.shape[0], self.shape[1], *found.shape[2:])
-                valid = self.left.valid
-                if valid is not None:
-                    found = found.masked_fill(~valid.to(found.device).view(*valid.shape, *[1] * (found.ndim - 2)), 0)
-                found = self.left.put(found, blank)
-            self.seen.setdefault(spec, []).append(found)
+            self.seen.setdefault(spec, (self.left, []))[1].append(read(cast("Any", spec), seen))
 
     def tokens(self, spec: EncoderSpec) -> Tensor:
         """What was noted for a resolved `spec` of all tokens of the tower, (R, T, ...)."""
@@ -266,7 +269,14 @@ class TowerRun:
                 f"{spec} could not be read: the block's attention did not ask transformers' AttentionInterface for its "
                 "kernel; use stages that need no attention of the vision tower"
             )
-        return torch.cat(self.seen[spec], dim=1)
+        left, parts = self.seen[spec]
+        found = torch.cat(parts, dim=1)
+        if left is None:
+            return found
+        assert self.shape is not None
+        if left.valid is not None:
+            found = found.masked_fill(~left.valid.to(found.device).view(*left.valid.shape, *[1] * (found.ndim - 2)), 0)
+        return left.put(found, found.new_zeros(found.shape[0], self.shape[1], *found.shape[2:]))
 
     def _pooled(self) -> Tensor:
         if self.pool_states is None or self.plan.tower.pool is None:

@@ -49,7 +49,8 @@ class Tower:
     (without `leading`) to int64 (V, p) for each picture: the patches, numbered through all rows, that become each of
     its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual tokens are not
     made of whole patches. None: a row is a picture, and a patch a visual token.
-    packed: blocks get all pictures as one sequence (tokens, width); they can be read, not cut.
+    packed: blocks get all pictures as one sequence, (tokens, width) or (1, tokens, width), with their rotations and
+    borders, or a mask.
     """
 
     layers: Sequence[nn.Module]
@@ -141,7 +142,6 @@ class Parts:
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
             tower_layers=0 if self.tower is None else len(self.tower.layers),
-            tower_packed=self.tower is not None and self.tower.packed,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from tower_cases import ANYWHERE, Norms, piped
+from tower_cases import ANYWHERE, Merging, Norms, piped
 
 import prunekit
 from prunekit import Selection, hookimpl
@@ -22,8 +22,6 @@ from prunekit.families import find
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
 
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glm4v_moe", "mistral3")
-PLAIN = tuple(name for name in tiny_names() if name not in PACKED)
 model_of = cache(tiny_model)
 
 
@@ -118,6 +116,10 @@ def masked(model, units, kept, first):
         for picture, count in enumerate(counts)
     ]
     gone = torch.cat([cells.flatten() for cells in gone])
+    if hasattr(getattr(tower.layers[0], tower.attention), "qkv"):
+        with naive_attention(model, gone, first):
+            yield
+        return
 
     def hook(module, args, named):
         hidden = args[0] if args else named["hidden_states"]
@@ -138,7 +140,10 @@ def masked(model, units, kept, first):
             handle.remove()
 
 
-@pytest.mark.parametrize(("name", "attention"), [(n, "sdpa") for n in PLAIN] + [("idefics3", "eager")])
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [(n, "sdpa") for n in tiny_names()] + [("idefics3", "eager"), ("qwen2_5_vl", "eager"), ("mistral3", "eager")],
+)
 @pytest.mark.parametrize("at", ["vision.0", "vision.0.mid"])
 def test_a_cut_equals_masking(name, attention, at):
     model = model_of(name, attention)
@@ -158,6 +163,38 @@ def test_a_cut_equals_masking(name, attention, at):
     with torch.no_grad(), masked(model, units, kept, 1), prunekit.apply(model, piped((Fixed, {"at": "encoder"}))):
         expected = model(**batch).logits
     assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-9
+
+
+@contextmanager
+def naive_attention(model, gone, first):
+    """Packed towers attend by hand, to all of the same part; `gone` are masked from block `first` on."""
+    tower, replaced = find(model).tower, []
+
+    def make(module, dropped):
+        rotate = inspect.unwrap(type(module).forward).__globals__["apply_rotary_pos_emb_vision"]
+
+        def forward(hidden, cu_seqlens, position_embeddings, **kwargs):
+            q, k, v = module.qkv(hidden).reshape(len(hidden), 3, module.num_heads, -1).unbind(1)
+            q, k = rotate(q, k, *position_embeddings)
+            part = torch.searchsorted(cu_seqlens[1:], torch.arange(len(hidden)), right=True)
+            seen = part[:, None] == part
+            seen[:, dropped] = False
+            logits = torch.einsum("qad,kad->aqk", q, k) * module.scaling
+            # What is left of a part that is gone sees nothing, and is seen by nobody.
+            chances = logits.masked_fill(~seen, torch.finfo(logits.dtype).min).softmax(-1)
+            return module.proj(torch.einsum("aqk,kad->qad", chances, v).flatten(1))
+
+        return forward
+
+    for number, block in enumerate(tower.layers):
+        module = getattr(block, tower.attention)
+        module.forward = make(module, gone if number >= first else gone[:0])
+        replaced.append(module)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
 
 
 class Maps(TorchFunctionMode):
@@ -211,8 +248,22 @@ def test_mean_rows_of_the_last_block(name):
     assert (taken - expected).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("name", PACKED)
-def test_packed_towers_are_not_cut(name):
-    pipeline = piped((Norms, {"at": "vision.0", "keep": 0.5}))
-    with pytest.raises(prunekit.PrunekitError, match="cut"), prunekit.apply(model_of(name), pipeline):
-        pass
+def test_sizes_are_refused_where_attention_takes_no_mask():
+    model = model_of("qwen2_vl")
+    batch = tiny_batch(model)
+    with (
+        prunekit.apply(model, piped((Merging, {"at": "vision.0.mid"}))),
+        pytest.raises(prunekit.Unsupported, match="sizes"),
+    ):
+        model(**batch)
+
+
+@pytest.mark.parametrize(("name", "kind"), [(n, "video") for n in ("qwen2_5_vl", "glm4v", "llava_next_video")])
+def test_videos_are_cut(name, kind):
+    model = model_of(name)
+    batch = tiny_batch(model, ((kind,), (kind,)))
+    with torch.no_grad(), prunekit.apply(model, piped((Norms, {"at": "vision.0", "keep": 0.5}))) as run:
+        model(**batch)
+    report = run.report
+    assert report.kept_tokens == tuple(len(row) for row in report.events[0].kept)
+    assert all(after[1] < after[0] for after in report.tower_tokens)
