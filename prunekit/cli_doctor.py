@@ -106,8 +106,6 @@ def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
         yield "coords, frames: where visual tokens are in their pictures is known only to family files"
     if parts.tower is None:
         yield "sites pixels and vision.N, inputs from the tower: this family declares no tower"
-    elif parts.tower.packed:
-        yield "sites vision.N: the tower packs all pictures into one sequence; it can be read, not cut"
     if parts.mlp_norm is None:
         yield "sites N.mid: attention and MLP run side by side, there is no state between them"
 
