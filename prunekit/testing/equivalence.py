@@ -33,7 +33,8 @@ class Equivalence:
     """A pruned run beside its reference.
 
     sequences: int64 (B, P + T), prompt and decoded tokens. logits, reference: float (B, T, vocabulary).
-    error: the largest absolute difference of the two. cache: the KV cache that the run left behind.
+    error: the largest absolute difference of the two. cache: the KV cache that the run left behind. merges: as the
+    reference was told them.
     """
 
     report: RunReport
@@ -42,6 +43,7 @@ class Equivalence:
     reference: Tensor
     error: float
     cache: Any
+    merges: Mapping[int, Merge | Sequence[Tensor]]
 
 
 def assert_equivalent(
@@ -91,7 +93,7 @@ def assert_equivalent(
         found = torch.cat([logits[beam::beams] for beam in range(beams)])
     error = _compare(built.name, found, expected, atol, report)
     _check_counts(report, reference.fates, output.past_key_values, steps)
-    return Equivalence(report, output.sequences, found, expected, error, output.past_key_values)
+    return Equivalence(report, output.sequences, found, expected, error, output.past_key_values, stated)
 
 
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Any:

@@ -100,11 +100,13 @@ GROUP_OF = {name: group for group, found in GROUPS.items() for name in found}
 # Every pipeline meets these; further ways to run meet a few pipelines each.
 SHAPES = (("ragged", "sdpa"), ("ragged", "eager"), ("words", "sdpa"), ("one", "eager"))
 SHORT = ("fastv", "four-sites", "plans-and-cuts", "renumber-twice", "sizes-twice", "budgets")
+FLASH = ("fastv", "budgets", "renumber-twice", "prefill-end", "crop-mid", "three-stages", "sizes-twice", "freeze")
 VIDEO_TOO = (*SHORT, "each-crop", "list-with-state", "skip-in-prefill", "freeze")
 WAYS = {
     "beams": {"num_beams": 3},
     "static cache": {"cache_implementation": "static"},
     "float32": {},
+    "flash": {},  # a kernel by hand that takes 2-D masks
 }
 ALLOWED = {"float32": 1e-3}
 
@@ -133,6 +135,10 @@ class Cell:
     def refused(self) -> str:
         """A part of the message of the refusal, or nothing."""
         text = str(PIPELINES[self.pipeline])
+        if self.way == "flash" and self.family in SLIDING:
+            return "more than the sliding window|side by side"
+        if self.way == "flash" and self.pipeline in ("sizes-twice", "freeze"):
+            return "flash kernels do not take"
         if self.way == "static cache" and self.family in SLIDING:
             return "StaticSlidingWindowLayer|side by side"
         if self.way == "static cache" and GROUP_OF[self.pipeline] == "per sample":
@@ -155,10 +161,15 @@ def cells():
         Cell(family, name, batch, attention) for name in PIPELINES for batch, attention in SHAPES for family in FAMILIES
     ]
     found += [Cell(family, name, _videos(family)) for name in VIDEO_TOO for family in FAMILIES if takes_video(family)]
-    found += [
-        Cell(family, name, _pictures(family, way), way=way) for way in WAYS for name in SHORT for family in FAMILIES
-    ]
+    for way in WAYS:
+        for name in FLASH if way == "flash" else SHORT:
+            found += [Cell(family, name, _pictures(family, way), way=way) for family in FAMILIES if _runs(family, way)]
     return found
+
+
+def _runs(family, way):
+    """On flash kernels the prefix of PaliGemma is causal: another model, without any pruning."""
+    return not (way == "flash" and family == "paligemma")
 
 
 def _videos(family):

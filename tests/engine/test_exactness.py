@@ -8,10 +8,10 @@ import pytest
 import torch
 from cases import BATCHES, COMPOSED, PIPELINES, full_crossing, pipeline
 from twins import pool_merges
+from wrong import AllAlike, OneLayerLate, PadsSeen, Renumbered
 
 import prunekit
 from prunekit.testing.equivalence import assert_equivalent, generate
-from prunekit.testing.fates import closed
 from prunekit.testing.oracle import MaskedReference
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
@@ -103,39 +103,6 @@ def test_all_positions_of_one_forward(name, use_cache, attention):
             for slot in slots[sorted(gone)].tolist():
                 assert (logits[row, slot] - logits[row, slot - 1]).abs().max() < EXACT
         assert difference[alive].max() < EXACT
-
-
-class Renumbered(MaskedReference):
-    """Wrong on purpose: positions close up after tokens have left."""
-
-    def positions(self, layer, tokens):
-        return closed(super().positions(layer, tokens), self.fates.entering[layer], self.present)
-
-
-class OneLayerLate(MaskedReference):
-    """Wrong on purpose: tokens leave one layer later than they should."""
-
-    def mask(self, layer, tokens):
-        return super().mask(max(layer - 1, 0), tokens)
-
-
-class PadsSeen(MaskedReference):
-    """Wrong on purpose: padding is attended."""
-
-    def mask(self, layer, tokens):
-        seen, bias = super().mask(layer, tokens)
-        pads = torch.zeros(bias.shape, dtype=torch.bool)
-        pads[:, : self.present.shape[1]] = ~self.present
-        return seen | (pads[:, None] & torch.ones(tokens, tokens, dtype=torch.bool).tril()), bias
-
-
-class AllAlike(MaskedReference):
-    """Wrong on purpose: every key stands for a token and a bit more."""
-
-    def mask(self, layer, tokens):
-        seen, bias = super().mask(layer, tokens)
-        bias[:, : self.present.shape[1]] += 0.1 * self.fates.entering[layer]
-        return seen, bias
 
 
 @pytest.mark.parametrize("batch", ["one", "ragged"])

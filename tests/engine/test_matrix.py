@@ -15,7 +15,9 @@ import exactness_table
 import pytest
 import torch
 from examples import EXAMPLES, registered
+from flash_kernel import flash
 from matrix import ALLOWED, BATCHES, CELLS, FAMILIES, PIPELINES, SHAPES, SHORT, SOME, VIDEO_TOO, WAYS
+from wrong import AllAlike, OneLayerLate, PadsSeen, Renumbered, Uncropped, Unfilled
 
 import prunekit
 from prunekit.errors import SpecError, Unsupported
@@ -57,10 +59,11 @@ def run(cell):
     """The largest error of the cell."""
     which = (cell.family, cell.attention, cell.batch, torch.float32 if cell.way == "float32" else torch.float64)
     model, inputs = model_of(which[0], which[1], which[3]), batch_of(*which)
-    found = assert_equivalent(
-        model, pipeline(cell.pipeline), inputs, STEPS, ALLOWED.get(cell.way, EXACT), frame=frame(*which),
-        **WAYS.get(cell.way, {}),
-    )  # fmt: skip
+    seen, options = frame(*which), WAYS.get(cell.way, {})
+    with flash(model) if cell.way == "flash" else nullcontext():
+        found = assert_equivalent(
+            model, pipeline(cell.pipeline), inputs, STEPS, ALLOWED.get(cell.way, EXACT), frame=seen, **options
+        )
     assert found.logits.shape[1] == STEPS + 1
     return found.error
 
@@ -107,6 +110,29 @@ def test_rows_of_a_ragged_batch_are_their_own_runs(which):
             assert [event.kept[row] for event in report.events] == [event.kept[0] for event in run.report.events]
             for field in ("layer_tokens", "mlp_tokens", "kv_tokens", "plans"):
                 assert getattr(report, field)[row] == getattr(run.report, field)[0], field
+
+
+WRONG = {
+    Renumbered: "before", OneLayerLate: "mid", PadsSeen: "before", AllAlike: "recycle", Uncropped: "prefill-end",
+    Unfilled: "fill-kv",
+}  # fmt: skip
+SPECIAL = ("qwen2_5_vl", "gemma3", "paligemma", "qwen3_vl", "idefics3", "cohere2_vision")  # positions, masks, features
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("family", tenth_or_slow(SPECIAL, SPECIAL[:2]))
+def test_a_wrong_reference_is_noticed(family, wrong):
+    name = "before" if (family, wrong) == ("cohere2_vision", OneLayerLate) else WRONG[wrong]
+    model, inputs, seen = (
+        model_of(family, "sdpa"),
+        batch_of(family, "sdpa", "ragged"),
+        frame(family, "sdpa", "ragged"),
+    )
+    found = assert_equivalent(model, pipeline(name), inputs, STEPS, frame=seen)
+    tokens = found.sequences[:, inputs["input_ids"].shape[1] :]
+    with Float64Throughout():
+        logits = wrong(model, inputs, found.report, found.merges, seen).logits(tokens)
+    assert (logits - found.logits).abs().max() > 1e-3
 
 
 class TestTheMatrixItself:
