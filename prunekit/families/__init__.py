@@ -30,9 +30,14 @@ def find(model: PreTrainedModel) -> Parts:
 def family_of(model: PreTrainedModel) -> Family | None:
     """The family whose file knows models of this type, None where none does.
 
-    Raises Unsupported for a model of a known family without its head.
+    Raises Unsupported for a model of a known family without its head, and for what is no model of transformers.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not isinstance(model, PreTrainedModel):
+        raise Unsupported(
+            f"expected a model of transformers, not {type(model).__name__}; of a wrapper (torch.compile, DataParallel, "
+            "PEFT) give the model inside, and a name has to be loaded first"
+        )
+    model_type = model.config.model_type
     for family in families():
         if model_type in family.model_types:
             if not isinstance(model, GenerationMixin):

@@ -23,10 +23,10 @@ class Modality:
         returns holds one entry for each picture, in the order of the prompt.
     pixels: the argument of that method with the pixels.
     token_ids: ids whose places in the prompt are filled with its features.
-    places: from the method's arguments by name and the number of visual tokens of each picture to int64 (n, 5) for each:
-        crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on tokens that
-        only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no grid. Called
-        only when a strategy asks for `coords` or `frames`.
+    places: from the method's arguments by name and the number of visual tokens of each picture to int64 (n, 5) for
+        each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
+        tokens that only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no
+        grid. Called only when a strategy asks for `coords` or `frames`.
     """
 
     name: str

@@ -152,7 +152,7 @@ def _shared(text: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_rename_attention, "layer 2 has no `self_attn`, but mlp"),
+        (_rename_attention, "layer 2 has no `self_attn`, under which attention has to be, but mlp"),
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm, post_feedforward_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
         (_no_layers, "no list `layers`"),
