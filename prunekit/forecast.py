@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from prunekit import cost
 from prunekit.abilities import selection_flops
+from prunekit.bound import BoundPipeline
 from prunekit.decisions import LayerAction
-from prunekit.pipeline import BoundPipeline
 from prunekit.sites import ENCODER, PREFILL_END, Site
 from prunekit.stage import Cut
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import yaml
 
-from prunekit import abilities, placement, plans, plugins, spec
-from prunekit.decisions import LayerPlan, ModelShape
+from prunekit import abilities, budget, placement, plans, plugins, spec
+from prunekit.bound import BoundPipeline
+from prunekit.decisions import ModelShape
 from prunekit.errors import Fault, SpecError
 from prunekit.registry import Registry
 from prunekit.sites import Keep, Site
 from prunekit.stage import Cut, Stage, make
+from prunekit.stage_keys import Budget
 
 __all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build"]
 
@@ -29,6 +31,7 @@ class Pipeline:
     sha: 16 hex digits of `resolved`, prunekit's version, the versions of the distributions of its strategies, and the
         files that they rest on.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
+    budget: what the stages that are left open may keep together; None: there is none.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Pipeline:
     resolved: str
     sha: str
     positions: Literal["keep", "renumber"] = "keep"
+    budget: Budget | None = None
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
         """The pipeline on a model with these numbers. Raises SpecError with everything that does not fit."""
@@ -51,42 +55,11 @@ class Pipeline:
         faults += plans.routing_faults(self.stages, plan, protected, shape)
         if faults:
             raise SpecError(_sorted(faults))
-        return BoundPipeline(self, shape, cuts, plan, protected)
+        bound = BoundPipeline(self, shape, cuts, plan, protected)
+        return bound if self.budget is None else budget.solved(bound, self.budget)
 
     def __str__(self) -> str:
         return f"# {self.sha}\n{self.resolved}"
-
-
-@dataclass(frozen=True)
-class BoundPipeline:
-    """A pipeline on a model.
-
-    cuts: where visual tokens leave, in the order in which the data passes them.
-    plan: what becomes of each decoder layer, for every sample alike.
-    protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
-        because its own options say so.
-    """
-
-    pipeline: Pipeline
-    shape: ModelShape
-    cuts: tuple[Cut, ...]
-    plan: LayerPlan
-    protected: frozenset[int] = frozenset()
-
-    @property
-    def routers(self) -> tuple[Stage, ...]:
-        """Stages that decide for each sample before the decoder, in the order of the file."""
-        return tuple(stage for stage in self.pipeline.stages if stage.is_router)
-
-    @property
-    def layer_budget(self) -> int | None:
-        """How many decoder layers run for each sample; None when no router has a budget of layers."""
-        return plans.layer_budget(self.pipeline.stages, self.shape.layers)
-
-    @property
-    def token_stages(self) -> tuple[tuple[Site, Stage], ...]:
-        """Site and stage of each cut."""
-        return tuple((cut.site, cut.stage) for cut in self.cuts)
 
 
 def build(
@@ -100,7 +73,8 @@ def build(
     read, found = spec.read(source, overrides)
     faults = list(found)
     registry = plugins.registry() if registry is None else registry
-    made = [make(index, one, registry, faults) for index, one in enumerate(read.stages) if one.use]
+    budgeted = read.budget is not None
+    made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
     stages = tuple(stage for stage in made if stage is not None)
     # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
     faults += placement.sequence_faults(stages, placement.cuts_of(stages, None), None)
@@ -109,17 +83,20 @@ def build(
     if faults:
         raise SpecError(_sorted(faults))
     resolved = _resolved(read, stages)
-    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions)
+    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions, read.budget)
 
 
 def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
     """One pipeline with the stages of both, in the order in which the data of a decoder of `layers` layers passes them.
 
-    Raises SpecError when they do not agree about positions.
+    Raises SpecError when they do not agree about positions, or one has a budget for the whole.
     """
     if outer.positions != inner.positions:
         message = f"'{outer.name}' says {outer.positions}, '{inner.name}' inside it {inner.positions}"
         raise SpecError([Fault(None, "positions", message, "let both say the same")])
+    if outer.budget is not None or inner.budget is not None:
+        message = f"'{(outer if outer.budget else inner).name}' has one, which is for a whole pipeline"
+        raise SpecError([Fault(None, "budget", message, "say with `keep` how much each stage leaves")])
     both = [*outer.stages, *inner.stages]
     first = {cut.stage.index: cut.site for cut in reversed(placement.cuts_of(_numbered(both), layers))}
     order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
@@ -142,6 +119,8 @@ def _resolved(read: spec.PipelineSpec, stages: Sequence[Stage]) -> str:
     data: dict[str, Any] = {"name": read.name}
     if read.positions != "keep":
         data["positions"] = read.positions
+    if read.budget is not None:
+        data["budget"] = read.budget.as_data()
     return yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
 
 
@@ -149,7 +128,7 @@ def _stage_data(stage: Stage) -> dict[str, Any]:
     data: dict[str, Any] = {"use": stage.use}
     if stage.cuts_tokens and (sites := stage.known_sites) is not None:
         data["at"] = _one_or_all([_site_data(site) for site in sites])
-    data |= _budgets(stage.keeps)
+    data |= {} if stage.open else _budgets(stage.keeps)
     if stage.keep_layers:
         data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
     for field in dataclasses.fields(stage.strategy):

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
 from prunekit.gather import gather
 from prunekit.sites import Keep, Site
-from prunekit.stage_keys import STAGE_KEYS, read_keeps, read_layers, read_sites
+from prunekit.stage_keys import STAGE_KEYS, Budget, read_budget, read_keeps, read_layers, read_sites
 from prunekit.yaml_source import Node
 
 __all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]
 
-TOP_KEYS = ("name", "description", "extends", "positions", "stages")
+TOP_KEYS = ("name", "description", "extends", "positions", "budget", "stages")
 POSITIONS = ("keep", "renumber")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -47,6 +47,7 @@ class PipelineSpec:
     """A pipeline as its file says it. `source` is the path, `<inline>` or `<dict>`.
 
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
+    budget: what stages that name no `keep` may keep together.
     """
 
     name: str
@@ -54,6 +55,7 @@ class PipelineSpec:
     source: str
     description: str = ""
     positions: Literal["keep", "renumber"] = "keep"
+    budget: Budget | None = None
 
 
 def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineSpec:
@@ -84,6 +86,7 @@ def read(
     name = _name(values.get("name"), found.name, faults)
     description = _text(values.get("description"), "description", faults) or ""
     positions = _positions(values.get("positions"), faults)
+    budget = read_budget(values.get("budget"), faults)
     if "stages" in values:
         stages = _stages(values["stages"], faults)
     else:
@@ -91,7 +94,7 @@ def read(
         if not unread:  # what could not be read may have held them
             start = None if label == "<dict>" else Where(label, 1, 1)
             faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
-    return PipelineSpec(name, stages, label, description, positions), tuple(faults)
+    return PipelineSpec(name, stages, label, description, positions, budget), tuple(faults)
 
 
 def _stages(node: Node, faults: list[Fault]) -> tuple[StageSpec, ...]:

@@ -14,7 +14,7 @@ from prunekit.hookspecs import LayerHooks, RouterHooks, TokenHooks
 from prunekit.registry import Entry, Registry
 from prunekit.sites import Keep, Site, Sites
 from prunekit.spec import StageSpec
-from prunekit.stage_keys import BUDGETS, STAGE_KEYS
+from prunekit.stage_keys import BUDGETS, OPEN, STAGE_KEYS
 from prunekit.traits import TOKEN_STARTS, implements
 
 __all__ = ["TOKEN_STARTS", "Cut", "Stage", "implements", "make", "named_problem"]
@@ -29,6 +29,7 @@ class Stage:
     where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
     None for a dict.
     origin: the distribution and version that registered the strategy.
+    open: how much it keeps is left to the budget of the pipeline.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Stage:
     keys: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
     names: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
     origin: str = ""
+    open: bool = False
 
     @property
     def hook(self) -> Any:
@@ -161,9 +163,12 @@ class Cut:
         return inputs.layers_read(self.stage.strategy, named, self.site, layers)
 
 
-def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -> Stage | None:
+def make(
+    index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False
+) -> Stage | None:
     """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
 
+    budgeted: the pipeline has a budget, to which a stage may leave how much it keeps.
     Raises PluginError when the strategy itself is broken.
     """
     draft = Stage(
@@ -177,6 +182,8 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault]) -
         return None
     cls = registry.get_strategy(spec.use)
     traits.check_class(cls, entry)
+    if budgeted and "keep" in traits.stage_keys(cls) and not {*BUDGETS} & draft.names.keys():
+        draft = dataclasses.replace(draft, keeps=(OPEN,), names={**draft.names, "keep": spec.where}, open=True)
     found = [*_key_faults(cls, draft), *_given_site_faults(cls, draft)]
     problems: list[options.Problem] = []
     values = options.check(cls, spec.options, traits.stage_keys(cls), problems)

@@ -5,16 +5,70 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from prunekit.errors import Fault, did_you_mean
+from prunekit.errors import Fault, Where, did_you_mean
 from prunekit.sites import Keep, Site
 from prunekit.yaml_source import Node
 
 STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
 BUDGETS = ("keep", "keep_tokens", "keep_of")
 DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
+ACCOUNTINGS = ("flops", "layer_mean", "kept_at_end", "kv_bytes")
+# What a stage keeps that is left open to the budget of the pipeline, until a model says how much that is.
+OPEN = Keep(1.0, of="current")
 SITES = ("encoder", "prefill_end", "pixels")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the stages that are left open may keep, so that the whole pipeline costs `fraction` of the dense model.
+
+    of: what is counted, one of `ACCOUNTINGS`. text_tokens: of the prompt that it is for, beside its visual ones.
+    visual_tokens: of that prompt; None takes those of one picture. places: of the keys in the file.
+    """
+
+    of: str
+    fraction: float
+    text_tokens: int = 64
+    visual_tokens: int | None = None
+    places: Mapping[str, Where | None] = field(default_factory=dict, compare=False)
+
+    def as_data(self) -> dict[str, Any]:
+        """As the file has it, with its defaults."""
+        data: dict[str, Any] = {self.of: self.fraction, "text_tokens": self.text_tokens}
+        return data if self.visual_tokens is None else {**data, "visual_tokens": self.visual_tokens}
+
+
+def read_budget(node: Node | None, faults: list[Fault]) -> Budget | None:
+    """The budget of a whole pipeline; None when there is none to read."""
+    if node is None:
+        return None
+    if not isinstance(node.data, dict):
+        faults.append(Fault(node.where, "budget", f"must be a mapping, not {node}", "such as {flops: 0.46}"))
+        return None
+    before = len(faults)
+    known = (*ACCOUNTINGS, "text_tokens", "visual_tokens")
+    for key, value in node.data.items():
+        if key not in known:
+            hint = f"{did_you_mean(key, known)}known keys: {', '.join(known)}"
+            faults.append(Fault(value.key, f"budget.{key}", "unknown key", hint))
+    given = [key for key in ACCOUNTINGS if key in node.data]
+    if len(given) != 1:
+        told = f"names {len(given)} accountings" if given else "names no accounting"
+        faults.append(Fault(node.where, "budget", told, f"write one of {', '.join(ACCOUNTINGS)}"))
+    for key in given:
+        _fraction(node.data[key], f"budget.{key}", "original", faults)
+    for key in ("text_tokens", "visual_tokens"):
+        if (one := node.data.get(key)) is not None and not (_is(one, int) and cast("int", one.data) >= 1):
+            faults.append(Fault(one.where, f"budget.{key}", f"must be a whole number, at least 1, not {one}"))
+    if len(faults) > before:
+        return None
+    plain = {key: value.data for key, value in node.data.items()}
+    places = {"": node.where, **{key: value.where for key, value in node.data.items()}}
+    text, visual = cast("int", plain.get("text_tokens", 64)), cast("int | None", plain.get("visual_tokens"))
+    return Budget(given[0], float(cast("float", plain[given[0]])), text, visual, places)
 
 
 def read_sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:
