@@ -19,6 +19,7 @@ from prunekit import Selection, hookimpl
 from prunekit.encoder_inputs import EncoderRows
 from prunekit.engine.tower_tokens import Units
 from prunekit.families import find
+from prunekit.ops import top_k_mask
 from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
 
@@ -267,3 +268,42 @@ def test_videos_are_cut(name, kind):
     report = run.report
     assert report.kept_tokens == tuple(len(row) for row in report.events[0].kept)
     assert all(after[1] < after[0] for after in report.tower_tokens)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Takes down all that is not of the tower itself."""
+
+    sites = ANYWHERE
+    seen: ClassVar[list] = []
+
+    @hookimpl
+    def select_tokens(self, coords, frames, sizes, valid, count, cut, seed, hidden):
+        self.seen.append((coords, frames, sizes, valid, count, cut, seed, hidden))
+        return top_k_mask(-frames.double(), count, valid)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "gemma3", "qwen2_vl", "idefics3"])
+def test_places_seeds_and_counts_inside_the_tower(name):
+    """As the family's file says of each picture, without newlines; the same picture draws the same seed."""
+    model = model_of(name)
+    batch = tiny_batch(model)
+    modality, tower = find(model).modalities[0], find(model).tower
+    pipeline = piped((Places, {"at": ["vision.0.mid", "vision.0"], "keep": [0.75, 0.5]}))
+    with torch.no_grad(), prunekit.apply(model, pipeline):
+        model(**batch)
+        model(**batch)
+    with leaf_after(tower.layers[0]) as found, torch.no_grad():
+        _, given = encode(model, batch)
+    units = units_of(model, "image", given, found[0])
+    first, second, again, _ = Places.seen[-4:]
+    for picture, places in enumerate(modality.places(given, units.counts)):
+        there = units.there[picture, : len(places)]
+        made = int(there.sum())
+        assert torch.equal(first[0][picture, :made, 1:], places[there][:, 1:]), "rows and columns"
+        assert torch.equal(first[1][picture, :made], places[there][:, 0]), "crops"
+        assert first[4][picture] == prunekit.Keep(0.75).count(made, made)
+        assert int(second[3][picture].sum()) == first[4][picture], "the second cut sees what the first has left"
+    assert (first[5], second[5]) == (0, 1)
+    assert first[6] == again[6] and len(set(first[6])) == len(first[6])
+    assert bool((first[2] == 1).all()) and first[7].shape[-1] == found[0].shape[-1]
