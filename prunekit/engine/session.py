@@ -79,6 +79,9 @@ class Session:
         """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
         return self
 
+    def __reduce__(self) -> Any:
+        raise Unsupported("a pruned KV cache belongs to its model and its `with` block, so it cannot be pickled")
+
     def _note_missing_images(self) -> None:
         without = [str(row) for row, count in enumerate(self.counts) if count == 0]
         if self.bound.cuts and not any(self.counts):

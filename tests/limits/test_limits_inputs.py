@@ -1,0 +1,202 @@
+"""What hooks ask for and stages decide that cannot be, each refused by its own words before the layer it is about.
+
+Where a check of the pipeline speaks first, or no installed model has the cause, the cause is simulated.
+"""
+
+# ruff: noqa: SIM117
+from __future__ import annotations
+
+import dataclasses
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from refusing import FLASH, flash_kernel, inputs_of, model_of, refused
+from torch import nn
+
+import prunekit
+from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl, pipeline
+from prunekit.engine import mid, watch
+from prunekit.engine.inputs import Needs
+from prunekit.engine.positions import Rotations
+from prunekit.engine.rows import Attended
+from prunekit.engine.scratch import _unrotated
+from prunekit.engine.view import View
+from prunekit.families import find
+from prunekit.registry import Registry
+from prunekit.testing.tiny_families import tiny_batch, tiny_model
+
+EVERYWHERE = Sites(end=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return model_of()
+
+
+def said(phrase):
+    return pytest.raises(prunekit.Unsupported, match=re.escape(phrase))
+
+
+def strategy(hook, **traits):
+    """A strategy class with one hook, given as a function of self and what it asks for."""
+    body = {hook.__name__: hookimpl(hook), "takes_keep": False, "sites": EVERYWHERE, **traits}
+    return dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+
+
+def piped(*stages):
+    """A pipeline of (strategy class, keys of its stage)."""
+    registry = Registry()
+    for number, (cls, _) in enumerate(stages):
+        globals()[f"Strategy{number}"] = cls
+        registry.strategy(f"s{number}", f"{__name__}:Strategy{number}")
+    listed = [{"use": f"s{number}", **keys} for number, (_, keys) in enumerate(stages)]
+    return pipeline.build({"name": "refused", "stages": listed}, registry=registry)
+
+
+def all_but_one(valid):
+    return valid & (valid.cumsum(-1) < valid.sum(-1, True))
+
+
+def reads(**asked):
+    def select_tokens(self, attention, valid):
+        return all_but_one(valid)
+
+    return strategy(select_tokens, inputs={"attention": Rows(**asked)})
+
+
+def runs(*layers):
+    def select_tokens(self, forward, valid):
+        forward(list(layers))
+        return all_but_one(valid)
+
+    return strategy(select_tokens)
+
+
+def test_no_layer_can_be_run_inside_another(model):
+    with refused("no layer can be run from '2.mid'; move the stage", model):
+        with prunekit.apply(model, piped((runs(3), {"at": "2.mid"}))):
+            pass
+
+
+def test_inputs_that_are_not_there(model):
+    """The file's check tells it first; the engine would too."""
+    bound = piped((reads(), {"at": 1})).bind(find(model).shape())
+    early = SimpleNamespace(shape=bound.shape, cuts=[dataclasses.replace(bound.cuts[0], site=Site(0))])
+    with said("; declare another layer for it, or move the stage"):
+        Needs.of(early)
+
+
+def test_forward_of_single_samples():
+    """The strategy's check tells it first; the engine would too."""
+    view = SimpleNamespace(forward=None, place=SimpleNamespace(label="stage 0"))
+    with said("and a strategy with per_sample = True sees one sample"):
+        View.of_sample(view, "forward", 0)
+
+
+def test_what_the_decoder_adds_between_its_layers():
+    own = tiny_model("qwen3_vl", dtype=torch.float32)
+    assert find(own).logical_until > 1
+    with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
+        with refused("this model adds features of its pictures in between; move the stage", own, after=1):
+            own(**tiny_batch(own))
+    with prunekit.apply(own, piped((runs(0, 1), {"at": 0}))):
+        with refused("forward cannot go on after layer 0: this model adds features of pictures", own, after=1):
+            own(**tiny_batch(own))
+
+
+def test_a_kind_of_layer_that_has_not_run():
+    own = tiny_model("gemma3", dtype=torch.float32)
+    full = find(own).text.config.layer_types.index("full_attention")
+    with prunekit.apply(own, piped((runs(full), {"at": 0}))):
+        with refused("cannot be looked at yet: no layer of its kind, full_attention, has run before", own):
+            own(**tiny_batch(own))
+
+
+def test_attention_that_is_not_known():
+    """No family has them: kernels that add more to their logits, other kinds of masks, kernels from elsewhere."""
+    one, module = torch.zeros(1, 2, 3, 4), nn.Identity()
+    with said("attention rows and keys are not available with a object as mask"):
+        Attended.of(module, one, one, one, object(), {})
+    for extra in ("s_aux", "position_bias"):
+        with said(f"attention rows and keys are not available where attention has {extra}"):
+            Attended.of(module, one, one, one, None, {extra: one})
+    with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
+        _ = watch.Watch(module).result
+    with said("rope=False is not available for this model"):
+        _unrotated({"position_embeddings": one})
+
+
+def test_a_version_without_the_interface(model, monkeypatch):
+    monkeypatch.setattr(watch, "METHOD", "get_kernel")
+    phrase = "this transformers version has no AttentionInterface.get_kernel"
+    with refused(phrase, model), prunekit.apply(model, piped((reads(), {"at": 2}))):
+        pass
+
+
+def test_rotations_from_elsewhere():
+    """No family has them: layers whose rotation their decoder's rotary module did not make."""
+    with said("positions cannot be renumbered for this model"):
+        Rotations()._of(object())
+
+
+def test_a_decoder_without_its_final_norm(model):
+    parts = dataclasses.replace(find(model), norm="last_norm")
+    with said("decoder has no final norm 'last_norm', for which a hook asks"):
+        _ = parts.final_norm
+
+
+def test_cutting_inside_a_layer_that_does_not_simply_run(model):
+    """Routers keep such layers; a plan of a stage is told in the file."""
+    with said(", which does not simply run for every sample; move the cut"):
+        with mid.cutting(None, SimpleNamespace(number=2), (LayerAction.RUN, LayerAction.SKIP)):
+            pass
+
+
+def test_cutting_between_what_runs_side_by_side():
+    own = tiny_model("cohere2_vision", dtype=torch.float32)
+    loud = {"stages": [{"use": "random", "at": "2.mid", "keep": 0.5}]}
+    with refused("runs attention and MLP side by side: there is no place between them to cut", own):
+        with prunekit.apply(own, loud):
+            pass
+
+
+@pytest.fixture
+def flash():
+    own = model_of()
+    with flash_kernel():
+        own.config.text_config._attn_implementation = FLASH
+        yield own
+
+
+def test_sizes_under_flash_attention(flash):
+    def select_tokens(self, valid):
+        return Selection(all_but_one(valid), sizes=1.0 + valid)
+
+    for at in (0, 2):
+        with prunekit.apply(flash, piped((strategy(select_tokens), {"at": at}))):
+            with refused("token sizes add to attention logits, which flash kernels do not take", flash, after=at):
+                flash(**inputs_of())
+
+
+def test_freezing_under_flash_attention(flash):
+    def plan_layers(self, shape):
+        return LayerPlan({1: LayerAction.FREEZE})
+
+    plan = dataclasses.dataclass(frozen=True)(type("Strategy", (), {"plan_layers": hookimpl(plan_layers)}))
+    with prunekit.apply(flash, piped((plan, {}))):
+        with refused("frozen visual tokens need a mask that flash kernels do not take", flash, after=1):
+            flash(**inputs_of())
+
+
+def test_plans_that_differ_on_a_static_cache(model):
+    from prunekit import Route
+
+    def route(self, shape):
+        return Route(plans=[LayerPlan(), LayerPlan({1: LayerAction.SKIP})])
+
+    router = strategy(route, routes_tokens=False, sites=Sites())
+    with prunekit.apply(model, piped((router, {}))):
+        with refused("on a static cache all samples of a batch must run the same layers", model, after=1):
+            model.generate(**inputs_of((1, 1), (9, 9)), max_new_tokens=2, cache_implementation="static")

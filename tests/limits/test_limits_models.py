@@ -1,0 +1,238 @@
+"""Which models are refused, each by its own words; what no installed model has is simulated."""
+
+# ruff: noqa: SIM117
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from refusing import FASTV, model_of
+from torch import nn
+
+import prunekit
+from prunekit.engine import upstream
+from prunekit.families import find, generic, grids, units
+from prunekit.families.base import square_grid
+from prunekit.families.decoders import decoder, token_params
+from prunekit.testing import proof, twin
+from prunekit.testing.tiny_families import tiny_batch, tiny_model
+
+
+def said(phrase):
+    return pytest.raises(prunekit.Unsupported, match=re.escape(phrase))
+
+
+class Wrapper(nn.Module):
+    """What PEFT, DataParallel and the like do."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module, self.config = model, model.config
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, nn.DataParallel, lambda model: torch.compile(model, backend="eager"), str])
+def test_what_is_no_model_of_transformers(wrap):
+    with said("; of a wrapper (torch.compile, DataParallel, PEFT) give the model inside"):
+        with prunekit.apply(wrap(model_of()), FASTV):
+            pass
+
+
+def test_a_model_without_its_head():
+    with said("LlavaModel cannot generate; give the complete model with its head"):
+        with prunekit.apply(model_of().model, FASTV):
+            pass
+
+
+def test_a_tower_that_is_not_known():
+    own = model_of()
+    own.config.vision_config.model_type = "dinov2"
+    with said("' tower is not supported by this version; its tower must be one of: "), prunekit.apply(own, FASTV):
+        pass
+
+
+def test_a_model_of_no_known_family():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    numbers = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    text = LlamaForCausalLM(LlamaConfig(**numbers, num_attention_heads=2, num_key_value_heads=2))
+    with said("and it was not recognised as a plain LVLM: its base model has no `get_image_features`"):
+        with prunekit.apply(text, FASTV):
+            pass
+
+
+def _no_layers(text):
+    text.layers = nn.ModuleList()
+
+
+def _other_attention(text):
+    text.layers[2].attention = text.layers[2].self_attn
+    del text.layers[2].self_attn
+
+
+def _other_mlp(text):
+    text.layers[1].experts = text.layers[1].mlp
+    del text.layers[1].mlp
+
+
+def _other_norms(text):
+    del text.layers[0].input_layernorm
+
+
+def _further_parts(text):
+    text.layers[1].cross_attention = nn.Identity()
+
+
+def _linear(text):
+    text.config.layer_types = ["linear_attention", "full_attention"] * 3
+
+
+def _shared(text):
+    text.config.num_kv_shared_layers = 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_no_layers, "it has no list `layers` of decoder layers"),
+        (
+            _other_attention,
+            ", under which attention has to be, but mlp",
+        ),
+        (_other_mlp, "layer 1 has no MLP under a known name, but self_attn"),
+        (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm"),
+        (_further_parts, "layer 1 has further parts: cross_attention"),
+        (_linear, "its layers hold linear_attention, whose cache cannot be cut"),
+        (_shared, "its layers share their keys and values"),
+    ],
+)
+def test_decoders_that_are_not_plain(change, reason):
+    own = model_of()
+    change(own.model.language_model)
+    with pytest.raises(prunekit.Unsupported, match=f"the decoder LlamaModel is not supported: .*{re.escape(reason)}"):
+        decoder(own.model.language_model)
+    with said(reason), prunekit.apply(own, FASTV):
+        pass
+
+
+def test_experts_without_a_number():
+    module = nn.Module()
+    module.experts = nn.Parameter(torch.zeros(4, 2, 2))
+    with said("has experts but does not say to how many of them a token is sent"):
+        token_params(module, object())
+
+
+def test_a_version_of_transformers_that_lacks_something(monkeypatch):
+    monkeypatch.setattr(upstream, "_problems", lambda: ("masking_utils: gone",))
+    with said("Install a tested version, or a newer prunekit."), prunekit.apply(model_of(), FASTV):
+        pass
+
+
+class TestTheProof:
+    """Of a model without a family file: on a tiny twin, before anything is pruned."""
+
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch):
+        monkeypatch.setattr(prunekit.families, "families", lambda: ())
+        proof._prove.cache_clear()
+        yield
+        proof._prove.cache_clear()
+
+    def test_no_twin(self, monkeypatch):
+        def fails(config):
+            raise RuntimeError("7 is not 8")
+
+        monkeypatch.setattr(twin, "shrunken", fails)
+        with said("no tiny twin of LlavaConfig can be made, so that nothing can be proved about it: "):
+            find(model_of())
+
+    def test_a_twin_that_does_not_run(self, monkeypatch):
+        def fails(twin, inputs):
+            raise RuntimeError("7 is not 8")
+
+        monkeypatch.setattr(proof, "_observe", fails)
+        with said("the tiny twin of LlavaForConditionalGeneration does not run: RuntimeError: 7 is not 8"):
+            find(model_of())
+
+    def test_no_inputs(self, monkeypatch):
+        monkeypatch.setattr(twin, "RECIPES", {})
+        own = model_of()
+        own.forward = lambda **_: 1 / 0
+        with said("runs on none of the inputs that prunekit can make ("):
+            twin.recipe_for(own)
+
+    def test_a_twin_that_is_not_exact(self, monkeypatch):
+        monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
+        with said("; it was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
+            find(model_of())
+
+    def test_loops_that_are_no_plain_ones(self):
+        def watched(change):
+            own = model_of()
+            change(own.model.language_model)
+            return proof._observe(own, tiny_batch(own))
+
+        def positional(text):
+            text.layers[0].register_forward_pre_hook(lambda _, given: (*given, None), prepend=True)
+
+        def tuples(text):
+            text.layers[-1].register_forward_hook(lambda _, given, result: (result, None))
+
+        def fewer(text):
+            text.config.num_hidden_layers -= 1
+
+        def growing(text):
+            for layer in text.layers:
+                layer.register_forward_pre_hook(lambda _, given: (given[0] * 1.01, *given[1:]))
+
+        for change, phrase in (
+            (positional, "its decoder layers take positional arguments beside the hidden states"),
+            (tuples, "its decoder layers return more than the hidden states"),
+            (fewer, "its decoder called 5 layers of 6 in one forward"),
+            (growing, "its decoder changes hidden states between all layers"),
+        ):
+            with said(phrase):
+                watched(change)
+
+
+class TestPlaces:
+    """Where visual tokens are in their pictures; asked for by strategies that read `coords` or `frames`."""
+
+    def test_of_a_model_without_a_family_file(self):
+        with said("where visual tokens are in their pictures is not known for a model without a family file"):
+            generic._no_places({}, [16])
+
+    def test_of_a_picture_that_is_no_square(self):
+        with said("17 visual tokens do not fill a square grid, so a strategy that asks for `coords`"):
+            square_grid(17)
+
+    def test_of_other_counts(self):
+        with said("places of the visual tokens are not known: pictures of [4] tokens were expected"):
+            grids.checked([torch.zeros(4, 5)], [5])
+
+    def test_without_the_sizes(self):
+        own = tiny_model("qwen2_vl", dtype=torch.float32)
+        places = find(own).modalities[0].places
+        with said("places of the visual tokens are not known, as 'image_grid_thw' did not come with the pictures"):
+            places({}, [4])
+
+
+class TestPatches:
+    """Which patches make a visual token; asked for by stages that cut or read the tower."""
+
+    def test_a_picture_that_does_not_divide(self):
+        with said("visual tokens are not made of whole patches: 25 patches, 2 x 2 a token"):
+            units.square(25, 2)
+
+    def test_a_picture_of_its_own_size_that_does_not_divide(self):
+        with said("visual tokens of a picture of 3 x 4 patches are not made of whole ones"):
+            units.by_size(14, 2)("image", {"image_sizes": [[42, 56]]}, 1, 12)
+
+    def test_a_picture_that_is_shrunken(self):
+        config = SimpleNamespace(vision_aspect_ratio="anyres_max_1")
+        with said("patches is shrunken by interpolation, so that its visual tokens are not made of whole patches"):
+            units._check_limit(torch.zeros(8, 8), 4, {}, config)
