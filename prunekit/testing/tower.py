@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from prunekit.families import find
 from prunekit.sites import Site
@@ -39,30 +40,73 @@ def tower_cuts(
             tower: Any = find(model).tower
             if tower is None or "pixel_values_videos" in inputs:
                 raise ValueError("the masked reference cuts towers of families that declare one, and for images only")
+            packed = stack.enter_context(_packed(tower))
             for number, block in enumerate(tower.layers):
                 # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
                 here = [event for event in events.values() if int(Site.parse(event.site).layer or 0) < number]
-                if here:
-                    hook = _masking(tower, inputs, here, visual)
-                    attention = getattr(block, tower.attention)
-                    stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                attention = getattr(block, tower.attention)
+                hook = _masking(tower, inputs, here, visual, packed)
+                stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _masking(tower: Any, inputs: Mapping[str, Tensor], events: Sequence[StageEvent], visual: Sequence[Tensor]) -> Any:
-    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _masking(
+    tower: Any, inputs: Mapping[str, Tensor], events: Sequence[StageEvent], visual: Sequence[Tensor], packed: Packed
+) -> Any:
+    """A hook that masks in one attention what `events` have dropped."""
+
+    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         state = given[0] if given else named["hidden_states"]
-        rows, patches = state.shape[0], state.shape[1] - tower.leading
-        bias = torch.zeros(rows, state.shape[1], dtype=state.dtype, device=state.device)
+        bare = state.ndim == 2  # all pictures as one sequence, and no mask at all
+        rows, length = (1, state.shape[0]) if bare else state.shape[:2]
+        patches = length - tower.leading
+        bias = torch.zeros(rows, length, dtype=state.dtype, device=state.device)
         units = _units(tower, inputs, rows, patches)
         for event in events:
             bias[:, tower.leading :] += _bias(event, units, visual, rows * patches).view(rows, patches).to(bias)
-        columns = bias[:, None, None, :].expand(-1, 1, state.shape[1], -1)
+        if bare:
+            packed[module] = bias[0]
+            return given, named
+        columns = bias[:, None, None, :].expand(-1, 1, length, -1)
         if len(given) > 1:
             return (state, _both(given[1], columns), *given[2:]), named
         return given, named | {"attention_mask": _both(named.get("attention_mask"), columns)}
 
     return hook
+
+
+# What is still to be added to the logits of each patch in the attentions of a packed tower, in the order of its chunks.
+Packed = dict[nn.Module, Tensor]
+KERNEL = "prunekit-reference"
+
+
+@contextmanager
+def _packed(tower: Any) -> Iterator[Packed]:
+    """While open, a tower without masks attends by a plain kernel that adds what the dictionary holds."""
+    waiting: Packed = {}
+
+    def kernel(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        columns: Tensor = attention_mask
+        if module in waiting:
+            many = key.shape[2]
+            columns, waiting[module] = waiting[module][:many], waiting[module][many:]
+        logits = query @ key.transpose(2, 3) * scaling + columns.clamp(min=torch.finfo(columns.dtype).min)
+        return (logits.softmax(-1) @ value).transpose(1, 2), None
+
+    config = getattr(getattr(tower.layers[0], tower.attention), "config", None)
+    if not tower.packed or config is None:
+        yield waiting
+        return
+    before = config._attn_implementation
+    AttentionInterface.register(KERNEL, kernel)
+    config._attn_implementation = KERNEL
+    try:
+        yield waiting
+    finally:
+        config._attn_implementation = before
+        del AttentionInterface._global_mapping[KERNEL]
 
 
 def _both(mask: Tensor | None, columns: Tensor) -> Tensor:

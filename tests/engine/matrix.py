@@ -112,7 +112,6 @@ ALLOWED = {"float32": 1e-3}
 
 # What is refused, and the message that is due.
 SIDE_BY_SIDE = ("aya_vision", "cohere2_vision")
-PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "mistral3", "glm4v", "glm46v", "glm4v_moe")
 SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
 HAS_CLS = ("llava", "llava_next", "llava_next_video")
 
@@ -145,8 +144,6 @@ class Cell:
             return "must run the same layers|side by side"
         if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", ""):
             return "side by side"
-        if self.family in PACKED and GROUP_OF[self.pipeline] == "tower":
-            return "tower cannot be cut"
         if self.pipeline == "append-cls" and self.family not in HAS_CLS:
             return "no CLS token|does not map single tokens"
         return ""
