@@ -82,6 +82,12 @@ def test_a_model_without_its_head_is_refused() -> None:
         pass
 
 
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    for wrong in (torch.nn.Linear(2, 2), torch.nn.DataParallel(llava(CLIP, "default")), "llava"):
+        with pytest.raises(prunekit.Unsupported, match="expected a model of transformers, not"):
+            prunekit.apply(wrong, RANDOM).__enter__()
+
+
 def test_every_family_file_declares_itself() -> None:
     names = [family.name for family in families()]
     assert names == sorted(set(names))
