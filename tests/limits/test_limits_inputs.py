@@ -18,7 +18,7 @@ from torch import nn
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl, pipeline
 from prunekit.engine import mid, watch
-from prunekit.engine.inputs import Needs
+from prunekit.engine.inputs import Inputs, Needs
 from prunekit.engine.positions import Rotations
 from prunekit.engine.rows import Attended
 from prunekit.engine.scratch import _unrotated
@@ -86,6 +86,13 @@ def test_inputs_that_are_not_there(model):
     early = SimpleNamespace(shape=bound.shape, cuts=[dataclasses.replace(bound.cuts[0], site=Site(0))])
     with said("; declare another layer for it, or move the stage"):
         Needs.of(early)
+
+
+def test_layers_that_a_router_skips():
+    """A router is held to the layers that are read before; the engine would tell too, before layer 0."""
+    session = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP))
+    with said("a stage reads the attention of layer 1, which a router skips for some sample"):
+        Inputs(session, Needs(read=frozenset({1})))._check_plans()
 
 
 def test_forward_of_single_samples():

@@ -20,7 +20,7 @@ from prunekit.engine.tower_view import TowerView
 from prunekit.families import find
 from prunekit.families.base import Modality
 from prunekit.registry import Registry
-from prunekit.testing.tiny_families import tiny_model
+from prunekit.testing.tiny_families import tiny_batch, tiny_model
 
 EVERYWHERE = Sites(tower=True, end=True)
 
@@ -166,6 +166,19 @@ def test_a_decision_about_a_cache_that_is_not_there(llava):
     with prunekit.apply(llava, piped(crops, at="vision.0")):
         with refused(": crop=True is about the KV cache; there is none at 'vision.0'", llava):
             llava(**inputs_of())
+
+
+def test_sizes_in_a_tower_that_attends_picture_by_picture():
+    own = tiny_model("qwen2_vl", dtype=torch.float32)
+
+    def select_tokens(self, valid):
+        return Selection(valid, sizes=1.0 + valid)
+
+    body = {"select_tokens": hookimpl(select_tokens), "sites": EVERYWHERE, "takes_keep": False}
+    sized = dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+    with prunekit.apply(own, piped(sized, at="vision.0")):
+        with refused(": sizes add to attention logits, and this vision tower takes no masks for them", own):
+            own(**tiny_batch(own))
 
 
 def run_of(model, spec):
