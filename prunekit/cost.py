@@ -4,7 +4,8 @@ One multiply-add is two FLOPs. A decoder layer that n tokens enter costs `2 * pa
 `4 * n^2 * heads * head_dim` for the two products of attention, counted as the full square; the sum equals what
 `torch.utils.flop_counter.FlopCounterMode` counts on the language model without its head. Where m of n tokens query
 (the others are frozen), attention costs `4 * m * n * heads * head_dim`, and the output projection and the MLP are
-counted for m. The selection itself is not in these figures; it is in every measured time.
+counted for m. What the stages' own decisions cost is in these figures as far as they say it, as routers do (a method
+`flops`); it is in every measured time.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the prefill of a prompt batch cost, and what it would have cost dense; one entry per sample."""
+    """What the prefill of a prompt batch cost, and what it would have cost dense; one entry per sample.
+
+    decision_flops: the part of `prefill_flops` that the stages' own decisions took, as far as they say.
+    """
 
     prefill_flops: tuple[int, ...]
     dense_prefill_flops: tuple[int, ...]
     kv_bytes: tuple[int, ...]
     dense_kv_bytes: tuple[int, ...]
+    decision_flops: tuple[int, ...] = ()
 
     @property
     def flops_fraction(self) -> float:
@@ -92,15 +97,19 @@ def cost_of(
     kv_tokens: Sequence[Sequence[int]],
     prompt_tokens: Sequence[int],
     itemsize: int,
+    decisions: Sequence[int] | None = None,
 ) -> Cost:
     """The cost of a batch: per sample, what each layer did and holds, against its `prompt_tokens` in all layers.
 
-    itemsize: bytes of one number in the KV cache.
+    itemsize: bytes of one number in the KV cache. decisions: FLOPs of the stages' decisions per sample; None: no stage
+    says any.
     """
+    decided = tuple(decisions or [0] * len(work))
     width = shape.kv_width * itemsize
     return Cost(
-        prefill_flops=tuple(work_flops(shape, row) for row in work),
+        prefill_flops=tuple(work_flops(shape, row) + own for row, own in zip(work, decided, strict=True)),
         dense_prefill_flops=tuple(prefill_flops(shape, [n] * shape.layers) for n in prompt_tokens),
         kv_bytes=tuple(width * sum(row) for row in kv_tokens),
         dense_kv_bytes=tuple(width * shape.layers * n for n in prompt_tokens),
+        decision_flops=decided,
     )

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prunekit.abilities import selection_flops
 from prunekit.cost import Cost, Work, cost_of, kv_tokens
 from prunekit.decisions import LayerAction, LayerPlan
 from prunekit.pipeline import BoundPipeline
-from prunekit.sites import Site
+from prunekit.sites import ENCODER, Site
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,8 @@ def summarise(
     work = tuple(
         tuple(Work(plan[layer], *three) for layer, three in enumerate(zip(*row, strict=True))) for plan, *row in every
     )
+    original, prompts = counts["visual_tokens"], counts["prompt_tokens"]
+    decisions = [_decisions(bound, events, b, prompts[b] - original[b], original[b]) for b in range(len(plans))]
     return RunReport(
         pipeline=bound.pipeline.name,
         sha=bound.pipeline.sha,
@@ -115,9 +118,21 @@ def summarise(
         kv_tokens=kv,
         plans=tuple(plans),
         positions=bound.pipeline.positions,
-        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize),
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions),
         **counts,
     )
+
+
+def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, text: int, original: int) -> int:
+    """FLOPs of what stages decided for one sample, as far as they say: token stages at each cut, routers once."""
+    cuts = {(cut.stage.use, str(cut.site)): cut for cut in bound.cuts}
+    total, door = 0, original
+    for event in events:
+        cut = cuts[event.stage, event.site]
+        if not cut.stage.is_router:
+            total += selection_flops(cut.stage, bound.shape, text, event.entered[sample])
+            door = len(event.kept[sample]) if cut.site <= ENCODER else door
+    return total + sum(selection_flops(router, bound.shape, text, door) for router in bound.routers)
 
 
 def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int) -> tuple[int, ...]:

@@ -151,3 +151,19 @@ def test_an_untrained_copy_is_refused_before_the_decoder_runs():
         prunekit.apply(model := tiny_llava(), par(init="llm_first", width="model")),
     ):
         model(**tiny_inputs())
+
+
+def test_the_router_is_in_the_cost_of_a_run_and_of_a_forecast():
+    from prunekit.forecast import forecast
+
+    model, inputs = tiny_llava(), tiny_inputs()
+    shape, stride = shape_of(model), {"use": "stride", "keep": 0.5}
+    router = {"use": "par", "weights": None, "seed": 0, "width": 16, "keep_tokens": 4, "keep_layers": 4}
+    for stages, seen in (([router], 16), ([stride, router], 8)):
+        pipeline = prunekit.load({"name": "p", "stages": stages})
+        own = pipeline.stages[-1].strategy.flops(shape, 10, seen)
+        report, _ = run(model, pipeline, inputs)
+        assert report.cost.decision_flops == (own,) and own > 0
+        told = forecast(pipeline.bind(shape), 10)
+        assert told is not None and told.flops[0] == told.flops[1]
+        assert report.cost.flops_fraction == pytest.approx(told.flops[0] + told.decisions)
