@@ -12,7 +12,8 @@ from prunekit.errors import Fault
 from prunekit.sites import Site
 from prunekit.stage import Cut, Stage
 
-LEFT_OUT = (LayerAction.SKIP, LayerAction.FILL_KV)
+# What a layer may do inside which tokens leave, between its attention and its MLP.
+CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
 LET_RUN = "move it, or let that layer run"
 # Arguments of hooks that the prompt or the decoder gives; inside the tower there is neither yet.
 OF_THE_DECODER = (
@@ -173,16 +174,22 @@ def plan_faults(cuts: Sequence[Cut], plan: LayerPlan, layers: int) -> Iterator[F
             message = f"'{cut.stage.use}' reads the {name} of layer {layer}"
             yield cut.stage.fault(cut.key("at"), f"{message}, which another stage skips", LET_RUN)
         inside = cut.site.layer if cut.site.in_decoder and cut.site.point == "mid" else None
-        if inside is not None and not unread and plan[inside] in LEFT_OUT:
-            message = f"'{cut.stage.use}' cuts inside layer {inside}, which another stage leaves out"
+        if inside is not None and not unread and plan[inside] not in CAN_BE_CUT:
+            why = f"does not simply run: another stage says {plan[inside].value}"
+            message = f"'{cut.stage.use}' cuts inside layer {inside}, which {why}"
             yield cut.stage.fault(cut.key("at"), message, LET_RUN)
 
 
 def protected_layers(cuts: Sequence[Cut], layers: int) -> frozenset[int]:
     """Decoder layers that have to run for every sample: something is read of them, or tokens leave inside them."""
     read = {layer for cut in cuts for layer in _reads(cut, layers)}
-    inside = {cut.site.layer for cut in cuts if cut.site.in_decoder and cut.site.point == "mid"}
-    return frozenset(layer for layer in read | inside if layer is not None and layer in range(layers))
+    return frozenset(layer for layer in read | cut_inside(cuts) if layer in range(layers))
+
+
+def cut_inside(cuts: Sequence[Cut]) -> frozenset[int]:
+    """Decoder layers inside which tokens leave."""
+    mid = (cut.site for cut in cuts if cut.site.in_decoder and cut.site.point == "mid")
+    return frozenset(site.layer for site in mid if site.layer is not None)
 
 
 def tower_blocks(shape: ModelShape) -> int:

@@ -325,7 +325,15 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "inside a skipped layer": (
         two("use: plan, skip: [3]", "use: score, at: 3.mid, keep: 1"),
-        ["3:22: at: 'score' cuts inside layer 3, which another stage leaves out (move it, or let that layer run)"],
+        ["3:22: at: 'score' cuts inside layer 3, which does not simply run: another stage says skip (move it, or let"],
+    ),
+    "inside a layer without its MLP": (
+        two("use: plan, skip: [3], what: skip_mlp", "use: own, at: 3.mid, keep: 1"),
+        ["3:20: at: 'own' cuts inside layer 3, which does not simply run: another stage says skip_mlp"],
+    ),
+    "inside a frozen layer": (
+        two("use: plan, skip: [3], what: freeze", "use: score, at: 3.mid, keep: 1"),
+        ["3:22: at: 'score' cuts inside layer 3, which does not simply run: another stage says freeze"],
     ),
     "own layer without attention": (
         two("use: plan, skip: [3], what: skip_attention", "use: own, at: 3.after, keep: 1"),
@@ -564,8 +572,8 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
         one("use: ownlayers, keep: 0.5"),
         [("encoder", "0.5 of original")],
     ),
-    "inside a layer of attention alone": (
-        two("use: plan, skip: [3], what: skip_mlp", "use: own, at: 3.mid, keep: 1"),
+    "inside a layer without attention": (
+        two("use: plan, skip: [3], what: skip_attention", "use: score, at: 3.mid, keep: 1"),
         [("3.mid", "1 of original")],
     ),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from prunekit.decisions import LayerAction, LayerPlan, Route, Selection
 from prunekit.engine.stages import call, checked, is_trainable
 from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
+from prunekit.placement import CAN_BE_CUT, cut_inside
 from prunekit.stage import Stage
 
 if TYPE_CHECKING:
@@ -65,11 +66,11 @@ def _checked_plans(stage: Stage, session: Session, plans: tuple[LayerPlan, ...])
     named = frozenset(layer for plan in plans for layer in plan.layers)
     if beyond := sorted(named - frozenset(range(layers))):
         raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
-    lost = sorted(
-        layer for layer in session.bound.protected if not all(plan[layer].attends for plan in plans)
-    )  # fmt: skip
-    if lost:
-        raise PluginError(f"{stage.label}: route leaves out layers {lost}, which other stages read or cut inside")
+    inside = sorted(
+        layer for layer in cut_inside(session.bound.cuts) if any(plan[layer] not in CAN_BE_CUT for plan in plans)
+    )
+    if inside:
+        raise PluginError(f"{stage.label}: layers {inside} do not simply run, but other stages cut inside them")
     return plans
 
 

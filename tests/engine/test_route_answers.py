@@ -101,12 +101,12 @@ def run(model, *stages):
         ([{"use": "plans", "answer": "one plan"}], "route gave 1 plans for 2 samples"),
         ([{"use": "plans", "answer": "no plans"}], "each needs a LayerPlan"),
         (
-            [{"use": "plans", "answer": "skip 1"}, {"use": "fastv", "at": 2, "keep": 0.5}],
-            "route leaves out layers [1], which other stages read or cut inside",
+            [{"use": "plans", "answer": "skip 1"}, {"use": "stride", "at": "1.mid", "keep": 0.5}],
+            "layers [1] do not simply run, but other stages cut inside them",
         ),
         (
-            [{"use": "plans", "answer": "skip 1"}, {"use": "stride", "at": "1.mid", "keep": 0.5}],
-            "route leaves out layers [1], which other stages read or cut inside",
+            [{"use": "plans", "answer": "mlp 1"}, {"use": "stride", "at": "1.mid", "keep": 0.5}],
+            "layers [1] do not simply run, but other stages cut inside them",
         ),
         (
             [{"use": "skip_layers", "layers": [1], "what": "mlp"}, {"use": "plans", "answer": "skip 1"}],
