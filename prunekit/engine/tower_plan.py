@@ -132,6 +132,11 @@ class TowerPlan:
     def encoding(self, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[TowerRun]:
         """Around a call of an encoding method with these arguments. Raises Unsupported for calls that do not fit."""
         _check_call(arguments, self.tower)
+        if self.cuts and torch.is_grad_enabled() and any(map(_replays, self.tower.layers)):
+            raise Unsupported(
+                "gradient checkpointing would run blocks of the vision tower again, without their cuts; switch it off "
+                "for the tower, which pruning makes cheaper, or cut at 'encoder'"
+            )
         run = TowerRun(self, modality, arguments)
         modules = {getattr(self.tower.layers[number], self.tower.attention): number for number in self.reads}
         token = _RUN.set(run)
@@ -224,6 +229,11 @@ def _check_call(arguments: Mapping[str, Any], tower: Tower) -> None:
         )
 
 
+def _replays(block: nn.Module) -> bool:
+    """Whether a backward pass runs the block a second time."""
+    return block.training and bool(getattr(block, "gradient_checkpointing", False))
+
+
 def _implementation(tower: Tower) -> str:
     config: Any = getattr(getattr(tower.layers[0], tower.attention), "config", None)
     return str(getattr(config, "_attn_implementation", "eager"))
@@ -276,8 +286,3 @@ def _pool_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(hidden, *args, **kwargs)
 
     return forward
-
-
-def attention_modules(tower: Tower) -> list[nn.Module]:
-    """The attention modules of the tower's blocks."""
-    return [getattr(block, tower.attention) for block in tower.layers]

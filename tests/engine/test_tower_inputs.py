@@ -14,6 +14,7 @@ from tower_cases import (
     ClsTopK,
     Everything,
     Norms,
+    Skewed,
     Steps,
     naive_logits,
     naive_states,
@@ -289,6 +290,19 @@ def test_calls_that_do_not_fit_are_refused():
     encoded = model.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
     with prunekit.apply(model, pipeline), pytest.raises(prunekit.Unsupported, match="encoded outside"):
         model(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_training():
+    """Gradients flow through cuts and merges in the tower; blocks that would be run again are refused."""
+    model, inputs = tiny_llava().requires_grad_(True).train(), tiny_inputs(*BATCH)
+    weight = tower_of(model)[0].encoder.layers[0].mlp.fc1.weight
+    with torch.enable_grad(), prunekit.apply(model, piped((Skewed, {"at": "vision.0"}))):
+        model(**inputs).logits.square().mean().backward()
+        assert weight.grad is not None and weight.grad.abs().sum() > 0
+        for block in tower_of(model)[0].encoder.layers:
+            block.gradient_checkpointing = True
+        with pytest.raises(prunekit.Unsupported, match="gradient checkpointing would run blocks of the vision tower"):
+            model(**inputs)
 
 
 def test_shrunken_pictures_are_refused():
