@@ -7,6 +7,7 @@ there decides what is stored, for which rows, and what the layer attends to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,10 +36,8 @@ class Grab:
 def grab(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Rotated keys and values, (B, A_kv, K, head_dim), that `layer` makes of `hidden`; attention and MLP do not run."""
     taker = Grab()
-    try:
+    with suppress(Grabbed):
         layer(hidden, **(kwargs | {"past_key_values": taker}))
-    except Grabbed:
-        pass
     assert taker.keys is not None and taker.values is not None
     return taker.keys, taker.values
 

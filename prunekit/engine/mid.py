@@ -1,7 +1,8 @@
 """Cuts between attention and MLP of a decoder layer.
 
-The norm before the MLP sees the state after attention. There the stages decide; norm and MLP then run on the tokens that
-stay, the MLP's output goes back to full width for the layer's own addition, and after the layer the rest is left out.
+The norm before the MLP sees the state after attention. There the stages decide; norm and MLP then run on the tokens
+that stay, the MLP's output goes back to full width for the layer's own addition, and after the layer the rest is left
+out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Mid:
         self.delta = whole if self.delta is None else self.delta + whole
 
     def widen(self, x: Tensor) -> Tensor:
-        """(B, K', H) back to (B, K, H), zeros where tokens have left; fillings of short rows fall on tokens that left."""
+        """(B, K', H) back to (B, K, H), zeros where tokens have left; fillings of short rows fall on those."""
         if self.slots is None:
             return x
         index = self.slots.to(x.device)[..., None].expand(-1, -1, x.shape[-1])
