@@ -70,6 +70,7 @@ class Attached:
         self._newest: Session | None = None
         self._report: tuple[Session, RunReport] | None = None
         self._overrides = Overrides()
+        self._left = False
         self._tower = TowerPlan.of(self.bound, self.parts)
 
     def __deepcopy__(self, memo: object) -> Attached:
@@ -120,13 +121,18 @@ class Attached:
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
+        self._left = True
+        if self.parts.base.__dict__.get(_ATTACHED) not in (self, self.outer, None):
+            return  # an inner block has outlived this one; it acts for both, and will not put this one back
         self.parts.base.__dict__.pop(_ATTACHED, None)
         try:
             self._overrides.restore()
         finally:
             static.forget(self.model)
-            if self.outer is not None:
-                outer, self.outer = self.outer, None
+            outer, self.outer = self.outer, None
+            while outer is not None and outer._left:
+                outer = outer.outer
+            if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
 

@@ -171,7 +171,7 @@ def check(cache: Cache, taken: bool) -> None:
 
 def is_filled(cache: Cache | None) -> bool:
     """Whether tokens have passed a cache; reads nothing back from its device where its layers are ragged."""
-    if cache is None:
+    if not isinstance(cache, Cache):  # none, or what `check` refuses
         return False
     first = next(iter(getattr(cache, "layers", ())), None)
     return first.logical > 0 if isinstance(first, RaggedLayer) else bool(cache.get_seq_length() > 0)

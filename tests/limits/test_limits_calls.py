@@ -169,8 +169,9 @@ def test_kinds_of_cache_by_object(model):
         """A cache that somebody else wrote."""
 
     both = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    old = tuple((torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8)) for _ in range(6))
     with prunekit.apply(model, FASTV):
-        for cache in (Other(), both):
+        for cache in (Other(), both, old):
             with refused("pruning needs transformers' DynamicCache with attention layers", model):
                 model(**inputs_of(), past_key_values=cache)
 
@@ -297,3 +298,19 @@ def test_a_window_under_flash_attention():
         own.config.text_config._attn_implementation = "flash_of_the_tests"
         with prunekit.apply(own, FASTV), refused(", which flash attention would count in kept tokens", own):
             own(**tiny_batch(own))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+def test_blocks_may_be_left_in_any_order(order):
+    """As several exit stacks may do: what is still open acts, and in the end the model is as it was."""
+    own, inputs = model_of(), inputs_of()
+    dense = own(**inputs).logits
+    blocks = [prunekit.apply(own, {"stages": [{"use": "random", "at": at, "keep": 0.5}]}) for at in (1, 2, 3)]
+    for block in blocks:
+        block.__enter__()
+    for number in order:
+        assert not torch.equal(own(**inputs).logits, dense)
+        blocks[number].__exit__(None, None, None)
+    assert torch.equal(own(**inputs).logits, dense)
+    assert not any("forward" in vars(module) for module in own.modules())
+    assert not any("__prunekit_attached__" in vars(module) for module in own.modules())
