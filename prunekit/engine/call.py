@@ -73,7 +73,8 @@ class Call:
             getattr(one, "gradient_checkpointing", False) and one.training for one in layers
         ):
             raise Unsupported(
-                "gradient checkpointing would run the decoder layers again after pruning has moved on; turn it off"
+                "gradient checkpointing would run the decoder layers again after pruning has moved on; turn it off "
+                "(model.gradient_checkpointing_disable())"
             )
 
     def refuse_new_pictures(self) -> None:
