@@ -11,6 +11,8 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.23.0"; empty: all.
+VERSIONS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2
 
@@ -22,7 +24,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full lint bench wheel clean
+.PHONY: help venv demo test test-full test-matrix lint bench wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -40,8 +42,14 @@ lint: $(STAMP) ## ruff and mypy
 test: lint ## ruff, mypy and the test suite
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-full: lint ## the same with the full exactness matrix
-	$(PYTEST) $(PYTEST_ARGS)
+test-full: lint ## the same with the full exactness matrix, whose table goes into docs/exactness.md
+	mkdir -p build && rm -f build/exactness.jsonl
+	PRUNEKIT_EXACTNESS=$(CURDIR)/build/exactness.jsonl $(PYTEST) tests/engine/test_matrix.py::test_cell
+	$(BIN)/python tests/engine/exactness_table.py build/exactness.jsonl
+	$(PYTEST) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
+
+test-matrix: $(STAMP) ## the tests of exactness on several versions of transformers; minutes for each
+	$(BIN)/python tests/versions.py $(VERSIONS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
@@ -50,7 +58,7 @@ wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean: ## remove the virtual environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
