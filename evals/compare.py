@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prunekit.errors import InputError
 
-from . import results, stats
+from . import identity, results, stats
+from .micro import model_path
 from .results import Cell, Conditions
 from .stats import Estimate
+
+MICRO = "micro"  # the bundled model
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,19 @@ def tables(folder: Path) -> tuple[Table, ...]:
     found = list(results.cells(folder))
     if not found:
         raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return of_cells(found)
+    return tuple(_marked(table) for table in of_cells(found))
+
+
+def _marked(table: Table) -> Table:
+    """With a note where the bundled model has been replaced since."""
+    told = table.conditions
+    if told.model != MICRO:
+        return table
+    now = identity.model_identity(model_path())
+    if now == told.identity:
+        return table
+    note = f"stale: {MICRO} was {told.identity} and is {now} now; evaluate again to compare with new results"
+    return replace(table, notes=(*table.notes, note))
 
 
 def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:

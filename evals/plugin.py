@@ -7,12 +7,14 @@ import argparse
 from prunekit.hookspecs import hookimpl
 
 from . import arguments
+from .micro import command
 
 
 @hookimpl
 def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`prunekit eval`, `prunekit compare` and `prunekit demo`."""
+    """`prunekit eval`, `prunekit compare`, `prunekit demo` and `prunekit micro`."""
     arguments.add(subparsers)
+    command.add(subparsers)
 
 
 @hookimpl

@@ -9,28 +9,40 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from . import questions as ask
+from . import facts
 from .compose import Scene, scene
-from .questions import LETTERS, Question
+from .questions import LETTERS, Question, ask
 from .tables import Column, write_table
 
-TASKS: tuple[str, ...] = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienceqa_img")
+TASKS: tuple[str, ...] = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienceqa_img", "textvqa_val")
 ORGANISATION = "lmms-lab-encoder"
 STAMP = "prunekit-micro.json"
 BENCHMARK_SEEDS = 1 << 20  # each task has a range of its own above; training scenes start at 1 << 40
 
 Item = tuple[Scene, Question]
 
-GQA_SHARES = {"color": 0.25, "object_by_color": 0.2, "object_by_place": 0.2, "where": 0.2, "relation": 0.15}
-MMBENCH_SHARES = {"choice_existence": 0.25, "choice_color": 0.25, "choice_where": 0.25, "choice_object": 0.25}
-SCIENCE_SHARES = {"hint_color": 0.5, "hint_place": 0.5}  # contexts that name a theme were not learned
-ANSWER_CAPS = {"color": 6, "where": 4, "relation": 4, "object_by_color": 24, "object_by_place": 24}
+# A third of GQA's questions are of one fact, the others of two (relation, same_color, kind_by_color) or three hops.
+GQA_SHARES = {
+    "color": 0.1, "object_by_color": 0.1, "object_by_place": 0.08, "where": 0.1, "relation": 0.12, "same_color": 0.15,
+    "kind_by_color": 0.11, "where_same": 0.13, "kind_same": 0.11,
+}  # fmt: skip
+MMBENCH_SHARES = {
+    "choice_existence": 0.2, "choice_color": 0.2, "choice_where": 0.2, "choice_object": 0.2, "choice_word": 0.2,
+}  # fmt: skip
+SCIENCE_SHARES = {"hint_color": 0.4, "hint_place": 0.3, "hint_like": 0.3}
+TEXT_SHARES = {"read": 0.7, "read_like": 0.3}
+# Among how many answers a family's are spread evenly; nouns and words may take twice their share.
+ANSWER_CAPS = {
+    "color": 6, "where": 4, "relation": 4, "object_by_color": 16, "object_by_place": 16, "same_color": 16,
+    "kind_by_color": 4, "where_same": 4, "kind_same": 4, "read": 12, "read_like": 12,
+}  # fmt: skip
 MMBENCH_L2 = {"identity": "coarse_perception", "attribute": "finegrained_perception (instance-level)",
-              "localization": "finegrained_perception (instance-level)"}  # fmt: skip
+              "localization": "finegrained_perception (instance-level)", "reading": "coarse_perception"}  # fmt: skip
 
 
 def _seeds(task: str) -> Iterator[int]:
@@ -49,7 +61,7 @@ def _balanced(seeds: Iterator[int], family: str, count: int) -> list[Item]:
     items: list[Item] = []
     while len(items) < count:
         shown = scene(next(seeds))
-        question = ask.ask(shown, _rng(shown), family)
+        question = ask(shown, _rng(shown), family)
         if question is not None and given[question.answer] < most:
             given[question.answer] += 1
             items.append((shown, question))
@@ -74,21 +86,31 @@ def pope_items(count: int) -> list[Item]:
     seeds = _seeds("pope")
     items = []
     for i in range(count):
-        shown = scene(next(seeds))
         category = ("random", "popular", "adversarial")[i // 2 % 3]
-        items.append((shown, ask.existence(shown, _rng(shown), i % 2 == 0, category)))
+        items.append(_first(seeds, partial(facts.existence, yes=i % 2 == 0, category=category)))
     return items
 
 
+def _first(seeds: Iterator[int], ask: Callable[[Scene, np.random.Generator], Question | None]) -> Item:
+    """The next scene that admits the question, and the question."""
+    while True:
+        shown = scene(next(seeds))
+        question = ask(shown, _rng(shown))
+        if question is not None:
+            return shown, question
+
+
 def mme_items(count: int) -> list[Item]:
-    """Pairs on one picture, yes then no, about existence, color and position in turn."""
+    """Pairs on one picture, yes then no, about existence, color, position and written words in turn."""
     seeds = _seeds("mme")
-    kinds: tuple[Callable[..., Question], ...] = (ask.existence, ask.verify_color, ask.verify_place)
+    kinds = (facts.existence, facts.verify_color, facts.verify_place, facts.verify_word)
     items = []
     for i in range(count // 2):
-        shown = scene(next(seeds))
+        kind: Callable[..., Question | None] = kinds[i % len(kinds)]
+        shown, question = _first(seeds, partial(kind, yes=True))
         # The same generator state for both: the pair is about the same thing wherever the family allows.
-        items += [(shown, kinds[i % 3](shown, _rng(shown), yes)) for yes in (True, False)]
+        contrary = kind(shown, _rng(shown), yes=False)
+        items += [(shown, question), (shown, contrary or question)]
     return items
 
 
@@ -107,9 +129,15 @@ def scienceqa_items(count: int) -> list[Item]:
     return _mixed("scienceqa_img", count, SCIENCE_SHARES)
 
 
+def textvqa_items(count: int) -> list[Item]:
+    """What signs say; a third of the questions name the sign by the color of a thing."""
+    return _mixed("textvqa_val", count, TEXT_SHARES)
+
+
 ITEMS: dict[str, Callable[[int], list[Item]]] = {
     "pope": pope_items, "mme": mme_items, "gqa": gqa_items,
     "mmbench_en_dev_static": mmbench_items, "scienceqa_img": scienceqa_items,
+    "textvqa_val": textvqa_items,
 }  # fmt: skip
 
 
@@ -127,7 +155,7 @@ def _pope(root: Path, items: list[Item]) -> None:
 
 
 def _mme(root: Path, items: list[Item]) -> None:
-    names = {"existence": "existence", "verify_color": "color", "verify_place": "position"}
+    names = {"existence": "existence", "verify_color": "color", "verify_place": "position", "verify_word": "OCR"}
     columns = {
         "question_id": Column("string", [f"{names[q.family]}/{s.seed}.png" for s, q in items]),
         "image": Column("image", [s.image for s, _ in items]),
@@ -192,15 +220,34 @@ def _scienceqa(root: Path, items: list[Item]) -> None:
     write_table(root / "ScienceQA", "ScienceQA-IMG", "test", columns)
 
 
+def _textvqa(root: Path, items: list[Item]) -> None:
+    columns = {
+        "image_id": Column("string", [f"scene-{s.seed}" for s, _ in items]),
+        "question_id": Column("int64", list(range(len(items)))),
+        "question": Column("string", [q.text for _, q in items]),
+        "image": Column("image", [s.image for s, _ in items]),
+        "image_width": Column("int64", [s.image.shape[1] for s, _ in items]),
+        "image_height": Column("int64", [s.image.shape[0] for s, _ in items]),
+        "answers": Column("strings", [[q.answer] * 10 for _, q in items]),
+        "ocr_tokens": Column("strings", [[t.noun for t in s.signs] for s, _ in items]),
+        "set_name": Column("string", ["val"] * len(items)),
+    }
+    write_table(root / "textvqa", "default", "validation", columns)
+
+
 WRITERS = {
     "pope": _pope, "mme": _mme, "gqa": _gqa, "mmbench_en_dev_static": _mmbench, "scienceqa_img": _scienceqa,
+    "textvqa_val": _textvqa,
 }  # fmt: skip
 
 
 def _version() -> str:
     """Hash of all that the questions and pictures depend on."""
     here = Path(__file__).resolve().parent
-    names = ("benchmark.py", "tables.py", "compose.py", "lexicon.py", "questions.py", "sprites.py", "icons/sheet.png")
+    names = (
+        "benchmark.py", "tables.py", "compose.py", "lexicon.py", "question.py", "questions.py", "facts.py", "hops.py",
+        "choices.py", "sprites.py", "letters.py", "icons/sheet.png", "icons/letters.png",
+    )  # fmt: skip
     return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()
 
 

@@ -1,150 +1,90 @@
-"""Measure the shipped checkpoint and write its card: ``python -m prunekit_evals.micro.card``."""
+"""`prunekit micro card`: measure a checkpoint and write its card, or only write the card anew."""
 
 import argparse
-import json
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from . import model_path
-from .benchmark import TASKS
+from . import card_tables as tables
+from . import record
+from .benchmark import ITEMS, TASKS
 from .card_text import HEAD, TAIL
-from .measure import measure, wilson
-from .packing import OPEN_SHARES
+from .record import Record
 
-KEEPS = (0.25, 0.11, 0.06)
-Row = dict[str, dict[str, list[int]]]  # task -> family -> [right, asked]
-CHANCE = {"pope": 50, "mme": 50, "gqa": None, "mmbench_en_dev_static": 25, "scienceqa_img": 25}
+Packed = dict[str, dict[str, dict[str, str]]]  # part -> task -> row -> rights
 
 
-def _all(families: dict[str, list[int]]) -> tuple[int, int]:
-    right, asked = map(sum, zip(*families.values(), strict=True))
-    return right, asked
-
-
-def _percent(right: int, asked: int) -> str:
-    return f"{100 * right / asked:.1f}"
-
-
-def _share(right: int, asked: int) -> str:
-    low, high = wilson(right, asked)
-    return f"{_percent(right, asked)} ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(header)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def accuracy_table(dense: Row, blind: Row) -> str:
-    """One line a task: dense with its interval, blind, chance."""
-    rows = [
-        [f"`{task}`", str(_all(dense[task])[1]), _share(*_all(dense[task])), _share(*_all(blind[task])),
-         str(CHANCE[task] or "-")]
-        for task in dense
-    ]  # fmt: skip
-    return _table(("task", "questions", "accuracy % (95 % interval)", "blind", "chance"), rows)
-
-
-def family_table(dense: Row, blind: Row) -> str:
-    """The same by family of questions."""
-    rows = [
-        [f"`{task}`", family, str(counts[1]), _share(*counts), _percent(*blind[task][family])]
-        for task, families in dense.items()
-        for family, counts in families.items()
-    ]
-    return _table(("task", "family", "questions", "accuracy %", "blind"), rows)
-
-
-def keep_table(table: dict[str, Row]) -> str:
-    """One line a row of the measurement: the mean over tasks, then every task."""
-    tasks = list(table["dense"])
-    rows = []
-    for name, row in table.items():
-        counts = [_all(row[task]) for task in tasks]
-        mean = sum(right / asked for right, asked in counts) / len(counts)
-        rows.append([name, f"{100 * mean:.1f}", *(_percent(*c) for c in counts)])
-    return _table(("visual tokens", "mean", *(f"`{t}`" for t in tasks)), rows)
-
-
-def curve_table(curve: Path) -> str:
-    """Held-out accuracy of the watched families as stage 2 went on."""
-    lines = [json.loads(line) for line in curve.read_text().splitlines()]
-    read = [line for line in lines if line["stage"] == "read" and "existence" in line]
-    names = [*OPEN_SHARES, "choice_existence", "hint_color", "keep11", "blind"]
-    rows = [[str(line["step"]), f"{line['loss']:.3f}", *_shares(line, names)] for line in _thinned(read)]
-    return _table(("step", "loss", *names), rows)
-
-
-def _shares(line: dict, names: Iterable[str]) -> list[str]:
-    return [f"{100 * line[n]:.0f}" for n in names]
-
-
-def _thinned(lines: list[dict], most: int = 12) -> list[dict]:
-    """At most so many lines, the last one among them."""
-    every = -(-len(lines) // most)
-    return lines[len(lines) - 1 :: -every][::-1] if lines else []
-
-
-def _counts(row: dict[str, dict[str, list[bool]]]) -> Row:
-    return {t: {f: [sum(r), len(r)] for f, r in families.items()} for t, families in row.items()}
-
-
-def _measured(model: Path, task: str, questions: int) -> dict[str, dict[str, Row]]:
+def _measured(model: Path, task: str, most: int) -> Packed:
     import torch
 
+    from . import measure
+
     torch.set_num_threads(1)
-    chosen = measure(model, questions, keeps=KEEPS, tasks=(task,), removals=())
-    removed = measure(model, questions // 4, keeps=(), tasks=(task,))
-    named = {"chosen": chosen, "removed": removed}
-    return {part: {name: _counts(row) for name, row in table.items()} for part, table in named.items()}
+    found = measure.measure(model, tasks=(task,), most=most)
+    if task == TASKS[0]:
+        found["foreign"] = {"easy_vqa": measure.measure_foreign(model, min(800, 2 * most))}
+    return {
+        part: {t: {row: record.packed(r) for row, r in rows.items()} for t, rows in per_task.items()}
+        for part, per_task in found.items()
+    }
 
 
-def measured(model: Path, questions: int) -> dict[str, dict[str, Row]]:
-    """``{"chosen": rows, "removed": rows}``: tokens chosen at the door, and all removed before a layer.
-
-    The second is measured on the first quarter of each task's questions.
-    """
-    tables: dict[str, dict[str, Row]] = {"chosen": {}, "removed": {}}
+def measured(model: Path, most: int = 500) -> Packed:
+    """Every part on every task, two processes side by side."""
+    whole: Packed = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for parts in pool.map(_measured, repeat(model), TASKS, repeat(questions)):
-            for part, rows in parts.items():
-                for name, row in rows.items():
-                    tables[part].setdefault(name, {}).update(row)
-    return tables
+        for parts in pool.map(_measured, repeat(model), TASKS, repeat(most)):
+            for part, per_task in parts.items():
+                whole.setdefault(part, {}).update(per_task)
+    return whole
 
 
-def render(tables: dict[str, dict[str, Row]], curve: Path) -> str:
+def families(most: int = 500) -> dict[str, list[str]]:
+    """The family of every question, in order."""
+    from .measure import foreign_items
+
+    names = {task: [f"{q.family}/{q.category}" if task == "pope" else q.family for _, q in ITEMS[task](500)[:most]]
+             for task in TASKS}  # fmt: skip
+    return names | {"easy_vqa": [q.family for _, q in foreign_items(min(800, 2 * most))]}
+
+
+def _several(title: str, seeds: Sequence[str], write: tables.PerSeed, found: Record) -> list[str]:
+    return [part for seed in seeds for part in (f"### {title}, seed {seed}", write(found, seed))]
+
+
+def render(found: Record, curve: Path) -> str:
     """The card's text."""
-    chosen, removed = tables["chosen"], tables["removed"]
-    dense, blind = chosen["dense"], chosen["blind"]
-    few = sum(asked for _, asked in removed["dense"]["pope"].values())
+    seeds = list(found.seeds)
     parts = [
-        HEAD, "## Accuracy", accuracy_table(dense, blind), family_table(dense, blind),
-        "## With fewer visual tokens", keep_table(chosen),
-        f"## All visual tokens removed before a layer (the first {few} questions of a task)", keep_table(removed),
-        "## Learning curve", curve_table(curve), TAIL,
+        HEAD, "## Accuracy", tables.accuracy(found), tables.families(found), "## A foreign set", tables.foreign(found),
+        "## Depth: all visual tokens removed before a layer", *_several("Removed before", seeds, tables.removed, found),
+        "## Depth: layers left out", *_several("One layer", seeds, tables.skips, found),
+        *_several("Two layers", seeds, tables.pairs, found),
+        "## With fewer visual tokens", *_several("Chosen at the door and before layer 2", seeds, tables.chosen, found),
+        "## Is it the question?", *_several("16 tokens by attention", seeds, tables.control, found),
+        "## Learning curve", tables.curve(curve), TAIL,
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=model_path())
-    parser.add_argument("--curve", type=Path, default=None, help="learning curve of the run, to be copied in")
-    parser.add_argument("--questions", type=int, default=600)
-    parser.add_argument("--render", action="store_true", help="only write the text anew, from what was measured")
-    args = parser.parse_args()
-    curve, record = args.model / "curve.jsonl", args.model / "measured.json"
-    if args.curve:
-        curve.write_text(args.curve.read_text())
-    if not args.render:
-        record.write_text(json.dumps(measured(args.model, args.questions)) + "\n")
-    (args.model / "README.md").write_text(render(json.loads(record.read_text()), curve))
+def run(arguments: argparse.Namespace) -> int:
+    """The command; returns its exit code."""
+    import json
 
-
-if __name__ == "__main__":
-    main()
+    model: Path = arguments.model
+    file, curve = model / "measured.jsonl", model / "curve.jsonl"
+    if arguments.curve:
+        curve.write_text(arguments.curve.read_text())
+    if not arguments.render:
+        old = json.loads(file.read_text())["seeds"] if file.exists() else {}
+        seeds = {"1": measured(model, arguments.questions)}
+        if arguments.second:
+            seeds["2"] = measured(arguments.second, arguments.questions)
+        elif "2" in old and arguments.questions == 500:
+            seeds["2"] = old["2"]
+        record.save(file, families(arguments.questions), seeds)
+    (model / "README.md").write_text(render(record.load(file), curve))
+    print(model / "README.md")
+    return 0

@@ -1,4 +1,4 @@
-"""Compose scenes: icons on a 4x4 lattice over a cluttered procedural background."""
+"""Compose scenes: icons and signs of many sizes, placed freely over a cluttered procedural background."""
 
 import functools
 from dataclasses import dataclass
@@ -6,47 +6,65 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .lexicon import COLOR_NAMES, HEIGHTS, SIDES, THEMES
+from .letters import ink
+from .lexicon import COLOR_NAMES, COLORS, HEIGHTS, SIDES, SIGNS, THEMES
 from .sprites import sprite
 
 IMAGE_SIZE = 168  # pixels
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE  # 12 patches a side, 144 in all
-LATTICE = 4
-CELL = IMAGE_SIZE // LATTICE  # 42 pixels: three patches
-SIZES = tuple(range(28, 42, 3))  # icon sizes in pixels
+SIZES = tuple(range(32, 53, 2))  # icon sizes in pixels
+LETTERS = tuple(range(18, 25, 2))  # heights of a sign's letters in pixels
+MARGIN = 4  # pixels of plate around the letters
+GAP = 2  # pixels between two things
+CLEAR = 8  # pixels between a thing's middle and the picture's, for its side to be beyond doubt
 CHECK_SEEDS = 1 << 30  # scenes that only watch the training; the benchmark's and the training's are elsewhere
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One icon: what it is, its color, and its box ``(left, top, size)`` in pixels."""
+    """One icon or sign: its noun (a sign's word), its color, and its box ``(left, top, width, height)`` in pixels."""
 
     noun: str
     color: str
-    box: tuple[int, int, int]
+    box: tuple[int, int, int, int]
+
+    @property
+    def middle(self) -> tuple[float, float]:
+        left, top, width, height = self.box
+        return left + width / 2, top + height / 2
 
     @property
     def side(self) -> str:
-        return SIDES[(self.box[0] + self.box[2] // 2) * 2 // IMAGE_SIZE]
+        return SIDES[int(self.middle[0] * 2 >= IMAGE_SIZE)]
 
     @property
     def height(self) -> str:
-        return HEIGHTS[(self.box[1] + self.box[2] // 2) * 2 // IMAGE_SIZE]
+        return HEIGHTS[int(self.middle[1] * 2 >= IMAGE_SIZE)]
 
     @property
     def place(self) -> str:
         return f"{self.height} {self.side}"
 
+    @property
+    def clear(self) -> bool:
+        """Whether the place is beyond doubt: the middle lies well off both axes of the picture."""
+        return all(abs(m - IMAGE_SIZE / 2) >= CLEAR for m in self.middle)
+
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (uint8 ``[168, 168, 3]``) and the things in it; nouns in a scene are distinct."""
+    """A picture (uint8 ``[168, 168, 3]``), its icons (of distinct nouns) and its signs (of distinct words)."""
 
     seed: int
     theme: str
     image: np.ndarray
     objects: tuple[Thing, ...]
+    signs: tuple[Thing, ...] = ()
+
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        return self.objects + self.signs
 
 
 @functools.cache
@@ -68,6 +86,20 @@ def draw_nouns(rng: np.random.Generator, theme: str, count: int) -> list[str]:
     return nouns
 
 
+def draw_colors(rng: np.random.Generator, objects: int, signs: int) -> list[str]:
+    """Colors of icons, then of signs; two icons often share one, and half of the signs have an icon's."""
+    colors = [COLOR_NAMES[i] for i in rng.permutation(len(COLOR_NAMES))[:objects]]
+    if rng.random() < 0.7:
+        one, other = rng.permutation(objects)[:2]
+        colors[one] = colors[other]
+    for _ in range(signs):
+        taken = colors[objects:]
+        pool = colors[:objects] if rng.random() < 0.5 else list(COLOR_NAMES)
+        free = [c for c in pool if c not in taken]
+        colors.append(free[rng.integers(len(free))])
+    return colors
+
+
 def _background(rng: np.random.Generator) -> np.ndarray:
     """Muted clutter: two scales of smooth noise and a few grey slabs; float32 ``[168, 168, 3]``."""
     base = rng.uniform(50, 165) + rng.uniform(-22, 22, 3)
@@ -84,42 +116,77 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return image + grain.repeat(2, 0).repeat(2, 1)
 
 
+def _stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
+    """Premultiplied color ``[h, w, 3]`` and the share of the background that stays ``[h, w, 1]``."""
+    _, _, width, height = thing.box
+    if thing.noun not in SIGNS:
+        return sprite(thing.noun, thing.color, width)
+    letters = np.pad(ink(thing.noun, height - 2 * MARGIN), MARGIN)[..., None]
+    plate = np.array(COLORS[thing.color], np.float32)
+    return plate * (1 - letters) + 16 * letters, np.zeros((height, width, 1), np.float32)
+
+
+def _place(rng: np.random.Generator, taken: list[tuple[int, int, int, int]], width: int, height: int):
+    """A box anywhere in the picture that meets no other; None after some tries."""
+    spots = rng.integers(0, (IMAGE_SIZE - width + 1, IMAGE_SIZE - height + 1), (60, 2))
+    for left, top in spots.tolist():
+        if all(
+            left + width + GAP <= x or x + w + GAP <= left or top + height + GAP <= y or y + h + GAP <= top
+            for x, y, w, h in taken
+        ):
+            return left, top, width, height
+    return None
+
+
+def _sizes(rng: np.random.Generator, nouns: list[str]) -> list[tuple[int, int]]:
+    sizes = []
+    for noun in nouns:
+        if noun in SIGNS:
+            letters = ink(noun, LETTERS[rng.integers(len(LETTERS))])
+            sizes.append((letters.shape[1] + 2 * MARGIN, letters.shape[0] + 2 * MARGIN))
+        else:
+            sizes.append((SIZES[rng.integers(len(SIZES))],) * 2)
+    return sizes
+
+
 def scene(seed: int) -> Scene:
-    """The scene of a seed: 3 to 6 things, each inside one lattice cell, so that its quadrant is clear."""
+    """The scene of a seed: 3 to 5 icons and at most two signs, anywhere, never over each other."""
     rng = np.random.default_rng(seed)
     theme = list(THEMES)[rng.integers(len(THEMES))]
-    nouns = draw_nouns(rng, theme, int(rng.integers(3, 7)))
+    objects, signs = int(rng.integers(3, 6)), (0, 1, 1, 2)[rng.integers(4)]
+    nouns = draw_nouns(rng, theme, objects) + [SIGNS[i] for i in rng.permutation(len(SIGNS))[:signs]]
+    colors = draw_colors(rng, objects, signs)
+    while True:
+        boxes: list[tuple[int, int, int, int]] = []
+        sizes = _sizes(rng, nouns)
+        for i in sorted(range(len(nouns)), key=lambda i: -sizes[i][0] * sizes[i][1]):
+            box = _place(rng, boxes, *sizes[i])
+            if box is None:
+                break
+            boxes.append(box)
+        else:
+            break
+    order = sorted(range(len(nouns)), key=lambda i: -sizes[i][0] * sizes[i][1])
+    things = tuple(Thing(nouns[i], colors[i], boxes[order.index(i)]) for i in range(len(nouns)))
     image = _background(rng)
-    things = []
-    for noun, cell in zip(nouns, rng.permutation(LATTICE * LATTICE), strict=False):
-        size = SIZES[rng.integers(len(SIZES))]
-        dx, dy = rng.integers(0, CELL - size + 1, 2)
-        left, top = int(cell % LATTICE * CELL + dx), int(cell // LATTICE * CELL + dy)
-        thing = Thing(noun, COLOR_NAMES[rng.integers(len(COLOR_NAMES))], (left, top, size))
-        color, keep = sprite(thing.noun, thing.color, size)
-        region = image[top : top + size, left : left + size]
+    for thing in things:
+        left, top, width, height = thing.box
+        color, keep = _stamp(thing)
+        region = image[top : top + height, left : left + width]
         region *= keep
         region += color
-        things.append(thing)
-    return Scene(seed, theme, image.clip(0, 255).astype(np.uint8), tuple(things))
+    return Scene(seed, theme, image.clip(0, 255).astype(np.uint8), things[:objects], things[objects:])
 
 
 def patch_owner(shown: Scene, least: float = 0.15) -> np.ndarray:
-    """Which thing each patch shows: int64 ``[144]``, an index into ``objects``, or -1 for background.
+    """Which thing each patch shows: int64 ``[144]``, an index into ``things``, or -1 for background.
 
-    A patch counts as a thing's own when the icon covers at least ``least`` of it.
+    A patch counts as a thing's own when it covers at least ``least`` of it, and more of it than any other.
     """
-    owner = np.full((GRID, GRID), -1, np.int64)
-    for i, thing in enumerate(shown.objects):
-        left, top, size = thing.box
-        cover = np.zeros((CELL, CELL), np.float32)
-        x0, y0 = left // CELL * CELL, top // CELL * CELL
-        cover[top - y0 : top - y0 + size, left - x0 : left - x0 + size] = 1 - sprite(*_key(thing))[1][..., 0]
-        share = cover.reshape(3, PATCH_SIZE, 3, PATCH_SIZE).mean((1, 3))
-        block = owner[y0 // PATCH_SIZE : y0 // PATCH_SIZE + 3, x0 // PATCH_SIZE : x0 // PATCH_SIZE + 3]
-        block[share >= least] = i
-    return owner.reshape(-1)
-
-
-def _key(thing: Thing) -> tuple[str, str, int]:
-    return thing.noun, thing.color, thing.box[2]
+    cover = np.zeros((len(shown.things) + 1, IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for i, thing in enumerate(shown.things, 1):
+        left, top, width, height = thing.box
+        cover[i, top : top + height, left : left + width] = 1 - _stamp(thing)[1][..., 0]
+    share = cover.reshape(len(cover), GRID, PATCH_SIZE, GRID, PATCH_SIZE).mean((2, 4))
+    share[0] = least
+    return share.argmax(0).reshape(-1) - 1

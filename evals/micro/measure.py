@@ -1,104 +1,159 @@
-"""Measure a checkpoint on the held-out benchmark: dense, blind, and with few tokens at the decoder's door."""
+"""Measure a checkpoint on the held-out benchmark: tokens removed at the door and inside, layers skipped, controls."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from . import attention, prompts
+from . import foreign
 from .benchmark import ITEMS, TASKS, Item
-from .packing import IGNORE, Packed, Packer
-from .questions import Question
-from .read import TOKENS, answer_states
-from .see import pixels
-from .selections import SELECTIONS, View
+from .compose import Scene
+from .judge import Judge, Trace
+from .model import TOKENS
+from .question import Question, pick
+from .questions import HOPS, OPEN, ask
+from .selections import SELECTIONS, View, most
 
-PROMPTS = {
-    "pope": prompts.word, "mme": prompts.word, "gqa": prompts.word,
-    "mmbench_en_dev_static": prompts.mmbench, "scienceqa_img": prompts.scienceqa,
-}  # fmt: skip
 BATCH = 50
+FEW = 0.11
+QUESTIONS = 500  # a task
+Rights = dict[str, list[bool]]  # row -> whether each question is answered right
 
 
-class Judge:
-    """A checkpoint in float32 and what it answers; greedy decoding is judged exactly, without generating.
+@dataclass(frozen=True)
+class Batch:
+    """Some questions, one a picture, and their dense forward."""
 
-    Greedy decoding gives an answer if and only if every token of it, and the end token after it, is the
-    most likely one after the tokens before; one forward over prompt and answer tells.
-    """
+    judge: Judge
+    view: View
+    trace: Trace
+    items: list[Item]
+    task: str
 
-    def __init__(self, folder: Path) -> None:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-        model.config.text_config._attn_implementation = attention.NAME
-        self.model = model.eval()
-        self.packer = Packer(AutoTokenizer.from_pretrained(folder))
+    def none(self) -> Tensor:
+        """No visual token."""
+        return torch.empty(len(self.items), 0, dtype=torch.int64)
 
-    @torch.no_grad()
-    def view(self, items: list[Item]) -> View:
-        core = self.model.model
-        images = pixels([shown for shown, _ in items], torch.float32)
-        seen = core.vision_tower(images, output_hidden_states=True, output_attentions=True)
-        layer = self.model.config.vision_feature_layer
-        features = core.multi_modal_projector(seen.hidden_states[layer][:, 1:])
-        return View(features, seen.attentions[layer][:, :, 0, 1:].mean(1), [shown for shown, _ in items])
+    def right(self, layer: int = 0, keep: Tensor | None = None, skip: Sequence[int] = ()) -> list[bool]:
+        return self.judge.right(self.trace, layer, keep, skip)
 
-    @torch.no_grad()
-    def right(self, view: View, keep: Tensor, asked: list[Question], task: str, layer: int = 0) -> list[bool]:
-        """Whether each question (one a picture) is answered exactly right with the tokens ``keep``.
 
-        Before ``layer`` the decoder sees all tokens; at layer 0 the others never enter it.
-        """
-        rows = [self.packer.row(q, PROMPTS[task](q)) for q in asked]
-        length = max(len(ids) for ids, _ in rows)
-        ids = torch.tensor([i + [self.packer.pad] * (length - len(i)) for i, _ in rows])
-        labels = torch.tensor([t + [IGNORE] * (length - len(t)) for _, t in rows])
-        packed, cut = Packed(ids, labels, ((1, length),), []), None
+Measure = Callable[[Batch], Rights]
+
+
+def dense(batch: Batch) -> Rights:
+    """With all visual tokens, and with none."""
+    return {"dense": batch.right(), "blind": batch.right(0, batch.none())}
+
+
+def removed(batch: Batch) -> Rights:
+    """All visual tokens removed before each layer."""
+    return {f"before {k}": batch.right(k, batch.none()) for k in range(1, batch.judge.layers)}
+
+
+def _chosen(batch: Batch, share: float) -> Rights:
+    count, rows = round(share * TOKENS), {}
+    kept = {name: choose(batch.view, count) for name, choose in SELECTIONS.items()}
+    for site, layer in (("door", 0), ("layer 2", 2)):
         if layer:
-            cut, keep = (layer, self._hidden(keep)), torch.arange(TOKENS).expand(len(keep), -1)
-        states = answer_states(self.model, view.features, keep, self.packer, packed, cut=cut)
-        at = labels != IGNORE
-        wrong = torch.zeros_like(at)
-        wrong[at] = self.model.lm_head(states[at]).argmax(-1) != labels[at]
-        return (~wrong.any(-1)).tolist()
-
-    def _hidden(self, keep: Tensor) -> Tensor:
-        """Bool ``[B, prefix]``: the visual tokens that are not in ``keep``."""
-        lead = len(self.packer.prefix)
-        hidden = torch.ones(len(keep), lead + TOKENS, dtype=torch.bool)
-        hidden[:, :lead] = False
-        return hidden.scatter(1, keep + lead, False)
+            kept["FastV"] = most(batch.trace.last[layer - 1], count)
+        rows |= {f"{site} {share:.0%} {name}": batch.right(layer, keep) for name, keep in kept.items()}
+    return rows
 
 
-def measure(folder: Path, count: int = 600, keeps: Iterable[float] = (0.25, 0.11), tasks: Iterable[str] = TASKS,
-            removals: Iterable[int] = range(1, 10)) -> dict[str, dict[str, dict[str, list[bool]]]]:  # fmt: skip
-    """``{row: {task: {family: [right, ...]}}}``: dense, blind, every selection at every keep, every removal."""
+def chosen(batch: Batch) -> Rights:
+    """Few tokens, chosen in many ways, at the door and before layer 2."""
+    return _chosen(batch, FEW)
+
+
+def more(batch: Batch) -> Rights:
+    """The same with a quarter of the tokens."""
+    return _chosen(batch, 0.25)
+
+
+def control(batch: Batch) -> Rights:
+    """Few tokens by what a question attends to: this question's scores, and another's on this picture.
+
+    The attention is that of the layer before (it ran), or that of the layer itself (it is looked ahead at).
+    """
+    trace = batch.trace
+    other = batch.judge.trace(batch.view, [_another(shown, q) for shown, q in batch.items], batch.task)
+    count, rows = round(FEW * TOKENS), {}
+    for layer in (2, 3):
+        rows[f"layer {layer} random"] = batch.right(layer, SELECTIONS["random"](batch.view, count))
+        for whose, source in (("this", trace), ("other", other)):
+            for name, at in (("question", layer - 1), ("question, look-ahead", layer)):
+                rows[f"layer {layer} {name}, {whose}"] = batch.right(layer, most(source.text[at], count))
+    return rows
+
+
+def skips(batch: Batch) -> Rights:
+    """One layer left out."""
+    return {f"skip {i}": batch.right(skip=(i,)) for i in range(batch.judge.layers)}
+
+
+def pairs(batch: Batch) -> Rights:
+    """Any two layers left out."""
+    return {f"skip {a} {b}": batch.right(skip=(a, b)) for a, b in itertools.combinations(range(batch.judge.layers), 2)}
+
+
+def _another(shown: Scene, question: Question) -> Question:
+    """Another question about the picture, of the same family if there is one."""
+    rng = np.random.default_rng([shown.seed, 9])
+    names = [question.family] * 12 + list(rng.permutation(list(OPEN | HOPS)))
+    for family in names:
+        found = ask(shown, rng, str(family))
+        if found is not None and (found.text, found.hint) != (question.text, question.hint):
+            return found
+    raise ValueError(f"scene {shown.seed} admits no second question")
+
+
+PARTS: dict[str, tuple[Measure, int]] = {  # the part and on how many questions of a task
+    "dense": (dense, 500), "removed": (removed, 500), "chosen": (chosen, 500), "more": (more, 100),
+    "control": (control, 500), "skips": (skips, 100), "pairs": (pairs, 50),
+}  # fmt: skip
+
+
+def measure(folder: Path, parts: Iterable[str] = PARTS, tasks: Iterable[str] = TASKS, most: int = QUESTIONS):
+    """``{part: {task: {row: [right, ...]}}}`` on at most ``most`` questions of each task."""
     judge = Judge(folder)
-    table: dict[str, dict[str, dict[str, list[bool]]]] = {}
+    table: dict[str, dict[str, Rights]] = {}
     for task in tasks:
-        items = ITEMS[task](count)
-        for begin in range(0, len(items), BATCH):
-            part = items[begin : begin + BATCH]
-            view, asked = judge.view(part), [q for _, q in part]
-            rows = {"dense": torch.arange(TOKENS).expand(len(part), -1)}
-            rows["blind"] = rows["dense"][:, :0]
-            for keep in keeps:
-                number = round(keep * TOKENS)
-                rows |= {f"{name} {keep:.0%}": choose(view, number) for name, choose in SELECTIONS.items()}
-            cuts = dict.fromkeys(rows, 0) | {f"removed before layer {k}": k for k in removals}
-            for name, layer in cuts.items():
-                kept = rows.get(name, rows["blind"])
-                for q, ok in zip(asked, judge.right(view, kept, asked, task, layer), strict=True):
-                    family = f"{q.family}/{q.category}" if task == "pope" else q.family
-                    table.setdefault(name, {}).setdefault(task, {}).setdefault(family, []).append(ok)
+        for part, rows in _all(judge, parts, ITEMS[task](QUESTIONS)[:most], task).items():
+            table.setdefault(part, {})[task] = rows
     return table
 
 
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a share."""
-    share, weight = right / total, z * z / total
-    middle = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * np.sqrt(share * (1 - share) / total + weight / (4 * total))
-    return float(middle - half), float(middle + half)
+def _all(judge: Judge, parts: Iterable[str], items: list[Item], task: str) -> dict[str, Rights]:
+    found: dict[str, Rights] = {part: {} for part in parts}
+    for begin in range(0, len(items), BATCH):
+        some = items[begin : begin + BATCH]
+        view = judge.view(some)
+        batch = Batch(judge, view, judge.trace(view, [q for _, q in some], task), some, task)
+        for part, rows in found.items():
+            run, count = PARTS[part]
+            if begin < count:
+                for name, rights in run(batch).items():
+                    rows.setdefault(name, []).extend(rights)
+    return found
+
+
+def foreign_items(count: int) -> list[Item]:
+    """Questions of easy-vqa's own test split, one a picture and evenly over its pictures."""
+    known = foreign.questions("test")
+    ids = sorted(known)
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(count):
+        shown = foreign.picture("test", ids[i * len(ids) // count])
+        found.append((Scene(i, "", shown.image, ()), pick(rng, shown.questions)))
+    return found
+
+
+def measure_foreign(folder: Path, count: int = 800) -> Rights:
+    """Dense and blind on the foreign set."""
+    return _all(Judge(folder), ("dense",), foreign_items(count), "easy_vqa")["dense"]

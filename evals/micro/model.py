@@ -5,22 +5,28 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from .compose import IMAGE_SIZE, PATCH_SIZE
-from .lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
+from .lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES, SIGNS
 
 VISION_WIDTH = 128
 WIDTH = 160
-LAYERS = 10
-WORDS: tuple[str, ...] = (*NOUNS, *COLOR_NAMES, *SIDES, *HEIGHTS)
+TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+LAYERS = 8
+SEEING = 3  # decoder layers after which a patch must have been recognised; the tower alone is too shallow for it
+NAMES: tuple[str, ...] = (*NOUNS, *SIGNS)
+WORDS: tuple[str, ...] = (*NAMES, *COLOR_NAMES, *SIDES, *HEIGHTS)
 
 
-def config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int) -> LlavaConfig:
-    """The architecture: CLIP tower 6 x 128 (feature layer -2), projector 128-160-160, Llama 10 x 160."""
+def config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int, layers: int = LAYERS) -> LlavaConfig:
+    """The architecture: CLIP tower 3 x 128 (feature layer -2), projector 128-160-160, Llama 8 x 160.
+
+    The tower's features are those of its second layer: it sees edges and colors, and the decoder must see the rest.
+    """
     vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH, intermediate_size=4 * VISION_WIDTH, num_hidden_layers=6, num_attention_heads=4,
+        hidden_size=VISION_WIDTH, intermediate_size=4 * VISION_WIDTH, num_hidden_layers=3, num_attention_heads=4,
         image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, projection_dim=WIDTH,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=448, num_hidden_layers=LAYERS,
+        vocab_size=vocabulary, hidden_size=WIDTH, intermediate_size=448, num_hidden_layers=layers,
         num_attention_heads=5, num_key_value_heads=5, max_position_embeddings=2048, tie_word_embeddings=True,
         bos_token_id=bos, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
@@ -32,10 +38,10 @@ def config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int) -> L
 
 
 def word_vectors(seed: int = 0) -> Tensor:
-    """One orthonormal vector for each of ``WORDS``; float32 ``[58, 160]``.
+    """One orthonormal vector for each of ``WORDS``; float32 ``[66, 160]``.
 
-    They start as the language model's embedding rows of these words and are what the first stage
-    teaches the projector to emit, so that the decoder can read the picture from its first step.
+    They start as the language model's embedding rows of these words and are what the first stage teaches the
+    visual states to spell, so that the decoder's later layers can read the picture from their first step.
     """
     noise = torch.randn(WIDTH, len(WORDS), generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(noise).Q.T.contiguous()

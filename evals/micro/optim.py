@@ -1,5 +1,7 @@
 """AdamW over float32 masters while the model computes in bfloat16, averaged over processes."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,18 +18,26 @@ class Masters:
     the masters keep small updates from being rounded away.
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, named: dict[str, nn.Parameter], weight_decay: float, betas: tuple[float, float],
+        slow: Callable[[str], bool] = lambda name: False,
+    ) -> None:  # fmt: skip
         self.names = list(named)
         self.working = list(named.values())
         self.masters = [p.detach().float().clone() for p in self.working]
-        decayed = [m for m in self.masters if m.ndim >= 2]
-        plain = [m for m in self.masters if m.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=True)
+        groups = []
+        for decayed, gentle in itertools.product((True, False), (True, False)):
+            chosen = [m for n, m in self.weights().items() if (m.ndim >= 2) == decayed and slow(n) == gentle]
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": weight_decay * decayed, "slow": gentle})
+        self.adam = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.flat = torch.zeros(sum(m.numel() for m in self.masters))
 
-    def step(self, lr: float, clip: float = 1.0) -> float:
-        """Average the gradients over processes, clip, step, refresh the working copies; returns the norm."""
+    def step(self, lr: float, pace: float = 1.0, clip: float = 1.0) -> float:
+        """Average the gradients over processes, clip, step, refresh the working copies; returns the norm.
+
+        The ``slow`` parameters take ``pace`` times the rate.
+        """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.working]
         torch.cat([g.float().reshape(-1) for g in grads], out=self.flat)
         if dist.is_initialized():
@@ -38,7 +48,7 @@ class Masters:
         for master, grad in zip(self.masters, self.flat.split([m.numel() for m in self.masters]), strict=True):
             master.grad = grad.view_as(master)
         for group in self.adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * (pace if group["slow"] else 1.0)
         self.adam.step()
         self.refresh()
         for p in self.working:
@@ -74,7 +84,7 @@ class Masters:
         self.refresh()
 
 
-def schedule(progress: float, peak: float, warmup: float = 0.03, decay: float = 0.3) -> float:
+def schedule(progress: float, peak: float, warmup: float = 0.025, decay: float = 0.2) -> float:
     """Trapezoid learning rate for a progress in 0..1: short warm-up, plateau, linear decay to 2 %."""
     if progress < warmup:
         return peak * (progress + 1e-3) / (warmup + 1e-3)

@@ -1,10 +1,17 @@
-"""A scaffold for the first half of stage 2: words are told which patches they are about.
+"""A scaffold for the first part of stage 2: words are told which patches they are about.
 
-Left to find by itself that the word "dog" should look at the dog, the decoder was still on a plateau after 500
-steps (color 36 %, existence 50 %); with this scaffold both are above 90 % by then. For a while, two heads in two
-middle layers are therefore paid for attending, from each noun, color or place of a question, to the patches of
-the things it names. The pay fades to nothing well before the end.
+Left to find by itself that the word "dog" should look at the dog, an earlier decoder was still on a plateau after
+500 steps. For a while, two heads of a layer are therefore paid for what words of a question attend to:
+
+- layer 1: from colors and places to the patches that show them, which can be seen there already;
+- layers 3 and 4, the first that can know names: from all words to what they name, and, later, from a name that is not
+  in the picture to the tokens before the picture;
+- layer 5, later: in questions of several hops, from a name to the other things of its color.
+
+The pay fades to nothing.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,73 +19,114 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from .compose import Scene, patch_owner
-from .lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
+from .lexicon import COLOR_NAMES, HEIGHTS, SIDES
+from .model import NAMES
 from .packing import Packed
 from .tokenizer import single_tokens
 
-LAYERS = (3, 4)
+LAYERS = {1: ("early",), 3: ("named", "absent"), 4: ("named", "absent"), 5: ("hops",)}
+HOPPED = ("same_color", "where_same", "kind_same", "read_like", "hint_like")
 HEADS = 2
 WEIGHT = 0.3
+LATER = 0.2916  # progress from which absent names and hops are paid for as well
 
 
 def pointing_weight(progress: float) -> float:
-    """Full to 30 % of the stage, then fading to zero at 50 %."""
-    return WEIGHT * float(np.clip((0.5 - progress) / 0.2, 0, 1))
+    """Full to an eighth of the stage, fading to little; full again with what comes later, fading from 85 %."""
+    if progress < LATER:
+        return WEIGHT * float(np.clip((0.3 - progress) / 0.175, 0, 1))
+    return WEIGHT * float(np.clip((1 - progress) / 0.15, 0, 1))
 
 
 class Words:
     """Token ids of the words that name things, colors and places."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.nouns = single_tokens(tokenizer, NOUNS)
+        self.names = single_tokens(tokenizer, NAMES)
         self.colors = single_tokens(tokenizer, COLOR_NAMES)
         self.heights = single_tokens(tokenizer, HEIGHTS)
         self.sides = single_tokens(tokenizer, SIDES)
 
-    def about(self, ids: np.ndarray, shown: Scene) -> np.ndarray:
-        """Which things each token names: bool ``[len(ids), len(objects)]``; a place is "top left" in full."""
-        named = np.zeros((len(ids), len(shown.objects)), bool)
+    def about(self, ids: np.ndarray, shown: Scene, names: bool = True) -> np.ndarray:
+        """Which things each token names: bool ``[len(ids), len(things)]``; a place is "top left" in full."""
+        named = np.zeros((len(ids), len(shown.things)), bool)
         before = np.concatenate([[-1], ids[:-1]])
-        for i, thing in enumerate(shown.objects):
-            named[:, i] |= ids == self.nouns[NOUNS.index(thing.noun)]
+        for i, thing in enumerate(shown.things):
+            if names:
+                named[:, i] |= ids == self.names[NAMES.index(thing.noun)]
             named[:, i] |= ids == self.colors[COLOR_NAMES.index(thing.color)]
             height = before == self.heights[HEIGHTS.index(thing.height)]
             named[:, i] |= height & (ids == self.sides[SIDES.index(thing.side)])
         return named
 
 
-class Pointing:
-    """Watches the attention of one forward and keeps the loss: minus the log of the mass on named patches."""
+@dataclass(frozen=True)
+class Aim:
+    """Question tokens that are paid, int64 ``[N, 2]`` (scene, place in the row), and where they should look among
+    the prefix, bool ``[N, lead + K]``."""
 
-    def __init__(self, words: Words, scenes: list[Scene], keep: Tensor, packed: Packed, lead: int) -> None:
-        self.lead = lead
+    at: Tensor
+    columns: Tensor
+
+
+class Pointing:
+    """Watches the attention of one forward and keeps the loss: minus the log of the mass where it should be."""
+
+    def __init__(self, words: Words, scenes: list[Scene], keep: Tensor, packed: Packed, lead: int, later: bool) -> None:
         self.losses: list[Tensor] = []
-        ids, kept = packed.ids.numpy(), keep.numpy()
-        rows, targets = [], []
-        for b, shown in enumerate(scenes):
-            owner = patch_owner(shown)[kept[b]]
-            patches = np.stack([owner == i for i in range(len(shown.objects))])
-            aimed = words.about(ids[b], shown).astype(np.int64) @ patches.astype(np.int64) > 0
-            at = aimed.any(-1).nonzero()[0]
-            rows.append(np.stack([np.full_like(at, b), at], 1))
-            targets.append(aimed[at])
-        self.at = torch.from_numpy(np.concatenate(rows))
-        self.targets = torch.from_numpy(np.concatenate(targets))
+        kinds = ("early", "named", "absent", "hops") if later else ("early", "named")
+        ids, kept, hopped = packed.ids.numpy(), keep.numpy(), _hopped(packed)
+        wanted = [_columns(words, shown, ids[b], kept[b], hopped[b], lead) for b, shown in enumerate(scenes)]
+        self.aims = {kind: _aim([columns[kind] for columns in wanted]) for kind in kinds}
         sizes = [count * length for count, length in packed.groups]
         ends = np.cumsum(sizes)
         self.spans = [(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True)]
 
     def __call__(self, layer: int, group: int, seen: Tensor) -> None:
-        if layer not in LAYERS:
-            return
         start, end = self.spans[group]
-        inside = (self.at[:, 1] >= start) & (self.at[:, 1] < end)
-        if not inside.any():
-            return
-        b, s = self.at[inside].unbind(1)
-        mass = seen[b, :HEADS, s - start, self.lead :].float() * self.targets[inside][:, None]
-        self.losses.append(-(mass.sum(-1) + 1e-4).log().mean())
+        for kind in LAYERS.get(layer, ()):
+            aim = self.aims.get(kind)
+            if aim is None:
+                continue
+            inside = (aim.at[:, 1] >= start) & (aim.at[:, 1] < end)
+            if inside.any():
+                b, s = aim.at[inside].unbind(1)
+                mass = seen[b, :HEADS, s - start].float() * aim.columns[inside][:, None]
+                self.losses.append(-(mass.sum(-1) + 1e-4).log().mean())
 
     def loss(self) -> Tensor:
-        """Mean over the watched layers and groups; zero where no word names anything that was kept."""
+        """Mean over the watched layers, kinds and groups; zero where nothing is paid for."""
         return torch.stack(self.losses).mean() if self.losses else torch.zeros(())
+
+
+def _hopped(packed: Packed) -> np.ndarray:
+    """Which tokens belong to a question of several hops: bool ``[B, S]``."""
+    lengths = [length for count, length in packed.groups for _ in range(count)]
+    return np.stack([np.repeat([f in HOPPED for f in families], lengths) for families in packed.families])
+
+
+def _columns(words: Words, shown: Scene, ids: np.ndarray, kept: np.ndarray, hopped: np.ndarray, lead: int):
+    """For each kind, where each token should look: bool ``[S, lead + K]``; nowhere: it is not paid."""
+    owner = patch_owner(shown)[kept]
+    patches = np.stack([owner == i for i in range(len(shown.things))]).astype(np.int64)
+    named = words.about(ids, shown)
+    colors = np.array([t.color for t in shown.things])
+    names = named & np.isin(ids, words.names)[:, None]
+    kin = (colors[:, None] == colors) & ~np.eye(len(colors), dtype=bool)
+    away = (names & hopped[:, None]).astype(np.int64) @ kin.astype(np.int64) > 0
+    found = {"early": words.about(ids, shown, False), "named": named, "hops": away}
+    columns = {
+        kind: np.pad(things.astype(np.int64) @ patches > 0, ((0, 0), (lead, 0))) for kind, things in found.items()
+    }
+    missing = np.isin(ids, words.names) & ~named.any(-1)
+    columns["absent"] = missing[:, None] & (np.arange(lead + len(kept)) < lead)
+    return columns
+
+
+def _aim(columns: list[np.ndarray]) -> Aim:
+    rows, targets = [], []
+    for b, wanted in enumerate(columns):
+        at = wanted.any(-1).nonzero()[0]
+        rows.append(np.stack([np.full_like(at, b), at], 1))
+        targets.append(wanted[at])
+    return Aim(torch.from_numpy(np.concatenate(rows)), torch.from_numpy(np.concatenate(targets)))

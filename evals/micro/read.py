@@ -1,7 +1,8 @@
-"""Stage 2, read: the decoder learns to answer from the picture, also when most of its tokens are gone."""
+"""Stage 2, read: the decoder learns to answer from the picture, also when tokens or a layer are gone."""
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,18 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from . import attention, drop
-from .compose import CHECK_SEEDS, GRID, scene
-from .model import WORDS, config, fresh, word_vectors
+from . import attention, depth, drop, foreign, spelling
+from .compose import CHECK_SEEDS, Scene, scene
+from .model import LAYERS, SEEING, TOKENS, WORDS, config, fresh, word_vectors
 from .optim import load_masters
 from .packing import IGNORE, Packed, Packer
-from .pointing import Pointing, Words, pointing_weight
-from .see import pixels
+from .pointing import LATER, Pointing, Words, pointing_weight
+from .see import Recorder, SeeLoss, pixels, shown
 from .tokenizer import IMAGE, single_tokens
 from .tokenizer import train as train_tokenizer
 
-TOKENS = GRID * GRID
 DTYPE = torch.bfloat16
+HELD = 0.05  # weight of the later visual states' distance to their words
+LATE = 0.4583  # progress from which the questions of one fact are the harder ones
+# Questions of one fact, of several hops, with choices for a scene, up to that progress: facts come first.
+MIX = ((1 / 15, (16, 0, 0)), (0.25, (12, 3, 2)), (0.4, (9, 4, 4)), (LATE, (6, 5, 5)), (1.1, (8, 4, 5)))
+FOREIGN_EVERY = 14  # steps, after the first twelfth
+# Share of the steps that drop tokens, from that progress on: fewer while the last questions are learned.
+DROP = ((0.25, 0.5), (0.5416, 0.25), (0.75, 0.3))
+SLOW_FROM, SLOW = 0.125, 0.25  # progress from which what sees learns at that share of the rate
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str) -> LlavaForConditionalGeneration:
@@ -39,26 +47,35 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str
     return model
 
 
-@torch.no_grad()
-def keep_only_words(model: LlavaForConditionalGeneration) -> None:
-    """Cut from the projector's output all that is not a word vector.
+@dataclass(frozen=True)
+class Cut:
+    """Which visual tokens are left, sorted int64 ``[B, K]``, from decoder layer ``layer`` on (0: at the door)."""
 
-    Stage 1 asks nothing of the other 102 directions, so they hold noise four times as strong as the words.
-    """
-    words = word_vectors()
-    last = model.model.multi_modal_projector.linear_2
-    last.weight.copy_(words.T @ (words @ last.weight))
-    last.bias.copy_(words.T @ (words @ last.bias))
+    layer: int
+    keep: Tensor
+
+    def hidden(self, lead: int) -> Tensor:
+        """Bool ``[B, lead + 144]``: the visual tokens of a whole prefix that are not kept."""
+        hidden = torch.ones(len(self.keep), lead + TOKENS, dtype=torch.bool)
+        hidden[:, :lead] = False
+        return hidden.scatter(1, self.keep + lead, False)
 
 
-def answer_states(model: LlavaForConditionalGeneration, features: Tensor, keep: Tensor, packer: Packer,
+def everything(batch: int) -> Cut:
+    return Cut(0, torch.arange(TOKENS).expand(batch, -1))
+
+
+def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: Cut, packer: Packer,
                   packed: Packed, **kwargs: object) -> Tensor:  # fmt: skip
     """Last hidden states of all question rows, ``[B, sum(count * length), H]``.
 
-    ``features`` are the projected patches ``[B, 144, H]`` and ``keep`` the indices of those that reach the
-    decoder, int64 ``[B, K]``; they keep their original positions. ``kwargs`` go to the attention.
+    ``features`` are the projected patches ``[B, 144, H]``; kept ones stay at their original positions.
+    ``kwargs`` go to the attention.
     """
     B, lead = len(features), len(packer.prefix)
+    keep = left.keep
+    if left.layer:
+        kwargs, keep = kwargs | {"cut": (left.layer, left.hidden(lead))}, everything(B).keep
     embed = model.get_input_embeddings()
     shown = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))
     before = embed(torch.tensor(packer.prefix)).expand(B, -1, -1)
@@ -73,7 +90,7 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, keep: 
 
 
 class Read:
-    """The decoder and the projector learn; the tower stays as stage 1 left it."""
+    """Everything learns; the losses of stage 1 fade out."""
 
     scenes = 8
 
@@ -83,82 +100,131 @@ class Read:
         self.words = Words(self.tokenizer)
         self.model = new_model(self.tokenizer, seed, attention.NAME)
         load_masters(self.model, seen)
-        keep_only_words(self.model)
         self.model.to(DTYPE)
-        self.model.model.vision_tower.requires_grad_(False)
+        self.recorder, self.see = Recorder(self.model), SeeLoss()
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """All but the tower's last layer, which nothing in the answer depends on."""
+        last = f"vision_tower.encoder.layers.{self.model.config.vision_config.num_hidden_layers - 1}."
+        return {n: p for n, p in self.model.named_parameters() if last not in n and "post_layernorm" not in n}
+
+    def slow(self, name: str) -> bool:
+        """What stage 1 has taught to see: at the full rate it blurs."""
+        seeing = [f"language_model.layers.{i}." for i in range(SEEING)]
+        return any(part in name for part in ("vision_tower", "multi_modal_projector", *seeing))
+
+    def pace(self, progress: float) -> float:
+        return SLOW if progress >= SLOW_FROM else 1.0
 
     def features(self, images: Tensor) -> Tensor:
         core = self.model.model
-        with torch.no_grad():
-            seen = core.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
-        return core.multi_modal_projector(seen)
+        return core.multi_modal_projector(core.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:])
 
-    def _mix(self, progress: float) -> tuple[int, int, bool]:
-        """Open and multiple-choice questions a scene, and whether the choices are the late, harder mixture.
+    def _cut(self, rng: np.random.Generator, progress: float) -> Cut:
+        """A share of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly.
 
-        Choices wait until single facts can be read.
+        From which layer on is drawn as well, at the door or inside. A few of them keep none, so that the blind row
+        of the card is a guess and not an accident.
         """
-        for end, mix in ((0.12, (18, 0, False)), (0.35, (14, 6, False)), (0.45, (10, 8, False))):
-            if progress < end:
-                return mix
-        return 6, 12, True
-
-    def _keep(self, rng: np.random.Generator, progress: float) -> Tensor:
-        """Half of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly.
-
-        A few of them keep none, so that the blind row of the card is a guess and not an accident.
-        """
-        count = TOKENS
-        if progress > 0.25 and rng.random() < 0.5:
-            count = 0 if rng.random() < 0.06 else round(TOKENS * 0.08 ** rng.random())
+        share = max((start, share) for start, share in ((0.0, 0.0), *DROP) if progress >= start)[1]
+        if rng.random() >= share:
+            return everything(self.scenes)
+        layer = int(rng.integers(LAYERS - 1))
+        count = round(TOKENS * 0.08 ** rng.random())
+        if rng.random() < 0.06:
+            layer, count = 0, 0
         pattern = drop.PATTERNS[rng.integers(len(drop.PATTERNS))]
-        return torch.from_numpy(drop.kept(rng, self.scenes, count, pattern))
+        return Cut(layer, torch.from_numpy(drop.kept(rng, self.scenes, count, pattern)))
 
     def loss(self, seeds: Sequence[int], progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seeds[0], 2])
+        if progress > 1 / 12 and seeds[0] // self.scenes % FOREIGN_EVERY == 0:
+            return self._foreign(rng)
         scenes = [scene(s) for s in seeds]
-        packed = self.packer.pack(scenes, rng, *self._mix(progress))
-        keep = self._keep(rng, progress)
+        packed = self.packer.pack(scenes, rng, *next(mix for end, mix in MIX if progress < end), late=progress >= LATE)
+        cut = self._cut(rng, progress)
         weight = pointing_weight(progress)
-        pointing = Pointing(self.words, scenes, keep, packed, len(self.packer.prefix)) if weight else None
-        logits, targets, _ = self._answers(self.features(pixels(scenes, DTYPE)), keep, packed, pointing)
+        lead, later = len(self.packer.prefix), progress >= LATER
+        pointing = Pointing(self.words, scenes, cut.keep, packed, lead, later) if weight else None
+        if pointing is not None and cut.layer:
+            cut = Cut(0, cut.keep)  # the scaffold watches tokens that are there from the start
+        features = self.features(pixels(scenes, DTYPE))
+        skipped = depth.drawn(rng, progress, LAYERS)
+        with depth.without(self.model, skipped):
+            logits, targets, _ = self._answers(features, cut, packed, pointing)
         loss = F.cross_entropy(logits.float(), targets)
-        right = (logits.argmax(-1) == targets)[targets != self.tokenizer.eos_token_id]
-        metrics = {"answer_loss": loss.item(), "right": right.float().mean().item(), "kept": keep.shape[1] / TOKENS}
+        metrics = {"answer_loss": loss.item()} | self._right(logits, targets)
         if pointing is not None:
             metrics["pointing"] = pointing.loss().item()
             loss = loss + weight * pointing.loss()
-        return loss, metrics
+        if progress >= spelling.FROM:
+            spelled = self._spelled(scenes, packed)
+            metrics["spelled"] = spelled.item()
+            loss = loss + spelling.WEIGHT * min(1.0, (1 - progress) / 0.08) * spelled
+        return self._with_seeing(loss, metrics, scenes, features, cut, skipped, progress)
+
+    def _spelled(self, scenes: list[Scene], packed: Packed) -> Tensor:
+        asked = packed.ids.shape[1]
+        states = {n: s[:, -asked:] for n, s in self.recorder.states.items()}
+        return spelling.spelling_loss(states, self.see.words, spelling.targets(self.words, scenes, packed))
+
+    def _with_seeing(self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
+                     skipped: int | None, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+        """Adds stage 1's losses at a fading weight, and holds the visual states of the later layers to their words."""
+        keep = everything(len(scenes)).keep if cut.layer else cut.keep
+        states = self.recorder.visual(len(self.packer.prefix), keep.shape[1])
+        if skipped is not None or not keep.shape[1]:
+            return loss, metrics
+        about = shown(scenes)
+        early, _ = self.see.early(features, about)
+        late, seen = self.see.late(states[0], about, keep, 0.15)
+        held = self.see.held(states[1:-1], about, keep)
+        weight = max(0.3 * (1 - progress * 12 / 7), 0.08)
+        return loss + weight * (early + late) + HELD * held, metrics | seen | {"held": held.item()}
+
+    def _foreign(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        pictures = foreign.draw(rng, self.scenes)
+        packed = self.packer.group([foreign.asked(rng, p, 16) for p in pictures], rng)
+        features = self.features(pixels(pictures, DTYPE))
+        logits, targets, _ = self._answers(features, everything(len(pictures)), packed)
+        self.recorder.states = {}
+        loss = F.cross_entropy(logits.float(), targets)
+        return loss, {"foreign_loss": loss.item()}
+
+    def _right(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
+        right = (logits.argmax(-1) == targets)[targets != self.tokenizer.eos_token_id]
+        return {"right": right.float().mean().item()}
 
     def _answers(
-        self, features: Tensor, keep: Tensor, packed: Packed, watch: attention.Watcher | None = None
+        self, features: Tensor, cut: Cut, packed: Packed, watch: attention.Watcher | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[A, vocabulary]`` and targets ``[A]`` of all answer tokens, and where they stand."""
-        states = answer_states(self.model, features, keep, self.packer, packed, watch=watch)
+        states = answer_states(self.model, features, cut, self.packer, packed, watch=watch)
         at = packed.labels != IGNORE
         return self.model.lm_head(states[at]), packed.labels[at], at
 
     @torch.no_grad()
-    def evaluate(self, scenes: int = 64) -> dict[str, float]:
-        """Share of wholly right answers by family with all tokens, and over all with 11 % and none."""
+    def evaluate(self, scenes: int = 48) -> dict[str, float]:
+        """Share of wholly right answers by family with all tokens; over all with 11 %, none, or none from a layer."""
         table: dict[str, list[bool]] = {}
         for begin in range(0, scenes, self.scenes):
             rng = np.random.default_rng([begin, 3])
-            shown = [scene(CHECK_SEEDS + begin + i) for i in range(self.scenes)]
-            packed = self.packer.pack(shown, rng, 18, 10)
-            features = self.features(pixels(shown, DTYPE))
-            for name, count in (("", TOKENS), ("keep11", round(0.11 * TOKENS)), ("blind", 0)):
-                keep = torch.from_numpy(drop.kept(rng, self.scenes, count, "random"))
-                judged = self._judge(features, keep, packed)
+            seen = [scene(CHECK_SEEDS + begin + i) for i in range(self.scenes)]
+            packed = self.packer.pack(seen, rng, 14, 6, 6)
+            features = self.features(pixels(seen, DTYPE))
+            few = torch.from_numpy(drop.kept(rng, self.scenes, round(0.11 * TOKENS), "random"))
+            none = few[:, :0]
+            cuts = {"": everything(self.scenes), "keep11": Cut(2, few), "blind": Cut(0, none)}
+            cuts |= {f"before{layer}": Cut(layer, none) for layer in range(2, LAYERS - 1)}
+            for name, cut in cuts.items():
+                judged = self._judge(features, cut, packed)
                 for family, right in zip(itertools.chain(*packed.families), judged, strict=True):
                     table.setdefault(name or family, []).append(right)
+                    table.setdefault(name or "all", []).append(right)
         return {k: float(np.mean(v)) for k, v in sorted(table.items())}
 
-    def _judge(self, features: Tensor, keep: Tensor, packed: Packed) -> list[bool]:
-        logits, targets, at = self._answers(features, keep, packed)
+    def _judge(self, features: Tensor, cut: Cut, packed: Packed) -> list[bool]:
+        logits, targets, at = self._answers(features, cut, packed)
         wrong = torch.zeros_like(packed.ids, dtype=torch.bool)
         wrong[at] = logits.argmax(-1) != targets
         sizes = [count * length for count, length in packed.groups]

@@ -1,4 +1,4 @@
-"""Ways to choose visual tokens at the decoder's door, for the card: blind ones, informed ones, an oracle.
+"""Ways to choose visual tokens, for the card: blind ones, informed ones, an oracle.
 
 Each takes a ``View`` and a number of tokens and returns indices int64 ``[B, count]``, sorted. They are kept
 apart from the strategies on purpose: the card vouches for the model, whatever happens to a strategy.
@@ -27,6 +27,11 @@ class View:
         return np.random.default_rng([self.scenes[0].seed, 7])
 
 
+def most(scores: Tensor, count: int) -> Tensor:
+    """The highest scores, ``[B, 144]``."""
+    return scores.topk(count, -1).indices.sort(-1).values
+
+
 def random(view: View, count: int) -> Tensor:
     return torch.from_numpy(drop.kept(view.rng(), len(view.scenes), count, "random"))
 
@@ -38,11 +43,11 @@ def stride(view: View, count: int) -> Tensor:
 
 def cls(view: View, count: int) -> Tensor:
     """Most attended by the CLS token in the layer that the features come from, mean over heads."""
-    return view.cls_attention.topk(count, -1).indices.sort(-1).values
+    return most(view.cls_attention, count)
 
 
 def diversity(view: View, count: int) -> Tensor:
-    """Greedy max-min cosine distance, starting from the token farthest from its nearest neighbour."""
+    """Greedy max-min cosine distance of the projected features (DivPrune, arXiv:2503.02175)."""
     unit = torch.nn.functional.normalize(view.features.float(), dim=-1)
     distance = 1 - unit @ unit.mT
     batch = torch.arange(len(unit))
@@ -62,11 +67,11 @@ def oracle(view: View, count: int) -> Tensor:
     for shown in view.scenes:
         owner = patch_owner(shown)
         rank = 1000 + view.rng().permutation(len(owner)).astype(np.float64)
-        for i, thing in enumerate(shown.objects):
+        for i, thing in enumerate(shown.things):
             own = (owner == i).nonzero()[0]
-            left, top, size = thing.box
             y, x = np.divmod(own, GRID)
-            away = np.hypot((x + 0.5) * PATCH_SIZE - left - size / 2, (y + 0.5) * PATCH_SIZE - top - size / 2)
+            across, down = thing.middle
+            away = np.hypot((x + 0.5) * PATCH_SIZE - across, (y + 0.5) * PATCH_SIZE - down)
             rank[own[away.argsort(kind="stable")]] = np.arange(len(own))
         rows.append(np.sort(rank.argsort(kind="stable")[:count]))
     return torch.from_numpy(np.stack(rows))

@@ -10,46 +10,72 @@ from torch import Tensor, nn
 
 from . import attention
 from .compose import CHECK_SEEDS, scene
-from .model import config, fresh
-from .read import Read
-from .see import SeeLoss, see_batch
+from .model import SEEING, TOKENS, config, fresh
+from .see import Recorder, SeeLoss, pixels, shown
 
 DTYPE = torch.bfloat16
+SETTLE = 0.15  # weight, reached at half-time, of the states' distance to the plain sum of their words
 
 
 class Stage(Protocol):
     scenes: int  # a step and process
 
     def trained(self) -> dict[str, nn.Parameter]: ...
+    def slow(self, name: str) -> bool: ...
+    def pace(self, progress: float) -> float: ...
     def loss(self, seeds: Sequence[int], progress: float) -> tuple[Tensor, dict[str, float]]: ...
     def evaluate(self) -> dict[str, float]: ...
 
 
 class See:
-    """Tower and projector learn the pictures' vocabulary; the decoder takes no part."""
+    """Tower, projector and the decoder's first layers learn to name what the patches show."""
 
-    scenes = 48
+    scenes = 32
 
     def __init__(self, seed: int) -> None:
-        # The decoder is not used here, so the vocabulary's size does not matter.
-        self.model = fresh(config(64, 3, 0, 1, 2), seed, attention.NAME).to(DTYPE)
+        # No text takes part, so the vocabulary's size does not matter; later layers come with stage 2.
+        self.model = fresh(config(64, 3, 0, 1, 2, SEEING), seed, attention.NAME).to(DTYPE)
         self.head = SeeLoss()
+        self.recorder = Recorder(self.model)
 
     def trained(self) -> dict[str, nn.Parameter]:
         core = self.model.model
-        parts = {"vision_tower": core.vision_tower, "multi_modal_projector": core.multi_modal_projector}
+        parts = {
+            "vision_tower": core.vision_tower, "multi_modal_projector": core.multi_modal_projector,
+            "language_model.layers": core.language_model.layers,
+        }  # fmt: skip
         named = {f"model.{part}.{n}": p for part, m in parts.items() for n, p in m.named_parameters()}
         return named | {f"head.{n}": p for n, p in self.head.named_parameters()}
 
+    def slow(self, name: str) -> bool:
+        return False
+
+    def pace(self, progress: float) -> float:
+        return 1.0
+
     def loss(self, seeds: Sequence[int], progress: float) -> tuple[Tensor, dict[str, float]]:
-        return self.head(self.model, see_batch([scene(s) for s in seeds], DTYPE), progress)
+        scenes = [scene(s) for s in seeds]
+        about, everything = shown(scenes), torch.arange(TOKENS).expand(len(scenes), -1)
+        seen = self.model.model.vision_tower(pixels(scenes, DTYPE), output_hidden_states=True)
+        features = seen.hidden_states[-2]
+        emitted = self.model.model.multi_modal_projector(features[:, 1:])
+        self.model.model.language_model(
+            inputs_embeds=emitted, position_ids=everything + 4, use_cache=False, layout=attention.Layout(TOKENS, ())
+        )
+        early, colors = self.head.early(emitted, about)
+        settle = SETTLE * min(1.0, progress / 0.5)
+        late, names = self.head.late(self.recorder.visual(0, TOKENS)[0], about, everything, settle)
+        loss = early + late + self.head.summary(features[:, 0], seen.pooler_output, about)
+        return loss, colors | names
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        return {f"held_{k}": v for k, v in self.loss(range(CHECK_SEEDS, CHECK_SEEDS + 200), 1.0)[1].items()}
+        return {f"held_{k}": v for k, v in self.loss(range(CHECK_SEEDS, CHECK_SEEDS + 100), 1.0)[1].items()}
 
 
 def build(stage: str, out: Path, seed: int) -> Stage:
     if stage == "see":
         return See(seed)
+    from .read import Read
+
     return Read(seed, load_file(out / "see.safetensors"))

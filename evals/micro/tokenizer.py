@@ -29,6 +29,7 @@ right used take three himself few house use again place around small found thoug
 high upon school every answer question image picture photo describe detail shown following correct option
 select choose read write word number count how many people person text sign street red green blue yellow
 purple white black orange brown pink gray left right top bottom middle center above below next front behind
+circle rectangle triangle shape teal brown gray contain present kind object color sign
 yes no true false none both either neither zero four five six seven eight nine ten hello please thank
 """
 

@@ -18,7 +18,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAIN_SEEDS = 1 << 40  # training scenes lie above; everything held out lies below
-STAGES: dict[str, tuple[int, float]] = {"see": (2000, 1.5e-3), "read": (3400, 1.5e-3)}  # steps, peak rate
+STAGES: dict[str, tuple[int, float]] = {"see": (2600, 1.5e-3), "read": (6900, 1.2e-3)}  # steps, peak rate
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def worker(rank: int, run: Run) -> None:
     if run.world > 1:
         dist.init_process_group("gloo", init_method=f"file://{run.out}/rendezvous", rank=rank, world_size=run.world)
     stage = build(run.stage, run.out, run.seed)
-    optimizer = Masters(stage.trained(), weight_decay=0.03, betas=(0.9, 0.97))
+    optimizer = Masters(stage.trained(), weight_decay=0.03, betas=(0.9, 0.97), slow=stage.slow)
     saved, first = run.out / f"{run.stage}.safetensors", 0
     if run.resume and saved.exists():
         optimizer.load(saved)
@@ -62,11 +62,11 @@ def worker(rank: int, run: Run) -> None:
         base = TRAIN_SEEDS + ((run.seed * 2 + (run.stage == "read")) << 36) + (step * run.world + rank) * stage.scenes
         loss, metrics = stage.loss(range(base, base + stage.scenes), progress)
         loss.backward()
-        norm = optimizer.step(schedule(progress, run.rate))
+        norm = optimizer.step(schedule(progress, run.rate), stage.pace(progress))
         done = step + 1
         lost = loss.item() if step == first else 0.98 * lost + 0.02 * loss.item()
         if rank == 0 and step % 50 == 0:
-            if step % 250 == 0 and step > first:
+            if step % (500 if run.stage == "read" else 1000) == 0 and step > first:
                 metrics |= stage.evaluate()
             _log(run, step, time.monotonic() - start, loss=lost, norm=norm, progress=progress, **metrics)
         if rank == 0 and step % 250 == 249:

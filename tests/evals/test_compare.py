@@ -135,3 +135,16 @@ def test_from_a_folder(tmp_path):
     data = json.loads(json.dumps(only.to_json()))
     assert [row["pipeline"] for row in data["rows"]] == ["dense", "p"]
     assert data["rows"][1]["tasks"]["micro/pope"]["value"] == 0.8
+
+
+def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path):
+    from prunekit_evals.identity import model_identity
+    from prunekit_evals.micro import model_path
+
+    now = dataclasses.replace(CONDITIONS, identity=model_identity(model_path()))
+    other = dataclasses.replace(CONDITIONS, model="org/model")
+    for created, conditions in enumerate((CONDITIONS, now, other)):
+        one = cell("dense", "pope", 90, created=str(created), conditions=conditions)
+        results.write(results.path_of(tmp_path, one), one)
+    stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in compare.tables(tmp_path)]
+    assert stale == [True, False, False]

@@ -38,7 +38,7 @@ def test_mme_asks_each_picture_twice(root):
         assert pair[0]["category"] == pair[1]["category"]
         assert pair[0]["image"] == pair[1]["image"]
         assert pair[0]["question"] != pair[1]["question"]
-    assert {p[0]["category"] for p in pairs.values()} == {"existence", "color", "position"}
+    assert {p[0]["category"] for p in pairs.values()} == {"existence", "color", "position", "OCR"}
 
 
 def test_gqa_pictures_are_found_by_id(root):
@@ -46,6 +46,14 @@ def test_gqa_pictures_are_found_by_id(root):
     rows = _rows(root, "GQA/testdev_balanced_instructions/testdev.parquet")
     assert {r["imageId"] for r in rows} == pictures
     assert max(Counter(r["answer"] for r in rows).values()) <= 0.1 * len(rows)
+
+
+def test_words_to_read(root):
+    rows = _rows(root, "textvqa/default/validation.parquet")
+    assert len(rows) == 60
+    assert all(r["answers"] == [r["answers"][0]] * 10 and r["answers"][0] in r["ocr_tokens"] for r in rows)
+    assert all(r["question"] == r["question"].capitalize() for r in rows)  # as the task's own prompt writes it
+    assert max(Counter(r["answers"][0] for r in rows).values()) <= 8
 
 
 def test_multiple_choice_letters(root):
@@ -64,6 +72,7 @@ def test_the_datasets_library_reads_every_configuration(root, monkeypatch, tmp_p
         ("GQA", "testdev_balanced_images", "testdev"),
         ("MMBench", "en", "dev"),
         ("ScienceQA", "ScienceQA-IMG", "test"),
+        ("textvqa", None, "validation"),
     ):
         folder = str(root / "lmms-lab-encoder" / name)
         loaded = datasets.load_dataset(folder, config, split=split, cache_dir=str(tmp_path))

@@ -3,13 +3,16 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from prunekit_evals.micro import attention, drop
+from prunekit_evals.micro import attention, depth, drop, spelling
+from prunekit_evals.micro.lexicon import COLOR_NAMES, NOUNS
+from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
 from prunekit_evals.micro.optim import Masters, schedule
 from prunekit_evals.micro.packing import IGNORE, Packer
-from prunekit_evals.micro.pointing import LAYERS, Pointing, Words
-from prunekit_evals.micro.read import TOKENS, answer_states, keep_only_words, new_model
-from prunekit_evals.micro.scenes import patch_owner, scene
-from prunekit_evals.micro.see import SeeLoss, pixels, see_batch
+from prunekit_evals.micro.pointing import Pointing, Words
+from prunekit_evals.micro.question import Question
+from prunekit_evals.micro.read import Cut, answer_states, everything, new_model
+from prunekit_evals.micro.scenes import ask, patch_owner, scene
+from prunekit_evals.micro.see import SeeLoss, pixels, shown
 from prunekit_evals.micro.tokenizer import train
 
 
@@ -32,9 +35,8 @@ def test_shared_prefix_equals_the_plain_forward(model, packer):
     features = model.model.multi_modal_projector(
         model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
     )
-    packed = packer.pack(scenes, np.random.default_rng(0), 3, 2)
-    everything = torch.arange(TOKENS).expand(2, -1)
-    logits = model.lm_head(answer_states(model, features, everything, packer, packed))
+    packed = packer.pack(scenes, np.random.default_rng(0), 3, 2, 2)
+    logits = model.lm_head(answer_states(model, features, everything(2), packer, packed))
     for b, start, length in _rows(packed):
         ids = packed.ids[b, start : start + length]
         ids = ids[: (ids != packer.pad).sum()]
@@ -56,10 +58,10 @@ def _rows(packed):
 @torch.no_grad()
 def test_dropped_tokens_leave_the_others_at_their_positions(model, packer):
     scenes = [scene(3)]
-    packed = packer.pack(scenes, np.random.default_rng(0), 2, 0)
+    packed = packer.pack(scenes, np.random.default_rng(0), 2, 0, 0)
     features = torch.randn(1, TOKENS, 160, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[5, 60, 143]])
-    states = answer_states(model, features, keep, packer, packed)
+    states = answer_states(model, features, Cut(0, keep), packer, packed)
     lead, ids = len(packer.prefix), packed.ids[:, : packed.groups[0][1]]
     embed = model.get_input_embeddings()
     inputs = torch.cat([embed(torch.tensor(packer.prefix))[None], features[:, keep[0]], embed(ids)], 1)
@@ -71,7 +73,7 @@ def test_dropped_tokens_leave_the_others_at_their_positions(model, packer):
 
 
 def test_labels_are_the_answers(packer):
-    packed = packer.pack([scene(4)], np.random.default_rng(0), 4, 2)
+    packed = packer.pack([scene(4)], np.random.default_rng(0), 4, 1, 2)
     for b, start, length in _rows(packed):
         at = packed.labels[b, start : start + length] != IGNORE
         told = packer.tokenizer.decode(packed.labels[b, start : start + length][at])
@@ -94,10 +96,13 @@ def test_see_learns_and_masters_resume(model, tmp_path):
     model = model.to(torch.bfloat16)
     named = {f"p.{n}": p for n, p in model.model.multi_modal_projector.named_parameters()}
     optimizer = Masters(named, 0.0, (0.9, 0.97))
-    batch = see_batch([scene(i) for i in range(4)], torch.bfloat16)
+    scenes = [scene(i) for i in range(4)]
+    about, keep = shown(scenes), everything(4).keep
     losses = []
     for _ in range(5):
-        loss, _accuracy = head(model, batch, 0.0)
+        seen = model.model.vision_tower(pixels(scenes, torch.bfloat16), output_hidden_states=True)
+        emitted = model.model.multi_modal_projector(seen.hidden_states[-2][:, 1:])
+        loss = head.early(emitted, about)[0] + head.late(emitted, about, keep, 0.1)[0]
         loss.backward()
         optimizer.step(3e-3)
         losses.append(loss.item())
@@ -111,13 +116,10 @@ def test_see_learns_and_masters_resume(model, tmp_path):
     model.to(torch.float32)
 
 
-def test_keep_only_words_removes_the_rest(model):
-    from prunekit_evals.micro.model import word_vectors
-
-    keep_only_words(model)
-    out = model.model.multi_modal_projector(torch.randn(3, 128))
-    inside = out @ word_vectors().T @ word_vectors()
-    torch.testing.assert_close(out, inside, atol=1e-4, rtol=1e-4)
+def test_names_are_learned_inside_the_decoder_only(model):
+    """The tower's own features carry colors and places; names are asked of the states before layer SEEING."""
+    assert 0 < SEEING < len(model.model.language_model.layers) / 2
+    assert model.config.vision_config.num_hidden_layers + model.config.vision_feature_layer + 1 == 2
 
 
 def test_schedule_rises_stays_and_falls():
@@ -128,31 +130,69 @@ def test_schedule_rises_stays_and_falls():
 
 
 @torch.no_grad()
-def test_a_cut_at_the_first_layer_equals_tokens_that_never_entered(model, packer):
-    packed = packer.pack([scene(3), scene(5)], np.random.default_rng(0), 2, 1)
+def test_a_cut_before_a_layer_hides_tokens_from_there_on(model, packer):
+    packed = packer.pack([scene(3), scene(5)], np.random.default_rng(0), 2, 1, 1)
     features = torch.randn(2, TOKENS, 160, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[5, 60, 143], [0, 1, 2]])
-    hidden = torch.ones(2, len(packer.prefix) + TOKENS, dtype=torch.bool)
-    hidden[:, : len(packer.prefix)] = False
-    hidden.scatter_(1, keep + len(packer.prefix), False)
-    everything = torch.arange(TOKENS).expand(2, -1)
-    cut = answer_states(model, features, everything, packer, packed, cut=(0, hidden))
-    torch.testing.assert_close(cut, answer_states(model, features, keep, packer, packed), atol=1e-4, rtol=1e-4)
+    door = answer_states(model, features, Cut(0, keep), packer, packed)
+    inside = answer_states(model, features, Cut(2, keep), packer, packed)
+    whole = answer_states(model, features, everything(2), packer, packed)
+    assert not torch.allclose(inside, door, atol=1e-3)
+    assert not torch.allclose(inside, whole, atol=1e-3)
+    hidden = Cut(1, keep).hidden(len(packer.prefix))
+    first = answer_states(model, features, everything(2), packer, packed, cut=(0, hidden))
+    torch.testing.assert_close(first, door, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_left_out_come_back(model, packer):
+    packed = packer.pack([scene(3)], np.random.default_rng(0), 2, 0, 0)
+    features = torch.randn(1, TOKENS, 160, generator=torch.Generator().manual_seed(0))
+    whole = answer_states(model, features, everything(1), packer, packed)
+    with depth.without(model, 3):
+        assert not torch.allclose(answer_states(model, features, everything(1), packer, packed), whole, atol=1e-3)
+    torch.testing.assert_close(answer_states(model, features, everything(1), packer, packed), whole)
+    drawn = [depth.drawn(np.random.default_rng(i), 0.9, 8) for i in range(200)]
+    assert {d for d in drawn if d is not None} == set(range(8))
+    assert depth.drawn(np.random.default_rng(0), 0.1, 8) is None
 
 
 def test_pointing_pays_for_looking_at_what_a_word_names(packer):
     scenes = [scene(6)]
     owner = patch_owner(scenes[0])
-    packed = packer.pack(scenes, np.random.default_rng(0), 6, 2)
+    packed = packer.pack(scenes, np.random.default_rng(0), 6, 2, 2)
     lead, keep = len(packer.prefix), torch.arange(TOKENS)[None]
     words = Words(packer.tokenizer)
-    aimed, astray = (Pointing(words, scenes, keep, packed, lead) for _ in range(2))
+    aimed, astray = (Pointing(words, scenes, keep, packed, lead, False) for _ in range(2))
     target = torch.from_numpy(owner >= 0).float()
-    for pointing, shown in ((aimed, target), (astray, 1 - target)):
+    for pointing, patches in ((aimed, target), (astray, 1 - target)):
         for group, (count, length) in enumerate(packed.groups):
-            seen = torch.cat([torch.zeros(lead), shown / shown.sum()]).expand(1, 5, count * length, -1)
-            pointing(LAYERS[0], group, seen)
+            seen = torch.cat([torch.zeros(lead), patches / patches.sum()]).expand(1, 5, count * length, -1)
+            pointing(3, group, seen)
     assert aimed.loss() < astray.loss() - 3
+
+
+def test_later_absent_names_look_before_the_picture_and_hops_at_things_of_one_color(packer):
+    shown = next(s for s in map(scene, range(100)) if ask(s, np.random.default_rng(0), "same_color"))
+    question = ask(shown, np.random.default_rng(0), "same_color")
+    missing = next(n for n in NOUNS if n not in {t.noun for t in shown.objects})
+    absent = Question("existence", "", f"Is there a {missing} in the image?", "No")
+    packed = packer.group([[question, absent]], np.random.default_rng(0))
+    lead, words = len(packer.prefix), Words(packer.tokenizer)
+    pointing = Pointing(words, [shown], torch.arange(TOKENS)[None], packed, lead, True)
+    length = packed.groups[0][1]
+    a, b = (next(t for t in shown.objects if t.noun == n) for n in (question.text[:-1].split()[-1], question.answer))
+    hops = pointing.aims["hops"]
+    assert (hops.at[:, 1] < length).all()
+    owner = torch.from_numpy(patch_owner(shown))
+    kin = [i for i, t in enumerate(shown.things) if t.color == a.color and t is not a]
+    assert shown.things.index(b) in kin
+    row = hops.at[:, 1].tolist().index(packed.ids[0].tolist().index(words.names[NAMES.index(a.noun)]))
+    assert torch.equal(hops.columns[row, lead:], torch.isin(owner, torch.tensor(kin)))
+    paid = pointing.aims["absent"]
+    assert (paid.at[:, 1] >= length).any()
+    assert paid.columns[:, :lead].all()
+    assert not paid.columns[:, lead:].any()
 
 
 def test_words_of_a_place_count_only_together(packer):
@@ -160,4 +200,30 @@ def test_words_of_a_place_count_only_together(packer):
     thing = shown.objects[0]
     text = f" {thing.height} {thing.side} {thing.side} {thing.noun} {thing.color}"
     ids = np.array(packer.tokenizer(text, add_special_tokens=False)["input_ids"])
-    assert Words(packer.tokenizer).about(ids, shown)[:, 0].tolist() == [False, True, False, True, True]
+    words = Words(packer.tokenizer)
+    assert words.about(ids, shown)[:, 0].tolist() == [False, True, False, True, True]
+    assert words.about(ids, shown, names=False)[:, 0].tolist() == [False, True, False, False, True]
+
+
+def test_spelling_wants_what_a_name_has_found_out(packer):
+    shown = next(s for s in map(scene, range(100)) if ask(s, np.random.default_rng(0), "same_color"))
+    question = ask(shown, np.random.default_rng(0), "same_color")
+    packed = packer.group([[question]], np.random.default_rng(0))
+    words = Words(packer.tokenizer)
+    wanted = spelling.targets(words, [shown], packed)
+    named = next(t for t in shown.objects if t.noun == question.text[:-1].split()[-1])
+    at = packed.ids[0].tolist().index(words.names[NAMES.index(named.noun)])
+    assert wanted["color"][0, at] == COLOR_NAMES.index(named.color)
+    assert wanted["other"][0, at] == NAMES.index(question.answer)
+    states = torch.zeros(1, packed.ids.shape[1], 160)
+    wrong = spelling.spelling_loss({7: states + 1}, word_vectors(), wanted)
+    states[0, at] = word_vectors()[NAMES.index(question.answer)]
+    told = packed.ids[0].tolist().index(words.names[NAMES.index(question.answer)])
+    states[0, told] = word_vectors()[NAMES.index(named.noun)]
+    assert spelling.spelling_loss({7: states}, word_vectors(), wanted) < 0.1 < wrong
+
+
+def test_later_visual_states_are_held_to_their_words():
+    head, about, keep = SeeLoss(), shown([scene(1)]), everything(1).keep
+    far, near = (head.held([torch.full((1, TOKENS, 160), x)], about, keep).item() for x in (20.0, 0.0))
+    assert far > 200 > 3 > near

@@ -1,0 +1,35 @@
+"""The options of `prunekit micro card`; what it does is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from . import model_path
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `prunekit micro`."""
+    micro = commands.add_parser(
+        "micro",
+        help="about the bundled model",
+        description="About the bundled model: `card` measures it and writes its model card.",
+        epilog="example: prunekit micro card --render",
+    )
+    micro.add_argument("what", choices=("card",), metavar="WHAT", help="card: measure the model and write its card")
+    micro.add_argument(
+        "--model", type=Path, default=model_path(), metavar="DIR", help="folder of the model; default: the bundled one"
+    )
+    micro.add_argument(
+        "--second", type=Path, metavar="DIR", help="a model of the same recipe's seed 2; default: its numbers stay"
+    )
+    micro.add_argument("--curve", type=Path, metavar="FILE", help="curve.jsonl of the training run, to be copied in")
+    micro.add_argument("--questions", type=int, default=500, metavar="N", help="questions a task at most; default: 500")
+    micro.add_argument("--render", action="store_true", help="only write the text anew, from what was measured")
+    micro.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from . import card
+
+    return card.run(arguments)

@@ -1,0 +1,64 @@
+"""A foreign set that nobody here made: easy-vqa 1.0 (PyPI, MIT licence, github.com/vzhou842/easy-VQA).
+
+5,000 pictures of one shape each, 64x64, and 48,000 questions with 13 answers. Its train split takes part in
+stage 2, its test split is scored and reported apart.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .compose import IMAGE_SIZE
+from .question import Question, pick
+
+YES_NO = {"yes": "Yes", "no": "No"}
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture, rescaled to uint8 ``[168, 168, 3]``, and all its questions."""
+
+    image: np.ndarray
+    questions: tuple[Question, ...]
+
+
+def folder() -> Path:
+    """Where the package's data lie. Raises ModuleNotFoundError, saying what to install, where it is missing."""
+    try:
+        return Path(str(resources.files("easy_vqa"))) / "data"
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the foreign set needs easy-vqa: pip install easy-vqa==1.0") from error
+
+
+@functools.cache
+def questions(split: str) -> dict[int, tuple[Question, ...]]:
+    """Questions of ``train`` or ``test`` by picture; the family says what kind of answer is wanted."""
+    found: dict[int, list[Question]] = {}
+    for text, answer, image in json.loads((folder() / split / "questions.json").read_text()):
+        family = "yes_no" if answer in YES_NO else "shape" if answer in ("circle", "rectangle", "triangle") else "color"
+        found.setdefault(image, []).append(Question(f"foreign_{family}", split, text, YES_NO.get(answer, answer)))
+    return {image: tuple(asked) for image, asked in found.items()}
+
+
+@functools.lru_cache(maxsize=6000)
+def picture(split: str, image: int) -> Picture:
+    with Image.open(folder() / split / "images" / f"{image}.png") as file:
+        scaled = file.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.BICUBIC)
+    return Picture(np.asarray(scaled), questions(split)[image])
+
+
+def draw(rng: np.random.Generator, count: int) -> list[Picture]:
+    """Pictures of the train split."""
+    known = list(questions("train"))
+    return [picture("train", known[int(i)]) for i in rng.integers(len(known), size=count)]
+
+
+def asked(rng: np.random.Generator, shown: Picture, count: int) -> list[Question]:
+    """Half of the questions drawn want a shape or a color; the set itself has three in four that want yes or no."""
+    open_ones = [q for q in shown.questions if q.family != "foreign_yes_no"]
+    return [pick(rng, open_ones if open_ones and rng.integers(2) else shown.questions) for _ in range(count)]

@@ -1,0 +1,84 @@
+"""What was measured, right or wrong question by question, kept beside the weights, in one line, as ``measured.jsonl``.
+
+``{"families": {task: [family, ...]}, "seeds": {seed: {part: {task: {row: rights}}}}}``, where ``rights`` is the number
+of questions and, in hexadecimal, one bit a question, the first question first.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..stats import Estimate, average, paired, wilson
+
+Rights = dict[str, str]
+
+
+def packed(rights: Sequence[bool]) -> str:
+    return f"{len(rights)}:{int('1' + ''.join(str(int(r)) for r in rights), 2):x}"
+
+
+def unpacked(text: str) -> list[bool]:
+    count, bits = text.split(":")
+    found = [bit == "1" for bit in f"{int(bits, 16):b}"[1:]]
+    if len(found) != int(count):
+        raise ValueError(f"{len(found)} bits where {count} questions were measured")
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of one seed's measurement: ``{task: {row: rights}}``."""
+
+    tasks: dict[str, dict[str, list[bool]]]
+
+    def rows(self) -> list[str]:
+        return list(next(iter(self.tasks.values())))
+
+    def right(self, row: str, task: str) -> list[bool]:
+        return self.tasks[task][row]
+
+    def share(self, row: str, task: str) -> Estimate:
+        return wilson(self.right(row, task))
+
+    def mean(self, row: str) -> float:
+        """Unweighted over tasks."""
+        return sum(self.share(row, task).value for task in self.tasks) / len(self.tasks)
+
+    def cost(self, row: str, other: str, against: "Part | None" = None) -> Estimate:
+        """Mean over tasks of ``row`` minus ``other``, paired by question; ``against`` holds ``other`` if not this."""
+        parts = [_paired(task, self.right(row, task), (against or self).right(other, task)) for task in self.tasks]
+        found = average(parts)
+        assert found is not None
+        return found
+
+
+def _paired(task: str, ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
+    groups = {i: str(i // 2) for i in range(len(ours))} if task == "mme" else None  # two questions a picture
+    found = paired(dict(enumerate(map(float, ours))), dict(enumerate(map(float, theirs[: len(ours)]))), groups)
+    assert found is not None
+    return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole file."""
+
+    families: dict[str, list[str]]
+    seeds: dict[str, dict[str, Part]]
+
+
+def load(path: Path) -> Record:
+    data = json.loads(path.read_text())
+    seeds = {
+        seed: {
+            part: Part({task: {row: unpacked(r) for row, r in rows.items()} for task, rows in tasks.items()})
+            for part, tasks in parts.items()
+        }
+        for seed, parts in data["seeds"].items()
+    }
+    return Record(data["families"], seeds)
+
+
+def save(path: Path, families: dict[str, list[str]], seeds: dict[str, dict[str, dict[str, dict[str, str]]]]) -> None:
+    path.write_text(json.dumps({"families": families, "seeds": seeds}) + "\n")
