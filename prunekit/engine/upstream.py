@@ -110,6 +110,9 @@ def _static_layer() -> None:
     _expect(layer.max_cache_len == 5 and layer.keys.shape[2] == 5, "a StaticLayer is not as long as asked")
     _expect(isinstance(layer.cumulative_length, Tensor), "StaticLayer.cumulative_length is no tensor")
     _expect(int(layer.get_seq_length()) == 2, "a StaticLayer of two tokens does not say so")
+    config = transformers.LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
+    whole: Any = cache_utils.StaticCache(config=config, max_cache_len=5)
+    _expect({type(one) for one in whole.layers} == {cache_utils.StaticLayer}, "a StaticCache holds other layers")
     _expect(tuple(layer.get_mask_sizes(1)) == (5, 0), "get_mask_sizes(1) of a StaticLayer of 5 slots is not (5, 0)")
 
 

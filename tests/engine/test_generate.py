@@ -7,17 +7,21 @@ from functools import cache
 import pytest
 import torch
 from cases import pipeline
+from transformers import GenerationMixin
 
 import prunekit
 from prunekit.testing.equivalence import generate
 from prunekit.testing.oracle import MaskedReference
 from prunekit.testing.precision import Float64Throughout
-from prunekit.testing.tiny import IMAGE, row_of, tiny_inputs, tiny_llava
+from prunekit.testing.tiny import IMAGE, PAD, row_of, tiny_inputs, tiny_llava
 
 EXACT, LENGTH = 1e-9, 7
 # An image token that is decoded would make the uncached reference ask for another image.
 NO_IMAGE = {"suppress_tokens": [IMAGE]}
 IMAGES, TEXT = (1, 2, 1), (14, 6, 9)
+# Before 5.18 `generate` repeats the batch's pictures one by one for beams, and prompts with two get each other's.
+WHOLE_PROMPTS = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
+BEAM_IMAGES = IMAGES if WHOLE_PROMPTS else (1, 1, 1)
 NAMES = ["divprune-fastv-skip", "random-pool-divprune", "pool-pool-mlp"]
 model_of = cache(tiny_llava)
 
@@ -33,13 +37,13 @@ def model(request):
     return model_of(request.param)
 
 
-def batch():
-    return tiny_inputs(IMAGES, TEXT)
+def batch(images=IMAGES):
+    return tiny_inputs(images, TEXT)
 
 
 def repeated(inputs, times):
     """Each row `times` times, as beams and several returned sequences expand it."""
-    rows = inputs["pixel_values"].split(IMAGES)
+    rows = inputs["pixel_values"].split(BEAM_IMAGES)
     wide = {key: value.repeat_interleave(times, 0) for key, value in inputs.items() if key != "pixel_values"}
     return wide | {"pixel_values": torch.cat([images for images in rows for _ in range(times)])}
 
@@ -70,11 +74,11 @@ def test_sampling_draws_the_tokens_of_the_reference(model, name):
 def test_three_beams_find_the_sequences_of_the_reference(model, name):
     options = {"num_beams": 3, "num_return_sequences": 3, "output_scores": True, **NO_IMAGE}
     with prunekit.apply(model, pipeline(name)) as run:
-        pruned = generate(model, batch(), max_new_tokens=LENGTH, **options)
-    wide = repeated(batch(), 3)
+        pruned = generate(model, batch(BEAM_IMAGES), max_new_tokens=LENGTH, **options)
+    wide = repeated(batch(BEAM_IMAGES), 3)
     reference = reference_of(model, name, wide, run)
     with reference.installed():
-        masked = generate(model, batch(), max_new_tokens=LENGTH, use_cache=False, **options)
+        masked = generate(model, batch(BEAM_IMAGES), max_new_tokens=LENGTH, use_cache=False, **options)
     assert torch.equal(pruned.sequences, masked.sequences)
     assert (pruned.sequences_scores - masked.sequences_scores).abs().max() < EXACT
     tokens = pruned.sequences[:, wide["input_ids"].shape[1] :]
@@ -90,8 +94,8 @@ def test_several_sampled_sequences_for_each_prompt(model):
     options = {"do_sample": True, "num_return_sequences": 2}
     with prunekit.apply(model, pipeline("pool-fastv-vtw")) as run:
         torch.manual_seed(0)
-        output = generate(model, batch(), max_new_tokens=LENGTH, **options)
-    wide = repeated(batch(), 2)
+        output = generate(model, batch(BEAM_IMAGES), max_new_tokens=LENGTH, **options)
+    wide = repeated(batch(BEAM_IMAGES), 2)
     tokens = output.sequences[:, wide["input_ids"].shape[1] :]
     logits = reference_of(model, "pool-fastv-vtw", wide, run).logits(tokens)
     assert (logits - torch.stack(output.logits, 1)).abs().max() < EXACT
@@ -207,7 +211,7 @@ def test_prompt_lookup_decoding(model):
     """Guessed tokens are cropped from the cache again when they were wrong."""
     prompt = tiny_inputs()
     with prunekit.apply(model, pipeline("divprune-fastv-skip")) as run:
-        output = generate(model, prompt, max_new_tokens=LENGTH, prompt_lookup_num_tokens=3)
+        output = generate(model, prompt, max_new_tokens=LENGTH, prompt_lookup_num_tokens=3, eos_token_id=PAD)
     tokens = output.sequences[:, prompt["input_ids"].shape[1] :]
     assert torch.equal(MaskedReference(model, prompt, run.report).logits(tokens).argmax(-1), tokens)
 
