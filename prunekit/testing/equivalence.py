@@ -58,25 +58,23 @@ def assert_equivalent(
 ) -> Equivalence:
     """Prefill and `steps` decode steps of the pruned model equal the masked reference; AssertionError if they do not.
 
-    The pruned model decodes with its cache; the reference is given the same tokens, replays the decisions of the run's
-    report on the full sequence, and every logit is compared. So are the token and KV counts of the report with those
-    that follow from its decisions, the KV that the cache really holds, and the model before and after.
+    The pruned model decodes with its cache; the reference is given the same tokens and replays the decisions of the
+    run's report. Compared are every logit, the report's token and KV counts with those that follow from its decisions,
+    the KV that the cache really holds, and the model before and after.
 
     model: a stock model in eval mode; in float64 unless `atol` is 1e-6 or more. In float64 both sides run under
         `Float64Throughout`, which takes out the places where such a model still rounds to float32 (RMSNorm, eager
         softmax, generate's logits); without it the floor would be 1e-7.
     inputs: what `generate` takes, left-padded; `prunekit.testing.tiny_families` makes some for every family.
-    merges: how events merged, from the report alone: an independent statement of the strategy's rule. None takes the
-        weights that the strategy returned to the engine, so that only their application is checked.
+    merges: how events merged, from the report alone. None takes the weights that the strategy returned to the engine.
     frame: `prunekit.testing.frame.frame_of(model, inputs, steps + 1)`, to make it once for many pipelines.
-    options: for `generate`, such as `num_beams` (all beams of a row are then returned and compared) or a cache.
+    options: for `generate`, such as `num_beams` (all beams of a row are returned and compared).
     Raises ValueError when the model is not in float64 and `atol` is below 1e-6.
     """
     if model.dtype != torch.float64 and atol < 1e-6:
         raise ValueError(f"the model is in {model.dtype}; equality to {atol} needs float64: model.double()")
     built = pipeline if isinstance(pipeline, Pipeline) else prunekit.load(pipeline)
-    beams = options.get("num_beams", 1)
-    if beams > 1:
+    if (beams := options.get("num_beams", 1)) > 1:
         options |= {"num_return_sequences": beams, "output_scores": True}
     exact = Float64Throughout() if model.dtype == torch.float64 else nullcontext()
     with exact, restored(model):
@@ -86,11 +84,10 @@ def assert_equivalent(
             raise AssertionError("the run left no report")
         report = _of_prompts(run.report, beams)
         stated = merges(report) if merges else record.merges(run.report, beams)
-        logits = _logits(output, beams)
         reference = MaskedReference(model, inputs, report, stated, frame)
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
-        found = torch.cat([logits[beam::beams] for beam in range(beams)])
+        found = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(built.name, found, expected, atol, report)
     _check_counts(report, reference.fates, output.past_key_values, steps)
     return Equivalence(report, output.sequences, found, expected, error, output.past_key_values, stated)
