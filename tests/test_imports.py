@@ -36,7 +36,7 @@ ORDER = (
     ("budget",),
     ("pipeline",),
     ("report",),
-    ("ops", "families"),
+    ("ops", "families", "upstream"),
     ("engine",),
     ("loading",),
     ("training",),

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit import families
-from prunekit.engine import generating, kv, layers, masks, static, upstream
+from prunekit import families, upstream
+from prunekit.engine import generating, kv, layers, masks, static
 from prunekit.engine.call import CALL, Call
 from prunekit.engine.inputs import Needs
 from prunekit.engine.observers import tell

@@ -231,16 +231,24 @@ def _module_forward() -> None:
 
 
 PROBES = (
-    Probe("cache_utils.DynamicCache.layers", "kv.py: ragged layers stand in their places", _cache_layers),
-    Probe("cache_utils.DynamicLayer", "kv.py: what ragged layers override", _layer_methods),
-    Probe("cache_utils.DynamicSlidingWindowLayer", "kv.py: may be replaced too", _sliding_layer),
-    Probe("cache_utils.StaticLayer", "static.py: what static ragged layers override", _static_layer),
-    Probe("masking_utils", "kv.py: masks are as long as the cache says", _mask_sizes),
-    Probe("decoder layers", "layers.py, step.py: how a layer is called, and what it returns", _layer_call),
-    Probe("modeling_utils.AttentionInterface", "watch.py: what attention kernels are given", _attention_interface),
+    Probe("cache_utils.DynamicCache.layers", "engine/kv.py: ragged layers stand in their places", _cache_layers),
+    Probe("cache_utils.DynamicLayer", "engine/kv.py: what ragged layers override", _layer_methods),
+    Probe("cache_utils.DynamicSlidingWindowLayer", "engine/kv.py: may be replaced too", _sliding_layer),
+    Probe("cache_utils.StaticLayer", "engine/static.py: what static ragged layers override", _static_layer),
+    Probe("masking_utils", "engine/kv.py: masks are as long as the cache says", _mask_sizes),
+    Probe(
+        "decoder layers", "engine/layers.py, engine/step.py: how a layer is called, and what it returns", _layer_call
+    ),
+    Probe(
+        "modeling_utils.AttentionInterface", "engine/watch.py: what attention kernels are given", _attention_interface
+    ),
     Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
-    Probe("get_image_features().pooler_output", "attach.py, pictures.py: visual tokens of pictures", _picture_features),
-    Probe("mm_encoder_outputs", "call.py: pictures that generate has encoded", _encoded_first),
+    Probe(
+        "get_image_features().pooler_output",
+        "engine/attach.py, engine/pictures.py: visual tokens of pictures",
+        _picture_features,
+    ),
+    Probe("mm_encoder_outputs", "engine/call.py: pictures that generate has encoded", _encoded_first),
     Probe("models.llava_next.modeling_llava_next", "families/grids.py: places in any-resolution pictures", _anyres),
-    Probe("torch.nn.Module.__call__", "overrides.py: overrides of instances", _module_forward),
+    Probe("torch.nn.Module.__call__", "engine/overrides.py: overrides of instances", _module_forward),
 )

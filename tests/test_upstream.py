@@ -18,9 +18,9 @@ from transformers.models.llava import modeling_llava
 from transformers.models.llava_next import modeling_llava_next
 
 import prunekit
-from prunekit.engine import upstream
+from prunekit import upstream
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 PROBES = {probe.name: probe for probe in upstream.PROBES}
 
 
