@@ -237,15 +237,15 @@ PROBES = (
     Probe("cache_utils.StaticLayer", "engine/static.py: what static ragged layers override", _static_layer),
     Probe("masking_utils", "engine/kv.py: masks are as long as the cache says", _mask_sizes),
     Probe(
-        "decoder layers", "engine/layers.py, engine/step.py: how a layer is called, and what it returns", _layer_call
+        "decoder layers", "engine/step.py: how a layer is called, what it returns", _layer_call
     ),
     Probe(
-        "modeling_utils.AttentionInterface", "engine/watch.py: what attention kernels are given", _attention_interface
+        "modeling_utils.AttentionInterface", "engine/watch.py: what kernels are given", _attention_interface
     ),
     Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
     Probe(
         "get_image_features().pooler_output",
-        "engine/attach.py, engine/pictures.py: visual tokens of pictures",
+        "engine/pictures.py: visual tokens of pictures",
         _picture_features,
     ),
     Probe("mm_encoder_outputs", "engine/call.py: pictures that generate has encoded", _encoded_first),
