@@ -70,6 +70,9 @@ class ByHand:
             gone, before = {self.slots[place] for place in before if place not in kept}, kept
             if options.get("crop") or site.place == "prefill_end":
                 self.kv = [[one for one in layer if one[0] not in gone] for layer in self.kv]
+        # What no decoding step will ask for is not kept.
+        asked = [self.plan.decoding(number).attends for number in range(len(self.kv))]
+        self.kv = [layer if needed else [] for layer, needed in zip(self.kv, asked, strict=True)]
         return self.head(self.decoder.norm(self.state[-1]))
 
     def decode(self, token, number):
