@@ -15,7 +15,7 @@ from .compose import Scene
 from .judge import Judge, Trace
 from .model import TOKENS
 from .question import Question, pick
-from .questions import HOPS, OPEN, ask
+from .questions import CHOICE, HOPS, OPEN, ask
 from .selections import SELECTIONS, View, most
 
 BATCH = 50
@@ -104,7 +104,8 @@ def pairs(batch: Batch) -> Rights:
 def _another(shown: Scene, question: Question) -> Question:
     """Another question about the picture, of the same family if there is one."""
     rng = np.random.default_rng([shown.seed, 9])
-    names = [question.family] * 12 + list(rng.permutation(list(OPEN | HOPS)))
+    kind = CHOICE if question.choices else OPEN | HOPS  # prompts with choices need a question that has some
+    names = [question.family] * 12 + list(rng.permutation(list(kind)))
     for family in names:
         found = ask(shown, rng, str(family))
         if found is not None and (found.text, found.hint) != (question.text, question.hint):
@@ -113,7 +114,7 @@ def _another(shown: Scene, question: Question) -> Question:
 
 
 PARTS: dict[str, tuple[Measure, int]] = {  # the part and on how many questions of a task
-    "dense": (dense, 500), "removed": (removed, 500), "chosen": (chosen, 500), "more": (more, 100),
+    "dense": (dense, 500), "removed": (removed, 500), "chosen": (chosen, 500), "more": (more, 50),
     "control": (control, 500), "skips": (skips, 100), "pairs": (pairs, 50),
 }  # fmt: skip
 
