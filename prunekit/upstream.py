@@ -236,12 +236,8 @@ PROBES = (
     Probe("cache_utils.DynamicSlidingWindowLayer", "engine/kv.py: may be replaced too", _sliding_layer),
     Probe("cache_utils.StaticLayer", "engine/static.py: what static ragged layers override", _static_layer),
     Probe("masking_utils", "engine/kv.py: masks are as long as the cache says", _mask_sizes),
-    Probe(
-        "decoder layers", "engine/step.py: how a layer is called, what it returns", _layer_call
-    ),
-    Probe(
-        "modeling_utils.AttentionInterface", "engine/watch.py: what kernels are given", _attention_interface
-    ),
+    Probe("decoder layers", "engine/step.py: how a layer is called, what it returns", _layer_call),
+    Probe("modeling_utils.AttentionInterface", "engine/watch.py: what kernels are given", _attention_interface),
     Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
     Probe(
         "get_image_features().pooler_output",

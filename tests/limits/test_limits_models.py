@@ -12,7 +12,7 @@ from refusing import FASTV, model_of
 from torch import nn
 
 import prunekit
-from prunekit.engine import upstream
+from prunekit import upstream
 from prunekit.families import find, generic, grids, units
 from prunekit.families.base import square_grid
 from prunekit.families.decoders import decoder, token_params
