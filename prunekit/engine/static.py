@@ -34,6 +34,8 @@ class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
         super().__init__()
         self.max_cache_len = max_cache_len
         self.passed: Tensor | None = None
+        # Rows of the batch; older transformers asks for it before it takes the cache again.
+        self.max_batch_size = 0
         # Where the buffers of a layer that kept K of S prompt tokens write the logical token t: at t + K - S.
         self.offset = 0
 
@@ -48,13 +50,12 @@ class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
                 "on a static cache all samples of a batch must run the same layers; leave out `cache_implementation`, "
                 "or give the samples one by one"
             )
+        self.max_batch_size = len(actions)
         super().begin(layout, actions)
 
     def seal(self) -> None:
         """Move what the prefill wrote into buffers that decoding can write into."""
         length = self.logical
-        if length > self.max_cache_len:
-            raise Unsupported(f"a prompt of {length} tokens does not fit into a static cache of {self.max_cache_len}")
         device = None if self.keys is None else self.keys.device
         self.passed = torch.tensor(length, device=device)
         if self.keys is not None and self.values is not None and self.rows is None:
@@ -122,9 +123,12 @@ def takes(cache: Cache) -> bool:
     return type(cache) is StaticCache and all(type(layer) in (StaticLayer, RaggedStaticLayer) for layer in cache.layers)
 
 
-def layers_for(cache: Cache) -> list[RaggedLayer]:
-    """Ragged layers of fixed size for the places of a StaticCache's own."""
-    return [RaggedStaticLayer(layer.max_cache_len) for layer in cache.layers]  # type: ignore[union-attr]
+def layers_for(cache: Cache, tokens: int) -> list[RaggedLayer]:
+    """Ragged layers of fixed size for the places of a StaticCache's own. Raises Unsupported for longer prompts."""
+    sizes = [layer.max_cache_len for layer in cache.layers]  # type: ignore[union-attr]
+    if tokens > min(sizes):
+        raise Unsupported(f"a prompt of {tokens} tokens does not fit into a static cache of {min(sizes)}")
+    return [RaggedStaticLayer(size) for size in sizes]
 
 
 def seal(cache: Cache | None) -> None:

@@ -55,7 +55,7 @@ class Step:
         cache: Cache | None = kwargs.get("past_key_values")
         until = session.parts.logical_until
         if number == 0 and cache is not None:
-            ragged = static.layers_for(cache) if static.takes(cache) else None
+            ragged = static.layers_for(cache, self.tokens) if static.takes(cache) else None
             kv.adopt(cache, ragged or [kv.RaggedLayer() for _ in session.parts.layers], session)
         kwargs = self._cut_mask(kwargs)
         if 0 < number <= until and session.layout is not None:
