@@ -1,0 +1,49 @@
+"""The table of versions is what the matrix saw, on the declared range, and nothing failed there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def versions() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("prunekit_versions", ROOT / "tests" / "versions.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_results(versions: ModuleType) -> None:
+    text = versions.PAGE.read_text(encoding="utf-8")
+    assert versions.table(versions.stored()) in text
+
+
+def test_the_declared_range_begins_with_the_oldest_that_ran(versions: ModuleType) -> None:
+    results = versions.stored()
+    assert [one.transformers for one in results] == list(versions.VERSIONS)
+    assert not any(one.failed for one in results) and all(one.passed for one in results)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.search(r'"transformers>=(\d+\.\d+),<6"', project)
+    assert declared is not None and versions.VERSIONS[0] == f"{declared[1]}.0"
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"transformers=={versions.VERSIONS[-1]}" in pinned
+
+
+def test_counts_of_a_report(versions: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="one"/><testcase classname="a" name="two"><failure/>'
+        '</testcase><testcase classname="b" name="three"><skipped/></testcase></testsuite></testsuites>'
+    )
+    assert versions.counts(report) == (1, ("a::two",), 1)
