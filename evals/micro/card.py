@@ -24,7 +24,7 @@ def _measured(model: Path, task: str, most: int) -> Packed:
     torch.set_num_threads(1)
     found = measure.measure(model, tasks=(task,), most=most)
     if task == TASKS[0]:
-        found["foreign"] = {"easy_vqa": measure.measure_foreign(model, min(800, 2 * most))}
+        found["foreign"] = {"easy_vqa": measure.measure_foreign(model, most)}
     return {
         part: {t: {row: record.packed(r) for row, r in rows.items()} for t, rows in per_task.items()}
         for part, per_task in found.items()
@@ -43,22 +43,28 @@ def measured(model: Path, most: int = 500) -> Packed:
 
 def families(most: int = 500) -> dict[str, list[str]]:
     """The family of every question, in order."""
-    from .measure import foreign_items
+    from .measure import FOREIGN, foreign_items
 
     names = {task: [f"{q.family}/{q.category}" if task == "pope" else q.family for _, q in ITEMS[task](500)[:most]]
              for task in TASKS}  # fmt: skip
-    return names | {"easy_vqa": [q.family for _, q in foreign_items(min(800, 2 * most))]}
+    return names | {"easy_vqa": [q.family for _, q in foreign_items(FOREIGN)[:most]]}
 
 
 def _several(title: str, seeds: Sequence[str], write: tables.PerSeed, found: Record) -> list[str]:
     return [part for seed in seeds for part in (f"### {title}, seed {seed}", write(found, seed))]
 
 
+def _foreign(found: Record) -> list[str]:
+    if not all("foreign" in parts for parts in found.seeds.values()):
+        return []
+    return ["## A foreign set", tables.foreign(found)]
+
+
 def render(found: Record, curve: Path) -> str:
     """The card's text."""
     seeds = list(found.seeds)
     parts = [
-        HEAD, "## Accuracy", tables.accuracy(found), tables.families(found), "## A foreign set", tables.foreign(found),
+        HEAD, "## Accuracy", tables.accuracy(found), tables.families(found), *_foreign(found),
         "## Depth: all visual tokens removed before a layer", *_several("Removed before", seeds, tables.removed, found),
         "## Depth: layers left out", *_several("One layer", seeds, tables.skips, found),
         *_several("Two layers", seeds, tables.pairs, found),

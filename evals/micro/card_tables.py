@@ -113,38 +113,23 @@ def control(record: Record, seed: str) -> str:
 
 
 def pairs(record: Record, seed: str) -> str:
-    """The best two layers to leave out: one pair for all, one a family of questions, one a question."""
+    """The best two layers to leave out: one pair for all, one a question."""
     parts = record.seeds[seed]
     part = parts["pairs"]
     names = part.rows()
     static = max(names, key=part.mean)
-    best, families = {}, {}
+    best = {}
     for task in part.tasks:
         rights = {row: part.right(row, task) for row in names}
         best[task] = [any(column) for column in zip(*rights.values(), strict=True)]
-        families[task] = _by_family(rights, record.families[task])
     dense = {task: parts["dense"].right("dense", task)[: len(best[task])] for task in part.tasks}
     whole = Part({
         task: {"none left out": dense[task], f"one pair for all: {static}": part.right(static, task),
-               "the best pair of its family": families[task], "the best pair of each question": best[task]}
+               "the best pair of each question": best[task]}
         for task in part.tasks
     })  # fmt: skip
     return table(("two layers left out", "mean", "against one pair for all", *_tasks(whole)),
                  _lines(whole, whole.rows(), f"one pair for all: {static}"))  # fmt: skip
-
-
-def _by_family(rights: dict[str, list[bool]], names: Sequence[str]) -> list[bool]:
-    """Each family's best pair on its even questions, applied to its odd ones and the other way round."""
-    count = len(next(iter(rights.values())))
-    answered = [False] * count
-    for family in dict.fromkeys(names[:count]):
-        places = [i for i in range(count) if names[i] == family]
-        for half in (0, 1):
-            learn, use = places[half::2], places[1 - half :: 2]
-            pair = max(rights, key=lambda row: sum(rights[row][i] for i in learn))
-            for i in use:
-                answered[i] = rights[pair][i]
-    return answered
 
 
 def foreign(record: Record) -> str:

@@ -21,6 +21,7 @@ from .selections import SELECTIONS, View, most
 BATCH = 50
 FEW = 0.11
 QUESTIONS = 500  # a task
+FOREIGN = 800  # drawn from the foreign test split, of which the first are asked
 Rights = dict[str, list[bool]]  # row -> whether each question is answered right
 
 
@@ -155,6 +156,6 @@ def foreign_items(count: int) -> list[Item]:
     return found
 
 
-def measure_foreign(folder: Path, count: int = 800) -> Rights:
+def measure_foreign(folder: Path, most: int = QUESTIONS) -> Rights:
     """Dense and blind on the foreign set."""
-    return _all(Judge(folder), ("dense",), foreign_items(count), "easy_vqa")["dense"]
+    return _all(Judge(folder), ("dense",), foreign_items(FOREIGN)[:most], "easy_vqa")["dense"]
