@@ -106,7 +106,7 @@ def rendered(figures: Mapping[str, Any]) -> dict[str, str]:
     shown = {
         "targets": lambda: table(
             "figure | target | measured | met",
-            [[t.figure, _limit(t), f"{t.value:.3f}", "yes" if t.met else "no"] for t in targets(figures)],
+            [[t.figure, _limit(t), f"{t.value:.4g}", "yes" if t.met else "no"] for t in targets(figures)],
         ),
         "prefill": lambda: table(
             "pipeline | CPU s | of dense | wall, of dense | FLOPs, of dense | saved of promised | speed-up (promised)",
