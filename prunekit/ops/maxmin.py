@@ -11,8 +11,10 @@ def max_min(distance: Tensor, count: int) -> Tensor:
 
     distance: float (V, V), symmetric. The first item is the one whose nearest other item is farthest; then always the
     one with the largest distance to its nearest chosen item. The lower index wins ties. The rule is DivPrune's
-    (https://arxiv.org/abs/2503.02175).
+    (https://arxiv.org/abs/2503.02175). A distance that is NaN counts as 0, so that `count` items are
+    chosen all the same.
     """
+    distance = distance.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     items = distance.shape[0]
     # The smallest entry of a column is the item itself.
     nearest = distance.kthvalue(min(2, items), dim=0).values

@@ -12,8 +12,12 @@ def top_k_mask(scores: Tensor, count: int | Sequence[int], valid: Tensor | None 
     """True at the `count` highest scores of each row: bool of the shape of `scores`.
 
     scores: float (V,) or (B, V). count: one number, or one for each row. valid: bool like `scores`, False entries are
-    never chosen; None: all may be. A row with fewer valid entries than `count` keeps all of them.
+    never chosen; None: all may be. A row with fewer valid entries than `count` keeps all of them. NaN counts as lowest,
+    so that an overflow elsewhere changes which entries are chosen but never how many.
     """
+    if scores.is_floating_point():
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.nan_to_num(nan=lowest, posinf=torch.inf, neginf=lowest)
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
     order = scores.argsort(dim=-1, descending=True, stable=True)

@@ -28,6 +28,19 @@ def test_top_k_mask_keeps_the_highest_and_the_lower_index_on_ties(
     assert torch.equal(top_k_mask(scores[0, valid[0]], counts[0]), mask[0, valid[0]])
 
 
+def test_nan_and_infinity_change_what_is_chosen_but_not_how_many() -> None:
+    nan, inf = torch.nan, torch.inf
+    scores = torch.tensor([[nan, 1.0, -inf, inf, nan], [-inf, nan, nan, nan, 2.0]])
+    valid = torch.tensor([[True] * 5, [False, True, True, True, True]])
+    assert top_k_mask(scores, [2, 3], valid).tolist() == [
+        [False, True, False, True, False],
+        [False, True, True, False, True],
+    ]
+    assert top_k_mask(scores, 4, valid).sum(1).tolist() == [4, 4]
+    distance = torch.full((6, 6), nan).fill_diagonal_(0.0)
+    assert sorted(max_min(distance, 4).tolist()) == [0, 1, 2, 3]
+
+
 @given(st.integers(2, 14), st.integers(0, 16), st.integers(0, 10_000))
 def test_max_min_is_the_greedy_rule(items: int, count: int, seed: int) -> None:
     points = torch.randn(items, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
