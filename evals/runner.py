@@ -150,7 +150,7 @@ class Runner:
 
     def _pipeline_id(self, pipeline: Pipeline) -> PipelineId:
         bound = pipeline.bind(self.shape)
-        dense = not bound.token_stages and not bound.plan.actions
+        dense = not bound.acts
         return PipelineId(pipeline.name, pipeline.sha, dense, pipeline.resolved, code_identity(pipeline))
 
     def _task(self, named: Named, pipelines: Sequence[Pipeline]) -> Iterator[Cell]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from prunekit import plans
 from prunekit.decisions import LayerPlan, ModelShape
-from prunekit.sites import Site
 from prunekit.stage import Cut, Stage
 
 if TYPE_CHECKING:
@@ -41,6 +40,6 @@ class BoundPipeline:
         return plans.layer_budget(self.pipeline.stages, self.shape.layers)
 
     @property
-    def token_stages(self) -> tuple[tuple[Site, Stage], ...]:
-        """Site and stage of each cut."""
-        return tuple((cut.site, cut.stage) for cut in self.cuts)
+    def acts(self) -> bool:
+        """It changes anything: tokens, or layers in prefill or decoding, for all samples alike or by a router."""
+        return bool(self.cuts or self.plan.layers or self.routers)

@@ -546,9 +546,15 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
     assert built.name == path.stem
     for layers, visual in ((10, 144), (32, 576)):
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
-        assert bound.cuts or bound.plan.actions or path.stem == "dense"
+        assert bound.acts is (path.stem != "dense")
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith(f"#   prunekit run docs/pipelines/{path.name} --model micro ")
+
+
+def test_what_only_decoding_leaves_out_is_not_dense() -> None:
+    late = {"use": "skip_layers", "layers": [1], "phase": "decode"}
+    assert pipeline.build({"stages": [late]}).bind(SHAPE).acts
+    assert not pipeline.build({"stages": [{"use": "dense"}]}).bind(SHAPE).acts
 
 
 def test_there_are_pipeline_files() -> None:

@@ -117,7 +117,7 @@ class Attached:
     @property
     def active(self) -> bool:
         """Whether the pipeline changes anything; one that does not leaves the layers alone."""
-        return bool(self.bound.cuts or self.bound.plan.layers or self.bound.routers)
+        return self.bound.acts
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""

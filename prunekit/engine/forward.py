@@ -51,7 +51,7 @@ class Forward:
         """
         if not layers or (rows is not None and not rows.rope):
             raise PluginError(f"{self.view.place.label}: forward needs layers, and rows with rope=True")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.view.trainable):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.view.place.stage.trainable):
             return self._run(layers, self._start(hidden), rows)
 
     def _run(self, layers: Sequence[int | nn.Module], states: Tensor, rows: Rows | None) -> Forwarded:
@@ -74,7 +74,7 @@ class Forward:
 
     def _start(self, hidden: Tensor | None) -> Tensor:
         view = self.view
-        states = view.hidden_states if view.trainable else view.hidden_states.detach()
+        states = view.hidden_states if view.place.stage.trainable else view.hidden_states.detach()
         if hidden is None:
             return states
         if hidden.shape != view.hidden.shape:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit.decisions import LayerAction, LayerPlan, Route, Selection
-from prunekit.engine.stages import call, checked, is_trainable
+from prunekit.engine.stages import call, checked
 from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
 from prunekit.placement import CAN_BE_CUT, cut_inside
@@ -25,7 +25,7 @@ def route(stage: Stage, session: Session, embeds: Tensor) -> tuple[Tensor | None
 
     embeds: float (B, S, H), logical, as the decoder gets them. Returns token scores (B, S) or None.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
         answer = _ask(stage, session, embeds)
     if answer.note is not None:
         session.notes.append(f"{stage.label}: {answer.note}")
@@ -86,10 +86,10 @@ def _ask(stage: Stage, session: Session, embeds: Tensor) -> Route:
     text = session.prompt.real & ~session.prompt.visual
     there = text | visual
     given: dict[str, Any] = {"embeds": embeds, "visual": visual, "text": text, "valid": there}
-    if not is_trainable(stage):
+    if not stage.trainable:
         given["embeds"] = embeds.detach()
     state = session.states.setdefault(stage.index, {})
-    if not getattr(stage.strategy, "per_sample", False):
+    if not stage.per_sample:
         found = call(stage, "route", _from(given | {"shape": shape, "state": state}, session), {})
         return _checked_route(stage, found)
     answers = []

@@ -29,8 +29,8 @@ def decide(stage: Stage, view: View) -> Selection:
 
     Hooks run without gradients, unless the strategy says that it is `trainable`.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(stage)):
-        if not getattr(stage.strategy, "per_sample", False):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
+        if not stage.per_sample:
             return _decide(stage, view.valid, lambda name: getattr(view, name))
         found = {b: _decide_one(stage, view, b) for b, length in enumerate(view.counts) if length}
         return _together(stage, view, found)
@@ -38,11 +38,6 @@ def decide(stage: Stage, view: View) -> Selection:
 
 def _decide_one(stage: Stage, view: View, b: int) -> Selection:
     return _decide(stage, view.valid[b, : view.counts[b]], lambda name: view.of_sample(name, b))
-
-
-def is_trainable(stage: Stage) -> bool:
-    """Its hooks take part in autograd."""
-    return bool(getattr(stage.strategy, "trainable", False))
 
 
 def _together(stage: Stage, view: View, found: dict[int, Selection]) -> Selection:

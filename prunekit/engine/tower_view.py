@@ -70,7 +70,7 @@ class TowerView:
     @cached_property
     def hidden(self) -> Tensor:
         states = self.states
-        if not getattr(self.place.stage.strategy, "trainable", False):
+        if not self.place.stage.trainable:
             states = states.detach()
         return self.pick(self.run.units.mean(states))
 

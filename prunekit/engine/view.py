@@ -75,11 +75,6 @@ class View(FromTower):
     def cut(self) -> int:
         return self.place.number
 
-    @property
-    def trainable(self) -> bool:
-        """Hooks of the stage run with gradients."""
-        return bool(getattr(self.place.stage.strategy, "trainable", False))
-
     @cached_property
     def slots(self) -> Tensor:
         """Physical slots of the visual tokens, int64 (B, V); columns past a row's `counts` are padding."""
@@ -113,7 +108,7 @@ class View(FromTower):
         return taken(self._attached(run.hidden), columns, self.valid)
 
     def _attached(self, states: Tensor) -> Tensor:
-        return states if self.trainable else states.detach()
+        return states if self.place.stage.trainable else states.detach()
 
     @cached_property
     def places(self) -> Tensor:
