@@ -28,14 +28,11 @@ LAYERS = {1: ("early",), 3: ("named", "absent"), 4: ("named", "absent"), 5: ("ho
 HOPPED = ("same_color", "where_same", "kind_same", "read_like", "hint_like")
 HEADS = 2
 WEIGHT = 0.3
-LATER = 0.2916  # progress from which absent names and hops are paid for as well
 
 
-def pointing_weight(progress: float) -> float:
-    """Full to an eighth of the stage, fading to little; full again with what comes later, fading from 85 %."""
-    if progress < LATER:
-        return WEIGHT * float(np.clip((0.3 - progress) / 0.175, 0, 1))
-    return WEIGHT * float(np.clip((1 - progress) / 0.15, 0, 1))
+def scaffold(progress: float) -> float:
+    """The weight of what is paid for besides answers: full to half of the stage, nothing from four fifths on."""
+    return WEIGHT * float(np.clip((0.8 - progress) / 0.3, 0, 1))
 
 
 class Words:
@@ -72,12 +69,11 @@ class Aim:
 class Pointing:
     """Watches the attention of one forward and keeps the loss: minus the log of the mass where it should be."""
 
-    def __init__(self, words: Words, scenes: list[Scene], keep: Tensor, packed: Packed, lead: int, later: bool) -> None:
+    def __init__(self, words: Words, scenes: list[Scene], keep: Tensor, packed: Packed, lead: int) -> None:
         self.losses: list[Tensor] = []
-        kinds = ("early", "named", "absent", "hops") if later else ("early", "named")
         ids, kept, hopped = packed.ids.numpy(), keep.numpy(), _hopped(packed)
         wanted = [_columns(words, shown, ids[b], kept[b], hopped[b], lead) for b, shown in enumerate(scenes)]
-        self.aims = {kind: _aim([columns[kind] for columns in wanted]) for kind in kinds}
+        self.aims = {kind: _aim([columns[kind] for columns in wanted]) for kind in ("early", "named", "absent", "hops")}
         sizes = [count * length for count, length in packed.groups]
         ends = np.cumsum(sizes)
         self.spans = [(int(end) - size, int(end)) for end, size in zip(ends, sizes, strict=True)]

@@ -15,20 +15,21 @@ from .compose import CHECK_SEEDS, Scene, scene
 from .model import LAYERS, SEEING, TOKENS, WORDS, config, fresh, word_vectors
 from .optim import load_masters
 from .packing import IGNORE, Packed, Packer
-from .pointing import LATER, Pointing, Words, pointing_weight
+from .pointing import Pointing, Words, scaffold
 from .see import Recorder, SeeLoss, pixels, shown
 from .tokenizer import IMAGE, single_tokens
 from .tokenizer import train as train_tokenizer
 
 DTYPE = torch.bfloat16
-HELD = 0.05  # weight of the later visual states' distance to their words
-LATE = 0.4583  # progress from which the questions of one fact are the harder ones
+HELD = 0.05  # weight of the later visual states' distance to their words, and of the text states' length
+CALM = 4.0  # length from which on a text state pays
+QUIET = 0.2  # initial scale of what the layers after SEEING add to a state whose words have length 1
+LATE = 0.4  # progress from which the questions of one fact are the harder ones
 # Questions of one fact, of several hops, with choices for a scene, up to that progress: facts come first.
-MIX = ((1 / 15, (16, 0, 0)), (0.25, (12, 3, 2)), (0.4, (9, 4, 4)), (LATE, (6, 5, 5)), (1.1, (8, 4, 5)))
+MIX = ((0.08, (16, 0, 0)), (0.2, (11, 3, 3)), (1.1, (8, 5, 5)))
 FOREIGN_EVERY = 14  # steps, after the first twelfth
-# Share of the steps that drop tokens, from that progress on: fewer while the last questions are learned.
-DROP = ((0.25, 0.5), (0.5416, 0.25), (0.75, 0.3))
-SLOW_FROM, SLOW = 0.125, 0.25  # progress from which what sees learns at that share of the rate
+DROP = ((0.2, 0.25), (0.6, 0.4))  # share of the steps that drop tokens, from that progress on
+SLOW = 0.3  # what sees learns at that share of the rate
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str) -> LlavaForConditionalGeneration:
@@ -42,8 +43,11 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str
     model = fresh(cfg, seed, implementation)
     with torch.no_grad():
         model.get_input_embeddings().weight[single_tokens(tokenizer, WORDS)] = word_vectors()
-        for layer in model.model.language_model.layers:
+        for number, layer in enumerate(model.model.language_model.layers):
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            if number >= SEEING:
+                layer.self_attn.o_proj.weight.mul_(QUIET)
+                layer.mlp.down_proj.weight.mul_(QUIET)
     return model
 
 
@@ -114,7 +118,7 @@ class Read:
         return any(part in name for part in ("vision_tower", "multi_modal_projector", *seeing))
 
     def pace(self, progress: float) -> float:
-        return SLOW if progress >= SLOW_FROM else 1.0
+        return SLOW
 
     def features(self, images: Tensor) -> Tensor:
         core = self.model.model
@@ -143,9 +147,8 @@ class Read:
         scenes = [scene(s) for s in seeds]
         packed = self.packer.pack(scenes, rng, *next(mix for end, mix in MIX if progress < end), late=progress >= LATE)
         cut = self._cut(rng, progress)
-        weight = pointing_weight(progress)
-        lead, later = len(self.packer.prefix), progress >= LATER
-        pointing = Pointing(self.words, scenes, cut.keep, packed, lead, later) if weight else None
+        weight = scaffold(progress)
+        pointing = Pointing(self.words, scenes, cut.keep, packed, len(self.packer.prefix)) if weight else None
         if pointing is not None and cut.layer:
             cut = Cut(0, cut.keep)  # the scaffold watches tokens that are there from the start
         features = self.features(pixels(scenes, DTYPE))
@@ -156,12 +159,10 @@ class Read:
         metrics = {"answer_loss": loss.item()} | self._right(logits, targets)
         if pointing is not None:
             metrics["pointing"] = pointing.loss().item()
-            loss = loss + weight * pointing.loss()
-        if progress >= spelling.FROM:
             spelled = self._spelled(scenes, packed)
             metrics["spelled"] = spelled.item()
-            loss = loss + spelling.WEIGHT * min(1.0, (1 - progress) / 0.08) * spelled
-        return self._with_seeing(loss, metrics, scenes, features, cut, skipped, progress)
+            loss = loss + weight * (pointing.loss() + spelled)
+        return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed.ids.shape[1], progress)
 
     def _spelled(self, scenes: list[Scene], packed: Packed) -> Tensor:
         asked = packed.ids.shape[1]
@@ -169,9 +170,12 @@ class Read:
         return spelling.spelling_loss(states, self.see.words, spelling.targets(self.words, scenes, packed))
 
     def _with_seeing(self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
-                     skipped: int | None, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+                     skipped: int | None, asked: int, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         """Adds stage 1's losses at a fading weight, and holds the visual states of the later layers to their words."""
         keep = everything(len(scenes)).keep if cut.layer else cut.keep
+        lengths = torch.stack([s[:, -asked:].float().norm(dim=-1) for s in self.recorder.states.values()])
+        calm = F.relu(lengths - CALM).mean()
+        loss, metrics = loss + HELD * calm, metrics | {"calm": calm.item()}
         states = self.recorder.visual(len(self.packer.prefix), keep.shape[1])
         if skipped is not None or not keep.shape[1]:
             return loss, metrics

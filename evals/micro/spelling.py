@@ -17,10 +17,9 @@ from .model import NAMES
 from .packing import Packed
 from .pointing import HOPPED, Words
 
-FROM = 0.84  # progress from which it is paid
-WEIGHT = 0.3
 SHARPNESS = 20.0
 NOTHING = -100
+SPELLED = ("name", "color", "side", "height", "other", "there", "level")
 FACTS, HOPS = 5, 7  # before these layers
 
 
@@ -33,7 +32,7 @@ def families(packed: Packed) -> np.ndarray:
 def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tensor]:
     """For every token and kind the class to spell, int64 ``[B, S]``, or ``NOTHING``."""
     ids, asked = packed.ids.numpy(), families(packed)
-    found = {kind: np.full(ids.shape, NOTHING) for kind in ("color", "side", "height", "other")}
+    found = {kind: np.full(ids.shape, NOTHING) for kind in ("color", "side", "height", "other", "there", "level")}
     for b, shown in enumerate(scenes):
         for thing in shown.things:
             at = ids[b] == words.names[NAMES.index(thing.noun)]
@@ -44,8 +43,13 @@ def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tens
             for wanted, hops in ((shown.signs, ("read_like",)), (shown.objects, HOPPED)):
                 kin = [t for t in wanted if t.color == thing.color and t is not thing]
                 here = at & np.isin(asked[b], hops) & ((asked[b] == "read_like") == (wanted is shown.signs))
-                if len(kin) == 1:
-                    found["other"][b, here] = NAMES.index(kin[0].noun)
+                if len(kin) != 1:
+                    continue
+                found["other"][b, here] = NAMES.index(kin[0].noun)
+                if kin[0].clear:
+                    here = here & (asked[b] == "where_same")
+                    found["there"][b, here] = SIDES.index(kin[0].side)
+                    found["level"][b, here] = HEIGHTS.index(kin[0].height)
     return {kind: torch.from_numpy(t) for kind, t in found.items()}
 
 
@@ -53,7 +57,7 @@ def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, 
     """``states`` of the questions by layer, ``[B, S, H]``; ``vectors`` as of ``word_vectors``."""
     sizes = (len(NAMES), len(COLOR_NAMES), len(SIDES), len(HEIGHTS))
     losses = []
-    for layer, kinds in ((FACTS, ("color", "side", "height")), (HOPS, ("other",))):
+    for layer, kinds in ((FACTS, ("color", "side", "height")), (HOPS, ("other", "there", "level"))):
         if layer not in states:
             continue
         for kind in kinds:
@@ -61,6 +65,7 @@ def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, 
             if at.any():
                 unit = F.normalize(states[layer][at].float(), dim=-1)
                 split = (unit @ vectors.T).split(sizes, -1)
-                parts = dict(zip(("other", "color", "side", "height"), split, strict=True))
+                name, _, side, height = split
+                parts = dict(zip(SPELLED, (*split, name, side, height), strict=True))
                 losses.append(F.cross_entropy(parts[kind] * SHARPNESS, wanted[kind][at]))
     return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -4,11 +4,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from prunekit_evals.micro import attention, depth, drop, spelling
-from prunekit_evals.micro.lexicon import COLOR_NAMES, NOUNS
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
 from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
 from prunekit_evals.micro.optim import Masters, schedule
 from prunekit_evals.micro.packing import IGNORE, Packer
-from prunekit_evals.micro.pointing import Pointing, Words
+from prunekit_evals.micro.pointing import Pointing, Words, scaffold
 from prunekit_evals.micro.question import Question
 from prunekit_evals.micro.read import Cut, answer_states, everything, new_model
 from prunekit_evals.micro.scenes import ask, patch_owner, scene
@@ -163,7 +163,7 @@ def test_pointing_pays_for_looking_at_what_a_word_names(packer):
     packed = packer.pack(scenes, np.random.default_rng(0), 6, 2, 2)
     lead, keep = len(packer.prefix), torch.arange(TOKENS)[None]
     words = Words(packer.tokenizer)
-    aimed, astray = (Pointing(words, scenes, keep, packed, lead, False) for _ in range(2))
+    aimed, astray = (Pointing(words, scenes, keep, packed, lead) for _ in range(2))
     target = torch.from_numpy(owner >= 0).float()
     for pointing, patches in ((aimed, target), (astray, 1 - target)):
         for group, (count, length) in enumerate(packed.groups):
@@ -172,14 +172,14 @@ def test_pointing_pays_for_looking_at_what_a_word_names(packer):
     assert aimed.loss() < astray.loss() - 3
 
 
-def test_later_absent_names_look_before_the_picture_and_hops_at_things_of_one_color(packer):
+def test_absent_names_look_before_the_picture_and_hops_at_things_of_one_color(packer):
     shown = next(s for s in map(scene, range(100)) if ask(s, np.random.default_rng(0), "same_color"))
     question = ask(shown, np.random.default_rng(0), "same_color")
     missing = next(n for n in NOUNS if n not in {t.noun for t in shown.objects})
     absent = Question("existence", "", f"Is there a {missing} in the image?", "No")
     packed = packer.group([[question, absent]], np.random.default_rng(0))
     lead, words = len(packer.prefix), Words(packer.tokenizer)
-    pointing = Pointing(words, [shown], torch.arange(TOKENS)[None], packed, lead, True)
+    pointing = Pointing(words, [shown], torch.arange(TOKENS)[None], packed, lead)
     length = packed.groups[0][1]
     a, b = (next(t for t in shown.objects if t.noun == n) for n in (question.text[:-1].split()[-1], question.answer))
     hops = pointing.aims["hops"]
@@ -221,6 +221,29 @@ def test_spelling_wants_what_a_name_has_found_out(packer):
     told = packed.ids[0].tolist().index(words.names[NAMES.index(question.answer)])
     states[0, told] = word_vectors()[NAMES.index(named.noun)]
     assert spelling.spelling_loss({7: states}, word_vectors(), wanted) < 0.1 < wrong
+
+
+def test_spelling_wants_the_place_of_the_other_thing_only_where_it_is_asked_for(packer):
+    shown = next(s for s in map(scene, range(100)) if ask(s, np.random.default_rng(0), "where_same"))
+    asked = [ask(shown, np.random.default_rng(0), family) for family in ("where_same", "same_color")]
+    packed = packer.group([asked], np.random.default_rng(0))
+    wanted = spelling.targets(Words(packer.tokenizer), [shown], packed)
+    length = packed.groups[0][1]
+    level, side = asked[0].answer.split()
+    for kind, told in (("there", SIDES.index(side)), ("level", HEIGHTS.index(level))):
+        found = wanted[kind][0]
+        assert told in found[:length].tolist()
+        assert (found[length:] == spelling.NOTHING).all()
+    assert (wanted["other"][0, length:] != spelling.NOTHING).any()
+
+
+def test_scaffolds_fade_to_nothing_before_the_end():
+    assert scaffold(0.0) == scaffold(0.5) > scaffold(0.65) > scaffold(0.8) == scaffold(1.0) == 0
+
+
+def test_layers_that_do_not_see_start_small_against_the_words(model):
+    later, first = (model.model.language_model.layers[i].mlp.down_proj.weight.std() for i in (SEEING, 0))
+    assert later < 0.25 * first
 
 
 def test_later_visual_states_are_held_to_their_words():
