@@ -77,19 +77,13 @@ def render(found: Record, curve: Path) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command; returns its exit code."""
-    import json
-
     model: Path = arguments.model
     file, curve = model / "measured.jsonl", model / "curve.jsonl"
     if arguments.curve:
         curve.write_text(arguments.curve.read_text())
     if not arguments.render:
-        old = json.loads(file.read_text())["seeds"] if file.exists() else {}
-        seeds = {"1": measured(model, arguments.questions)}
-        if arguments.second:
-            seeds["2"] = measured(arguments.second, arguments.questions)
-        elif "2" in old and arguments.questions == 500:
-            seeds["2"] = old["2"]
+        folders = {arguments.seed: model} | dict(arguments.other)
+        seeds = {seed: measured(folder, arguments.questions) for seed, folder in folders.items()}
         record.save(file, families(arguments.questions), seeds)
     (model / "README.md").write_text(render(record.load(file), curve))
     print(model / "README.md")

@@ -32,7 +32,7 @@ def folder() -> Path:
     try:
         return Path(str(resources.files("easy_vqa"))) / "data"
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("the foreign set needs easy-vqa: pip install easy-vqa==1.0") from error
+        raise ModuleNotFoundError("the foreign set needs easy-vqa: pip install 'prunekit[micro]'") from error
 
 
 @functools.cache
