@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from prunekit.training.recipe import Recipe
+
+# Inputs with one entry for each token of the prompt of which it is known what they are for the tokens of an answer.
+_BESIDE = frozenset({"input_ids", "attention_mask", "mm_token_type_ids"})
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,39 @@ def told_logits(model: Any, inputs: Mapping[str, Tensor], answers: Answers) -> T
     length = answers.tokens.shape[1]
     output = _generate(model, inputs, length, min_new_tokens=length, logits_processor=[forced])
     return torch.stack(output.logits, 1).float()
+
+
+def can_be_at_once(inputs: Mapping[str, Any], answers: Answers, visual_ids: Sequence[int]) -> bool:
+    """Whether prompts and answers can be one forward: nothing unknown lies beside the ids, and no visual token stands
+    at the end of a prompt or in an answer, where it would be taken for one of the prompt's.
+    """
+    ids = inputs["input_ids"]
+    beside = {name for name, one in inputs.items() if isinstance(one, Tensor) and one.shape[:2] == ids.shape[:2]}
+    if not beside <= _BESIDE or not bool(inputs.get("attention_mask", ids.new_ones(1, 1))[:, -1].all()):
+        return False
+    visual = torch.as_tensor(list(visual_ids), device=ids.device)
+    return not bool(torch.isin(torch.cat([ids[:, -1:], answers.tokens], 1), visual).any())
+
+
+def at_once(model: Any, inputs: Mapping[str, Any], answers: Answers) -> Tensor:
+    """As `told_logits`, by one forward over prompts and answers, padded on the left, in place of decoding steps.
+
+    It is the same where what a pipeline does to the prompt holds for every token after it. What is not valid of an
+    answer gets logits that mean nothing. Raises nothing of its own: see `can_be_at_once`.
+    """
+    ids, length = inputs["input_ids"], answers.tokens.shape[1]
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    mask = torch.cat([mask, answers.valid[:, 1:].to(mask)], 1)
+    order = mask.argsort(dim=1, stable=True)  # all padding to the left
+    given = dict(inputs) | {"attention_mask": mask.gather(1, order)}
+    for name in _BESIDE & given.keys() - {"attention_mask"}:
+        more = answers.tokens[:, :-1].to(ids) if name == "input_ids" else ids.new_zeros(len(ids), length - 1)
+        given[name] = torch.cat([given[name], more.to(given[name])], 1).gather(1, order)
+    with torch.no_grad():
+        logits: Tensor = model(**given, use_cache=False, logits_to_keep=length).logits.float()
+    counts = answers.valid.sum(1, keepdim=True)
+    places = length - counts + torch.arange(length, device=ids.device)
+    return logits.gather(1, places.clamp(max=length - 1)[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def divergence(answers: Answers, logits: Tensor, recipe: Recipe) -> Tensor:

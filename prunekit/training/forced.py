@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -34,9 +35,13 @@ class Shown:
 
 @dataclass
 class _Teller:
-    """Stands in for a router's `route`: row by row, `decide(row, embeds, visual)` gives scores (S,) and (N,)."""
+    """Stands in for a router's `route`: row by row, `decide(row, embeds, visual)` gives scores (S,) and (N,).
+
+    behind: how many tokens of each row stand behind its prompt; the router is not shown them. None: none.
+    """
 
     decide: Decide
+    behind: Sequence[int] | None = None
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @hookimpl(tryfirst=True)
@@ -51,14 +56,21 @@ class _Teller:
         return Route(tokens, torch.stack([layers for _, layers in rows]))
 
     def _row(self, embeds: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        self.seen.append((embeds.detach(), visual))
-        return self.decide(len(self.seen) - 1, embeds, visual)
+        row, prompt = len(self.seen), len(embeds)
+        if self.behind is not None:
+            prompt -= self.behind[row]
+        self.seen.append((embeds[:prompt].detach().float(), visual[:prompt]))  # learners compute in float32
+        tokens, layers = self.decide(row, *self.seen[row])
+        return F.pad(tokens, (0, len(embeds) - prompt)), layers
 
 
 @contextmanager
-def deciding(stage: Stage, decide: Decide) -> Iterator[_Teller]:
-    """Within the block, `decide` answers for the router of `stage`; one prefill at a time."""
-    teller = _Teller(decide)
+def deciding(stage: Stage, decide: Decide, behind: Sequence[int] | None = None) -> Iterator[_Teller]:
+    """Within the block, `decide` answers for the router of `stage`; one prefill at a time.
+
+    behind: tokens of each row that stand behind its prompt, which are kept from the router.
+    """
+    teller = _Teller(decide, behind)
     stage.manager.register(teller, name="told")
     try:
         yield teller

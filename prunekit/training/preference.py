@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekit.training.forced import Shown
+from prunekit.training.recipe import Recipe
 from prunekit.training.teacher import Actions, Pairs, Teacher
 
 Scores = tuple[Tensor, Tensor]
@@ -33,24 +34,38 @@ def loss_of(scores: Scores, reference: Scores | None, pairs: Pairs, seen: Shown,
 
     reference: logits of the starting router, for `dpo`.
     """
-    recipe = teacher.recipe
-    better = log_likelihood(scores, pairs.better, seen, teacher)
-    worse = log_likelihood(scores, pairs.worse, seen, teacher)
-    if reference is None:
-        alpha, bias = recipe.scale
-        margin = alpha * (better - bias * worse)
-    else:
-        base = log_likelihood(reference, pairs.better, seen, teacher)
-        margin = recipe.beta * (better - base - (worse - log_likelihood(reference, pairs.worse, seen, teacher)))
-    preference = -(F.logsigmoid(margin) * pairs.useful).sum()
+    whole = teacher.recipe.pairing == "all"
+    compared = pairs.tried if whole else (pairs.better, pairs.worse)
+    likely = torch.stack([log_likelihood(scores, one, seen, teacher) for one in compared])
+    if reference is not None:
+        likely = likely - torch.stack([log_likelihood(reference, one, seen, teacher) for one in compared])
+    margin = _margins(likely, teacher.recipe)
+    each = (-F.logsigmoid(margin) * _weights(pairs.kl)).sum((0, 1)) if whole else -F.logsigmoid(margin[0, 1])
+    preference = (each * pairs.useful).sum()
     return Loss(preference, _sparsity(scores, pairs.better, seen, teacher).sum(), int(pairs.useful.sum()))
+
+
+def _margins(likely: Tensor, recipe: Recipe) -> Tensor:
+    """By how much each decision is more likely than each other: float32 (decisions, decisions, B) from (decisions, B);
+    with `dpo`, of what is likely beside the reference.
+    """
+    alpha, bias = (recipe.beta, 1.0) if recipe.loss == "dpo" else recipe.scale
+    return alpha * (likely[:, None] - bias * likely[None])
+
+
+def _weights(kl: Tensor) -> Tensor:
+    """How much it counts that one candidate is preferred to another: the difference of their KLs, if it is the nearer
+    one to the dense model; those of a sample add up to 1. Float32 (candidates, candidates, B) from (candidates, B).
+    """
+    gaps = (kl[None] - kl[:, None]).clamp(min=0.0)
+    return gaps / gaps.sum((0, 1)).clamp(min=torch.finfo(gaps.dtype).tiny)
 
 
 def log_likelihood(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> Tensor:
     """log p of what was decided for each sample, float32 (B,)."""
     mean = teacher.recipe.likelihood == "normalised"
     return sum(
-        (_over(F.logsigmoid(torch.where(chosen, logits, -logits)), there, mean)
+        (_over(chosen * F.logsigmoid(logits) + (1 - chosen) * F.logsigmoid(-logits), there, mean)
          for logits, chosen, there in _groups(scores, actions, seen, teacher)),
         start=torch.zeros(len(seen.valid), device=seen.valid.device),
     )  # fmt: skip
@@ -60,19 +75,21 @@ def _sparsity(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -
     """How far the mean probability of keeping is from the share that stays, squared; float32 (B,)."""
     total = torch.zeros(len(seen.valid), device=seen.valid.device)
     for logits, chosen, there in _groups(scores, actions, seen, teacher):
-        total = total + (_over(logits.sigmoid(), there, True) - _over(chosen.float(), there, True)).square()
+        total = total + (_over(logits.sigmoid(), there, True) - _over(chosen, there, True)).square()
     return total
 
 
 def _groups(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Logits, decisions and which of them count, of tokens and of layers, as far as the router decides about them."""
+    """Logits, decisions (float, from 0 to 1) and which of them count, of tokens and of layers, as far as the router
+    decides about them.
+    """
     found = []
     if teacher.cuts_tokens:
-        found.append((scores[0].float(), actions.tokens, seen.visual))
+        found.append((scores[0].float(), actions.tokens.float(), seen.visual))
     if teacher.skips_layers:
         free = torch.zeros_like(actions.layers)
         free[:, list(teacher.free)] = True
-        found.append((scores[1].float(), actions.layers, free))
+        found.append((scores[1].float(), actions.layers.float(), free))
     return found
 
 

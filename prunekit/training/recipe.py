@@ -20,10 +20,12 @@ class Recipe:
 
     seed: of the order of the data and of all noise. samples: how many prompts are seen; steps: of the optimizer, None
         for samples / batch. batch: prompts of one step. held_out: prompts that are only measured on.
-    candidates: decisions tried for each prompt, the first without noise. noise: its deviation, on attention logits.
+    candidates: decisions tried for each prompt, the first without noise. noise: its deviation. noise_on: the router's
+        `attention` logits, or its `scores`.
     answer_tokens: the most of the dense model's greedy answer that is compared. kl: `forward`, from the dense model's
         distribution, or `reverse`. temperature: of both distributions.
-    pairing: the best candidate is preferred to the worst, `best_worst`, or to the one without noise, `best_plain`.
+    pairing: the best candidate is preferred to the worst, `best_worst`, or to the one without noise, `best_plain`; or
+        each to every worse one, weighted by how much worse it is, `all`.
     least_gap: pairs whose KL differs by less are left out.
     likelihood: of a decision, each group (tokens, layers) divided by its size, `normalised`, or `summed`.
     loss: `cpl`, -log sigmoid(alpha * (log p(best) - bias * log p(worst))), or `dpo`, the same with the starting router
@@ -42,10 +44,11 @@ class Recipe:
     held_out: int = 64
     candidates: int = 8
     noise: float = 1.0
+    noise_on: Literal["attention", "scores"] = "attention"
     answer_tokens: int = 64
     kl: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
-    pairing: Literal["best_worst", "best_plain"] = "best_worst"
+    pairing: Literal["best_worst", "best_plain", "all"] = "best_worst"
     least_gap: float = 1e-3
     likelihood: Literal["normalised", "summed"] = "normalised"
     loss: Literal["cpl", "dpo"] = "cpl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,22 +11,25 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from prunekit import families
 from prunekit.decisions import LayerAction
 from prunekit.engine.attach import apply
 from prunekit.errors import Unsupported
 from prunekit.pipeline import BoundPipeline, Pipeline
 from prunekit.report import RunReport
+from prunekit.sites import PREFILL_END
 from prunekit.stage import Stage
-from prunekit.training.answers import Answers, dense_answers, divergence, told_logits
+from prunekit.training.answers import Answers, at_once, can_be_at_once, dense_answers, divergence, told_logits
 from prunekit.training.forced import Decide, Shown, deciding, shown
 from prunekit.training.learner import Learner
+from prunekit.training.pictures import encoded_once
 from prunekit.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Actions:
-    """What was decided for a batch: tokens bool (B, S), True where a visual token stays; layers bool (B, N), those that
-    run.
+    """What was decided for a batch: tokens float (B, S), at which share of the router's cuts a visual token stays (of
+    one cut: 1 or 0); layers bool (B, N), those that run.
     """
 
     tokens: Tensor
@@ -39,13 +43,14 @@ class Actions:
 @dataclass(frozen=True)
 class Pairs:
     """For each sample the preferred decision and the other, whether they tell anything (bool (B,)), and all KLs,
-    float32 (candidates, B).
+    float32 (candidates, B). tried: what all of these candidates decided.
     """
 
     better: Actions
     worse: Actions
     useful: Tensor
     kl: Tensor
+    tried: tuple[Actions, ...] = ()
 
 
 def router_of(pipeline: Pipeline) -> Stage:
@@ -57,30 +62,39 @@ def router_of(pipeline: Pipeline) -> Stage:
 
 
 def check_cuts(bound: BoundPipeline, stage: Stage) -> None:
-    """Raise Unsupported where other stages cut between the router's decision and its own cut, or it cuts repeatedly."""
+    """Raise Unsupported where other stages cut between the router's decision and the last of its own cuts."""
     cuts = [cut for cut in bound.cuts if cut.site.in_decoder]
     own = [cut for cut in bound.cuts if cut.stage is stage]
-    if len(own) > 1:
-        raise Unsupported(f"{stage.label} cuts at several sites; train it with one, and use it with several")
-    if own and any(cut.site <= own[0].site and cut.stage is not stage for cut in cuts):
+    if own and any(cut.site <= own[-1].site and cut.stage is not stage for cut in cuts):
         raise Unsupported(f"another stage cuts tokens between the decision of {stage.label} and its own cut")
+
+
+def is_alone(pipeline: Pipeline, bound: BoundPipeline) -> bool:
+    """Nothing but the router acts, and what it does to the prompt holds for every token behind it."""
+    return len(pipeline.stages) == 1 and not any(cut.site == PREFILL_END for cut in bound.cuts)
 
 
 class Teacher:
     """One model under one pipeline.
 
     free: decoder layers about which the router decides. token_share: fraction of the visual tokens that stay, of each
-    sample; layer_share: of the free layers. None where the pipeline gives the router no such budget.
+    sample; layer_share: of the free layers. None where the pipeline gives the router no such budget. alone: as
+    `is_alone`; candidates are then run with pictures encoded once, prompt and answer in one forward.
     """
 
     def __init__(self, model: Any, pipeline: Pipeline, bound: BoundPipeline, recipe: Recipe) -> None:
         self.model, self.pipeline, self.bound, self.recipe = model, pipeline, bound, recipe
-        self.stage = router_of(pipeline)
+        self.stage, self.parts = router_of(pipeline), families.find(model)
         check_cuts(bound, self.stage)
+        self.alone = is_alone(pipeline, bound) and self.parts.rotary is not None
         layers = range(bound.shape.layers)
         self.free = tuple(n for n in layers if n not in bound.protected and n not in bound.plan.layers)
         self.cuts_tokens = bool(self.stage.keeps)
         self.skips_layers = bound.layer_budget is not None and bool(self.free)
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """Within the block, which is of one batch, pictures are encoded once where that changes nothing."""
+        return encoded_once(self.parts) if self.alone else nullcontext()
 
     def answers(self, inputs: Mapping[str, Tensor]) -> Answers:
         """What the model says without any pruning."""
@@ -88,8 +102,10 @@ class Teacher:
 
     def decide(self, inputs: Mapping[str, Tensor], answers: Answers, by: Decide) -> tuple[Tensor, Actions, Shown]:
         """Run one decision for each sample: its KL (B,), what was decided, and what the router was shown."""
-        with deciding(self.stage, by) as teller, apply(self.model, self.pipeline) as run:
-            logits = told_logits(self.model, inputs, answers)
+        once = self.alone and can_be_at_once(inputs, answers, self.parts.visual_ids)
+        behind: list[int] | None = (answers.valid.sum(1) - 1).tolist() if once else None
+        with deciding(self.stage, by, behind) as teller, apply(self.model, self.pipeline) as run:
+            logits = (at_once if once else told_logits)(self.model, inputs, answers)
         assert run.report is not None
         seen = shown(teller.seen)
         return divergence(answers, logits, self.recipe), self._actions(run.report, seen), seen
@@ -104,17 +120,30 @@ class Teacher:
         kl, actions, seen = self.decide(inputs, answers, plainly(learner))
         kls, tried = [kl], [actions]
         for number in range(1, self.recipe.candidates):
-            with torch.no_grad():
-                mine = [seed * 1_000_003 + number for seed in seeds]
-                scores = learner.noisy(seen.embeds, seen.visual, seen.valid, self.recipe.noise, mine)
-            kl, actions, _ = self.decide(inputs, answers, told(scores, seen))
+            mine = [seed * 1_000_003 + number for seed in seeds]
+            kl, actions, _ = self.decide(inputs, answers, told(self._noisy(learner, seen, mine), seen))
             kls.append(kl)
             tried.append(actions)
         every = torch.stack(kls)
         best = every.argmin(0)
         worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
         gap = every.gather(0, worst[None])[0] - every.gather(0, best[None])[0]
-        return Pairs(_chosen(tried, best), _chosen(tried, worst), gap >= self.recipe.least_gap, every), seen
+        useful = gap >= self.recipe.least_gap
+        return Pairs(_chosen(tried, best), _chosen(tried, worst), useful, every, tuple(tried)), seen
+
+    def _noisy(self, learner: Learner, seen: Shown, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Scores of the router, disturbed where the recipe says, with one seed for each row."""
+        shown = seen.embeds, seen.visual, seen.valid
+        with torch.no_grad():
+            if self.recipe.noise_on == "attention":
+                return learner.noisy(*shown, self.recipe.noise, seeds)
+            tokens, layers = (one.clone() for one in learner.scores(*shown))
+            for row, (seed, length) in enumerate(zip(seeds, seen.lengths, strict=True)):
+                drawn = torch.randn(length + layers.shape[1], generator=torch.Generator().manual_seed(seed % 2**63))
+                drawn = (drawn * self.recipe.noise).to(tokens)
+                tokens[row, :length] += drawn[:length]
+                layers[row] += drawn[length:]
+        return tokens, layers
 
     def _actions(self, report: RunReport, seen: Shown) -> Actions:
         rows = range(report.samples)
@@ -126,15 +155,16 @@ class Teacher:
         return Actions(pad_sequence(kept, batch_first=True), running.to(seen.valid.device))
 
     def _kept(self, report: RunReport, row: int, seen: Shown) -> Tensor:
-        """Bool (S,): positions, as the router saw them, of the visual tokens that stay."""
+        """Float (S,): at which share of the router's cuts the visual tokens, at the places where it saw them, stay."""
         visual = seen.visual[row]
         if not self.cuts_tokens or not bool(visual.any()):
-            return visual.clone()
-        number = next(n for n, event in enumerate(report.events) if event.stage == self.stage.use)
-        before = report.events[number - 1].kept[row] if number else range(report.visual_tokens[row])
+            return visual.float()
+        numbers = [n for n, event in enumerate(report.events) if event.stage == self.stage.use]
+        before = report.events[numbers[0] - 1].kept[row] if numbers[0] else range(report.visual_tokens[row])
         alive = torch.tensor(list(before))
-        stay = torch.isin(alive, torch.tensor(report.events[number].kept[row], dtype=torch.int64))
-        return torch.zeros_like(visual).masked_scatter(visual, stay.to(visual.device))
+        stays = [torch.isin(alive, torch.tensor(report.events[n].kept[row], dtype=torch.int64)) for n in numbers]
+        share = torch.stack(stays).float().mean(0)
+        return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, share.to(visual.device))
 
 
 def plainly(learner: Learner) -> Decide:

@@ -104,9 +104,9 @@ class Trainer:
         numbers = self.order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
         mine = self.processes.share(numbers)
         inputs = self._inputs(mine)
-        answers = self.teacher.answers(inputs)
         seeds = [self.recipe.seed * 2_147_483_647 + step * self.recipe.batch + numbers.index(one) for one in mine]
-        pairs, seen = self.teacher.pairs(self.base, inputs, answers, seeds)
+        with self.teacher.remembering():
+            pairs, seen = self.teacher.pairs(self.base, inputs, self.teacher.answers(inputs), seeds)
         loss = self._loss(pairs, seen)
         useful = self.processes.sums([float(loss.pairs)])[0]
         total = loss.preference / max(useful, 1.0) + self.recipe.sparsity * loss.sparsity / len(numbers)
@@ -164,7 +164,8 @@ class Trainer:
             decide = by if make is None else make(mine)
             assert decide is not None
             inputs = self._inputs([first + number for number in mine])
-            total += float(self.teacher.decide(inputs, self.teacher.answers(inputs), decide)[0].sum())
+            with self.teacher.remembering():
+                total += float(self.teacher.decide(inputs, self.teacher.answers(inputs), decide)[0].sum())
         return self.processes.sums([total])[0] / self.recipe.held_out
 
     def _inputs(self, numbers: Sequence[int]) -> Mapping[str, Tensor]:

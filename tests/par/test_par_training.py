@@ -21,9 +21,10 @@ from prunekit import loading, plugins
 from prunekit.errors import InputError, UnknownName, Unsupported
 from prunekit.testing.tiny import IMAGE_SIZE
 from prunekit.training import checkpoint
-from prunekit.training.answers import dense_answers, divergence, told_logits
+from prunekit.training.answers import at_once, can_be_at_once, dense_answers, divergence, told_logits
 from prunekit.training.data import JsonLines, Sample, encode, order, source
 from prunekit.training.forced import Shown
+from prunekit.training.pictures import encoded_once
 from prunekit.training.preference import log_likelihood, loss_of
 from prunekit.training.recipe import Recipe, read_recipe
 from prunekit.training.teacher import Actions, Pairs, Teacher, plainly
@@ -174,12 +175,105 @@ def test_pairs_are_the_best_and_the_worst_of_candidates_that_differ_by_seeded_no
     assert (single.kl[:, 0] - pairs.kl[:, 1]).abs().max() < 1e-5
 
 
+def ragged(loaded):
+    """Prompts of several lengths and one or two pictures, with answers of one to four tokens."""
+    samples = [Noise()[n] for n in range(4)]
+    samples[1] = Sample(samples[1].images * 2, samples[1].prompt)
+    inputs = encode(loaded[1], samples)
+    answers = dense_answers(loaded[0], inputs, 4)
+    valid = torch.arange(4) < torch.tensor([[3], [1], [4], [2]])
+    tokens = answers.tokens.masked_fill(answers.tokens == 3, 7)  # a random model may say <image>
+    return inputs, dataclasses.replace(answers, tokens=tokens, valid=valid)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"}]
+)
+def test_one_forward_over_prompt_and_answer_gives_what_decoding_gives(loaded, keys):
+    """Padded on the left, of several lengths and numbers of pictures, with rows that skip different layers."""
+    inputs, answers = ragged(loaded)
+    tell, made = teacher(loaded, pipeline(**keys))
+    found = {}
+    for once in (True, False):
+        tell.alone = once
+        found[once] = tell.decide(inputs, answers, plainly(made.learner))
+    assert len(set(inputs["attention_mask"].sum(1).tolist())) == 4 and found[True][0].min() > 0
+    assert (found[True][0] - found[False][0]).abs().max() < 1e-5
+    assert torch.equal(found[True][1].tokens, found[False][1].tokens)
+    assert torch.equal(found[True][1].layers, found[False][1].layers)
+    assert torch.equal(found[True][2].embeds, found[False][2].embeds)
+    model = loaded[0]
+    logits = at_once(model, inputs, answers) - told_logits(model, inputs, answers)
+    assert logits[answers.valid].abs().max() < 1e-5
+
+
+def test_what_cannot_be_one_forward_is_decoded(loaded):
+    inputs, answers = ragged(loaded)
+    assert can_be_at_once(inputs, answers, (3,))
+    assert not can_be_at_once(inputs, answers, (3, int(answers.tokens[0, 0])))
+    assert not can_be_at_once({**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}, answers, (3,))
+    padded = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
+    assert not can_be_at_once(padded, answers, (3,))
+    two = [{"use": "skip_layers", "layers": [3]}, {**ROUTER, "keep": 0.25}]
+    assert not teacher(loaded, prunekit.load({"name": "two", "stages": two}))[0].alone
+    assert teacher(loaded)[0].alone
+
+
+def test_candidates_share_what_the_tower_says(loaded):
+    model, inputs = loaded[0], batch(loaded)
+    tell, made = teacher(loaded, candidates=4)
+    plain, _ = tell.pairs(made.learner, inputs, tell.answers(inputs), [1, 2, 3])
+    calls: list[int] = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    with tell.remembering():
+        shared, _ = tell.pairs(made.learner, inputs, tell.answers(inputs), [1, 2, 3])
+    hook.remove()
+    assert len(calls) == 1 and torch.equal(plain.kl, shared.kl)
+    other = batch(loaded, (3, 4, 5))
+    with encoded_once(made.parts):
+        features = [model.model.get_image_features(pixel_values=one["pixel_values"]) for one in (inputs, other, inputs)]
+    assert features[0] is features[2] and features[0] is not features[1]
+    assert "get_image_features" not in vars(model.model)
+
+
+def test_a_router_with_several_cuts_is_trained_by_how_long_tokens_stay(loaded):
+    tell, made = teacher(loaded, pipeline(at=[1, 3], keep=[0.5, 0.25]), candidates=3)
+    inputs = batch(loaded)
+    answers = tell.answers(inputs)
+    _, actions, seen = tell.decide(inputs, answers, plainly(made.learner))
+    scores = made.learner.scores(seen.embeds, seen.visual, seen.valid)[0].masked_fill(~seen.visual, -torch.inf)
+    for row in range(3):
+        order = scores[row].argsort(descending=True)
+        assert actions.tokens[row][order[:8]].tolist() == [1.0] * 4 + [0.5] * 4 and actions.tokens[row].sum() == 6
+    scores = scores.detach()
+    one = log_likelihood((scores, torch.zeros(3, 6)), actions, seen, tell)[0]
+    chosen, logits = (x[0][seen.visual[0]] for x in (actions.tokens, scores))
+    cuts = [by_hand(logits, chosen >= least, [True] * 16, True) for least in (0.5, 1.0)]
+    assert torch.allclose(one, sum(cuts) / 2 + F.logsigmoid(torch.tensor(0.0)), atol=1e-6)
+
+
+def test_noise_on_scores_is_seeded_by_the_prompt(loaded):
+    tell, made = teacher(loaded, noise_on="scores", noise=3.0, candidates=4)
+    inputs = batch(loaded)
+    answers = tell.answers(inputs)
+    pairs, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
+    single, _ = tell.pairs(made.learner, batch(loaded, (1,)), tell.answers(batch(loaded, (1,))), [2])
+    assert (single.kl[:, 0] - pairs.kl[:, 1]).abs().max() < 1e-5
+    kept = [one.tokens[0].nonzero()[:, 0].tolist() for one in pairs.tried]
+    assert len({*map(tuple, kept)}) == 4
+
+
+def test_a_model_in_bfloat16_is_trained(folder, tmp_path):
+    made = trainer(loading.load(folder, "bfloat16"), tmp_path / "r", router_dtype="bfloat16")
+    curve = made.run().curve
+    assert made.model.dtype == torch.bfloat16 and all(0 < row["held_out"] < 100 for row in curve)
+    assert all(parameter.dtype == torch.float32 for parameter in made.learner.module.parameters())
+
+
 def test_what_cannot_be_trained_is_refused(loaded):
     two = [{"use": "stride", "keep": 0.5}]
     with pytest.raises(Unsupported, match="one router"):
         teacher(loaded, prunekit.load({"name": "none", "stages": two}))
-    with pytest.raises(Unsupported, match="several sites"):
-        teacher(loaded, pipeline(at=[2, 4], keep=[0.5, 0.25]))
     with pytest.raises(Unsupported, match="between the decision"):
         stages = [{"use": "random", "at": 1, "keep": 0.5}, {**ROUTER, "at": 2, "keep": 0.25}]
         teacher(loaded, prunekit.load({"name": "between", "stages": stages}))
@@ -232,6 +326,23 @@ def test_the_loss_is_that_of_the_formula(loaded, likelihood, loss):
             gap = logits[row][there].sigmoid().mean() - chosen[row][there].float().mean()
             sparsity += float(gap**2)
     assert float(found.sparsity) == pytest.approx(sparsity, rel=1e-5)
+
+
+def test_each_candidate_is_preferred_to_every_worse_one_by_how_much_worse_it_is(loaded):
+    tell, _ = teacher(loaded, pairing="all", candidates=3)
+    generator = torch.Generator().manual_seed(0)
+    seen = Shown(torch.zeros(2, 5, 4), torch.ones(2, 5).bool(), torch.ones(2, 5).bool())
+    scores = torch.randn(2, 5, generator=generator), torch.randn(2, 6, generator=generator)
+    tried = tuple(
+        Actions(torch.rand(2, 5, generator=generator) < 0.5, torch.rand(2, 6, generator=generator) < 0.5)
+        for _ in range(3)
+    )
+    kl = torch.tensor([[0.5, 1.0], [0.1, 1.0], [0.4, 1.0]])
+    pairs = Pairs(tried[1], tried[0], torch.tensor([True, False]), kl, tried)
+    likely = [log_likelihood(scores, one, seen, tell)[0] for one in tried]
+    ranks = {(1, 0): 0.4, (1, 2): 0.3, (2, 0): 0.1}
+    wanted = sum(gap / 0.8 * -F.logsigmoid(5.0 * (likely[a] - likely[b])) for (a, b), gap in ranks.items())
+    assert torch.allclose(loss_of(scores, None, pairs, seen, tell).preference, wanted)
 
 
 def test_a_group_without_a_budget_does_not_count(loaded):
