@@ -1,9 +1,14 @@
 """The bundled model's scenes as prompts to train routers on: `prunekit train --data micro-scenes`.
 
-Scenes are drawn from numbers that neither the model's training nor its benchmark uses.
+Questions are of the families of the benchmark's six tasks, in its shares and its words. Scenes are drawn from numbers
+that neither the model's training nor the benchmark uses.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -11,16 +16,36 @@ from PIL import Image
 from prunekit.training.data import Sample, Source
 
 from .micro import prompts
-from .micro.compose import scene
-from .micro.questions import CHOICE, OPEN, Question, ask
+from .micro.benchmark import GQA_SHARES, MMBENCH_SHARES, SCIENCE_SHARES, TEXT_SHARES
+from .micro.compose import Scene, scene
+from .micro.questions import Question, ask
 
 FIRST = 1 << 50  # the model's own training begins at 1 << 40, and its benchmark lies below 1 << 30
 COUNT = 1_000_000
-DIGEST = "micro-scenes-1"
+AGAIN = 1 << 20  # further on for the next scene, where one admits no question of the family
+DIGEST = "micro-scenes-2"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of the benchmark: families of questions with their shares, and how it words them."""
+
+    shares: Mapping[str, float]
+    worded: Callable[[Question], str]
+
+
+TASKS = (
+    Task({"existence": 1.0}, prompts.word),
+    Task(dict.fromkeys(("existence", "verify_color", "verify_place", "verify_word"), 0.25), prompts.word),
+    Task(GQA_SHARES, prompts.word),
+    Task(MMBENCH_SHARES, prompts.mmbench),
+    Task(SCIENCE_SHARES, prompts.scienceqa),
+    Task(TEXT_SHARES, prompts.word),
+)
 
 
 class ScenePrompts:
-    """One scene and one question for every number; half of them with choices, in the words of the standard tasks."""
+    """One scene and one question for every number; each task as often as any other."""
 
     digest = DIGEST
 
@@ -30,19 +55,21 @@ class ScenePrompts:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < COUNT:
             raise IndexError(index)
+        shown, question, task = self.drawn(index)
+        return Sample((Image.fromarray(np.asarray(shown.image)),), task.worded(question))
+
+    def drawn(self, index: int) -> tuple[Scene, Question, Task]:
+        """What stands behind a number."""
         rng = np.random.default_rng([index, 7])
-        shown = scene(FIRST + index)
-        families = tuple(OPEN) if rng.random() < 0.5 else tuple(CHOICE)
-        question = None
-        while question is None:
-            question = ask(shown, rng, families[int(rng.integers(len(families)))])
-        return Sample((Image.fromarray(np.asarray(shown.image)),), _worded(question, rng))
-
-
-def _worded(question: Question, rng: np.random.Generator) -> str:
-    if question.choices:
-        return prompts.mmbench(question) if rng.random() < 0.5 else prompts.scienceqa(question)
-    return prompts.word(question)
+        task = TASKS[int(rng.integers(len(TASKS)))]
+        families, shares = list(task.shares), np.array(list(task.shares.values()))
+        family = families[int(rng.choice(len(families), p=shares / shares.sum()))]
+        for attempt in itertools.count():
+            shown = scene(FIRST + index + attempt * AGAIN)
+            question = ask(shown, rng, family)
+            if question is not None:
+                return shown, question, task
+        raise AssertionError("count() does not end")
 
 
 def source() -> Source:
