@@ -57,7 +57,8 @@ def run(namespace: argparse.Namespace) -> int:
         checkpoint.remove(namespace.out)
     elif finished(namespace.out):
         raise InputError(f"'{namespace.out}' holds a router already (name another folder, or use --restart)")
-    processes = Processes()
+    processes = Processes(namespace.device)
+    processes.check_batch(recipe.batch)
     quiet()
     model, processor = loading.load(
         namespace.model, namespace.dtype, processes.device or namespace.device, namespace.attn, namespace.download

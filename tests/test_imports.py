@@ -115,7 +115,7 @@ def room(module: str) -> str | None:
     if "." not in module:
         return None
     name = module.split(".")[1]
-    return "cli" if name.startswith("cli_") else name
+    return "cli" if name.startswith(("cli_", "__main__")) else name
 
 
 def test_every_room_has_its_place() -> None:

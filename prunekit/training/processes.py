@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from prunekit.errors import InputError
 
 T = TypeVar("T")
+LAUNCH = "start them by `accelerate launch` or, on a CPU, by `torchrun`; for one process alone unset WORLD_SIZE"
 
 
 class Processes:
-    """This process among `count`, with its number and its device (None: the caller's choice)."""
+    """This process among `count`, with its number and its device (None: the caller's choice).
 
-    def __init__(self) -> None:
+    wanted: the device that the user named; `cpu` takes the CPU where there is a GPU. Raises InputError for a process
+    that was told of others and does not find them, since each would train by itself.
+    """
+
+    def __init__(self, wanted: str | None = None) -> None:
         self.count, self.number = int(os.environ.get("WORLD_SIZE", "1")), 0
         self.device: torch.device | None = None
         self._accelerator: Any = None
@@ -31,13 +36,27 @@ class Processes:
                 raise InputError(
                     "training in several processes needs accelerate (pip install prunekit[train])"
                 ) from error
-            self._accelerator = Accelerator()
+            # It forms no group of processes on a machine without a GPU unless it is told that the CPU is meant.
+            try:
+                self._accelerator = Accelerator(cpu=wanted == "cpu" or not torch.accelerator.is_available())
+            except ValueError as error:
+                raise InputError(f"the {self.count} processes do not find each other: {error} ({LAUNCH})") from error
+            if self._accelerator.num_processes != self.count:
+                found = self._accelerator.num_processes
+                raise InputError(f"WORLD_SIZE tells of {self.count} processes, and there are {found} ({LAUNCH})")
             self.number, self.device = self._accelerator.process_index, self._accelerator.device
 
     @property
     def first(self) -> bool:
         """It writes and speaks for all."""
         return self.number == 0
+
+    def check_batch(self, batch: int) -> None:
+        """Raise InputError for a batch in which a process would have no prompt."""
+        if batch < self.count:
+            raise InputError(
+                f"{self.count} processes cannot share a batch of {batch} (set batch higher, or start fewer processes)"
+            )
 
     def share(self, items: Sequence[T]) -> list[T]:
         """The items of this process."""

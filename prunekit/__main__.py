@@ -1,0 +1,8 @@
+"""`python -m prunekit`, for launchers that start modules."""
+
+import sys
+
+from prunekit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

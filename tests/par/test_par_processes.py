@@ -1,0 +1,85 @@
+"""Several processes train the router that one trains; a process that does not find the others says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from prunekit import cli
+from prunekit.errors import InputError
+from prunekit.training.processes import Processes
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny_checkpoint import picture, save
+
+STAGE = {"use": "par", "weights": None, "seed": 0, "width": 16, "protect": [0], "keep": 0.25, "keep_layers": 4}
+RECIPE = {"steps": 3, "batch": 5, "held_out": 3, "candidates": 3, "answer_tokens": 2, "lr": 1e-3, "measure_every": 2}
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Arguments of `prunekit`; the folder of the router is missing at their end."""
+    save(tmp_path / "tiny", layers=6)
+    rows = []
+    for number in range(12):
+        picture(tmp_path / f"{number}.png", number)
+        words = " ".join(f"w{10 + (number * 7 + place * 13) % 100}" for place in range(2 + number % 7))
+        rows.append({"image": f"{number}.png", "prompt": words})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "par.json").write_text(json.dumps({"stages": [STAGE]}))
+    given = ["train", str(tmp_path / "par.json"), "--model", str(tmp_path / "tiny")]
+    given += ["--data", str(tmp_path / "data.jsonl"), *(f"--train={key}={value}" for key, value in RECIPE.items())]
+    return [*given, "--out"]
+
+
+def curve(folder):
+    return json.loads((folder / "config.json").read_text())["training"]["curve"]
+
+
+def test_two_processes_train_the_router_that_one_trains(command, tmp_path, capsys):
+    """Batches of five and three held-out prompts, so that shares are uneven."""
+    assert cli.main([*command, str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "prunekit"]
+    done = subprocess.run(
+        [*launch, *command, str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("router in") == 1 and done.stderr.count("step 3/3") == 1, "one speaks for both"
+    one, two = (load_file(tmp_path / name / "router.safetensors") for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
+    for mine, theirs in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_process_that_does_not_find_the_others(monkeypatch):
+    """Without a launcher there is nobody else; each of two such processes would train on half of the data."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        with pytest.raises(InputError, match=r"2 processes do not find each other: .*torchrun"):
+            Processes("cpu")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_batch_that_is_smaller_than_the_processes():
+    alone = Processes()
+    alone.check_batch(1)
+    alone.count = 3
+    with pytest.raises(InputError, match="3 processes cannot share a batch of 2"):
+        alone.check_batch(2)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "prunekit", "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("prunekit ")
