@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from prunekit import families
 from prunekit.decisions import LayerAction
-from prunekit.engine.attach import apply
+from prunekit.engine.attach import Attached, apply
 from prunekit.errors import Unsupported
 from prunekit.pipeline import BoundPipeline, Pipeline
 from prunekit.report import RunReport
@@ -102,9 +102,16 @@ class Teacher:
 
     def decide(self, inputs: Mapping[str, Tensor], answers: Answers, by: Decide) -> tuple[Tensor, Actions, Shown]:
         """Run one decision for each sample: its KL (B,), what was decided, and what the router was shown."""
+        with apply(self.model, self.pipeline) as run:
+            return self._decided(run, inputs, answers, by)
+
+    def _decided(
+        self, run: Attached, inputs: Mapping[str, Tensor], answers: Answers, by: Decide
+    ) -> tuple[Tensor, Actions, Shown]:
+        """As `decide`, with the pipeline on the model already."""
         once = self.alone and can_be_at_once(inputs, answers, self.parts.visual_ids)
         behind: list[int] | None = (answers.valid.sum(1) - 1).tolist() if once else None
-        with deciding(self.stage, by, behind) as teller, apply(self.model, self.pipeline) as run:
+        with deciding(self.stage, by, behind) as teller:
             logits = (at_once if once else told_logits)(self.model, inputs, answers)
         assert run.report is not None
         seen = shown(teller.seen)
@@ -117,13 +124,15 @@ class Teacher:
 
         seeds: one for each sample; every candidate draws its noise from it and its own number.
         """
-        kl, actions, seen = self.decide(inputs, answers, plainly(learner))
-        kls, tried = [kl], [actions]
-        for number in range(1, self.recipe.candidates):
-            mine = [seed * 1_000_003 + number for seed in seeds]
-            kl, actions, _ = self.decide(inputs, answers, told(self._noisy(learner, seen, mine), seen))
-            kls.append(kl)
-            tried.append(actions)
+        with apply(self.model, self.pipeline) as run:
+            kl, actions, seen = self._decided(run, inputs, answers, plainly(learner))
+            kls, tried = [kl], [actions]
+            for number in range(1, self.recipe.candidates):
+                mine = [seed * 1_000_003 + number for seed in seeds]
+                scores = self._noisy(learner, seen, mine)
+                kl, actions, _ = self._decided(run, inputs, answers, told(scores, seen))
+                kls.append(kl)
+                tried.append(actions)
         every = torch.stack(kls)
         best = every.argmin(0)
         worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
