@@ -25,6 +25,7 @@ FORMAT = "prunekit-router"
 VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "router.safetensors", "README.md"
 SHIPPED = Path(__file__).parent / "routers"
+NEXT = "copy the folder again, or train anew"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 # The numbers of a decoder that make it the same model for a router.
 NUMBERS = ("family", "layers", "hidden", "heads", "head_dim", "attention_params", "mlp_params", "kv_width")
@@ -47,7 +48,8 @@ class RouterFile:
         if not wrong:
             return None
         told = ", ".join(f"{name} {self.model.get(name)}, not {getattr(shape, name)}" for name in wrong[:3])
-        return f"the router was made for another model ({self.model.get('id') or 'without a name'}): {told}"
+        name = self.model.get("id") or "without a name"
+        return f"the router was made for another model ({name}): {told}; train one for this model: `prunekit train`"
 
 
 def find(weights: str) -> Path:
@@ -65,10 +67,13 @@ def find(weights: str) -> Path:
     if not folder.is_dir():
         known = ", ".join(sorted(path.name for path in SHIPPED.glob("*/"))) or "none"
         raise ValueError(
-            f"there is no router '{weights}': no such folder, not in the hub's cache, not shipped ({known})"
+            f"there is no router '{weights}': no such folder, not in the hub's cache, not shipped ({known}); train one "
+            "with `prunekit train`, or write null for an untrained one"
         )
     if missing:
-        raise ValueError(f"'{weights}' is no router folder: it has no {missing[0]}")
+        raise ValueError(
+            f"'{weights}' is no router folder: it has no {missing[0]}; name one that `prunekit train` made"
+        )
     return folder
 
 
@@ -88,11 +93,55 @@ def read(folder: Path) -> RouterFile:
         data = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"its format is {data['format']!r}")
-        if data["version"] > VERSION:
+        if _of(int, data, "version") > VERSION:
             raise ValueError(f"it has version {data['version']}, which needs a newer prunekit")
-        return RouterFile(RouterConfig(**data["architecture"]), data["model"], data["training"])
+        return RouterFile(_architecture(data), _of(dict, data, "model"), _of(dict, data, "training"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{folder / CONFIG}' is not the config of a router: {_said(error)}") from error
+        raise ValueError(f"'{folder / CONFIG}' is not the config of a router: {_said(error)}; {NEXT}") from error
+
+
+def _architecture(data: Mapping[str, Any]) -> RouterConfig:
+    given = _of(dict, data, "architecture")
+    fields = {field.name: field for field in dataclasses.fields(RouterConfig)}
+    for name in given.keys() - fields.keys():
+        raise ValueError(f"its architecture has an unknown '{name}'")
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
+            raise ValueError(f"its architecture lacks '{name}'")
+    for name, kind in (("theta", float), ("eps", float), ("bias", bool)):
+        if not isinstance(given.get(name, fields[name].default), (kind, int) if kind is float else kind):
+            raise ValueError(f"its {name} is {given[name]!r}")
+    return RouterConfig(**given)
+
+
+def _of(kind: type, data: Mapping[str, Any], key: str) -> Any:
+    if not isinstance(data[key], kind):
+        raise ValueError(f"its {key} is {data[key]!r}, which cannot be")
+    return data[key]
+
+
+def check(folder: Path) -> None:
+    """Raise ValueError for weights that are not those of the config, by names and shapes alone; no number is read."""
+    from safetensors import SafetensorError, safe_open
+
+    with torch.device("meta"):
+        wanted = {name: tuple(value.shape) for name, value in Router(read(folder).architecture).state_dict().items()}
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            odd = [name for name, part in parts.items() if not part.get_dtype().startswith(("F", "BF"))]
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, _said(error)) from error
+    told = [f"it lacks '{name}'" for name in wanted.keys() - found.keys()]
+    told += [f"'{name}' is none of its parts" for name in found.keys() - wanted.keys()]
+    told += [
+        f"'{name}' has the shape {found[name]}, not {shape}"
+        for name, shape in wanted.items()
+        if found.get(name, shape) != shape
+    ]
+    if told := sorted(told) + [f"'{name}' holds no fractions" for name in odd]:
+        raise _damaged(folder, "; ".join(told[:3]))
 
 
 def load(folder: Path) -> Router:
@@ -100,13 +149,21 @@ def load(folder: Path) -> Router:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check(folder)
     with torch.device("meta"):
         router = Router(read(folder).architecture)
     try:
         router.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"'{folder / WEIGHTS}' does not hold this router: {_said(error)}") from error
+        raise _damaged(folder, _said(error)) from error
+    for name, value in router.state_dict().items():
+        if not bool(value.isfinite().all()):
+            raise _damaged(folder, f"'{name}' holds numbers that are not finite")
     return router.eval().requires_grad_(False)
+
+
+def _damaged(folder: Path, told: str) -> ValueError:
+    return ValueError(f"'{folder / WEIGHTS}' does not hold this router: {told}; {NEXT}")
 
 
 def save(router: Router, folder: Path, model: Mapping[str, Any], training: Mapping[str, Any], card: str) -> None:

@@ -7,7 +7,7 @@ code and the figures of the paper leave open is an option here, and docs/par.md 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,6 +74,8 @@ class Par:
     def check(self, shape: ModelShape) -> None:
         """Raise ValueError, beginning with the option's name, for a model that this router cannot serve."""
         self._config(shape)
+        if self.weights is not None:
+            _at("weights", lambda: files.check(files.find(str(self.weights))))
         self.protected_layers(shape)
 
     def protected_layers(self, shape: ModelShape) -> frozenset[int]:
@@ -109,7 +111,7 @@ class Par:
         """
         config = self._config(shape)
         if self.weights is not None:
-            return Learner(files.load(files.find(self.weights)).float(), shape, frozenset())
+            return Learner(_whole(files.load, files.find(self.weights)).float(), shape, frozenset())
         copied, seed = self.init == "llm_first", self.seed or 0
         if copied:
             router = router_of_layers(config, layers, theta, seed, self.layer_tokens)
@@ -134,7 +136,7 @@ class Par:
 
     def _router(self, shape: ModelShape, like: Tensor) -> Router:
         if self.weights is not None:
-            return files.loaded(files.find(self.weights), like.dtype, like.device)
+            return _whole(files.loaded, files.find(self.weights), like.dtype, like.device)
         config = self._config(shape)
         if self.init == "llm_first":
             raise Unsupported(
@@ -149,6 +151,14 @@ def _untrained(
     config: RouterConfig, seed: int, layer_tokens: LayerTokens, dtype: torch.dtype, device: torch.device
 ) -> Router:
     return random_router(config, seed, layer_tokens).requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def _whole(load: Callable[..., Router], *arguments: Any) -> Router:
+    """Load a router of which the names and shapes were checked before; what else is wrong with it is said as ours."""
+    try:
+        return load(*arguments)
+    except ValueError as error:
+        raise Unsupported(f"weights: {error}") from error
 
 
 def _at(option: str, function: Any, *arguments: Any) -> Any:

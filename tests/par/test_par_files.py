@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from prunekit_strategies.par import files
 from prunekit_strategies.par.config import config_of
 from prunekit_strategies.par.starting import random_router
+from safetensors.torch import load_file, save_file
 
 import prunekit
 from prunekit.families import shape_of
@@ -113,16 +115,85 @@ def test_a_config_of_something_else(tmp_path, model):
         (json.dumps({**good, "format": "llama"}), "its format is 'llama'"),
         (json.dumps({**good, "version": 99}), "needs a newer prunekit"),
         (json.dumps({**good, "architecture": {**good["architecture"], "depth": 0}}), "depth: must be"),
-        (json.dumps({**good, "architecture": {}}), "missing"),
+        (json.dumps({**good, "architecture": {}}), "its architecture lacks 'hidden'"),
     ):
         config.write_text(text)
         with pytest.raises(prunekit.SpecError, match=message):
             pipeline(tmp_path / "r").bind(shape_of(model))
 
 
-def test_weights_that_are_not_those_of_the_config(tmp_path, model):
+def test_a_config_that_was_edited(tmp_path, model):
+    """Each error names the file, what is wrong in it, and what to do."""
     saved(tmp_path / "r", model)
-    for content in (b"", b"not a safetensors file"):
-        (tmp_path / "r" / "router.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match="does not hold this router"):
-            files.load(tmp_path / "r")
+    config = tmp_path / "r" / "config.json"
+    good = json.loads(config.read_text())
+    parts = good["architecture"]
+    for change, message in (
+        ({"model": []}, r"its model is \[\]"), ({"training": None}, "its training is None"),
+        ({"version": "1"}, "its version is '1'"), ({"architecture": {**parts, "eps": "x"}}, "its eps is 'x'"),
+        ({"architecture": {**parts, "bias": 1}}, "its bias is 1"), ({"architecture": [1]}, "its architecture is"),
+        ({"architecture": {k: v for k, v in parts.items() if k != "mlp"}}, "its architecture lacks 'mlp'"),
+        ({"architecture": {**parts, "more": 1}}, "its architecture has an unknown 'more'"),
+    ):  # fmt: skip
+        config.write_text(json.dumps({**good, **change}))
+        with pytest.raises(
+            prunekit.SpecError, match=rf"weights: '.*config\.json' .*{message}.*; copy .* or train anew"
+        ):
+            pipeline(tmp_path / "r").bind(shape_of(model))
+
+
+def shortened(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def edited(change):
+    def edit(path):
+        save_file(change(load_file(path)), path)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(b""), "header too small"),
+        (lambda path: path.write_bytes(b"\x80\x04 not safetensors, a pickle"), "header too large"),
+        (shortened, "not fully covered"),
+        (edited(lambda t: {k: v for k, v in t.items() if k != "score.weight"}), "it lacks 'score.weight'"),
+        (edited(lambda t: {**t, "extra": torch.zeros(1)}), "'extra' is none of its parts"),
+        (edited(lambda t: {**t, "layer_tokens": torch.zeros(7, 32)}), r"'layer_tokens' has the shape \(7, 32\), not"),
+        (edited(lambda t: {k: v.int() for k, v in t.items()}), "'blocks.0.down.weight' holds no fractions"),
+    ],
+    ids=["empty", "pickle", "shortened", "missing", "extra", "shape", "dtype"],
+)
+def test_weights_that_are_not_those_of_the_config(tmp_path, model, damage, message):
+    """Known before the model runs, without reading the numbers; `files.load` says the same."""
+    saved(tmp_path / "r", model)
+    damage(tmp_path / "r" / "router.safetensors")
+    said = rf"'.*router\.safetensors' does not hold this router: .*{message}.*; copy .* or train anew"
+    with pytest.raises(prunekit.SpecError, match="weights: " + said):
+        pipeline(tmp_path / "r").bind(shape_of(model))
+    with pytest.raises(ValueError, match=said):
+        files.load(tmp_path / "r")
+
+
+def test_weights_that_are_no_numbers(tmp_path, model):
+    """Scores of NaN would rank by chance, and nobody would know; in another precision they are as good as ever."""
+    saved(tmp_path / "r", model)
+    edited(lambda t: {name: value.half() for name, value in t.items()})(tmp_path / "r" / "router.safetensors")
+    with prunekit.apply(model, pipeline(tmp_path / "r")):
+        model(**tiny_inputs())
+    edited(lambda t: {**t, "score.weight": t["score.weight"] * torch.nan})(tmp_path / "r" / "router.safetensors")
+    broken = pipeline(tmp_path / "r")
+    with pytest.raises(prunekit.Unsupported, match=r"weights: .*'score\.weight' holds numbers that are not finite"):
+        broken.stages[0].strategy.learner(shape_of(model), [], 10000.0)
+    with pytest.raises(prunekit.Unsupported, match="not finite"), prunekit.apply(model, broken):
+        model(**tiny_inputs())
+
+
+def test_names_that_lead_nowhere_say_what_to_do(tmp_path, model):
+    with pytest.raises(prunekit.SpecError, match=r"there is no router 'org/none': .* train one with `prunekit train`"):
+        pipeline("org/none")
+    saved(tmp_path / "r", model)
+    with pytest.raises(prunekit.SpecError, match="family llava, not qwen2_vl; train one for this model"):
+        pipeline(tmp_path / "r").bind(dataclasses.replace(shape_of(model), family="qwen2_vl"))
