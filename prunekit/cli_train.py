@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def run(namespace: argparse.Namespace) -> int:
         checkpoint.remove(namespace.out)
     elif finished(namespace.out):
         raise InputError(f"'{namespace.out}' holds a router already (name another folder, or use --restart)")
+    _make(namespace.out)
     processes = Processes(namespace.device)
     processes.check_batch(recipe.batch)
     quiet()
@@ -76,6 +78,20 @@ def run(namespace: argparse.Namespace) -> int:
         print(f"router in {namespace.out}: held-out KL {end['held_out']:.4f}", end="")
         print(f", at the start {start['held_out']:.4f}, by chance {start['random']:.4f}")
     return 0
+
+
+def _make(folder: Path) -> None:
+    """The folder of the router, before hours are spent on it."""
+    from prunekit.errors import InputError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"'{folder}' cannot hold a router: {error.strerror} (name another folder with --out)"
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"'{folder}' cannot hold a router: it is read-only (name another folder with --out)")
 
 
 def _say(line: str) -> None:

@@ -114,7 +114,10 @@ def encode(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     texts = []
     for sample in samples:
         if placeholder and placeholder in sample.prompt:
-            raise InputError(f"a prompt holds '{placeholder}', which stands for an image: {sample.prompt!r}")
+            raise InputError(
+                f"a prompt holds '{placeholder}', which stands for an image: {sample.prompt!r} (leave it out: pictures "
+                "stand before the words)"
+            )
         content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.prompt}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
     tokenizer = processor.tokenizer

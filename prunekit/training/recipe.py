@@ -13,6 +13,8 @@ import yaml
 from prunekit import options
 from prunekit.errors import InputError
 
+MOST = 2**31  # seeds of samples and candidates are multiples of it
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,15 +70,18 @@ class Recipe:
     def __post_init__(self) -> None:
         least = {
             "samples": 1, "batch": 1, "candidates": 2, "answer_tokens": 1, "rounds": 1, "measure_every": 1,
-            "save_every": 1, "held_out": 1, "steps": 0,
+            "save_every": 1, "held_out": 1, "steps": 0, "seed": 0, "bias": 0, "sparsity": 0, "least_gap": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ValueError(f"{name}: must be at least {lowest}, not {value}")
-        for name in ("noise", "temperature", "lr", "copied_lr", "clip", "beta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: must be above 0, not {getattr(self, name)}")
+        for name in ("noise", "temperature", "lr", "copied_lr", "clip", "beta", "alpha"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: must be above 0, not {value}")
+        if self.seed >= MOST:
+            raise ValueError(f"seed: must be below {MOST}, not {self.seed}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: is a share of the steps, in [0, 1), not {self.warmup}")
 

@@ -115,6 +115,11 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.processes.add_gradients(parameters)
         norm = float(nn.utils.clip_grad_norm_(parameters, self.recipe.clip))
+        if not math.isfinite(norm):
+            raise InputError(
+                f"step {step + 1}: the gradient is no number any more ({norm}), and the step was not made (set "
+                "lr lower, and begin anew with --restart)"
+            )
         self.optimizer.step()
         return self._told(step + 1, loss, pairs, useful, norm, len(numbers))
 
