@@ -11,7 +11,7 @@ import math
 
 from prunekit.bound import BoundPipeline
 from prunekit.errors import Fault, SpecError
-from prunekit.forecast import forecast
+from prunekit.forecast import Forecast, forecast
 from prunekit.sites import Keep
 from prunekit.stage import Cut
 from prunekit.stage_keys import Budget
@@ -27,10 +27,7 @@ def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
         raise _error(budget, "visual_tokens", message, "name the number that the budget is for, such as 576")
     least = _with(bound, original, 0.0)
     if (lowest := _cost(least, budget, original)) > budget.fraction:
-        message = (
-            f"{budget.fraction:.4g} cannot be reached: with one token at every open stage it is still {lowest:.4g}"
-        )
-        raise _error(budget, budget.of, message, "allow more, or let stages that are not open keep less")
+        raise _out_of_reach(least, budget, original, lowest)
     low, high = 0.0, 1.0
     if _cost(_with(bound, original, high), budget, original) <= budget.fraction:
         return _with(bound, original, high)
@@ -58,9 +55,7 @@ def _with(bound: BoundPipeline, original: int, multiplier: float) -> BoundPipeli
 
 def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
     """What the budget counts, as a fraction of the dense model's; where routers choose, the most that it can be."""
-    shape = dataclasses.replace(bound.shape, visual_tokens=original)
-    found = forecast(dataclasses.replace(bound, shape=shape), budget.text_tokens)
-    assert found is not None
+    found = _forecast(bound, budget, original)
     visual = [tokens - budget.text_tokens for tokens in found.layer_tokens]
     if budget.of == "flops":
         return found.flops[1] + found.decisions
@@ -69,6 +64,24 @@ def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
     if budget.of == "layer_mean":
         return sum(visual) / (original * shape.layers)
     return visual[-1] / original
+
+
+def _forecast(bound: BoundPipeline, budget: Budget, original: int) -> Forecast:
+    shape = dataclasses.replace(bound.shape, visual_tokens=original)
+    found = forecast(dataclasses.replace(bound, shape=shape), budget.text_tokens)
+    assert found is not None
+    return found
+
+
+def _out_of_reach(least: BoundPipeline, budget: Budget, original: int, lowest: float) -> SpecError:
+    """Of a budget that is below the cost with as little as can be kept; says so where deciding itself is what costs."""
+    message = f"{budget.fraction:.4g} cannot be reached: with one token at every open stage it is still {lowest:.4g}"
+    hint = "allow more, or let stages that are not open keep less"
+    own = _forecast(least, budget, original).decisions if budget.of == "flops" else 0.0
+    if own > lowest / 4:
+        message += f", of which {own:.4g} is what stages take to decide"
+        hint = "take a smaller router, such as one of less `width`, or allow more"
+    return _error(budget, budget.of, message, hint)
 
 
 def _error(budget: Budget, key: str, message: str, hint: str) -> SpecError:

@@ -59,7 +59,10 @@ CASES = {
     "two routers": ({"pipeline": "two.json"}, ["one router", "has 2"]),
     "no router": ({"pipeline": "none.json"}, ["one router", "has 0"]),
     "no budget": ({"pipeline": "open.json"}, ["open.json:1:", "stages[0].keep", "is missing", "such as 0.25"]),
-    "a budget below the router": ({"pipeline": "dear.json"}, ["budget.flops", "cannot be reached", "allow more"]),
+    "a budget below the router": (
+        {"pipeline": "dear.json"},
+        ["budget.flops", "cannot be reached", "to decide", "`width`"],
+    ),
     "more layers than there are": ({"pipeline": "layers.json"}, ["keep_layers", "asks for 9", "at most 6"]),
     "weights that are none": (
         {"pipeline": "weights.json"},
