@@ -62,7 +62,7 @@ def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
     if budget.of == "kv_bytes":
         return found.kv[1]
     if budget.of == "layer_mean":
-        return sum(visual) / (original * shape.layers)
+        return sum(visual) / (original * bound.shape.layers)
     return visual[-1] / original
 
 
