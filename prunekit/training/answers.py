@@ -95,12 +95,14 @@ def at_once(model: Any, inputs: Mapping[str, Any], answers: Answers) -> Tensor:
 
 
 def divergence(answers: Answers, logits: Tensor, recipe: Recipe) -> Tensor:
-    """KL of each sample, float32 (B,): summed over the vocabulary, mean over the tokens of the answer."""
+    """KL of each sample, float32 (B,): summed over the vocabulary, mean over the tokens of the answer; NaN where logits
+    are.
+    """
     dense, pruned = (F.log_softmax(one / recipe.temperature, -1) for one in (answers.logits, logits))
     if recipe.kl == "reverse":
         dense, pruned = pruned, dense
-    each = (dense.exp() * (dense - pruned)).nan_to_num(0.0).sum(-1)  # 0 log 0
-    return (each * answers.valid).sum(1) / answers.valid.sum(1)
+    each = (dense.exp() * (dense - pruned)).masked_fill(dense.exp() == 0, 0.0).sum(-1)  # 0 log 0
+    return each.masked_fill(~answers.valid, 0.0).sum(1) / answers.valid.sum(1)
 
 
 def _generate(model: Any, inputs: Mapping[str, Tensor], most: int, **more: Any) -> Any:

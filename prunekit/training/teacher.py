@@ -57,7 +57,10 @@ def router_of(pipeline: Pipeline) -> Stage:
     """The one router of a pipeline. Raises Unsupported for a pipeline that this training does not cover."""
     routers = [stage for stage in pipeline.stages if stage.is_router]
     if len(routers) != 1:
-        raise Unsupported(f"training needs a pipeline with one router, and '{pipeline.name}' has {len(routers)}")
+        raise Unsupported(
+            f"training needs a pipeline with one router, and '{pipeline.name}' has {len(routers)} (give it one stage "
+            "such as `use: par`)"
+        )
     return routers[0]
 
 
@@ -133,7 +136,7 @@ class Teacher:
                 kl, actions, _ = self._decided(run, inputs, answers, told(scores, seen))
                 kls.append(kl)
                 tried.append(actions)
-        every = torch.stack(kls)
+        every = _overflown_last(torch.stack(kls))
         best = every.argmin(0)
         worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
         gap = every.gather(0, worst[None])[0] - every.gather(0, best[None])[0]
@@ -202,6 +205,13 @@ def at_random(layers: int, seeds: Sequence[int]) -> Decide:
         return drawn[: len(visual)], drawn[len(visual) :]
 
     return decide
+
+
+def _overflown_last(kl: Tensor) -> Tensor:
+    """KLs (candidates, B) in which one that is no number counts as much as the worst of its sample that is one."""
+    numbers = kl.isfinite()
+    worst = kl.masked_fill(~numbers, 0.0).amax(0, keepdim=True)
+    return torch.where(numbers, kl, worst)
 
 
 def _chosen(tried: Sequence[Actions], which: Tensor) -> Actions:

@@ -31,10 +31,10 @@ def test_where_a_router_that_is_trained_cuts():
         return SimpleNamespace(cuts=[SimpleNamespace(stage=stage, site=Site(layer)) for stage, layer in cuts])
 
     check_cuts(bound((router, 2), (other, 3)), router)
-    with said("stages[0] par cuts at several sites; train it with one, and use it with several"):
-        check_cuts(bound((router, 2), (router, 4)), router)
-    with said("another stage cuts tokens between the decision of stages[0] par and its own cut"):
-        check_cuts(bound((other, 1), (router, 2)), router)
+    check_cuts(bound((router, 2), (router, 4), (other, 5)), router)
+    for cuts in ([(other, 1), (router, 2)], [(router, 2), (other, 3), (router, 4)]):
+        with said("another stage cuts tokens between the decision of stages[0] par and its own cut"):
+            check_cuts(bound(*cuts), router)
 
 
 def test_a_strategy_that_has_nothing_to_train():

@@ -125,6 +125,30 @@ def test_divergence_is_the_plain_sum(loaded):
             assert found[row] == pytest.approx(total / count, rel=1e-4)
 
 
+def test_what_is_no_number_is_never_the_best(loaded):
+    """Half precision can overflow in a candidate; where the dense model gives no probability, nothing counts."""
+    answers = dense_answers(loaded[0], batch(loaded), 3)
+    logits = answers.logits.clone()
+    logits[0, 0, 5] = torch.nan
+    assert torch.isnan(divergence(answers, logits, Recipe())).tolist() == [True, False, False]
+    impossible = answers.logits.clone()
+    impossible[:, :, 5] = -torch.inf
+    surely = divergence(dataclasses.replace(answers, logits=impossible), answers.logits, Recipe())
+    assert bool(torch.isfinite(surely).all())
+    tell, made = teacher(loaded, candidates=3)
+    decided, count = tell._decided, iter((0, 1, 2))
+
+    def broken(*given):
+        kl, *rest = decided(*given)
+        number = next(count)
+        return (kl.masked_fill(torch.tensor([number == 1, True, False]), torch.nan), *rest)
+
+    tell._decided = broken
+    pairs, _ = tell.pairs(made.learner, batch(loaded), answers, [1, 2, 3])
+    assert bool(torch.isfinite(pairs.kl).all()) and not pairs.useful[1]
+    assert pairs.kl[1, 0] == pairs.kl[:, 0].max() and pairs.useful[0] and pairs.kl[:, 0].argmin() != 1
+
+
 def test_a_decision_is_run_as_inference_runs_it(loaded):
     """The KL of the router's own decision, measured by hand under the pipeline as a user has it."""
     tell, made = teacher(loaded)
