@@ -11,6 +11,7 @@ TORCH_ARGS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+STUDY_ARGS ?=
 # Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.23.0"; empty: all.
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
@@ -24,7 +25,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full test-matrix lint bench wheel clean
+.PHONY: help venv demo test test-full test-matrix lint bench study wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -53,6 +54,9 @@ test-matrix: $(STAMP) ## the tests of exactness on several versions of transform
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+
+study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m studies.par $(STUDY_ARGS)
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,0 +1,99 @@
+"""Measured time and KV beside the FLOPs: on the bundled model, and on the random model of the CPU benchmark.
+
+Cases take turns in random order, so that whatever else the machine does meets all alike; times are processor times.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from prunekit_evals.micro.benchmark import TASKS
+
+from prunekit.pipeline import Pipeline
+
+from . import asked
+from .cells import Bench, Stages, say
+from .parts import Routers
+from .settings import PAPER, ROOT, Setting
+
+sys.path.append(str(ROOT / "benchmarks"))  # scripts that import each other by their bare names
+import sections
+import timing
+import workload
+
+STEPS = 8  # of decoding
+DENSE = "dense"
+
+
+def micro(bench: Bench, routers: Routers, settings: Sequence[Setting], rounds: int) -> dict[str, Any]:
+    """The bundled model with its router, one question at a time."""
+    batch = next(asked.batches(bench.loaded, bench.items[TASKS[0]][:1], TASKS[0]))
+    cases: dict[str, Any] = {DENSE: None, **{str(one): _stages(routers.at(bench, one)) for one in settings}}
+    return _measured(bench.loaded.model, cases, {**batch.inputs, "logits_to_keep": 1}, rounds)
+
+
+def large(size: workload.Size, rounds: int) -> dict[str, Any]:
+    """The benchmark's model with a new router, at the paper's shares of tokens and layers."""
+    visual = size.side**2
+    cases: dict[str, Any] = {DENSE: None}
+    for tokens, layers in PAPER:
+        kept = {"keep_tokens": round(tokens / 576 * visual), "keep_layers": round(layers / 32 * size.layers)}
+        stage = {"use": "par", "weights": None, "seed": 0, **kept}
+        cases["T={keep_tokens}, L={keep_layers}".format(**kept)] = [stage]
+    found = _measured(workload.model_of(size), cases, workload.inputs_of(size), rounds)
+    return {"layers": size.layers, "hidden": size.hidden, "visual": visual, "text": size.text, **found}
+
+
+def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Rows by case: FLOPs, prefill time, decoding time and KV bytes as fractions of dense, times with quartiles.
+
+    KV is counted from the cache itself.
+    """
+    given: Any = dict(inputs)
+    prefill = timing.interleaved(
+        {name: partial(workload.prefill, model, _list(stages), given) for name, stages in cases.items()}, rounds
+    )
+    decode = timing.interleaved(
+        {name: partial(sections.decoding, model, _list(stages), given, STEPS) for name, stages in cases.items()}, rounds
+    )
+    held = {name: sections.memory_of(model, _list(stages), given)[1] for name, stages in cases.items()}
+    rows = {}
+    for name, stages in cases.items():
+        if name == DENSE:
+            continue
+        rows[name] = {
+            "flops": round(_flops(model, stages, given), 5), "prefill": _ratios(prefill[name], prefill[DENSE]),
+            "decode": _ratios(decode[name], decode[DENSE]), "kv": round(held[name] / held[DENSE], 5),
+        }  # fmt: skip
+        say(f"timed {name}: {rows[name]}")
+    base = {"prefill": timing.median(prefill[DENSE]).cpu, "step": timing.median(decode[DENSE]).cpu / STEPS}
+    return {"rounds": rounds, "dense_ms": {name: round(1e3 * value, 2) for name, value in base.items()}, "rows": rows}
+
+
+def _stages(one: Pipeline) -> list[Any]:
+    found: list[Any] = yaml.safe_load(one.resolved)["stages"]
+    return found
+
+
+def _list(stages: Stages | None) -> list[Any] | None:
+    return None if stages is None else [dict(stage) for stage in stages]
+
+
+@torch.inference_mode()
+def _flops(model: Any, stages: Stages | None, inputs: Any) -> float:
+    return float(workload.report_of(model, _list(stages), inputs).cost.flops_fraction)
+
+
+def _ratios(own: Sequence[timing.Time], dense: Sequence[timing.Time]) -> list[float]:
+    """Median and quartiles of the ratios of one round."""
+    ratios = [mine.cpu / other.cpu for mine, other in zip(own, dense, strict=True)]
+    if len(ratios) < 2:
+        return [round(ratios[0], 4)] * 3
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [round(one, 4) for one in (low, middle, high)]
