@@ -1,4 +1,4 @@
-"""Several processes train the router that one trains; a process that does not find the others says so."""
+"""Several processes train the router that one trains, and it is trained in bfloat16, both by the command."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from prunekit import cli
+import prunekit
+from prunekit import cli, loading
 from prunekit.errors import InputError
+from prunekit.testing.tiny import tiny_inputs
 from prunekit.training.processes import Processes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -58,6 +61,22 @@ def test_two_processes_train_the_router_that_one_trains(command, tmp_path, capsy
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-6
     for mine, theirs in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_bfloat16_trains_saves_and_is_used(command, tmp_path):
+    """The router is kept in float32; the model, and the router in it, compute in bfloat16 when it is used."""
+    given = [*command, str(tmp_path / "half"), "--dtype", "bfloat16", "--train", "router_dtype=bfloat16"]
+    assert cli.main(given) == 0
+    assert cli.main([*command, str(tmp_path / "full")]) == 0
+    half, full = (load_file(tmp_path / name / "router.safetensors") for name in ("half", "full"))
+    assert all(value.dtype == torch.float32 for value in half.values())
+    assert any(not torch.equal(half[name], full[name]) for name in half)
+    assert all(0 <= row["held_out"] < 100 for row in curve(tmp_path / "half"))
+    model, _ = loading.load(tmp_path / "tiny", "bfloat16")
+    use = {**STAGE, "weights": str(tmp_path / "half"), "width": None}
+    with prunekit.apply(model, {"stages": [use]}) as run:
+        model.generate(**tiny_inputs((1, 2), (9, 5), dtype=torch.bfloat16), max_new_tokens=3, do_sample=False)
+    assert run.report.kept_tokens == (4, 8) and {len(plan.layers) for plan in run.report.plans} == {2}
 
 
 def test_a_process_that_does_not_find_the_others(monkeypatch):
