@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--routers", type=Path, default=Path("runs/par"), metavar="DIR", help="those of the ablations")
     made.add_argument("--cache", type=Path, default=Path("runs/par-study"), metavar="DIR", help="keeps answers")
     made.add_argument("--rounds", type=int, default=9, help="timed runs of each case (9)")
+    made.add_argument("--dtype", default="bfloat16", metavar="T", help="of the model: bfloat16, float32")
     made.add_argument("--fresh", action="store_true", help="answer everything again")
     made.add_argument("--tiny", action="store_true", help="time a toy instead of the larger shape")
     made.add_argument("--render", action="store_true", help="measure nothing; write the text from the results")
@@ -62,7 +63,8 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     from .cells import Bench
 
     torch.set_num_threads(1)
-    bench = Bench(Loaded.load("micro"), arguments.questions, arguments.cache / "answers", arguments.fresh)
+    loaded = Loaded.load("micro", arguments.dtype, "cpu")
+    bench = Bench(loaded, arguments.questions, arguments.cache / "answers", arguments.fresh)
     routers = parts.Routers(router_stage(arguments.pipeline, arguments.router), arguments.routers)
     settings = settings_for(bench.shape.layers)
     size = times.workload.TINY if arguments.tiny else times.workload.FULL
@@ -79,7 +81,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     found = results.load(arguments.results)
     if found.get("about", {}).get("model") not in (None, bench.loaded.identity):
         found = {}  # of another model: no part of it belongs to this one
-    found["about"] = results.about(routers, arguments.questions)
+    found["about"] = results.about(routers, arguments.questions) | {"dtype": bench.loaded.dtype}
     for name in names:
         found[name] = run[name]()
         tell(found)

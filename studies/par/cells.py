@@ -75,6 +75,7 @@ class Bench:
     cache: Path
     fresh: bool = False
     _done: set[Path] = field(default_factory=set)
+    _calibration: list[asked.Batch] = field(default_factory=list)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -113,12 +114,12 @@ class Bench:
 
     def on_calibration(self, wanted: Sequence[Pipeline], count: int) -> list[float]:
         """Accuracy of each pipeline on questions that the benchmark does not have."""
-        if not hasattr(self, "_calibration"):
+        if not self._calibration:
             items = asked.calibration_items(count)
             by_words: dict[bool, list[Item]] = {}
             for item in items:
                 by_words.setdefault(bool(item[1].choices), []).append(item)  # prompts of like length together
-            self._calibration = [b for some in by_words.values() for b in asked.batches(self.loaded, some, None)]
+            self._calibration += [b for some in by_words.values() for b in asked.batches(self.loaded, some, None)]
         return [self._calibrated(one, count) for one in wanted]
 
     def _calibrated(self, one: Pipeline, count: int) -> float:
@@ -143,7 +144,7 @@ class Bench:
                 say(f"{task}: {number + 1} of {len(missing)} pipelines, {count} questions each, {taken:.0f} s")
 
     def _path(self, one: Pipeline, task: str, count: int) -> Path:
-        parts = (one.sha, self.loaded.identity, _version(), task, str(count))
+        parts = (one.sha, self.loaded.identity, self.loaded.dtype, _version(), task, str(count))
         return self.cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}.json"
 
     def _read(self, path: Path) -> Outcome | None:

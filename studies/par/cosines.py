@@ -66,7 +66,7 @@ def of_layers(bench: Bench, pipelines: Sequence[Pipeline]) -> list[list[list[flo
 def _mean(entered: Tensor, left: Tensor, stays: Tensor) -> float:
     """The cut stands inside the first layer behind it: what enters that one is longer than what leaves."""
     same = entered if len(entered) == len(left) else entered[stays]
-    return float(cosine_similarity(same, left, dim=-1).mean())
+    return float(cosine_similarity(same.float(), left.float(), dim=-1).mean())
 
 
 def of_pairs(bench: Bench) -> list[float]:
@@ -78,5 +78,5 @@ def of_pairs(bench: Bench) -> list[float]:
         with torch.inference_mode(), _watched(layers) as seen:
             bench.loaded.model(**batch.inputs)
         for first in range(len(totals)):
-            totals[first] += cosine_similarity(seen[first][0], seen[first + 1][1], dim=-1).mean()
+            totals[first] += cosine_similarity(seen[first][0].float(), seen[first + 1][1].float(), dim=-1).mean()
     return [float(total) / len(questions) for total in totals]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -80,6 +81,22 @@ def ranking(found: Mapping[str, Any]) -> str:
         if equal:
             text += f". Not told apart: {'; '.join(equal)}"
         lines.append(text + ".")
+    return "\n".join(lines)
+
+
+def joint(found: Mapping[str, Any]) -> str:
+    """What choosing layers as well is worth: settings of equal FLOPs against each other."""
+    mine = {setting: Row.of(rows[MAIN]) for setting, rows in found["settings"].items()}
+    part = results.part(mine)
+    lines = []
+    for fewer, more in itertools.permutations(mine, 2):
+        (flops, _, least), (other, _, most) = fewer.partition(", L="), more.partition(", L=")
+        if flops == other and int(least) < int(most):
+            change = part.cost(fewer, more)
+            lines.append(
+                f"- PAR at {flops}, tokens and layers (L={least}) minus tokens alone (L={most}): {signed(change)}, "
+                f"{side(change)}."
+            )
     return "\n".join(lines)
 
 

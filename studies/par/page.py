@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import findings, results, tables
-from .parts import BOX_SHARE, DRAWS, FASTV_SITE
+from .parts import DRAWS, FASTV_SITE
 from .settings import VARIANTS
 
 BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.S)
@@ -38,7 +38,7 @@ def written(found: Mapping[str, Any], now: Mapping[str, str]) -> str:
 
 def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
     router = about["router"]
-    options = ", ".join(f"`{key}: {value}`" for key, value in router["options"].items())
+    options = ", ".join(f"`{key}: {'null' if value is None else value}`" for key, value in router["options"].items())
     trained = f"trained for {router['steps']} steps" if router["trained"] else "**untrained**"
     curve = ""
     if router["trained"]:
@@ -51,13 +51,14 @@ def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
     warning = f"\n\n**Stale**: the {' and the '.join(stale)} changed since; run `make study`." if stale else ""
     versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
     return (
-        f"{about['questions']} questions a task, model `{about['model']}`, benchmark `{about['benchmark']}`, "
-        f"{versions}. The router ({options}) is {trained}.{curve}{warning}"
+        f"{about['questions']} questions a task unless said otherwise, {about['dtype']}, model `{about['model']}`, "
+        f"benchmark `{about['benchmark']}`, {versions}. The router ({options}) is {trained}.{curve}{warning}"
     )
 
 
 def _table(found: Mapping[str, Any]) -> str:
-    parts = ["### PAR against others at equal FLOPs", findings.targets(found), findings.ranking(found)]
+    parts = ["### PAR against others at equal FLOPs", findings.targets(found)]
+    parts += [findings.ranking(found), findings.joint(found)]
     for setting in found["settings"]:
         parts.append(f"#### {setting}, T={tables.kept(found, setting)}")
         parts += [tables.accuracy(found, setting), tables.against(found, setting)]
@@ -67,17 +68,24 @@ def _table(found: Mapping[str, Any]) -> str:
         f"left out in the order {orders['skip_layers']} and frozen in the order {orders['freeze_layers']}, each found "
         "greedily on other scenes. Intervals are of 95 %, paired by question."
     )
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
+
+
+def _count(rows: Mapping[str, Any]) -> str:
+    """How many questions rows have."""
+    right = results.rows(rows)[next(iter(rows))].right
+    return f"{len(next(iter(right.values())))} questions a task."
 
 
 def _layers(found: Mapping[str, Any]) -> str:
-    return "\n\n".join(["### Pairs of layers left out", tables.layers(found), findings.layers(found)])
+    title = "### Pairs of layers left out"
+    return "\n\n".join([title, _count(found["rows"]), tables.layers(found), findings.layers(found)])
 
 
 def _boxes(found: Mapping[str, Any]) -> str:
     how = (
-        f"Tokens leave before layer {FASTV_SITE}; accuracy in %, the mean of the tasks, over {DRAWS} draws, each on "
-        f"the same 1 of {BOX_SHARE} questions. Attention alone has nothing random in it, so its box is one value."
+        f"Tokens leave before layer {FASTV_SITE}; accuracy in %, the mean of the tasks, over {DRAWS} draws. "
+        f"Attention alone has nothing random in it, so its box is one value. {_count(found['rows'])}"
     )
     return "\n\n".join(["### Selections repeated", how, tables.boxes(found), findings.boxes(found)])
 
@@ -93,7 +101,8 @@ def _ablations(found: Mapping[str, Any]) -> str:
     abouts = {one.folder: one.about for one in VARIANTS}
     parts = ["### Ablations", findings.ablations(found)]
     for setting, rows in found["settings"].items():
-        parts += [f"#### Within {setting}", tables.ablations({"rows": rows, "training": found["training"]}, abouts)]
+        told = {"rows": rows, "training": found["training"]}
+        parts += [f"#### Within {setting}", _count(rows), tables.ablations(told, abouts)]
     return "\n\n".join(parts)
 
 

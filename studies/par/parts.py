@@ -18,7 +18,8 @@ from .settings import VARIANTS, Setting
 SHARES = (0.1, 0.2, 0.3)
 DRAWS = 8
 FASTV_SITE = 2  # the paper's; boxes and cosines are about attention before this layer
-BOX_SHARE = 4  # boxes take a fourth of the questions: there are many of them
+# Boxes are many and take one question in four, pairs of layers and ablations one in two.
+BOX_SHARE, LESS_SHARE = 4, 2
 DENSE: Stage = {"use": "dense"}
 BLIND: Stage = {"use": "blind"}
 
@@ -59,12 +60,18 @@ def _rows(bench: Bench, wanted: Mapping[str, Pipeline], count: int | None = None
     return {label: rows[one.sha].as_data() for label, one in wanted.items()}
 
 
+def _fewer(bench: Bench, share: int) -> int:
+    """One question in `share`, in pairs."""
+    return max(bench.questions // share // 2 * 2, 2)
+
+
 def layers(bench: Bench) -> dict[str, Any]:
     """Adjacent pairs of layers left out, one pair at a time, and what they do to the states."""
     pairs = [(first, first + 1) for first in range(bench.shape.layers - 1)]
     wanted = {f"{a}-{b}": pipeline([{"use": "skip_layers", "layers": [a, b]}]) for a, b in pairs}
     wanted = {"dense": pipeline([DENSE]), **wanted}
-    return {"rows": _rows(bench, wanted), "cosines": [round(one, 4) for one in cosines.of_pairs(bench)]}
+    rows = _rows(bench, wanted, _fewer(bench, LESS_SHARE))
+    return {"rows": rows, "cosines": [round(one, 4) for one in cosines.of_pairs(bench)]}
 
 
 def boxes(bench: Bench) -> dict[str, Any]:
@@ -76,7 +83,7 @@ def boxes(bench: Bench) -> dict[str, Any]:
         for draw in range(DRAWS):
             wanted[f"{share} random {draw}"] = pipeline([{"use": "random", "seed": draw, **kept}])
             wanted[f"{share} noise {draw}"] = pipeline([{"use": "noisy_attention", "seed": draw, **kept}])
-    return {"rows": _rows(bench, wanted, max(bench.questions // BOX_SHARE // 2 * 2, 2))}
+    return {"rows": _rows(bench, wanted, _fewer(bench, BOX_SHARE))}
 
 
 def correlation(bench: Bench) -> dict[str, Any]:
@@ -168,9 +175,10 @@ def ablations(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> di
         rows["shipped: its layers, all tokens"] = same.router_layers(_without_site(routers.stage))
         chance = {"use": "chance", "at": equal.at(routers.sites)}
         rows["random tokens and layers"] = routers.at(bench, setting, chance)
+    count = _fewer(bench, LESS_SHARE)
     there = [one.folder for one in VARIANTS if one.folder in stages]
     return {
-        "settings": {setting: _rows(bench, rows) for setting, rows in wanted.items()},
+        "settings": {setting: _rows(bench, rows, count) for setting, rows in wanted.items()},
         "training": {name: _training(routers.folder / name) for name in there},
     }
 

@@ -8,7 +8,7 @@ from prunekit.pipeline import Pipeline
 
 from .cells import Bench, pipeline
 
-QUESTIONS = 160
+QUESTIONS = 120
 
 
 def greedy(bench: Bench, use: str, enough: Callable[[Pipeline], bool]) -> list[int]:

@@ -65,6 +65,15 @@ def test_rivals_that_are_better_are_named():
     assert tables.kept(found, SETTING) == "68, then 32"
 
 
+def test_layers_and_tokens_are_set_against_tokens_alone_at_equal_flops():
+    found = table({"share": 0.9, "seed": 1})
+    found["settings"]["50 % of FLOPs, L=7"] = {"PAR": row(0.5, seed=2)}
+    found["settings"]["60 % of FLOPs, L=7"] = {"PAR": row(0.5, seed=2)}
+    told = findings.joint(found)
+    assert told.startswith("- PAR at 50 % of FLOPs, tokens and layers (L=7) minus tokens alone (L=8): -")
+    assert told.endswith("below zero.") and "60 %" not in told
+
+
 def test_the_layer_finding_names_what_the_cosine_gets_wrong():
     rows = {"dense": row(0.97), "0-1": row(0.1, seed=1), "1-2": row(0.97), "2-3": row(0.5, seed=2)}
     told = findings.layers({"rows": rows, "cosines": [0.2, 0.5, 0.9]})
@@ -103,7 +112,8 @@ def test_ablations_say_what_is_worse_and_what_was_not_trained():
 
 
 def about(**changes):
-    told = {**results.now(), "questions": QUESTIONS, "router": {"options": {"at": [1, 4]}, "trained": False}}
+    router = {"options": {"at": [1, 4]}, "trained": False}
+    told = {**results.now(), "questions": QUESTIONS, "dtype": "float32", "router": router}
     return {"about": {**told, "versions": {"torch": "2", "transformers": "5"}, **changes}}
 
 
