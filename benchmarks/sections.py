@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from timing import PeakMemory, Time, interleaved, median
 from torch import Tensor, nn
-from workload import FASTV, PIPELINES, PRUNES, Size, applied, inputs_of, model_of, prefill, report_of
+from workload import FASTV, PIPELINES, PRUNES, Size, applied, inputs_of, model_of, par_of, prefill, report_of
 
 # Where the engine lets a stage compute its inputs and decide; what the profiler sums up as the cost of scoring.
 SCORING = ("engine/stages.py", "decide")
@@ -62,6 +62,17 @@ def prefill_rows(size: Size, rounds: int) -> list[Row]:
     cases = {name: partial(prefill, model, stages, inputs) for name, stages in PIPELINES.items()}
     times = interleaved(cases, rounds, "prefill")
     return [row(name, times[name], times["dense"], flops_of(model, PIPELINES[name], inputs)) for name in PIPELINES]
+
+
+def par_rows(size: Size, rounds: int) -> list[Row]:
+    """PAR, and what its tokens, its layers and its router do by themselves, against the dense model. The first row is
+    PAR whole; FLOPs include the router's.
+    """
+    model, inputs = model_of(size), inputs_of(size)
+    chosen: dict[str, list[Any] | None] = {"dense": None, **par_of(size)}
+    cases = {name: partial(prefill, model, stages, inputs) for name, stages in chosen.items()}
+    times = interleaved(cases, rounds, "par")
+    return [row(name, times[name], times["dense"], flops_of(model, chosen[name], inputs)) for name in par_of(size)]
 
 
 def scoring_share(size: Size, rounds: int) -> float:

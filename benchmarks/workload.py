@@ -47,7 +47,25 @@ PRUNES = {
     "skip 4 layers": [SKIP],
     "stride 50 %, FastV 25 %, skip 4": [{"use": "stride", "at": "encoder", "keep": 0.5}, FASTV, SKIP],
 }
+# PAR at the counts of its paper on LLaVA-1.5-7B: T = 128 of 576 visual tokens, L = 24 of 32 layers.
+T_SHARE, L_SHARE = 128 / 576, 24 / 32
 PIPELINES: dict[str, list[Any] | None] = {"dense": None, **PRUNES_NOTHING, **PRUNES}
+
+
+def par_of(size: Size) -> dict[str, list[Any]]:
+    """PAR, with an untrained router as wide beside the model as the default one is beside a 7B model; and its parts."""
+
+    def stage(**budget: float) -> list[Any]:
+        where = {"at": 2} if "keep" in budget else {}
+        return [{"use": "par", **where, "weights": None, "seed": 0, "width": size.hidden // 8, **budget}]
+
+    tokens, layers = round(T_SHARE * size.side**2), round(L_SHARE * size.layers)
+    return {
+        f"PAR, T={tokens} of {size.side**2}, L={layers} of {size.layers}": stage(keep=T_SHARE, keep_layers=L_SHARE),
+        "its tokens alone": stage(keep=T_SHARE),
+        "its layers alone": stage(keep_layers=L_SHARE),
+        "its router alone, all kept": stage(keep=1.0, keep_layers=1.0),
+    }
 
 
 def model_of(size: Size, attention: str = "sdpa") -> LlavaForConditionalGeneration:

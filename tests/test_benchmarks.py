@@ -43,9 +43,9 @@ def test_prints_every_table_and_writes_the_figures(
     assert set(figures) == {"about", *cpu.SECTIONS}
     assert figures["about"]["rounds"] == 1 and figures["about"]["size"]["layers"] == 8
     printed = capsys.readouterr().out
-    for section in ("prefill", "peers", "decode", "batch", "memory"):
+    for section in ("prefill", "par", "peers", "decode", "batch", "memory"):
         assert all(f"| {row[next(iter(row))]} |" in printed for row in figures[section]), section
-    assert len(cpu.targets(figures)) == 7
+    assert len(cpu.targets(figures)) == 8
     for row in figures["memory"]:
         assert row["kv"] == row["kv_stated"]
         assert row["peak"] >= row["kv"]
@@ -78,6 +78,19 @@ def test_flops_fractions_are_those_of_the_stages(scripts: Any) -> None:
     assert fraction(None) == 1 == fraction([{"use": "dense"}])
     assert fraction([workload.SKIP]) == 0.5  # 4 of 8 layers
     assert fraction(workload.PRUNES["FastV, before layer 2, keep 25 %"]) < 0.6
+
+
+def test_par_is_measured_at_the_counts_of_its_paper_with_its_router(scripts: Any) -> None:
+    """128 of 576 visual tokens and three of four layers; what the router costs is in the FLOPs that time is held to."""
+    workload, sections = scripts("workload"), scripts("sections")
+    whole, *parts = workload.par_of(workload.FULL)
+    assert whole == "PAR, T=128 of 576, L=12 of 16" and len(parts) == 3
+    model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
+    stages = workload.par_of(workload.TINY)
+    report = workload.report_of(model, stages["PAR, T=8 of 36, L=6 of 8"], inputs)
+    assert report.kept_tokens == (8,) and len(report.plans[0].layers) == 2 and report.cost.decision_flops[0] > 0
+    shares = [float(sections.flops_of(model, one, inputs)) for one in stages.values()]
+    assert shares[0] < min(shares[1:3]) and shares[3] > 1, "the router alone saves nothing"
 
 
 def test_ratios_are_of_medians(scripts: Any) -> None:
