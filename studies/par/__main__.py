@@ -19,6 +19,7 @@ from typing import Any
 from . import page, results
 from .settings import COMPARED, PAGE, PIPELINE, RESULTS, settings_for
 
+ANY_MODEL = ("overhead", "large")  # parts that stay when the bundled model changes
 BUDGETS = ("keep", "keep_tokens", "keep_of", "keep_layers")
 
 
@@ -80,7 +81,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     }
     found = results.load(arguments.results)
     if found.get("about", {}).get("model") not in (None, bench.loaded.identity):
-        found = {}  # of another model: no part of it belongs to this one
+        found = {name: found[name] for name in ANY_MODEL if name in found}
     found["about"] = results.about(routers, arguments.questions) | {"dtype": bench.loaded.dtype}
     for name in names:
         found[name] = run[name]()
