@@ -160,18 +160,18 @@ def _least(row: Sequence[float], first: int) -> int:
 
 
 def ablations(found: Mapping[str, Any]) -> str:
-    """Rows whose difference to the shipped router is clear of zero, and those whose is not."""
+    """Rows whose difference to the router they are compared with is clear of zero, and those whose is not."""
     lines = []
     for setting, data in found["settings"].items():
         rows = results.rows(data)
-        part = results.part(rows)
+        part, base = results.part(rows), tables.base_of(rows)
         groups: dict[str, list[str]] = {"above zero": [], "below zero": [], "not clear of zero": []}
         for label in rows:
-            if label != "shipped":
-                groups[side(part.cost(label, "shipped"))].append(label)
+            if label != base:
+                groups[side(part.cost(label, base))].append(label)
         words = {"above zero": "better", "below zero": "worse", "not clear of zero": "not told apart"}
         told = "; ".join(f"{words[name]}: {', '.join(labels)}" for name, labels in groups.items() if labels)
-        lines.append(f"- {setting}, against the shipped router: {told}.")
+        lines.append(f"- {setting}, against the {base} router: {told}.")
     return "\n".join(lines)
 
 

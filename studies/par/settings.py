@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "par.md"
@@ -44,25 +42,20 @@ PAPER = ((256, 28), (176, 28), (144, 24), (128, 24))
 
 @dataclass(frozen=True)
 class Variant:
-    """A router of the ablations.
-
-    folder: below the folder of routers. about: how its training differs from that of `plain`. options: of the stage
-    that it was trained with, `None` for a key that was left out. recipe: options of the training.
-    """
+    """A router of the ablations. folder: below the folder of routers. about: how its training differs from `plain`."""
 
     folder: str
     about: str
-    options: Mapping[str, Any]
-    recipe: Mapping[str, Any]
 
 
+# docs/decisions/par-recipe.md has the command of each.
 VARIANTS = (
-    Variant("plain", "seed 0", {}, {}),
-    Variant("plain-1", "seed 1", {"seed": 1}, {"seed": 1}),
-    Variant("no-noise", "candidates drawn without noise", {}, {}),
-    Variant("tokens-only", "trained to choose tokens only", {"keep_layers": None}, {}),
-    Variant("layers-only", "trained to choose layers only", {"keep": None}, {}),
-    Variant("depth-2", "two blocks", {"depth": 2}, {}),
-    Variant("causal", "causal attention", {"attention": "causal"}, {}),
-    Variant("dpo", "DPO's loss", {}, {"loss": "dpo"}),
+    Variant("plain", "tokens and layers, seed 0"),
+    Variant("plain-1", "seed 1"),
+    Variant("no-noise", "candidates drawn without noise on attention"),
+    Variant("tokens-only", "trained to choose tokens only"),
+    Variant("layers-only", "trained to choose layers only"),
+    Variant("depth-2", "two blocks"),
+    Variant("causal", "causal attention"),
+    Variant("dpo", "DPO's loss"),
 )

@@ -159,21 +159,26 @@ def against(found: Mapping[str, Any], setting: str) -> str:
     return table([f"{MAIN} minus", "mean", *tasks_of(part)], lines)
 
 
+def base_of(rows: Mapping[str, Any]) -> str:
+    """What ablations are compared with: the router that was trained as they were, else the one under study."""
+    return "plain" if "plain" in rows else "shipped"
+
+
 def ablations(found: Mapping[str, Any], abouts: Mapping[str, str]) -> str:
     """Routers trained otherwise, and other uses of one."""
     rows = results.rows(found["rows"])
-    part = results.part(rows)
+    part, base = results.part(rows), base_of(rows)
     lines = []
     for label, row in rows.items():
         told = found["training"].get(label)
         name = f"`{label}`: {abouts[label]}" if label in abouts else label
         kl = f"{told['start']:.3f} / {told['random']:.3f} / {told['end']:.3f}" if told else ""
         steps = [str(told["steps"]), f"{told['difference']:g}"] if told else ["", ""]
-        versus = "" if label == "shipped" else signed(part.cost(label, "shipped"))
+        versus = "" if label == base else signed(part.cost(label, base))
         lines.append([name, *steps, kl, f"{100 * row.flops:.1f}", f"{row.kept:.0f}", shown(mean(part, label)), versus])
     lines += [[f"`{name}`: {abouts[name]}", "not trained", *[""] * 6] for name in abouts if name not in rows]
     head = ["router", "steps", "mean difference of pairs", "held-out KL: start / chance / end", "FLOPs %",
-            "tokens left", "mean", "against shipped"]  # fmt: skip
+            "tokens left", "mean", f"against {base}"]  # fmt: skip
     return table(head, lines)
 
 

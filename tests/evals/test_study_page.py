@@ -106,7 +106,9 @@ def test_ablations_say_what_is_worse_and_what_was_not_trained():
     rows = {"shipped": row(0.9, seed=1), "plain": row(0.9, seed=1), "causal": row(0.5, seed=2)}
     training = {name: {"steps": 60, "start": 0.2, "random": 0.1, "end": 0.02, "difference": 30.0} for name in rows}
     found = {"settings": {SETTING: rows}, "training": training}
-    assert "worse: causal; not told apart: plain." in findings.ablations(found)
+    assert "against the plain router: worse: causal; not told apart: shipped." in findings.ablations(found)
+    del rows["plain"]
+    assert "against the shipped router: worse: causal." in findings.ablations(found)
     text = tables.ablations({"rows": rows, "training": training}, {one.folder: one.about for one in VARIANTS})
     assert "`dpo`: DPO's loss | not trained" in text and "0.200 / 0.100 / 0.020" in text
 
