@@ -111,7 +111,8 @@ class Par:
         """
         config = self._config(shape)
         if self.weights is not None:
-            return Learner(_whole(files.load, files.find(self.weights)).float(), shape, frozenset())
+            trained = _whole(files.load, files.find(self.weights)).float().requires_grad_()
+            return Learner(trained, shape, frozenset())
         copied, seed = self.init == "llm_first", self.seed or 0
         if copied:
             router = router_of_layers(config, layers, theta, seed, self.layer_tokens)

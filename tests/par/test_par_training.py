@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from prunekit_strategies.par import files
 
 import prunekit
 from prunekit import loading, plugins
@@ -416,6 +417,17 @@ def test_a_trained_router_is_used_by_its_folder_and_says_how_it_was_made(loaded,
     assert config["training"]["data"]["digest"] == "noise" and config["training"]["recipe"]["lr"] == 1e-3
     card = (tmp_path / "r" / "README.md").read_text()
     assert "| chance |" in card and "keep_layers: 4" in card and "- `lr`: 0.001" in card
+
+
+def test_a_trained_router_learns_on(loaded, tmp_path):
+    trainer(loaded, tmp_path / "first").run()
+    made = trainer(
+        loaded, tmp_path / "second", pipeline(weights=str(tmp_path / "first"), seed=None, width=None), seed=1
+    )
+    start = {name: value.clone() for name, value in made.learner.module.state_dict().items()}
+    assert torch.equal(start["score.weight"], files.load(tmp_path / "first").score.weight)
+    made.run()
+    assert not torch.equal(files.load(tmp_path / "second").score.weight, start["score.weight"])
 
 
 def test_no_steps_save_the_router_as_it_starts(loaded, tmp_path):
