@@ -12,12 +12,12 @@ def card_of(model_id: str, training: Mapping[str, Any]) -> str:
     start, end = curve[0], curve[-1]
     lines = [
         "---", "library_name: prunekit", "tags: [pruning, router]", "---", f"# A router for {model_id}", "",
-        f"Trained by prunekit {training['prunekit']} for {training['steps']} steps on {data['prompts']} prompts of "
-        f"`{data['name']}` (digest `{data['digest']}`), without labels: the dense model is the teacher. It serves this "
-        "model only, with any budget.", "",
+        f"Trained by prunekit {training['prunekit']} for {training['steps']} steps of {training['recipe']['batch']} "
+        f"prompts, out of the {data['prompts']} of `{data['name']}` (digest `{data['digest']}`), without labels: the "
+        "dense model is the teacher. It serves this model only, with any budget.", "",
         "KL of the pruned model's answers to the dense model's, on prompts that were held out:", "",
         "| decided by | KL |", "| --- | --- |",
-        f"| chance | {start['random']:.4f} |", f"| the router before training | {start['held_out']:.4f} |",
+        f"| chance | {start['random']:.4f} |", f"| the router as it started | {start['held_out']:.4f} |",
         f"| this router | {end['held_out']:.4f} |", "", "## Pipeline", "", "```yaml",
         training["pipeline"].rstrip(), "```", "", "## Recipe", "",
         *(f"- `{name}`: {value}" for name, value in training["recipe"].items()), "", "## Curve", "",
