@@ -20,7 +20,7 @@ from prunekit_evals.micro.compose import scene
 from prunekit_evals.micro.judge import PROMPTS
 from prunekit_evals.micro.question import Question
 from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
-from prunekit_evals.prompts import from_messages
+from prunekit_evals.prompts import from_messages, render
 
 import prunekit
 from prunekit.pipeline import Pipeline
@@ -103,6 +103,15 @@ def batches(loaded: Loaded, items: Sequence[Item], task: str | None) -> Iterator
             seen = loaded.model.get_image_features(pixel_values=given["pixel_values"])
         inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
         yield Batch({**inputs, "mm_encoder_outputs": {"image": seen}}, tuple(q.answer for _, q in some))
+
+
+def text_tokens(loaded: Loaded, text: str) -> int:
+    """Tokens of a prompt with one picture beside its visual ones; the picture's placeholder is one token."""
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    whole = render(loaded.processor, [{"role": "user", "content": content}])
+    tokenizer = loaded.processor.tokenizer
+    begin = tokenizer.bos_token
+    return len(tokenizer(whole, add_special_tokens=not (begin and whole.startswith(begin))).input_ids) - 1
 
 
 def _prompt(loaded: Loaded, image: Any, text: str) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -88,12 +89,16 @@ class Bench:
         return {task: asked.benchmark_items(task, self.questions) for task in TASKS}
 
     @cached_property
-    def text_tokens(self) -> int:
-        """Tokens of a prompt beside its visual ones, the benchmark's mean."""
-        given = [batch.inputs for task in TASKS for batch in asked.batches(self.loaded, self.items[task][:50], task)]
-        lengths = [int(one["attention_mask"].sum()) / len(one["attention_mask"]) for one in given]
-        assert self.shape.visual_tokens is not None
-        return round(sum(lengths) / len(lengths) - self.shape.visual_tokens)
+    def text_tokens(self) -> dict[int, int]:
+        """Tokens of the prompts beside their visual ones, and how many prompts have so many."""
+        every = ((question, task) for task in TASKS for _, question in self.items[task])
+        lengths = (asked.text_tokens(self.loaded, asked.wording(question, task)) for question, task in every)
+        return dict(sorted(Counter(lengths).items()))
+
+    @property
+    def usual_text(self) -> int:
+        """The mean number of them."""
+        return round(sum(n * times for n, times in self.text_tokens.items()) / sum(self.text_tokens.values()))
 
     def ask(self, wanted: Iterable[Pipeline], count: int | None = None) -> dict[str, Row]:
         """Rows of pipelines by their sha; what is not known is computed, task by task. count: questions a task."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunekit.cost import prefill_flops
 from prunekit.errors import SpecError
 from prunekit.forecast import forecast
 from prunekit.pipeline import BoundPipeline, Pipeline
@@ -15,14 +16,23 @@ from .cells import Bench, Stages, pipeline
 
 Stage = Mapping[str, Any]
 SLACK = 1e-9  # of a fraction of dense FLOPs
-STEP, STEPS = 1e-3, 30  # a token is worth several of these
+STEP, SHIFT, STEPS = 1e-3, 6, 36  # a token is worth several steps; the search begins a few away
 
 
-def cost(bound: BoundPipeline, text_tokens: int) -> float:
-    """Prefill FLOPs as a fraction of dense, decisions included; where a router chooses, the most that it can be."""
-    found = forecast(bound, text_tokens)
-    assert found is not None
-    return found.flops[1] + found.decisions
+def cost(bound: BoundPipeline, text_tokens: Mapping[int, int]) -> float:
+    """Prefill FLOPs as a fraction of dense, decisions included, over prompts with so many text tokens each.
+
+    Where a router chooses layers, the most that it can be.
+    """
+    visual = bound.shape.visual_tokens
+    assert visual is not None
+    ours = dense = 0.0
+    for text, times in text_tokens.items():
+        found = forecast(bound, text)
+        assert found is not None
+        whole = times * prefill_flops(bound.shape, [visual + text] * bound.shape.layers)
+        ours, dense = ours + whole * (found.flops[1] + found.decisions), dense + whole
+    return ours / dense
 
 
 @dataclass(frozen=True)
@@ -33,23 +43,31 @@ class Equal:
     flops: float
 
     def _cost(self, stages: Stages) -> float:
-        return cost(pipeline(stages).bind(self.bench.shape), self.bench.text_tokens)
+        return self.cost(pipeline(stages))
 
     def below(self, *stages: Stage) -> Pipeline:
         """Stages of which one leaves its `keep` open, with the most tokens that do not cost more. Raises SpecError."""
-        return self._solved(stages, self.flops)
+        for step in range(STEPS):
+            found = self._solved(stages, self.flops + (SHIFT - step) * STEP)
+            if self.cost(found) <= self.flops:
+                break
+        return found
 
     def tokens(self, *stages: Stage) -> Pipeline:
         """The same with the fewest tokens that do not cost less."""
         for step in range(STEPS):
-            found = self._solved(stages, min(self.flops + step * STEP, 1.0))
-            if cost(found.bind(self.bench.shape), self.bench.text_tokens) >= self.flops - SLACK:
+            found = self._solved(stages, self.flops + (step - SHIFT) * STEP)
+            if self.cost(found) >= self.flops - SLACK:
                 break
         return found
 
+    def cost(self, one: Pipeline) -> float:
+        """Of a pipeline, over the benchmark's prompts."""
+        return cost(one.bind(self.bench.shape), self.bench.text_tokens)
+
     def _solved(self, stages: Stages, flops: float) -> Pipeline:
-        """With numbers of tokens in place of the budget."""
-        budget = {"flops": flops, "text_tokens": self.bench.text_tokens}
+        """With numbers of tokens in place of the budget, which is met for a prompt of the usual length."""
+        budget = {"flops": min(flops, 1.0), "text_tokens": self.bench.usual_text}
         bound = pipeline(stages, budget).bind(self.bench.shape)
         visual = self.bench.shape.visual_tokens
         assert visual is not None

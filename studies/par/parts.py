@@ -115,7 +115,7 @@ def table(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> dict[s
     }
     known = bench.ask([*base.values(), *(one for rows in wanted.values() for one in rows.values())])
     return {
-        "orders": orders, "text_tokens": bench.text_tokens, "sites": routers.sites, "costs": {
+        "orders": orders, "text_tokens": bench.usual_text, "sites": routers.sites, "costs": {
             str(setting): round(value, 5) for setting, value in costs.items()
         },
         "base": {label: known[one.sha].as_data() for label, one in base.items()},

@@ -159,7 +159,7 @@ def test_the_router_is_the_one_that_the_pipeline_file_names(tmp_path):
     two.write_text("name: two\nstages: [{use: fastv, keep: 0.5}]\n")
     with pytest.raises(ValueError, match="has not one stage with a router"):
         command.router_stage(two, None)
-    assert [one.layers for one in settings_for(32)] == [31, 32, 31, 32]
+    assert [one.layers for one in settings_for(32)] == [32, 32, 31, 32]
 
 
 def test_the_page_holds_what_was_measured():
