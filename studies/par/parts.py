@@ -169,7 +169,7 @@ def ablations(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> di
         rows, same = wanted[str(setting)], Equal(bench, setting.flops)
         for label, stage in stages.items():
             if label == "layers-only":
-                rows[f"{label}, all tokens"] = same.router_layers(_without_site(stage))
+                rows[label] = same.router_layers(_without_site(stage))
             else:
                 rows[label] = routers.at(bench, setting, stage)
         rows["shipped: its layers, all tokens"] = same.router_layers(_without_site(routers.stage))

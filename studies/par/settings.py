@@ -54,7 +54,7 @@ VARIANTS = (
     Variant("plain-1", "seed 1"),
     Variant("no-noise", "candidates drawn without noise on attention"),
     Variant("tokens-only", "trained to choose tokens only"),
-    Variant("layers-only", "trained to choose layers only"),
+    Variant("layers-only", "trained to choose layers only; all tokens stay"),
     Variant("depth-2", "two blocks"),
     Variant("causal", "causal attention"),
     Variant("dpo", "DPO's loss"),
