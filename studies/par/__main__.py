@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         made.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(page.PARTS)}")
     if arguments.questions < 2 or arguments.questions % 2:
         made.error("--questions must be even: one task asks twice about each picture")
+    if not (arguments.page.is_file() and page.BLOCK.search(arguments.page.read_text(encoding="utf-8"))):
+        made.error(f"'{arguments.page}' is no page with '<!-- study -->' and '<!-- /study -->'")
     if not arguments.render:
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")

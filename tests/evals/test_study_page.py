@@ -148,6 +148,9 @@ def test_render_measures_nothing(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             command.main(wrong)
     assert "no part nothing" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # before anything is measured
+        command.main(["--page", str(tmp_path / "none.md")])
+    assert "is no page with '<!-- study -->'" in capsys.readouterr().err
 
 
 def test_the_router_is_the_one_that_the_pipeline_file_names(tmp_path):
