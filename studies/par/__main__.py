@@ -76,7 +76,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
         "correlation": lambda: parts.correlation(bench),
         "ablations": lambda: parts.ablations(bench, routers, [settings[number] for number in COMPARED]),
         "overhead": costs.overhead,
-        "micro": lambda: times.micro(bench, routers, settings, 3 * arguments.rounds),
+        "micro": lambda: times.micro(bench, routers, settings, arguments.rounds),
         "large": lambda: times.large(size, arguments.rounds),
     }
     found = results.load(arguments.results)

@@ -17,6 +17,7 @@ from .cells import Row
 from .settings import CLAIM, OVERHEAD, TARGET_FLOPS, TARGET_KEPT
 
 MAIN = tables.MAIN
+SEED = "plain-1"  # the router that differs from `plain` in its seed alone
 
 
 def side(estimate: Estimate) -> str:
@@ -172,6 +173,9 @@ def ablations(found: Mapping[str, Any]) -> str:
         words = {"above zero": "better", "below zero": "worse", "not clear of zero": "not told apart"}
         told = "; ".join(f"{words[name]}: {', '.join(labels)}" for name, labels in groups.items() if labels)
         lines.append(f"- {setting}, against the {base} router: {told}.")
+        if SEED in rows:
+            noise = signed(part.cost(SEED, base))
+            lines.append(f"  - Another seed of {base} differs from it by {noise}; what differs less may be chance.")
     return "\n".join(lines)
 
 

@@ -99,7 +99,11 @@ def _correlation(found: Mapping[str, Any]) -> str:
 
 def _ablations(found: Mapping[str, Any]) -> str:
     abouts = {one.folder: one.about for one in VARIANTS}
-    parts = ["### Ablations", findings.ablations(found)]
+    how = (
+        "All but the shipped router were trained alike, briefly, on one seed each; a held-out KL is that of the budget "
+        "that a router was trained at. Budgets of tokens are solved for those of the setting, the router's included."
+    )
+    parts = ["### Ablations", how, findings.ablations(found)]
     for setting, rows in found["settings"].items():
         told = {"rows": rows, "training": found["training"]}
         parts += [f"#### Within {setting}", _count(rows), tables.ablations(told, abouts)]
@@ -116,7 +120,10 @@ def _overhead(found: Mapping[str, Any]) -> str:
 
 
 def _micro(found: Mapping[str, Any]) -> str:
-    return "\n\n".join(["### Measured: the bundled model", tables.times(found), findings.times(found, "Batch 1")])
+    parts = ["### Measured: the bundled model"]
+    for size, rows in found.items():
+        parts += [findings.times(rows, f"Batch {size}"), tables.times(rows)]
+    return "\n\n".join(parts)
 
 
 def _large(found: Mapping[str, Any]) -> str:

@@ -27,15 +27,18 @@ import sections
 import timing
 import workload
 
-STEPS = 8  # of decoding
+STEPS, BATCH = 8, 32  # of decoding; questions at a time
 DENSE = "dense"
 
 
 def micro(bench: Bench, routers: Routers, settings: Sequence[Setting], rounds: int) -> dict[str, Any]:
-    """The bundled model with its router, one question at a time."""
-    batch = next(asked.batches(bench.loaded, bench.items[TASKS[0]][:1], TASKS[0]))
+    """The bundled model with its router, by number of questions at a time."""
     cases: dict[str, Any] = {DENSE: None, **{str(one): _stages(routers.at(bench, one)) for one in settings}}
-    return _measured(bench.loaded.model, cases, {**batch.inputs, "logits_to_keep": 1}, rounds)
+    found = {}
+    for size, times in ((1, 3), (BATCH, 1)):
+        batch = next(asked.batches(bench.loaded, bench.items[TASKS[0]][:size], TASKS[0]))
+        found[str(size)] = _measured(bench.loaded.model, cases, {**batch.inputs, "logits_to_keep": 1}, times * rounds)
+    return found
 
 
 def large(size: workload.Size, rounds: int) -> dict[str, Any]:

@@ -107,7 +107,10 @@ def test_ablations_say_what_is_worse_and_what_was_not_trained():
     training = {name: {"steps": 60, "start": 0.2, "random": 0.1, "end": 0.02, "difference": 30.0} for name in rows}
     found = {"settings": {SETTING: rows}, "training": training}
     assert "against the plain router: worse: causal; not told apart: shipped." in findings.ablations(found)
-    del rows["plain"]
+    assert "Another seed" not in findings.ablations(found)
+    rows["plain-1"] = row(0.5, seed=2)
+    assert "Another seed of plain differs from it by -4" in findings.ablations(found)
+    del rows["plain"], rows["plain-1"]
     assert "against the shipped router: worse: causal." in findings.ablations(found)
     text = tables.ablations({"rows": rows, "training": training}, {one.folder: one.about for one in VARIANTS})
     assert "`dpo`: DPO's loss | not trained" in text and "0.200 / 0.100 / 0.020" in text
