@@ -7,16 +7,15 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
+from ..identity import model_identity
 from . import card_tables as tables
 from . import record
 from .benchmark import ITEMS, TASKS
 from .card_text import HEAD, TAIL
 from .record import Record
 
-Packed = dict[str, dict[str, dict[str, str]]]  # part -> task -> row -> rights
 
-
-def _measured(model: Path, task: str, most: int) -> Packed:
+def _measured(model: Path, task: str, most: int) -> record.Measured:
     import torch
 
     from . import measure
@@ -31,9 +30,9 @@ def _measured(model: Path, task: str, most: int) -> Packed:
     }
 
 
-def measured(model: Path, most: int = 500) -> Packed:
+def measured(model: Path, most: int = 500) -> record.Measured:
     """Every part on every task, two processes side by side."""
-    whole: Packed = {}
+    whole: record.Measured = {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for parts in pool.map(_measured, repeat(model), TASKS, repeat(most)):
             for part, per_task in parts.items():
@@ -83,8 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
         curve.write_text(arguments.curve.read_text())
     if not arguments.render:
         folders = {arguments.seed: model} | dict(arguments.other)
-        seeds = {seed: measured(folder, arguments.questions) for seed, folder in folders.items()}
-        record.save(file, families(arguments.questions), seeds)
+        models = {seed: str(model_identity(folder)) for seed, folder in folders.items()}
+        known = {seed: record.known(file, one, arguments.questions) for seed, one in models.items()}
+        seeds = {seed: known[seed] or measured(folder, arguments.questions) for seed, folder in folders.items()}
+        record.save(file, families(arguments.questions), models, seeds)
     (model / "README.md").write_text(render(record.load(file), curve))
     print(model / "README.md")
     return 0

@@ -1,7 +1,7 @@
 """What was measured, right or wrong question by question, kept beside the weights, in one line, as ``measured.jsonl``.
 
-``{"families": {task: [family, ...]}, "seeds": {seed: {part: {task: {row: rights}}}}}``, where ``rights`` is the number
-of questions and, in hexadecimal, one bit a question, the first question first.
+``{"families": {task: [family, ...]}, "models": {seed: identity}, "seeds": {seed: {part: {task: {row: rights}}}}}``,
+where ``rights`` is the number of questions and, in hexadecimal, one bit a question, the first question first.
 """
 
 import json
@@ -80,5 +80,18 @@ def load(path: Path) -> Record:
     return Record(data["families"], seeds)
 
 
-def save(path: Path, families: dict[str, list[str]], seeds: dict[str, dict[str, dict[str, dict[str, str]]]]) -> None:
-    path.write_text(json.dumps({"families": families, "seeds": seeds}) + "\n")
+Measured = dict[str, dict[str, dict[str, str]]]  # part -> task -> row -> rights
+
+
+def known(path: Path, identity: str, questions: int) -> Measured | None:
+    """What an earlier run measured of the model with this identity, with as many questions a task; None if nothing."""
+    data = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    for seed, one in data.get("models", {}).items():
+        found: Measured = data["seeds"][seed]
+        if one == identity and all(len(unpacked(rows["dense"])) == questions for rows in found["dense"].values()):
+            return found
+    return None
+
+
+def save(path: Path, families: dict[str, list[str]], models: dict[str, str], seeds: dict[str, Measured]) -> None:
+    path.write_text(json.dumps({"families": families, "models": models, "seeds": seeds}) + "\n")

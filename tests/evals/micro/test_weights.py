@@ -54,14 +54,14 @@ def test_dense_beats_blind_and_chance(task):
 
 def test_tokens_matter_inside_the_decoder():
     dense = np.mean([_share(task) for task in TASKS])
-    for layer, cost in ((1, 0.4), (2, 0.4), (3, 0.4), (4, 0.005)):
+    for layer, cost in ((1, 0.4), (2, 0.4), (3, 0.4), (4, 0.05)):
         assert np.mean([_share(task, layer=layer, keep=_none()) for task in TASKS]) < dense - cost
     count = round(0.11 * TOKENS)
     means = {
         name: np.mean([_share(task, layer=2, keep=SELECTIONS[name](_traced(task)[0], count)) for task in TASKS])
         for name in ("random", "oracle")
     }
-    assert means["random"] + 0.05 <= dense
+    assert means["random"] + 0.2 <= dense
     assert means["random"] < means["oracle"]
 
 
