@@ -57,7 +57,9 @@ class Row:
 
 
 def pipelines(decoder: Decoder) -> dict[str, Stages | None]:
-    """What is compared. Tokens are taken at random where what is measured does not depend on which they are."""
+    """What is compared. Tokens are taken at random where what is measured does not depend on which they are, and the
+    router of PAR is untrained: its rows skip different layers, which costs what it costs after training.
+    """
     kept = min(128, decoder.visual // 4)
     start, gone = decoder.layers // 4, decoder.layers // 4
     skipped = [start + 3 * number * (decoder.layers - start) // (3 * gone) for number in range(gone)]
@@ -70,6 +72,9 @@ def pipelines(decoder: Decoder) -> dict[str, Stages | None]:
         f"random, layer 2, T={kept}, L={left}": [
             {"use": "random", "at": 2, "keep_tokens": kept},
             {"use": "skip_layers", "layers": skipped},
+        ],
+        f"PAR, layer 2, T={kept}, L={left}": [
+            {"use": "par", "at": 2, "keep_tokens": kept, "keep_layers": left, "weights": None, "seed": 0}
         ],
     }
 
