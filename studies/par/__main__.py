@@ -19,7 +19,7 @@ from typing import Any
 from . import page, results
 from .settings import COMPARED, PAGE, PIPELINE, RESULTS, settings_for
 
-ANY_MODEL = ("overhead", "large")  # parts that stay when the bundled model changes
+ANY_MODEL = ("overhead", "large", "seven")  # parts that stay when the bundled model changes
 BUDGETS = ("keep", "keep_tokens", "keep_of", "keep_layers")
 
 
@@ -60,7 +60,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     import torch
     from prunekit_evals.answering import Loaded
 
-    from . import costs, parts, times
+    from . import costs, parts, seven, times
     from .cells import Bench
 
     torch.set_num_threads(1)
@@ -71,6 +71,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     size = times.workload.TINY if arguments.tiny else times.workload.FULL
     run: Mapping[str, Callable[[], Any]] = {
         "table": lambda: parts.table(bench, routers, settings),
+        "unseen": lambda: parts.unseen(bench, routers, settings[COMPARED[0]]),
         "layers": lambda: parts.layers(bench),
         "boxes": lambda: parts.boxes(bench),
         "correlation": lambda: parts.correlation(bench),
@@ -78,6 +79,7 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
         "overhead": costs.overhead,
         "micro": lambda: times.micro(bench, routers, settings, arguments.rounds),
         "large": lambda: times.large(size, arguments.rounds),
+        "seven": lambda: seven.seven(size if arguments.tiny else seven.SHAPE, min(arguments.rounds, 3)),
     }
     found = results.load(arguments.results)
     if found.get("about", {}).get("model") not in (None, bench.loaded.identity):

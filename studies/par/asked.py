@@ -64,9 +64,9 @@ class Batch:
     answers: tuple[str, ...]
 
 
-def benchmark_items(task: str, count: int) -> list[Item]:
-    """The first questions of a task of the bundled benchmark."""
-    return ITEMS[task](DRAWN)[:count]
+def benchmark_items(task: str, count: int, first: int = 0) -> list[Item]:
+    """Questions of a task of the bundled benchmark, from number `first` on."""
+    return ITEMS[task](DRAWN)[first : first + count]
 
 
 def calibration_items(count: int) -> list[Item]:

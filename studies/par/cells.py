@@ -68,13 +68,15 @@ def pipeline(stages: Stages, budget: Mapping[str, Any] | None = None) -> Pipelin
 class Bench:
     """A loaded model, its questions, and what has been asked of it.
 
-    cache: folder of outcomes; what they depend on is in their names. fresh: compute all again.
+    cache: folder of outcomes; what they depend on is in their names. fresh: compute all again. first: number of the
+    first question.
     """
 
     loaded: Loaded
     questions: int
     cache: Path
     fresh: bool = False
+    first: int = 0
     _done: set[Path] = field(default_factory=set)
     _calibration: list[asked.Batch] = field(default_factory=list)
 
@@ -86,7 +88,7 @@ class Bench:
     @cached_property
     def items(self) -> dict[str, list[Item]]:
         """The questions of each task."""
-        return {task: asked.benchmark_items(task, self.questions) for task in TASKS}
+        return {task: asked.benchmark_items(task, self.questions, self.first) for task in TASKS}
 
     @cached_property
     def text_tokens(self) -> dict[int, int]:
@@ -150,6 +152,7 @@ class Bench:
 
     def _path(self, one: Pipeline, task: str, count: int) -> Path:
         parts = (one.sha, self.loaded.identity, self.loaded.dtype, _version(), task, str(count))
+        parts += (f"from {self.first}",) * bool(self.first)
         return self.cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}.json"
 
     def _read(self, path: Path) -> Outcome | None:

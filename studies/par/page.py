@@ -11,7 +11,7 @@ from .parts import DRAWS, FASTV_SITE
 from .settings import VARIANTS
 
 BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.S)
-PARTS = ("table", "layers", "boxes", "correlation", "ablations", "overhead", "micro", "large")
+PARTS = ("table", "unseen", "layers", "boxes", "correlation", "ablations", "overhead", "micro", "large", "seven")
 
 
 def into(page: str, found: Mapping[str, Any], now: Mapping[str, str]) -> str:
@@ -27,8 +27,9 @@ def written(found: Mapping[str, Any], now: Mapping[str, str]) -> str:
     if "about" not in found:
         return "Not measured yet: `make study`."
     sections = {
-        "table": _table, "layers": _layers, "boxes": _boxes, "correlation": _correlation, "ablations": _ablations,
-        "overhead": _overhead, "micro": _micro, "large": _large,
+        "table": _table, "unseen": _unseen, "layers": _layers, "boxes": _boxes, "correlation": _correlation,
+        "ablations": _ablations, "overhead": _overhead, "micro": _micro, "large": _large,
+        "seven": _seven,
     }  # fmt: skip
     parts = [_about(found["about"], now)]
     for name in PARTS:
@@ -69,6 +70,15 @@ def _table(found: Mapping[str, Any]) -> str:
         "greedily on other scenes. Intervals are of 95 %, paired by question."
     )
     return "\n\n".join(filter(None, parts))
+
+
+def _unseen(found: Mapping[str, Any]) -> str:
+    setting = found["setting"]
+    table = {"base": {}, "settings": {setting: found["rows"]}}
+    title = f"### {setting}, on later questions"
+    how = f"{_count(found['rows'])} They begin with number {found['first']} of each task."
+    parts = [title, how, findings.targets(table), tables.accuracy(table, setting), tables.against(table, setting)]
+    return "\n\n".join(parts)
 
 
 def _count(rows: Mapping[str, Any]) -> str:
@@ -132,6 +142,10 @@ def _large(found: Mapping[str, Any]) -> str:
         f"{found['text']} text tokens, a new router of the default width"
     )
     return "\n\n".join(["### Measured: a larger shape", tables.times(found), findings.times(found, what)])
+
+
+def _seven(found: Mapping[str, Any]) -> str:
+    return "\n\n".join(["### Measured: LLaVA-1.5-7B's shape, on a CPU", tables.prefills(found), findings.seven(found)])
 
 
 __all__ = ["PARTS", "into", "results", "written"]

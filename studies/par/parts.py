@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .settings import VARIANTS, Setting
 
 SHARES = (0.1, 0.2, 0.3)
 DRAWS = 8
+UNSEEN = 200  # number of the first question of each task that nobody looked at while choosing places and router
 FASTV_SITE = 2  # the paper's; boxes and cosines are about attention before this layer
 # Boxes are many and take one question in four, pairs of layers and ablations one in two.
 BOX_SHARE, LESS_SHARE = 4, 2
@@ -124,6 +125,18 @@ def table(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> dict[s
             for setting, rows in wanted.items()
         },
     }  # fmt: skip
+
+
+def unseen(bench: Bench, routers: Routers, setting: Setting) -> dict[str, Any]:
+    """The setting of the target on the questions behind those of everything else, against those whom it names."""
+    others = replace(bench, first=max(UNSEEN, bench.questions))
+    mine = routers.at(bench, setting)
+    same = Equal(bench, _cost(bench, mine))
+    named = ("fastv", "random", "divprune")
+    every = equal.token_strategies(routers.sites)
+    rivals = {label: same.tokens(stage) for label, stage in every if stage["use"] in named}
+    wanted = {"dense": pipeline([DENSE]), "PAR": mine, **rivals}
+    return {"setting": str(setting), "first": others.first, "rows": _rows(others, wanted)}
 
 
 def _cost(bench: Bench, one: Pipeline) -> float:

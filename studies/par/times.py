@@ -71,8 +71,8 @@ def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[st
         if name == DENSE:
             continue
         rows[name] = {
-            "flops": round(_flops(model, stages, given), 5), "prefill": _ratios(prefill[name], prefill[DENSE]),
-            "decode": _ratios(decode[name], decode[DENSE]), "kv": round(held[name] / held[DENSE], 5),
+            "flops": round(flops_of(model, stages, given), 5), "prefill": ratios(prefill[name], prefill[DENSE]),
+            "decode": ratios(decode[name], decode[DENSE]), "kv": round(held[name] / held[DENSE], 5),
         }  # fmt: skip
         say(f"timed {name}: {rows[name]}")
     base = {"prefill": timing.median(prefill[DENSE]).cpu, "step": timing.median(decode[DENSE]).cpu / STEPS}
@@ -89,11 +89,11 @@ def _list(stages: Stages | None) -> list[Any] | None:
 
 
 @torch.inference_mode()
-def _flops(model: Any, stages: Stages | None, inputs: Any) -> float:
+def flops_of(model: Any, stages: Stages | None, inputs: Any) -> float:
     return float(workload.report_of(model, _list(stages), inputs).cost.flops_fraction)
 
 
-def _ratios(own: Sequence[timing.Time], dense: Sequence[timing.Time]) -> list[float]:
+def ratios(own: Sequence[timing.Time], dense: Sequence[timing.Time]) -> list[float]:
     """Median and quartiles of the ratios of one round."""
     ratios = [mine.cpu / other.cpu for mine, other in zip(own, dense, strict=True)]
     if len(ratios) < 2:

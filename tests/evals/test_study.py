@@ -1,5 +1,6 @@
 """The PAR study asks what it says: real answers, equal FLOPs, nothing twice."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -151,6 +152,14 @@ def test_a_rival_that_cannot_be_brought_to_the_flops_is_left_out_and_told(bench,
         Equal(bench, 0.1).tokens({"use": "fastv"}, cheap)
     assert parts._tried("this one", Equal(bench, 0.1), {"use": "fastv"}, cheap) is None
     assert "this one is left out at 0.100" in capsys.readouterr().err
+
+
+def test_later_questions_are_others(bench):
+    later = dataclasses.replace(bench, first=4)
+    seen = {shown.seed for items in bench.items.values() for shown, _ in items}
+    assert not seen & {shown.seed for items in later.items.values() for shown, _ in items}
+    one = pipeline([{"use": "blind"}])
+    assert bench._path(one, "pope", 4) != later._path(one, "pope", 4)
 
 
 def test_static_layers_are_found_without_the_benchmark(bench, monkeypatch):

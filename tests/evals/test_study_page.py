@@ -130,6 +130,13 @@ def test_figures_of_another_model_are_called_stale():
     assert page.written({}, results.now()) == "Not measured yet: `make study`."
 
 
+def test_later_questions_are_a_part_of_their_own():
+    rows = {"dense": row(0.97, 1.0), "PAR": row(0.97), "fastv, before layer 2": row(0.6, seed=1)}
+    text = page.written(about() | {"unseen": {"setting": SETTING, "first": 200, "rows": rows}}, results.now())
+    assert f"### {SETTING}, on later questions" in text and "They begin with number 200 of each task." in text
+    assert "is **reached**" in text and "above zero on 6" in text
+
+
 def test_only_the_marked_part_is_written():
     text = page.into(MARKED, {}, {})
     assert text.startswith("before\n\n<!-- study -->\n\nNot measured yet")
