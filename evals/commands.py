@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
 DEMO_PIPELINES = (
     "dense", "random-r11", "stride-r11", "pool-r11", "divprune-r11", "fastv-k2-r25", "fastv-k2-r11", "compose",
-    "vtw-half", "blind",
+    "par", "vtw-half", "blind",
 )  # fmt: skip
 DEMO_TASKS = ("pope", "gqa", "mmbench_en_dev_static")
 
