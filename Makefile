@@ -56,7 +56,6 @@ bench: $(STAMP) ## measure what prunekit costs and what it saves
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
 
 study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m studies.par.train
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m studies.par $(STUDY_ARGS)
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl

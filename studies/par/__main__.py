@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import page, results
+from . import page, results, train
 from .settings import COMPARED, PAGE, PIPELINE, RESULTS, settings_for
 
 ANY_MODEL = ("overhead", "large", "seven")  # parts that stay when the bundled model changes
@@ -104,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.render:
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
             os.environ.setdefault(name, "1")
+        if "ablations" in names and (code := train.main(["--routers", str(arguments.routers)])):
+            return code
         measured(arguments, names, lambda found: results.save(arguments.results, found))
     text = arguments.page.read_text(encoding="utf-8")
     arguments.page.write_text(page.into(text, results.load(arguments.results), results.now()), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train the routers of the ablations that are missing: `python -m studies.par.train`, part of `make study`.
+"""Train the routers of the ablations that are missing: `python -m studies.par.train`, where `make study` begins.
 
 All are trained alike, briefly, on the preset's places with one layer left out, but for what their line says.
 """

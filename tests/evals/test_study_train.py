@@ -6,6 +6,7 @@ import json
 import pytest
 
 from prunekit.cli import main as prunekit
+from studies.par import __main__ as study
 from studies.par import train
 from studies.par.settings import VARIANTS
 
@@ -38,3 +39,11 @@ def test_those_that_are_there_are_not_trained_again(tmp_path, monkeypatch, capsy
 def test_a_name_that_is_none_is_refused():
     with pytest.raises(SystemExit):
         train.main(["plane"])
+
+
+def test_the_study_trains_them_first_and_stops_where_that_fails(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study.train, "prunekit", lambda command: asked.append(command) or 3)
+    monkeypatch.setattr(study, "measured", lambda *_: pytest.fail("measured without its routers"))
+    assert study.main(["--only", "ablations", "--routers", str(tmp_path)]) == 3
+    assert len(asked) == 1
