@@ -4,11 +4,11 @@ Left to find by itself that the word "dog" should look at the dog, an earlier de
 500 steps. For a while, two heads of a layer are therefore paid for what words of a question attend to:
 
 - layer 1: from colors and places to the patches that show them, which can be seen there already;
-- layers 3 and 4, the first that can know names: from all words to what they name, and, later, from a name that is not
-  in the picture to the tokens before the picture;
-- layer 5, later: in questions of several hops, from a name to the other things of its color.
+- layers 3 and 4, the first that can know names: from all words to what they name, and from a name that is not in the
+  picture to the tokens before the picture;
+- layer 5: in questions of several hops, from a name to the other things of its color.
 
-The pay fades to nothing.
+The pay fades to nothing, as that of ``spelling`` does.
 """
 
 from dataclasses import dataclass

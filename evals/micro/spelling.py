@@ -1,9 +1,9 @@
-"""A scaffold for the end of stage 2: what a word has found out must stand in its own state.
+"""Another scaffold of stage 2: what a word has found out must stand in its own state.
 
 The decoder learned to look from a name to its patches, and to take a color from there, long before it took a place; and
 to look from a name to the other thing of its color without saying which that was. So the state of a name in a question
 is paid for spelling the color and place of what it names before layer 5, and, in questions of several hops, the name of
-the other thing of its color before layer 7.
+the other thing of its color before layer 7, with its place where that is asked for.
 """
 
 import numpy as np
