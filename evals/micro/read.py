@@ -171,7 +171,7 @@ class Read:
 
     def _with_seeing(self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
                      skipped: int | None, asked: int, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-        """Adds stage 1's losses at a fading weight, and holds the visual states of the later layers to their words."""
+        """Adds stage 1's losses at a fading weight, holds later visual states to their words, and text states short."""
         keep = everything(len(scenes)).keep if cut.layer else cut.keep
         lengths = torch.stack([s[:, -asked:].float().norm(dim=-1) for s in self.recorder.states.values()])
         calm = F.relu(lengths - CALM).mean()
