@@ -34,14 +34,13 @@ class Task:
     worded: Callable[[Question], str]
 
 
-TASKS = (
-    Task({"existence": 1.0}, prompts.word),
-    Task(dict.fromkeys(("existence", "verify_color", "verify_place", "verify_word"), 0.25), prompts.word),
-    Task(GQA_SHARES, prompts.word),
-    Task(MMBENCH_SHARES, prompts.mmbench),
-    Task(SCIENCE_SHARES, prompts.scienceqa),
-    Task(TEXT_SHARES, prompts.word),
-)
+SHARES: Mapping[str, Mapping[str, float]] = {
+    "pope": {"existence": 1.0},
+    "mme": dict.fromkeys(("existence", "verify_color", "verify_place", "verify_word"), 0.25),
+    "gqa": GQA_SHARES, "mmbench_en_dev_static": MMBENCH_SHARES, "scienceqa_img": SCIENCE_SHARES,
+    "textvqa_val": TEXT_SHARES,
+}  # fmt: skip
+TASKS = tuple(Task(shares, prompts.BY_TASK[name]) for name, shares in SHARES.items())
 
 
 class ScenePrompts:

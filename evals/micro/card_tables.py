@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..stats import Estimate, wilson
 from .packing import OPEN_SHARES
-from .record import Part, Record, _paired
+from .record import Part, Record
 
 PerSeed = Callable[[Record, str], str]
 CHANCE = {"pope": 50, "mme": 50, "mmbench_en_dev_static": 25, "scienceqa_img": 25}
@@ -143,11 +143,6 @@ def foreign(record: Record) -> str:
             rows.append([seed, family.removeprefix("foreign_"), str(len(right)), shown(wilson(right)),
                          percent(wilson(blind).value)])  # fmt: skip
     return table(("seed", "answers", "questions", "accuracy %", "blind"), rows)
-
-
-def difference(part: Part, task: str, ours: str, theirs: str) -> Estimate:
-    """One task's paired difference of two rows."""
-    return _paired(task, part.right(ours, task), part.right(theirs, task))
 
 
 def curve(path: Path) -> str:

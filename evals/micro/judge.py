@@ -21,11 +21,6 @@ from .questions import Question
 from .see import pixels
 from .selections import View
 
-PROMPTS = {
-    "pope": prompts.word, "mme": prompts.word, "gqa": prompts.word, "textvqa_val": prompts.word,
-    "mmbench_en_dev_static": prompts.mmbench, "scienceqa_img": prompts.scienceqa, "easy_vqa": prompts.word,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -64,7 +59,7 @@ class Judge:
         return View(features, seen.attentions[layer][:, :, 0, 1:].mean(1), [shown for shown, _ in items])
 
     def _rows(self, asked: Sequence[Question], task: str) -> tuple[Tensor, Tensor]:
-        rows = [self.packer.row(q, PROMPTS[task](q)) for q in asked]
+        rows = [self.packer.row(q, prompts.BY_TASK[task](q)) for q in asked]
         length = max(len(ids) for ids, _ in rows)
         ids = [i + [self.packer.pad] * (length - len(i)) for i, _ in rows]
         return torch.tensor(ids), torch.tensor([t + [IGNORE] * (length - len(t)) for _, t in rows])

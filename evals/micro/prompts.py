@@ -8,7 +8,7 @@ YES_NO = "Please answer yes or no."
 
 
 def word(question: Question) -> str:
-    """POPE, MME and GQA."""
+    """POPE, MME, GQA and TextVQA."""
     return f"{question.text}\n{WORD}"
 
 
@@ -27,3 +27,9 @@ def scienceqa(question: Question) -> str:
     options = "\n".join(f"{letter}. {c}" for letter, c in zip(LETTERS, question.choices, strict=True))
     hint = f"Context: {question.hint}\n" if question.hint else ""
     return f"{hint}{question.text}\n{options}\n{LETTER}"
+
+
+BY_TASK = {
+    "pope": word, "mme": word, "gqa": word, "mmbench_en_dev_static": mmbench, "scienceqa_img": scienceqa,
+    "textvqa_val": word, "easy_vqa": word,
+}  # fmt: skip

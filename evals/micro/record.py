@@ -47,10 +47,13 @@ class Part:
 
     def cost(self, row: str, other: str, against: "Part | None" = None) -> Estimate:
         """Mean over tasks of ``row`` minus ``other``, paired by question; ``against`` holds ``other`` if not this."""
-        parts = [_paired(task, self.right(row, task), (against or self).right(other, task)) for task in self.tasks]
-        found = average(parts)
+        found = average([self.difference(row, other, task, against) for task in self.tasks])
         assert found is not None
         return found
+
+    def difference(self, row: str, other: str, task: str, against: "Part | None" = None) -> Estimate:
+        """The same on one task."""
+        return _paired(task, self.right(row, task), (against or self).right(other, task))
 
 
 def _paired(task: str, ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:

@@ -17,7 +17,6 @@ from prunekit_evals.answering import Loaded, encode
 from prunekit_evals.micro import prompts
 from prunekit_evals.micro.benchmark import ITEMS, Item
 from prunekit_evals.micro.compose import scene
-from prunekit_evals.micro.judge import PROMPTS
 from prunekit_evals.micro.question import Question
 from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
 from prunekit_evals.prompts import from_messages, render
@@ -86,7 +85,7 @@ def calibration_items(count: int) -> list[Item]:
 def wording(question: Question, task: str | None) -> str:
     """The user's words; without a task, those of the tasks that ask such questions."""
     if task is not None:
-        return PROMPTS[task](question)
+        return prompts.BY_TASK[task](question)
     if not question.choices:
         return prompts.word(question)
     return prompts.scienceqa(question) if question.hint else prompts.mmbench(question)

@@ -78,7 +78,7 @@ class Bench:
     fresh: bool = False
     first: int = 0
     _done: set[Path] = field(default_factory=set)
-    _calibration: list[asked.Batch] = field(default_factory=list)
+    _calibration: dict[int, list[asked.Batch]] = field(default_factory=dict)
 
     @cached_property
     def shape(self) -> ModelShape:
@@ -121,19 +121,20 @@ class Bench:
 
     def on_calibration(self, wanted: Sequence[Pipeline], count: int) -> list[float]:
         """Accuracy of each pipeline on questions that the benchmark does not have."""
-        if not self._calibration:
+        if count not in self._calibration:
             items = asked.calibration_items(count)
             by_words: dict[bool, list[Item]] = {}
             for item in items:
                 by_words.setdefault(bool(item[1].choices), []).append(item)  # prompts of like length together
-            self._calibration += [b for some in by_words.values() for b in asked.batches(self.loaded, some, None)]
+            seen = [b for some in by_words.values() for b in asked.batches(self.loaded, some, None)]
+            self._calibration[count] = seen
         return [self._calibrated(one, count) for one in wanted]
 
     def _calibrated(self, one: Pipeline, count: int) -> float:
         path = self._path(one, "calibration", count)
         known = self._read(path)
         if known is None:
-            known = sum((asked.outcome(self.loaded, one, batch) for batch in self._calibration), Outcome())
+            known = sum((asked.outcome(self.loaded, one, batch) for batch in self._calibration[count]), Outcome())
             self._write(path, known)
         return sum(known.right) / len(known.right)
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunekit_evals.micro.card_tables import difference, percent, signed
+from prunekit_evals.micro.card_tables import percent, signed
 from prunekit_evals.micro.record import Part
 from prunekit_evals.stats import Estimate
 from prunekit_evals.table import SHORT
@@ -29,7 +29,7 @@ def _split(part: Part, theirs: str) -> dict[str, list[str]]:
     """Tasks by where PAR's paired difference to another row lies."""
     found: dict[str, list[str]] = {"above zero": [], "below zero": [], "not clear of zero": []}
     for task in part.tasks:
-        found[side(difference(part, task, MAIN, theirs))].append(SHORT.get(task, task))
+        found[side(part.difference(MAIN, theirs, task))].append(SHORT.get(task, task))
     return found
 
 

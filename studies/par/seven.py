@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .settings import PAPER
-from .times import DENSE, flops_of, ratios, timing, workload
+from .times import DENSE, flops_of, listed, paper_cases, ratios, timing, workload
 
 SHAPE = workload.Size(layers=32, hidden=4096, mlp=11008, heads=32, side=24, text=64)
 SETTINGS = (PAPER[1], PAPER[3])  # the one that the paper trains at, and its smallest
@@ -42,12 +42,9 @@ def seven(size: workload.Size, rounds: int) -> dict[str, Any]:
     model, given = model_of(size), workload.inputs_of(size)
     features = given["mm_encoder_outputs"]["image"]
     features.pooler_output = tuple(one.bfloat16() for one in features.pooler_output)
-    cases: dict[str, Any] = {DENSE: None}
-    for tokens, layers in SETTINGS:
-        kept = {"keep_tokens": round(tokens / 576 * size.side**2), "keep_layers": round(layers / 32 * size.layers)}
-        cases["T={keep_tokens}, L={keep_layers}".format(**kept)] = [{"use": "par", "weights": None, "seed": 0, **kept}]
+    cases = paper_cases(size, SETTINGS)
     times = timing.interleaved(
-        {name: partial(workload.prefill, model, stages, given) for name, stages in cases.items()}, rounds
+        {name: partial(workload.prefill, model, listed(stages), given) for name, stages in cases.items()}, rounds
     )
     rows = {
         name: {"flops": round(flops_of(model, stages, given), 5), "prefill": ratios(times[name], times[DENSE])}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from prunekit_evals.micro.card_tables import difference, percent, shown, signed, table
+from prunekit_evals.micro.card_tables import percent, shown, signed, table
 from prunekit_evals.micro.record import Part
 from prunekit_evals.stats import Estimate
 from prunekit_evals.table import SHORT
@@ -154,7 +154,7 @@ def against(found: Mapping[str, Any], setting: str) -> str:
     part, rows = of_setting(found, setting)
     lines = []
     for label in sorted((one for one in rows if one != MAIN), key=lambda one: -part.mean(one)):
-        each = [signed(difference(part, task, MAIN, label)) for task in part.tasks]
+        each = [signed(part.difference(MAIN, label, task)) for task in part.tasks]
         lines.append([label, signed(part.cost(MAIN, label)), *each])
     return table([f"{MAIN} minus", "mean", *tasks_of(part)], lines)
 

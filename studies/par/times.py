@@ -43,14 +43,17 @@ def micro(bench: Bench, routers: Routers, settings: Sequence[Setting], rounds: i
 
 def large(size: workload.Size, rounds: int) -> dict[str, Any]:
     """The benchmark's model with a new router, at the paper's shares of tokens and layers."""
-    visual = size.side**2
-    cases: dict[str, Any] = {DENSE: None}
-    for tokens, layers in PAPER:
-        kept = {"keep_tokens": round(tokens / 576 * visual), "keep_layers": round(layers / 32 * size.layers)}
-        stage = {"use": "par", "weights": None, "seed": 0, **kept}
-        cases["T={keep_tokens}, L={keep_layers}".format(**kept)] = [stage]
-    found = _measured(workload.model_of(size), cases, workload.inputs_of(size), rounds)
-    return {"layers": size.layers, "hidden": size.hidden, "visual": visual, "text": size.text, **found}
+    found = _measured(workload.model_of(size), paper_cases(size, PAPER), workload.inputs_of(size), rounds)
+    return {"layers": size.layers, "hidden": size.hidden, "visual": size.side**2, "text": size.text, **found}
+
+
+def paper_cases(size: workload.Size, settings: Sequence[tuple[int, int]]) -> dict[str, Stages | None]:
+    """Dense, and a new router at the shares of 576 tokens and 32 layers that these settings (T, L) have."""
+    cases: dict[str, Stages | None] = {DENSE: None}
+    for tokens, layers in settings:
+        kept = {"keep_tokens": round(tokens / 576 * size.side**2), "keep_layers": round(layers / 32 * size.layers)}
+        cases["T={keep_tokens}, L={keep_layers}".format(**kept)] = [{"use": "par", "weights": None, "seed": 0, **kept}]
+    return cases
 
 
 def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
@@ -60,12 +63,13 @@ def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[st
     """
     given: Any = dict(inputs)
     prefill = timing.interleaved(
-        {name: partial(workload.prefill, model, _list(stages), given) for name, stages in cases.items()}, rounds
+        {name: partial(workload.prefill, model, listed(stages), given) for name, stages in cases.items()}, rounds
     )
     decode = timing.interleaved(
-        {name: partial(sections.decoding, model, _list(stages), given, STEPS) for name, stages in cases.items()}, rounds
+        {name: partial(sections.decoding, model, listed(stages), given, STEPS) for name, stages in cases.items()},
+        rounds,
     )
-    held = {name: sections.memory_of(model, _list(stages), given)[1] for name, stages in cases.items()}
+    held = {name: sections.memory_of(model, listed(stages), given)[1] for name, stages in cases.items()}
     rows = {}
     for name, stages in cases.items():
         if name == DENSE:
@@ -84,13 +88,13 @@ def _stages(one: Pipeline) -> list[Any]:
     return found
 
 
-def _list(stages: Stages | None) -> list[Any] | None:
+def listed(stages: Stages | None) -> list[Any] | None:
     return None if stages is None else [dict(stage) for stage in stages]
 
 
 @torch.inference_mode()
 def flops_of(model: Any, stages: Stages | None, inputs: Any) -> float:
-    return float(workload.report_of(model, _list(stages), inputs).cost.flops_fraction)
+    return float(workload.report_of(model, listed(stages), inputs).cost.flops_fraction)
 
 
 def ratios(own: Sequence[timing.Time], dense: Sequence[timing.Time]) -> list[float]:

@@ -11,8 +11,9 @@ from PIL import Image
 from prunekit_evals.micro import model_path
 from prunekit_evals.micro.benchmark import ITEMS, TASKS
 from prunekit_evals.micro.card_tables import CHANCE
-from prunekit_evals.micro.judge import PROMPTS, Judge
+from prunekit_evals.micro.judge import Judge
 from prunekit_evals.micro.model import TOKENS
+from prunekit_evals.micro.prompts import BY_TASK
 from prunekit_evals.micro.record import Part, packed, unpacked
 from prunekit_evals.micro.selections import SELECTIONS
 
@@ -81,7 +82,7 @@ def test_auto_classes_generate_what_the_judge_expects():
         items = ITEMS[task](8)
         view = judge.view(items)
         expected = judge.right(judge.trace(view, [q for _, q in items], task))
-        texts = [_chat(processor, PROMPTS[task](q)) for _, q in items]
+        texts = [_chat(processor, BY_TASK[task](q)) for _, q in items]
         images = [Image.fromarray(shown.image) for shown, _ in items]
         batch = processor(images=images, text=texts, return_tensors="pt", padding=True)
         out = model.generate(**batch, max_new_tokens=8)[:, batch["input_ids"].shape[1] :]
