@@ -146,11 +146,14 @@ def foreign(record: Record) -> str:
 
 
 def curve(path: Path) -> str:
-    """Held-out accuracy of the watched families as stage 2 went on."""
+    """Held-out accuracy of the watched families as the stages that learn answers went on."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    read = [line for line in lines if line["stage"] == "read" and "existence" in line]
+    read = [line for line in lines if "existence" in line]
     names = [*OPEN_SHARES, "same_color", "kind_by_color", "where_same", "kind_same", "choice_color", "hint_color",
              "hint_like", "all", "keep11", "before2", "before4", "blind"]  # fmt: skip
     names = [n for n in names if all(n in line for line in read)]
-    rows = [[str(line["step"]), f"{line['loss']:.3f}", *(f"{100 * line[n]:.0f}" for n in names)] for line in read]
+    rows = [
+        [f"{line['stage']} {line['step']}", f"{line['loss']:.3f}", *(f"{100 * line[n]:.0f}" for n in names)]
+        for line in read
+    ]
     return table(("step", "loss", *names), rows)

@@ -13,6 +13,7 @@ from .optim import load_masters
 from .read import new_model
 from .tokenizer import IMAGE
 from .tokenizer import train as train_tokenizer
+from .train import STAGES
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -38,10 +39,10 @@ def processor() -> LlavaProcessor:
 
 
 def trained_model(run: Path) -> LlavaForConditionalGeneration:
-    """The model of a run in float32: tower from stage 1, the rest from stage 2."""
+    """The model of a run in float32: each stage goes over what the ones before it have left."""
     model = new_model(train_tokenizer(), 0, "sdpa")
-    load_masters(model, load_file(run / "see.safetensors"))
-    load_masters(model, load_file(run / "read.safetensors"))
+    for stage in STAGES:
+        load_masters(model, load_file(run / f"{stage}.safetensors"))
     return model.eval()
 
 

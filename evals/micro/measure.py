@@ -77,7 +77,7 @@ def more(batch: Batch) -> Rights:
 
 
 def control(batch: Batch) -> Rights:
-    """Few tokens by what a question attends to: this question's scores, and another's on this picture.
+    """Few tokens by what a question or its last token attends to: this one's scores, and another's on the picture.
 
     The attention is that of the layer before (it ran), or that of the layer itself (it is looked ahead at).
     """
@@ -87,8 +87,12 @@ def control(batch: Batch) -> Rights:
     for layer in (2, 3):
         rows[f"layer {layer} random"] = batch.right(layer, SELECTIONS["random"](batch.view, count))
         for whose, source in (("this", trace), ("other", other)):
-            for name, at in (("question", layer - 1), ("question, look-ahead", layer)):
-                rows[f"layer {layer} {name}, {whose}"] = batch.right(layer, most(source.text[at], count))
+            asked = {
+                "last token (FastV)": source.last[layer - 1], "question": source.text[layer - 1],
+                "question, look-ahead": source.text[layer],
+            }  # fmt: skip
+            for name, scores in asked.items():
+                rows[f"layer {layer} {name}, {whose}"] = batch.right(layer, most(scores, count))
     return rows
 
 

@@ -94,9 +94,9 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: 
 
 
 class Read:
-    """Everything learns; the losses of stage 1 fade out."""
+    """Everything learns; the losses of stage 1 fade out. ``recorded``: the first layer whose input is kept."""
 
-    scenes = 8
+    scenes, recorded = 8, SEEING
 
     def __init__(self, seed: int, seen: dict[str, Tensor]) -> None:
         self.tokenizer = train_tokenizer()
@@ -105,7 +105,7 @@ class Read:
         self.model = new_model(self.tokenizer, seed, attention.NAME)
         load_masters(self.model, seen)
         self.model.to(DTYPE)
-        self.recorder, self.see = Recorder(self.model), SeeLoss()
+        self.recorder, self.see = Recorder(self.model, self.recorded), SeeLoss()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """All but the tower's last layer, which nothing in the answer depends on."""
@@ -119,6 +119,10 @@ class Read:
 
     def pace(self, progress: float) -> float:
         return SLOW
+
+    def age(self, progress: float) -> float:
+        """How far it is with what it asks, drops and leaves out."""
+        return progress
 
     def features(self, images: Tensor) -> Tensor:
         core = self.model.model
@@ -142,13 +146,15 @@ class Read:
 
     def loss(self, seeds: Sequence[int], progress: float) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng([seeds[0], 2])
+        weight, progress = scaffold(progress), self.age(progress)
         if progress > 1 / 12 and seeds[0] // self.scenes % FOREIGN_EVERY == 0:
             return self._foreign(rng)
         scenes = [scene(s) for s in seeds]
         packed = self.packer.pack(scenes, rng, *next(mix for end, mix in MIX if progress < end), late=progress >= LATE)
         cut = self._cut(rng, progress)
-        weight = scaffold(progress)
-        pointing = Pointing(self.words, scenes, cut.keep, packed, len(self.packer.prefix)) if weight else None
+        pointing = (
+            Pointing(self.words, scenes, cut.keep, packed, len(self.packer.prefix)) if scaffold(progress) else None
+        )
         if pointing is not None and cut.layer:
             cut = Cut(0, cut.keep)  # the scaffold watches tokens that are there from the start
         features = self.features(pixels(scenes, DTYPE))
@@ -157,17 +163,23 @@ class Read:
             logits, targets, _ = self._answers(features, cut, packed, pointing)
         loss = F.cross_entropy(logits.float(), targets)
         metrics = {"answer_loss": loss.item()} | self._right(logits, targets)
-        if pointing is not None:
-            metrics["pointing"] = pointing.loss().item()
-            spelled = self._spelled(scenes, packed)
-            metrics["spelled"] = spelled.item()
-            loss = loss + weight * (pointing.loss() + spelled)
+        paid = self.paid(scenes, packed, cut, pointing)
+        metrics |= {name: value.item() for name, value in paid.items()}
+        loss = loss + weight * sum(paid.values(), torch.zeros(()))
         return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed.ids.shape[1], progress)
 
-    def _spelled(self, scenes: list[Scene], packed: Packed) -> Tensor:
-        asked = packed.ids.shape[1]
-        states = {n: s[:, -asked:] for n, s in self.recorder.states.items()}
-        return spelling.spelling_loss(states, self.see.words, spelling.targets(self.words, scenes, packed))
+    def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
+        """What is paid for besides answers as long as there is a scaffold, by name; ``pointing`` has watched."""
+        if pointing is None:
+            return {}
+        spelled = spelling.spelling_loss(
+            self.asked(packed), self.see.words, spelling.targets(self.words, scenes, packed)
+        )
+        return {"pointing": pointing.loss(), "spelled": spelled}
+
+    def asked(self, packed: Packed) -> dict[int, Tensor]:
+        """The states of the questions, ``[B, S, H]``, before each recorded layer."""
+        return {n: s[:, -packed.ids.shape[1] :] for n, s in self.recorder.states.items()}
 
     def _with_seeing(self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
                      skipped: int | None, asked: int, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip

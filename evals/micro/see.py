@@ -119,12 +119,12 @@ class SeeLoss(nn.Module):
 
 
 class Recorder:
-    """Keeps the states ``[B, S, H]`` before every decoder layer from ``SEEING`` on, by layer, of the latest forward."""
+    """Keeps the states ``[B, S, H]`` before every decoder layer from ``first`` on, by layer, of the latest forward."""
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, first: int = SEEING) -> None:
         self.states: dict[int, Tensor] = {}
         for number, layer in enumerate(model.model.language_model.layers):
-            if number + 1 >= SEEING:
+            if number + 1 >= first:
                 layer.register_forward_hook(partial(self._keep, number + 1))
 
     def _keep(self, number: int, module: nn.Module, args: tuple[object, ...], out: Tensor | tuple[Tensor, ...]) -> None:
@@ -132,7 +132,7 @@ class Recorder:
 
     def visual(self, lead: int, count: int) -> list[Tensor]:
         """The visual tokens' states before layer ``SEEING`` and the later ones; what was recorded is forgotten."""
-        found = [self.states[n][:, lead : lead + count] for n in sorted(self.states)]
+        found = [self.states[n][:, lead : lead + count] for n in sorted(self.states) if n >= SEEING]
         self.states = {}
         return found
 

@@ -1,4 +1,4 @@
-"""What the two training stages train, on what, and how they are watched."""
+"""What the training stages train, on what, and how they are watched."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +76,8 @@ class See:
 def build(stage: str, out: Path, seed: int) -> Stage:
     if stage == "see":
         return See(seed)
+    from .glance import Glance
     from .read import Read
 
-    return Read(seed, load_file(out / "see.safetensors"))
+    seen = load_file(out / "see.safetensors")
+    return Read(seed, seen) if stage == "read" else Glance(seed, seen | load_file(out / "read.safetensors"))

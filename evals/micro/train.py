@@ -18,7 +18,10 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAIN_SEEDS = 1 << 40  # training scenes lie above; everything held out lies below
-STAGES: dict[str, tuple[int, float]] = {"see": (2600, 1.5e-3), "read": (4800, 1.2e-3)}  # steps, peak rate
+# Steps, peak rate, and where in the seed's share of the training scenes a stage begins.
+STAGES: dict[str, tuple[int, float, int]] = {
+    "see": (2600, 1.5e-3, 0), "read": (4800, 1.2e-3, 1 << 36), "glance": (720, 6e-4, 3 << 35),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,14 @@ def worker(rank: int, run: Run) -> None:
         progress = _agree(max(step / run.steps, elapsed))
         if progress >= 1:
             break
-        base = TRAIN_SEEDS + ((run.seed * 2 + (run.stage == "read")) << 36) + (step * run.world + rank) * stage.scenes
+        base = TRAIN_SEEDS + (run.seed << 37) + STAGES[run.stage][2] + (step * run.world + rank) * stage.scenes
         loss, metrics = stage.loss(range(base, base + stage.scenes), progress)
         loss.backward()
         norm = optimizer.step(schedule(progress, run.rate), stage.pace(progress))
         done = step + 1
         lost = loss.item() if step == first else 0.98 * lost + 0.02 * loss.item()
         if rank == 0 and step % 50 == 0:
-            if step % (500 if run.stage == "read" else 1000) == 0 and step > first:
+            if step % (1000 if run.stage == "see" else 500) == 0 and step > first:
                 metrics |= stage.evaluate()
             _log(run, step, time.monotonic() - start, loss=lost, norm=norm, progress=progress, **metrics)
         if rank == 0 and step % 250 == 249:
@@ -115,7 +118,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     import torch.multiprocessing as mp
 
-    for stage, (steps, rate) in STAGES.items():
+    for stage, (steps, rate, _) in STAGES.items():
         if args.stage not in (stage, "all"):
             continue
         (args.out / "rendezvous").unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from prunekit.errors import SpecError
 from prunekit.pipeline import Pipeline
 
 from . import cosines, equal, static
+from .asked import DRAWN
 from .cells import Bench, pipeline, say
 from .equal import Equal, Stage
 from .settings import VARIANTS, Setting
@@ -128,8 +129,12 @@ def table(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> dict[s
 
 
 def unseen(bench: Bench, routers: Routers, setting: Setting) -> dict[str, Any]:
-    """The setting of the target on the questions behind those of everything else, against those whom it names."""
-    others = replace(bench, first=max(UNSEEN, bench.questions))
+    """The setting of the target on the questions behind those of everything else, against those whom it names.
+
+    Twice as many, if there are: what is left to tell apart is small.
+    """
+    first = max(UNSEEN, bench.questions)
+    others = replace(bench, first=first, questions=min(2 * bench.questions, DRAWN - first))
     mine = routers.at(bench, setting)
     same = Equal(bench, _cost(bench, mine))
     named = ("fastv", "random", "divprune")

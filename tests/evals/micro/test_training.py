@@ -4,13 +4,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from prunekit_evals.micro import attention, depth, drop, spelling
+from prunekit_evals.micro.glance import Gist, Glance, begins
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
 from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
 from prunekit_evals.micro.optim import Masters, schedule
 from prunekit_evals.micro.packing import IGNORE, Packer
 from prunekit_evals.micro.pointing import Pointing, Words, scaffold
 from prunekit_evals.micro.question import Question
-from prunekit_evals.micro.read import Cut, answer_states, everything, new_model
+from prunekit_evals.micro.read import Cut, Read, answer_states, everything, new_model
 from prunekit_evals.micro.scenes import ask, patch_owner, scene
 from prunekit_evals.micro.see import SeeLoss, pixels, shown
 from prunekit_evals.micro.tokenizer import train
@@ -250,3 +251,48 @@ def test_later_visual_states_are_held_to_their_words():
     head, about, keep = SeeLoss(), shown([scene(1)]), everything(1).keep
     far, near = (head.held([torch.full((1, TOKENS, 160), x)], about, keep).item() for x in (20.0, 0.0))
     assert far > 200 > 3 > near
+
+
+def test_an_answer_begins_where_its_prompt_ends(packer):
+    packed = packer.pack([scene(4), scene(5)], np.random.default_rng(0), 3, 1, 2)
+    found = begins(packed.labels)
+    for b, start, length in _rows(packed):
+        at = found[b, start : start + length].nonzero().flatten().tolist()
+        assert len(at) == 1
+        assert packer.tokenizer.decode(packed.ids[b, start : start + at[0] + 1]).endswith("ASSISTANT:")
+
+
+def test_a_glance_wants_everything_shown_and_nothing_else():
+    scenes = [scene(7), scene(8)]
+    vectors, here = word_vectors(), torch.ones(2, 1, dtype=torch.bool)
+    all_of, one_of = torch.zeros(2, 1, 160), torch.zeros(2, 1, 160)
+    for row, shown_here in enumerate(scenes):
+        for thing in shown_here.things:
+            all_of[row] += vectors[NAMES.index(thing.noun)]
+        for color in {t.color for t in shown_here.things}:
+            all_of[row] += vectors[len(NAMES) + COLOR_NAMES.index(color)]
+        one_of[row] = vectors[NAMES.index(shown_here.things[0].noun)]
+    gist = Gist(scenes)
+    least = sum((-(s * s.log().nan_to_num(0, 0, 0)).sum(-1).mean() for s in (gist.names, gist.colors)), torch.zeros(()))
+    good, poor, other = (gist.loss(x, here, vectors) for x in (all_of, one_of, all_of.flip(0)))
+    assert least <= good < least + 0.2
+    assert poor > good + 1
+    assert other > good + 1
+
+
+def _steps(stage, progress):
+    return [stage.loss(range(base, base + stage.scenes), progress)[1] for base in range(1 << 50, (1 << 50) + 96, 8)]
+
+
+def test_each_stage_pays_its_own_scaffold_and_none_at_the_end(monkeypatch):
+    read, glance = Read(0, {}), Glance(0, {})
+    early = [m for m in _steps(read, 0.3) if "foreign_loss" not in m]
+    assert all({"pointing", "spelled"} <= set(m) and "glance" not in m for m in early)
+    late = [m for m in _steps(glance, 0.3) if "foreign_loss" not in m]
+    assert not any("pointing" in m for m in late)
+    assert 0 < sum("glance" in m for m in late) < len(late)
+    assert all(m["glance"] > 3 for m in late if "glance" in m)
+    base = next((1 << 50) + 8 * i for i, m in enumerate(_steps(glance, 0.3)) if "glance" in m)
+    paid, unpaid = (glance.loss(range(base, base + 8), at)[0].item() for at in (0.3, 0.85))
+    monkeypatch.setattr(Glance, "paid", lambda *args: {})
+    assert glance.loss(range(base, base + 8), 0.85)[0].item() == unpaid < paid - 0.5
