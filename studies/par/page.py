@@ -45,8 +45,8 @@ def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
     if router["trained"]:
         start, end = router["curve"]
         curve = (
-            f" Held-out KL to the dense model: {start['random']:.3f} by chance, {start['held_out']:.3f} before "
-            f"training, {end['held_out']:.3f} after."
+            f" Held-out KL to the dense model: {start['random']:.3f} by chance, {start['held_out']:.3f} as "
+            f"this training began, {end['held_out']:.3f} at its end."
         )
     stale = [name for name in now if about[name] != now[name]]
     warning = f"\n\n**Stale**: the {' and the '.join(stale)} changed since; run `make study`." if stale else ""
