@@ -13,7 +13,7 @@ from .optim import load_masters
 from .read import new_model
 from .tokenizer import IMAGE
 from .tokenizer import train as train_tokenizer
-from .train import STAGES
+from .train import STAGES, missing
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -65,6 +65,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/micro"))
     parser.add_argument("--out", type=Path, default=model_path())
     args = parser.parse_args()
+    if lacking := missing(args.run):
+        parser.error(
+            f"'{args.run}' is no finished run, it lacks {', '.join(lacking)}; train it, or name another by --run"
+        )
     export(args.run, args.out)
     total = sum(f.stat().st_size for f in args.out.iterdir())
     print(f"{args.out}: {total / 1e6:.2f} MB")

@@ -18,6 +18,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 34))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAIN_SEEDS = 1 << 40  # training scenes lie above; everything held out lies below
+SEEDS = range(1 << 12)  # of runs; each has 1 << 37 scenes of its own, and all lie below 1 << 50
 # Steps, peak rate, and where in the seed's share of the training scenes a stage begins.
 STAGES: dict[str, tuple[int, float, int]] = {
     "see": (2600, 1.5e-3, 0), "read": (4800, 1.2e-3, 1 << 36), "glance": (720, 6e-4, 3 << 35),
@@ -104,6 +105,13 @@ def _save(run: Run, optimizer: object, step: int) -> None:
     (run.out / f"{run.stage}.json").write_text(json.dumps({"step": step}))
 
 
+def missing(run: Path, before: str | None = None) -> list[str]:
+    """The files of the stages before this one (None: of all stages) that a run lacks."""
+    stages = list(STAGES)
+    needed = stages[: stages.index(before)] if before else stages
+    return [f"{stage}.safetensors" for stage in needed if not (run / f"{stage}.safetensors").exists()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/micro"))
@@ -115,6 +123,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
+    if args.processes < 1 or args.steps < 0 or args.minutes < 0 or args.rate < 0:
+        parser.error("--processes must be at least 1, and --steps, --minutes and --rate not negative")
+    if args.seed not in SEEDS:
+        parser.error(f"--seed must be from 0 to {SEEDS[-1]}: others would meet scenes that are held out")
+    if args.stage != "all" and (lacking := missing(args.out, args.stage)):
+        parser.error(f"stage {args.stage} goes on from {', '.join(lacking)} in '{args.out}'; run --stage all there")
     args.out.mkdir(parents=True, exist_ok=True)
     import torch.multiprocessing as mp
 

@@ -3,7 +3,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from prunekit_evals.micro import attention, depth, drop, spelling
+from prunekit_evals.micro import attention, depth, drop, export, spelling
+from prunekit_evals.micro import train as training
 from prunekit_evals.micro.glance import Gist, Glance, begins
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
 from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
@@ -296,3 +297,27 @@ def test_each_stage_pays_its_own_scaffold_and_none_at_the_end(monkeypatch):
     paid, unpaid = (glance.loss(range(base, base + 8), at)[0].item() for at in (0.3, 0.85))
     monkeypatch.setattr(Glance, "paid", lambda *args: {})
     assert glance.loss(range(base, base + 8), 0.85)[0].item() == unpaid < paid - 0.5
+
+
+def test_runs_that_cannot_be_made_are_told_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "see.safetensors").touch()
+    for run, argv, told in (
+        (training.main, ["train", "--stage", "glance", "--out", str(tmp_path)], "goes on from read.safetensors in"),
+        (
+            training.main,
+            ["train", "--stage", "read", "--out", str(tmp_path / "new")],
+            "goes on from see.safetensors in",
+        ),
+        (
+            training.main,
+            ["train", "--processes", "0", "--out", str(tmp_path / "new")],
+            "--processes must be at least 1",
+        ),
+        (training.main, ["train", "--seed", "-1", "--out", str(tmp_path / "new")], "--seed must be from 0 to 4095"),
+        (export.main, ["export", "--run", str(tmp_path)], "lacks read.safetensors, glance.safetensors; train it"),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit):
+            run()
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
