@@ -91,7 +91,7 @@ line, `measured.jsonl` every answer behind the tables.
 
 - Two seeds. How far training gets depends on the seed, and what differs between their tables may as well.
 - What the last prompt token attends to in layer 1 is about the picture and not about the question: FastV before layer
-  2 finds things, whatever was asked, and is nearly as good as the oracle, which may be more than in large LVLMs.
+  2 finds things, whatever was asked, and comes closer to the oracle than it may in large LVLMs.
   What the question attends to in layer 3 is about the question.
 - Dense is near 100 % on all tasks but reading words: the tables show what pruning loses, not what it could gain.
 - Where facts are read inside the decoder was steered by the scaffolds in layers 1, 3, 4, 5 and 7 and by the names that

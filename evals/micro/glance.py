@@ -7,40 +7,45 @@ names and colors of all things shown. Which tokens to attend to for that is not 
 of the other scaffolds does; all else is as at the end of stage 2.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .compose import Scene
 from .lexicon import COLOR_NAMES
-from .model import NAMES, TOKENS
+from .model import NAMES, TOKENS, WORDS
 from .packing import IGNORE, Packed
 from .pointing import Pointing
 from .read import Cut, Read
 from .spelling import SHARPNESS
 
 EARLY = 2
+SPLIT = (len(NAMES), len(COLOR_NAMES), len(WORDS) - len(NAMES) - len(COLOR_NAMES))  # names, colors, places
 
 
+@dataclass(frozen=True)
 class Gist:
     """What scenes show, as shares that sum to one: names ``[B, 56]``, colors ``[B, 6]``."""
 
-    def __init__(self, scenes: list[Scene]) -> None:
-        self.names, self.colors = torch.zeros(len(scenes), len(NAMES)), torch.zeros(len(scenes), len(COLOR_NAMES))
+    names: Tensor
+    colors: Tensor
+
+    @classmethod
+    def of(cls, scenes: list[Scene]) -> "Gist":
+        names, colors = torch.zeros(len(scenes), len(NAMES)), torch.zeros(len(scenes), len(COLOR_NAMES))
         for row, one in enumerate(scenes):
-            self.names[row, [NAMES.index(t.noun) for t in one.things]] = 1.0
-            self.colors[row, [COLOR_NAMES.index(t.color) for t in one.things]] = 1.0
-        self.names /= self.names.sum(-1, keepdim=True)
-        self.colors /= self.colors.sum(-1, keepdim=True)
+            names[row, [NAMES.index(t.noun) for t in one.things]] = 1.0
+            colors[row, [COLOR_NAMES.index(t.color) for t in one.things]] = 1.0
+        return cls(F.normalize(names, p=1), F.normalize(colors, p=1))
 
     def loss(self, states: Tensor, begins: Tensor, vectors: Tensor) -> Tensor:
         """Cross entropies of what ``states [B, S, H]`` spell at ``begins`` (bool ``[B, S]``) in ``word_vectors``."""
         spelled = F.normalize(states[begins].float(), dim=-1) @ vectors.T * SHARPNESS
+        names, colors, _ = spelled.split(SPLIT, -1)
         scene = begins.nonzero()[:, 0]
-        names, colors = spelled.split([len(NAMES), len(vectors) - len(NAMES)], -1)
-        return F.cross_entropy(names, self.names[scene]) + F.cross_entropy(
-            colors[:, : len(COLOR_NAMES)], self.colors[scene]
-        )
+        return F.cross_entropy(names, self.names[scene]) + F.cross_entropy(colors, self.colors[scene])
 
 
 def begins(labels: Tensor) -> Tensor:
@@ -62,4 +67,4 @@ class Glance(Read):
         asked = self.asked(packed)
         if EARLY not in asked or cut.keep.shape[1] < TOKENS:
             return {}
-        return {"glance": Gist(scenes).loss(asked[EARLY], begins(packed.labels), self.see.words)}
+        return {"glance": Gist.of(scenes).loss(asked[EARLY], begins(packed.labels), self.see.words)}

@@ -273,7 +273,7 @@ def test_a_glance_wants_everything_shown_and_nothing_else():
         for color in {t.color for t in shown_here.things}:
             all_of[row] += vectors[len(NAMES) + COLOR_NAMES.index(color)]
         one_of[row] = vectors[NAMES.index(shown_here.things[0].noun)]
-    gist = Gist(scenes)
+    gist = Gist.of(scenes)
     least = sum((-(s * s.log().nan_to_num(0, 0, 0)).sum(-1).mean() for s in (gist.names, gist.colors)), torch.zeros(()))
     good, poor, other = (gist.loss(x, here, vectors) for x in (all_of, one_of, all_of.flip(0)))
     assert least <= good < least + 0.2
