@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 SHARE = 0.2  # of the steps
-FROM = 0.9  # progress of the stage from which layers are left out
+FROM = 0.9  # progress of stage 2 from which layers are left out; in stage 3 they always may be
 
 
 def drawn(rng: np.random.Generator, progress: float, layers: int) -> int | None:

@@ -1,7 +1,7 @@
 """A foreign set that nobody here made: easy-vqa 1.0 (PyPI, MIT licence, github.com/vzhou842/easy-VQA).
 
 5,000 pictures of one shape each, 64x64, and 48,000 questions with 13 answers. Its train split takes part in
-stage 2, its test split is scored and reported apart.
+stages 2 and 3, its test split is scored and reported apart.
 """
 
 import functools

@@ -4,7 +4,8 @@ Large LVLMs are first trained on captions, whose first word needs the gist of th
 prompt token attends to things in early layers. A model that learns from questions alone has no reason to look before it
 can name what it sees. So the state where an answer begins is paid for spelling, before layer ``EARLY``, the
 names and colors of all things shown. Which tokens to attend to for that is not said. The pay fades to nothing, as that
-of the other scaffolds does; all else is as at the end of stage 2.
+of the other scaffolds does. Questions, drops and the other losses are those of the end of stage 2, and the rate begins
+anew.
 """
 
 from dataclasses import dataclass

@@ -237,6 +237,7 @@ class Read:
                 for family, right in zip(itertools.chain(*packed.families), judged, strict=True):
                     table.setdefault(name or family, []).append(right)
                     table.setdefault(name or "all", []).append(right)
+        self.recorder.states = {}
         return {k: float(np.mean(v)) for k, v in sorted(table.items())}
 
     def _judge(self, features: Tensor, cut: Cut, packed: Packed) -> list[bool]:

@@ -1,6 +1,6 @@
 """Stage 1, see: visual tokens learn to spell what they show, colors and places at once, names inside the decoder.
 
-The losses also stay on, at a smaller weight, for most of stage 2: patches are plentiful supervision.
+The losses also stay on, at a smaller weight, in the later stages: patches are plentiful supervision.
 """
 
 from dataclasses import dataclass

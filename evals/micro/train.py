@@ -56,6 +56,8 @@ def worker(rank: int, run: Run) -> None:
     if run.resume and saved.exists():
         optimizer.load(saved)
         first = json.loads((run.out / f"{run.stage}.json").read_text())["step"]
+    if first >= run.steps > 0:
+        return  # it is finished
     start, lost, done = time.monotonic(), 0.0, first
     for step in range(first, run.steps):
         elapsed = (time.monotonic() - start) / 60 / run.minutes if run.minutes else 0.0
@@ -128,7 +130,9 @@ def main() -> None:
     if args.seed not in SEEDS:
         parser.error(f"--seed must be from 0 to {SEEDS[-1]}: others would meet scenes that are held out")
     if args.stage != "all" and (lacking := missing(args.out, args.stage)):
-        parser.error(f"stage {args.stage} goes on from {', '.join(lacking)} in '{args.out}'; run --stage all there")
+        parser.error(
+            f"stage {args.stage} goes on from {', '.join(lacking)} in '{args.out}'; run --stage all --resume there"
+        )
     args.out.mkdir(parents=True, exist_ok=True)
     import torch.multiprocessing as mp
 

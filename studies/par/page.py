@@ -45,8 +45,8 @@ def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
     if router["trained"]:
         start, end = router["curve"]
         curve = (
-            f" Held-out KL to the dense model: {start['random']:.3f} by chance, {start['held_out']:.3f} as "
-            f"this training began, {end['held_out']:.3f} at its end."
+            f" In its own training, held-out KL to the dense model: {start['random']:.3f} by chance, "
+            f"{start['held_out']:.3f} as it began, {end['held_out']:.3f} at its end."
         )
     stale = [name for name in now if about[name] != now[name]]
     warning = f"\n\n**Stale**: the {' and the '.join(stale)} changed since; run `make study`." if stale else ""
@@ -101,9 +101,7 @@ def _boxes(found: Mapping[str, Any]) -> str:
 
 
 def _correlation(found: Mapping[str, Any]) -> str:
-    how = (
-        "Cosine of what enters and what leaves a layer, over the tokens that run in it; one that does nothing has 1."
-    )
+    how = "Cosine of what enters and what leaves a layer, over the tokens that run in it; one that does nothing has 1."
     return "\n\n".join(["### Tokens and layers", how, tables.correlation(found), findings.correlation(found)])
 
 

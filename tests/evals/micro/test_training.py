@@ -15,6 +15,7 @@ from prunekit_evals.micro.question import Question
 from prunekit_evals.micro.read import FOREIGN_EVERY, Cut, Read, answer_states, everything, new_model
 from prunekit_evals.micro.scenes import ask, patch_owner, scene
 from prunekit_evals.micro.see import SeeLoss, pixels, shown
+from prunekit_evals.micro.stages import See
 from prunekit_evals.micro.tokenizer import train
 
 
@@ -300,6 +301,21 @@ def test_each_stage_pays_its_own_scaffold_and_none_at_the_end(monkeypatch):
     paid, unpaid = (glance.loss(seeds, at)[0].item() for at in (0.3, 0.85))
     monkeypatch.setattr(Glance, "paid", lambda *args: {})
     assert glance.loss(seeds, 0.85)[0].item() == unpaid < paid - 0.5
+
+
+def test_an_evaluation_leaves_no_states_to_the_next_step():
+    stage = Glance(0, {})
+    stage.evaluate(stage.scenes)
+    assert stage.recorder.states == {}
+
+
+def test_a_stage_that_is_finished_is_not_run_or_logged_again(tmp_path):
+    run = training.Run("see", tmp_path, 3, 1e-3, 0.0, 0, True, 1)
+    (tmp_path / "see.json").write_text('{"step": 3}')
+    optimizer = Masters(dict(See(0).trained()), 0.0, (0.9, 0.97))
+    optimizer.save(tmp_path / "see.safetensors")
+    training.worker(0, run)
+    assert not (tmp_path / "curve.jsonl").exists()
 
 
 def test_runs_that_cannot_be_made_are_told_at_once(tmp_path, monkeypatch, capsys):
