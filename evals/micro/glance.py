@@ -16,14 +16,14 @@ from torch import Tensor
 
 from .compose import Scene
 from .lexicon import COLOR_NAMES
-from .model import NAMES, TOKENS, WORDS
+from .model import NAMES, TOKENS
 from .packing import IGNORE, Packed
 from .pointing import Pointing
 from .read import Cut, Read
+from .see import SIZES
 from .spelling import SHARPNESS
 
 EARLY = 2
-SPLIT = (len(NAMES), len(COLOR_NAMES), len(WORDS) - len(NAMES) - len(COLOR_NAMES))  # names, colors, places
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Gist:
 
     @classmethod
     def of(cls, scenes: list[Scene]) -> "Gist":
+        """Of ``B`` scenes; what is shown twice, as a color of two things, counts once."""
         names, colors = torch.zeros(len(scenes), len(NAMES)), torch.zeros(len(scenes), len(COLOR_NAMES))
         for row, one in enumerate(scenes):
             names[row, [NAMES.index(t.noun) for t in one.things]] = 1.0
@@ -44,7 +45,7 @@ class Gist:
     def loss(self, states: Tensor, begins: Tensor, vectors: Tensor) -> Tensor:
         """Cross entropies of what ``states [B, S, H]`` spell at ``begins`` (bool ``[B, S]``) in ``word_vectors``."""
         spelled = F.normalize(states[begins].float(), dim=-1) @ vectors.T * SHARPNESS
-        names, colors, _ = spelled.split(SPLIT, -1)
+        names, colors, *_ = spelled.split(SIZES, -1)
         scene = begins.nonzero()[:, 0]
         return F.cross_entropy(names, self.names[scene]) + F.cross_entropy(colors, self.colors[scene])
 

@@ -121,7 +121,7 @@ class Read:
         return SLOW
 
     def age(self, progress: float) -> float:
-        """How far it is with what it asks, drops and leaves out."""
+        """How far it is, 0 to 1, with what it asks, drops and leaves out; the rate follows ``progress`` itself."""
         return progress
 
     def features(self, images: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class Read:
         return core.multi_modal_projector(core.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:])
 
     def _cut(self, rng: np.random.Generator, progress: float) -> Cut:
-        """A share of the steps after the first quarter keep only 8 to 100 % of the tokens, chosen blindly.
+        """A share of the steps after the first fifth keep only 8 to 100 % of the tokens, chosen blindly.
 
         From which layer on is drawn as well, at the door or inside. A few of them keep none, so that the blind row
         of the card is a guess and not an accident.
@@ -166,7 +166,7 @@ class Read:
         paid = self.paid(scenes, packed, cut, pointing)
         metrics |= {name: value.item() for name, value in paid.items()}
         loss = loss + weight * sum(paid.values(), torch.zeros(()))
-        return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed.ids.shape[1], progress)
+        return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed, progress)
 
     def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
         """What is paid for besides answers as long as there is a scaffold, by name; ``pointing`` has watched."""
@@ -181,11 +181,13 @@ class Read:
         """The states of the questions, ``[B, S, H]``, before each recorded layer."""
         return {n: s[:, -packed.ids.shape[1] :] for n, s in self.recorder.states.items()}
 
-    def _with_seeing(self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
-                     skipped: int | None, asked: int, progress: float) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    def _with_seeing(
+        self, loss: Tensor, metrics: dict[str, float], scenes: list[Scene], features: Tensor, cut: Cut,
+        skipped: int | None, packed: Packed, progress: float,
+    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
         """Adds stage 1's losses at a fading weight, holds later visual states to their words, and text states short."""
         keep = everything(len(scenes)).keep if cut.layer else cut.keep
-        lengths = torch.stack([s[:, -asked:].float().norm(dim=-1) for s in self.recorder.states.values()])
+        lengths = torch.stack([s.float().norm(dim=-1) for s in self.asked(packed).values()])
         calm = F.relu(lengths - CALM).mean()
         loss, metrics = loss + HELD * calm, metrics | {"calm": calm.item()}
         states = self.recorder.visual(len(self.packer.prefix), keep.shape[1])

@@ -16,6 +16,7 @@ from .lexicon import COLOR_NAMES, HEIGHTS, SIDES
 from .model import NAMES
 from .packing import Packed
 from .pointing import HOPPED, Words
+from .see import SIZES
 
 SHARPNESS = 20.0
 NOTHING = -100
@@ -55,7 +56,6 @@ def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tens
 
 def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     """``states`` of the questions by layer, ``[B, S, H]``; ``vectors`` as of ``word_vectors``."""
-    sizes = (len(NAMES), len(COLOR_NAMES), len(SIDES), len(HEIGHTS))
     losses = []
     for layer, kinds in ((FACTS, ("color", "side", "height")), (HOPS, ("other", "there", "level"))):
         if layer not in states:
@@ -64,7 +64,7 @@ def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, 
             at = wanted[kind] != NOTHING
             if at.any():
                 unit = F.normalize(states[layer][at].float(), dim=-1)
-                split = (unit @ vectors.T).split(sizes, -1)
+                split = (unit @ vectors.T).split(SIZES, -1)
                 name, _, side, height = split
                 parts = dict(zip(SPELLED, (*split, name, side, height), strict=True))
                 losses.append(F.cross_entropy(parts[kind] * SHARPNESS, wanted[kind][at]))

@@ -19,10 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TRAIN_SEEDS = 1 << 40  # training scenes lie above; everything held out lies below
 SEEDS = range(1 << 12)  # of runs; each has 1 << 37 scenes of its own, and all lie below 1 << 50
-# Steps, peak rate, and where in the seed's share of the training scenes a stage begins.
-STAGES: dict[str, tuple[int, float, int]] = {
-    "see": (2600, 1.5e-3, 0), "read": (4800, 1.2e-3, 1 << 36), "glance": (720, 6e-4, 3 << 35),
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps and peak rate of a stage, and where in a seed's share of the training scenes its own begin."""
+
+    steps: int
+    rate: float
+    scenes: int
+
+
+STAGES = {"see": Plan(2600, 1.5e-3, 0), "read": Plan(4800, 1.2e-3, 1 << 36), "glance": Plan(720, 6e-4, 3 << 35)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def worker(rank: int, run: Run) -> None:
         progress = _agree(max(step / run.steps, elapsed))
         if progress >= 1:
             break
-        base = TRAIN_SEEDS + (run.seed << 37) + STAGES[run.stage][2] + (step * run.world + rank) * stage.scenes
+        base = TRAIN_SEEDS + (run.seed << 37) + STAGES[run.stage].scenes + (step * run.world + rank) * stage.scenes
         loss, metrics = stage.loss(range(base, base + stage.scenes), progress)
         loss.backward()
         norm = optimizer.step(schedule(progress, run.rate), stage.pace(progress))
@@ -136,12 +144,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     import torch.multiprocessing as mp
 
-    for stage, (steps, rate, _) in STAGES.items():
+    for stage, plan in STAGES.items():
         if args.stage not in (stage, "all"):
             continue
         (args.out / "rendezvous").unlink(missing_ok=True)
         run = Run(
-            stage, args.out.resolve(), round(steps * args.steps), args.rate or rate, args.minutes,
+            stage, args.out.resolve(), round(plan.steps * args.steps), args.rate or plan.rate, args.minutes,
             args.seed, args.resume, args.processes,
         )  # fmt: skip
         mp.spawn(worker, (run,), nprocs=args.processes)
