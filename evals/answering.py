@@ -10,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from prunekit_evals.generation import Decoding
+from prunekit_evals.identity import model_identity
+from prunekit_evals.journal import Answer, Facts
+from prunekit_evals.prompts import Prompt
 
 import prunekit
 from prunekit import loading
 from prunekit.errors import InputError
-from prunekit.pipeline import Pipeline
-
-from .generation import Decoding
-from .identity import model_identity
-from .journal import Answer, Facts
-from .prompts import Prompt
+from prunekit.pipeline.build import Pipeline
 
 if TYPE_CHECKING:
-    from prunekit.report import RunReport
+    from prunekit.records import RunReport
 
 
 @dataclass(frozen=True)

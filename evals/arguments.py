@@ -110,7 +110,7 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
     """The function of that name, imported when it is called."""
 
     def run(namespace: argparse.Namespace) -> int:
-        from . import commands
+        from prunekit_evals import commands
 
         return int(getattr(commands, name)(namespace))
 

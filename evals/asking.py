@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .generation import Decoding, HonorUntil, decoding
-from .journal import key_of
-from .prompts import Prompt, from_messages, from_visuals
+from prunekit_evals.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.journal import key_of
+from prunekit_evals.prompts import Prompt, from_messages, from_visuals
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
-
-    from .answering import Loaded
+    from prunekit_evals.answering import Loaded
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit_evals import quiet
+
 import prunekit
 from prunekit.errors import Fault, InputError, SpecError
-from prunekit.pipeline import Pipeline
-
-from . import quiet
+from prunekit.pipeline.build import Pipeline
 
 if TYPE_CHECKING:
+    from prunekit_evals.runner import Outcome, Plan
     from rich.console import Console
-
-    from .runner import Outcome, Plan
 
 DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
 DEMO_PIPELINES = (
@@ -42,8 +41,8 @@ def evaluate(namespace: argparse.Namespace) -> int:
 
 def compare(namespace: argparse.Namespace) -> int:
     """Show what is in a results folder."""
-    from . import compare as comparing
-    from . import table
+    from prunekit_evals import compare as comparing
+    from prunekit_evals import table
 
     found = comparing.tables(namespace.folder)
     if namespace.json:
@@ -113,7 +112,7 @@ def say(text: str) -> None:
 
 
 def _ready(namespace: argparse.Namespace) -> None:
-    from . import tasks
+    from prunekit_evals import tasks
 
     tasks.check_installed()
     _need_rich()
@@ -134,8 +133,8 @@ def _need_rich() -> None:
 
 
 def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:
-    from . import tasks
-    from .runner import Plan
+    from prunekit_evals import tasks
+    from prunekit_evals.runner import Plan
 
     names = [name.strip() for name in namespace.tasks.split(",") if name.strip()]
     if not names:
@@ -160,14 +159,14 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
 
 
 def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> Any:
-    from . import tasks
+    from prunekit_evals import tasks
 
     if namespace.data_root is not None or not micro:
         data = tasks.data_at(namespace.data_root)
         if not data.micro and any(name.startswith(f"{tasks.MICRO}/") for name in names):
             raise InputError(f"tasks {', '.join(names)}: micro/... is the bundled benchmark; name all so, or none")
         return data
-    from .micro import benchmark
+    from prunekit_evals.micro import benchmark
 
     for name in names:
         if name.removeprefix(f"{tasks.MICRO}/") not in benchmark.TASKS:
@@ -177,7 +176,7 @@ def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> A
 
 
 def _go(plan: Plan) -> Outcome:
-    from . import progress, runner
+    from prunekit_evals import progress, runner
 
     quiet.libraries()
     with progress.Bar(_console(stderr=True)) as bar:
@@ -185,8 +184,8 @@ def _go(plan: Plan) -> Outcome:
 
 
 def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
-    from . import compare as comparing
-    from . import results, table
+    from prunekit_evals import compare as comparing
+    from prunekit_evals import results, table
 
     found = comparing.of_cells(outcome.cells)
     if as_json:

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import InputError
+from prunekit_evals import identity, results, stats
+from prunekit_evals.micro import model_path
+from prunekit_evals.results import Cell, Conditions
+from prunekit_evals.stats import Estimate
 
-from . import identity, results, stats
-from .micro import model_path
-from .results import Cell, Conditions
-from .stats import Estimate
+from prunekit.errors import InputError
 
 MICRO = "micro"  # the bundled model
 

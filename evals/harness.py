@@ -7,12 +7,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import PrunekitError
+from prunekit_evals import quiet
+from prunekit_evals.answering import Tally
+from prunekit_evals.results import Saved
+from prunekit_evals.tasks import Built
 
-from . import quiet
-from .answering import Tally
-from .results import Saved
-from .tasks import Built
+from prunekit.errors import PrunekitError
 
 # lmms-eval's own default on its command line; through its API it would score a reasoning model's thoughts.
 REASONING_TAGS = '[["<think>", "</think>"], ["<analysis>", "</analysis>"]]'

@@ -11,7 +11,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from prunekit.pipeline import Pipeline
+from prunekit.pipeline.build import Pipeline
 
 # Files of a model folder that can change an answer: weights, configs, tokenizer, processor, chat template.
 MATTERS = {".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"}

@@ -14,19 +14,18 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from prunekit_evals import answering, asking
+from prunekit_evals.answering import Loaded, Tally, answer, journal_file, means
+from prunekit_evals.asking import Question, Settings
+from prunekit_evals.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.identity import code_identity
+from prunekit_evals.journal import Answer, Journal
+from prunekit_evals.prompts import from_visuals
 
 import prunekit
 from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
-from prunekit.pipeline import Pipeline
-
-from . import answering, asking
-from .answering import Loaded, Tally, answer, journal_file, means
-from .asking import Question, Settings
-from .generation import Decoding, HonorUntil, decoding
-from .identity import code_identity
-from .journal import Answer, Journal
-from .prompts import from_visuals
+from prunekit.pipeline.build import Pipeline
 
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from prunekit.hookspecs import hookimpl
+from prunekit_evals import arguments
+from prunekit_evals.micro import command
 
-from . import arguments
-from .micro import command
+from prunekit.hookspecs import hookimpl
 
 
 @hookimpl

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from prunekit_evals.results import Cell
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-from .results import Cell
 
 
 class Bar:

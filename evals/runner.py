@@ -10,18 +10,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prunekit import loading
-from prunekit.decisions import ModelShape
-from prunekit.errors import InputError
-from prunekit.pipeline import Pipeline
+from prunekit_evals import harness, quiet, results, scoring, tasks
+from prunekit_evals.answering import Loaded, Tally, device_type
+from prunekit_evals.generation import HonorUntil
+from prunekit_evals.identity import code_identity, model_identity, versions
+from prunekit_evals.results import Cell, Conditions, PipelineId, Timing
+from prunekit_evals.tasks import Built, Data, Named
+from prunekit_evals.timing import measure_prefill
 
-from . import harness, quiet, results, scoring, tasks
-from .answering import Loaded, Tally, device_type
-from .generation import HonorUntil
-from .identity import code_identity, model_identity, versions
-from .results import Cell, Conditions, PipelineId, Timing
-from .tasks import Built, Data, Named
-from .timing import measure_prefill
+from prunekit import loading
+from prunekit.errors import InputError
+from prunekit.pipeline.build import Pipeline
+from prunekit.strategy.decisions import ModelShape
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class Runner:
         return path.with_suffix(".journal.jsonl")
 
     def _compute(self, cell: Cell, built: Built, pipeline: Pipeline) -> Cell:
-        from .asking import Settings
-        from .lmms import PruneKitChat, PruneKitSimple
+        from prunekit_evals.asking import Settings
+        from prunekit_evals.lmms import PruneKitChat, PruneKitSimple
 
         plan = self.plan
         path = self.path(built.name, pipeline)

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from prunekit_evals.micro import prompts
+from prunekit_evals.micro.benchmark import GQA_SHARES, MMBENCH_SHARES, SCIENCE_SHARES, TEXT_SHARES
+from prunekit_evals.micro.compose import Scene, scene
+from prunekit_evals.micro.questions import Question, ask
 
 from prunekit.training.data import Sample, Source
-
-from .micro import prompts
-from .micro.benchmark import GQA_SHARES, MMBENCH_SHARES, SCIENCE_SHARES, TEXT_SHARES
-from .micro.compose import Scene, scene
-from .micro.questions import Question, ask
 
 FIRST = 1 << 50  # the model's own training begins at 1 << 40, and its benchmark lies below 1 << 30
 COUNT = 1_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .results import Question
+from prunekit_evals.results import Question
 
 # The metric that stands for a task where it reports several.
 PRIMARY = {"pope": "pope_accuracy", "mmbench_en_dev_static": "gpt_eval_score"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .compare import Row, Table
-from .stats import Estimate
+from prunekit_evals.compare import Row, Table
+from prunekit_evals.stats import Estimate
 
 if TYPE_CHECKING:
     from rich.console import Console

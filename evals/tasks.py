@@ -143,8 +143,7 @@ def whole_groups(groups: Sequence[str], limit: int) -> int:
 def micro_data(folder: Path, questions: int = 600) -> Data:
     """The bundled model's benchmark, written into `folder` if it is not there."""
     from filelock import FileLock
-
-    from .micro import benchmark
+    from prunekit_evals.micro import benchmark
 
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prunekit_evals.answering import Loaded, clock, encode
+from prunekit_evals.prompts import Prompt
 
 import prunekit
-from prunekit.pipeline import Pipeline
-
-from .answering import Loaded, clock, encode
-from .prompts import Prompt
+from prunekit.pipeline.build import Pipeline
 
 LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 15, 2.0
 

@@ -14,32 +14,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunekit.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
-    from prunekit.encoder_inputs import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
     from prunekit.engine.attach import apply
     from prunekit.errors import PrunekitError, PrunekitWarning, SpecError, Unsupported
     from prunekit.hookspecs import hookimpl
-    from prunekit.inputs import Keys, PromptTokens, Rows, Values
-    from prunekit.pipeline import Pipeline
-    from prunekit.pipeline import build as load
-    from prunekit.report import RunReport, StageEvent
-    from prunekit.sites import ENCODER, PREFILL_END, Keep, Site, Sites
+    from prunekit.pipeline.build import Pipeline
+    from prunekit.pipeline.build import build as load
+    from prunekit.records import RunReport, StageEvent
+    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
+    from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
+    from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "apply": ("engine.attach", "apply"),
-    "load": ("pipeline", "build"),
+    "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
-    "Pipeline": ("pipeline", "Pipeline"),
-    **{name: ("decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
-    **{name: ("inputs", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
+    "Pipeline": ("pipeline.build", "Pipeline"),
+    **{name: ("strategy.decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
+    **{name: ("strategy.decoder_requests", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
     **{
-        name: ("encoder_inputs", name)
+        name: ("strategy.tower_requests", name)
         for name in ("EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features")
     },
-    **{name: ("sites", name) for name in ("ENCODER", "PREFILL_END", "Keep", "Site", "Sites")},
-    **{name: ("report", name) for name in ("RunReport", "StageEvent")},
+    **{name: ("strategy.sites", name) for name in ("ENCODER", "PREFILL_END", "Keep", "Site", "Sites")},
+    **{name: ("records", name) for name in ("RunReport", "StageEvent")},
     **{name: ("errors", name) for name in ("PrunekitError", "PrunekitWarning", "SpecError", "Unsupported")},
 }
 

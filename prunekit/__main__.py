@@ -2,7 +2,7 @@
 
 import sys
 
-from prunekit.cli import main
+from prunekit.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prunekit.decisions import LayerAction, LayerPlan, ModelShape
+from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 
 
 @dataclass(frozen=True)

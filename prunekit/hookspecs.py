@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from prunekit.decisions import LayerPlan, ModelShape, Route, Selection
+    from prunekit.records import RunReport, StageEvent
     from prunekit.registry import Registry
-    from prunekit.report import RunReport, StageEvent
+    from prunekit.strategy.decisions import LayerPlan, ModelShape, Route, Selection
 
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
@@ -38,12 +38,12 @@ class TokenHooks:
             the tower float (B, V, W).
         previous_hidden: float (B, V, H), the same tokens as they entered the newest decoder layer that has begun.
         attention, keys, values, text_keys: what the strategy declares in `inputs = {"attention": Rows(...)}`, with
-            `Keys` or `Values` for the others; a tuple of tensors for a tuple of declarations. See `prunekit.inputs`.
+            `Keys` or `Values` for the others; a tuple of tensors for a tuple of declarations.
         text: float (B, T, H), embeddings of the text tokens, padded. text_hidden: float (B, T, H), their states at the
             site. text_valid: bool (B, T). text_after: bool (B, T), those behind the last visual token of their row.
         encoder_attention, encoder_keys, encoder_values, encoder_queries, features: what the strategy declares of the
             vision tower, with `EncoderRows`, `EncoderKeys`, `EncoderValues`, `EncoderQueries`, `Features`. See
-            `prunekit.encoder_inputs`.
+            `prunekit.strategy.tower_requests`.
         extras: float (B, E, H), what the strategy declares in `extras = ("cls",)`, projected; at `encoder` only.
         coords: int64 (B, V, 5), number of the picture in the prompt, row, column, and how many rows and columns the
             crop or frame has; -1 on padding, row and column also on tokens that only separate.

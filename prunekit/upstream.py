@@ -231,20 +231,20 @@ def _module_forward() -> None:
 
 
 PROBES = (
-    Probe("cache_utils.DynamicCache.layers", "engine/kv.py: ragged layers stand in their places", _cache_layers),
-    Probe("cache_utils.DynamicLayer", "engine/kv.py: what ragged layers override", _layer_methods),
-    Probe("cache_utils.DynamicSlidingWindowLayer", "engine/kv.py: may be replaced too", _sliding_layer),
-    Probe("cache_utils.StaticLayer", "engine/static.py: what static ragged layers override", _static_layer),
-    Probe("masking_utils", "engine/kv.py: masks are as long as the cache says", _mask_sizes),
-    Probe("decoder layers", "engine/step.py: how a layer is called, what it returns", _layer_call),
-    Probe("modeling_utils.AttentionInterface", "engine/watch.py: what kernels are given", _attention_interface),
+    Probe("cache_utils.DynamicCache.layers", "engine/cache/ragged.py: ragged layers stand in their places", _cache_layers),
+    Probe("cache_utils.DynamicLayer", "engine/cache/ragged.py: what ragged layers override", _layer_methods),
+    Probe("cache_utils.DynamicSlidingWindowLayer", "engine/cache/ragged.py: may be replaced too", _sliding_layer),
+    Probe("cache_utils.StaticLayer", "engine/cache/static.py: what static ragged layers override", _static_layer),
+    Probe("masking_utils", "engine/cache/ragged.py: masks are as long as the cache says", _mask_sizes),
+    Probe("decoder layers", "engine/decoder/step.py: how a layer is called, what it returns", _layer_call),
+    Probe("modeling_utils.AttentionInterface", "engine/attention/tap.py: what kernels are given", _attention_interface),
     Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
     Probe(
         "get_image_features().pooler_output",
-        "engine/pictures.py: visual tokens of pictures",
+        "engine/prompt/visual_inputs.py: visual tokens of pictures",
         _picture_features,
     ),
-    Probe("mm_encoder_outputs", "engine/call.py: pictures that generate has encoded", _encoded_first),
+    Probe("mm_encoder_outputs", "engine/prompt/call.py: pictures that generate has encoded", _encoded_first),
     Probe("models.llava_next.modeling_llava_next", "families/grids.py: places in any-resolution pictures", _anyres),
     Probe("torch.nn.Module.__call__", "engine/overrides.py: overrides of instances", _module_forward),
 )

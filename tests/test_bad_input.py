@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_checkpoint import picture, save
 
-from prunekit import cli
+from prunekit.cli import main
 
 # id: (file, what stands on stderr, one pattern for each fault; `F` is the file)
 FILES: dict[str, tuple[str | bytes, list[str]]] = {
@@ -211,7 +211,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run the program, which must refuse with exit code 2 and say so on stderr alone; returns what it said."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
+    assert main.main([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err and "Traceback" not in err
     return err
@@ -253,13 +253,13 @@ def test_all_faults_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "good.yaml").write_text("stages: [{use: dense}]\n")
     (tmp_path / "one.yaml").write_text("stages:\n  - use: fastvv\n  - use: random\n    keep: 2\n    sede: 1\n")
     files = [tmp_path / name for name in ("one.yaml", "good.yaml", "none.yaml")]
-    assert cli.main(["validate", *map(str, files)]) == 2
+    assert main.main(["validate", *map(str, files)]) == 2
     out, err = capsys.readouterr()
     assert out.startswith(f"{files[1]}: ok (")
     assert [line.partition(": ")[0] for line in err.splitlines()] == [
         f"{files[0]}:2:10", f"{files[0]}:4:11", f"{files[0]}:5:5", "no such file", "prunekit",
     ]  # fmt: skip
-    assert cli.main(["validate", "--json", *map(str, files)]) == 2
+    assert main.main(["validate", "--json", *map(str, files)]) == 2
     data = json.loads(capsys.readouterr().out)
     assert [row["ok"] for row in data["files"]] == [False, True, False]
     fault = data["files"][0]["faults"][0]
@@ -364,7 +364,7 @@ class TestModels:
 )
 def test_arguments(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main.main(arguments)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err
 
@@ -376,7 +376,7 @@ def test_a_folder_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_the_real_program(tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("stages:\n  - use: fastvv\n")
-    program = [sys.executable, "-m", "prunekit.cli"]
+    program = [sys.executable, "-m", "prunekit.cli.main"]
     done = subprocess.run([*program, "validate", str(path)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"{path}:2:10: stages[0].use: unknown strategy 'fastvv' (did you mean 'fastv'?")

@@ -10,23 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit import (
-    EncoderRows,
-    Features,
-    Keys,
-    LayerAction,
-    LayerPlan,
-    ModelShape,
-    Route,
-    Rows,
-    Site,
-    Sites,
-    hookimpl,
-    pipeline,
-)  # fmt: skip
+from prunekit import EncoderRows, Features, Keys, LayerAction, LayerPlan, ModelShape, Route, Rows, Site, Sites, hookimpl
 from prunekit.errors import PluginError, SpecError
+from prunekit.pipeline import build
 from prunekit.registry import Registry
-from prunekit.sites import Keep
+from prunekit.strategy.sites import Keep
 
 EVERYWHERE = Sites(tower=True, pixels=True, end=True)
 SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144, tower_layers=6)
@@ -499,7 +487,7 @@ def names(table: dict[str, Any], prefix: str) -> list[Any]:
 )  # fmt: skip
 def test_every_fault_with_its_place(registry: Registry, text: str, said: list[str]) -> None:
     with pytest.raises(SpecError) as caught:
-        pipeline.build(text, registry=registry).bind(SHAPE)
+        build.build(text, registry=registry).bind(SHAPE)
     found = [
         re.sub(r"stages\[\d\]\.", "", str(fault).removeprefix("<inline>:"), count=1) for fault in caught.value.faults
     ]
@@ -516,12 +504,12 @@ def test_there_are_at_least_ten_of_each() -> None:
 @pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])
 def test_a_tower_that_cannot_be_cut(registry: Registry, keys: str) -> None:
     with pytest.raises(SpecError, match=r"2:22: .*this model's vision tower cannot be cut \(cut at 'encoder' or later"):
-        pipeline.build(one(keys), registry=registry).bind(dataclasses.replace(SHAPE, tower_layers=0))
+        build.build(one(keys), registry=registry).bind(dataclasses.replace(SHAPE, tower_layers=0))
 
 
 @pytest.mark.parametrize(("use", "name"), [("encoder", "encoder_attention"), ("cls", "extras")])
 def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) -> None:
-    built = pipeline.build(one(f"use: {use}, keep: 1"), registry=registry)
+    built = build.build(one(f"use: {use}, keep: 1"), registry=registry)
     assert built.bind(SHAPE).cuts[0].site == Site(None)
     with pytest.raises(SpecError, match=f"'{use}' asks for {name}, but this model's vision tower cannot be read"):
         built.bind(dataclasses.replace(SHAPE, tower_layers=0))
@@ -582,15 +570,15 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
 @pytest.mark.parametrize("name", GOOD)
 def test_what_just_fits(registry: Registry, name: str) -> None:
     text, expected = GOOD[name]
-    built = pipeline.build(text, registry=registry)
+    built = build.build(text, registry=registry)
     bound = built.bind(SHAPE)
     assert [(str(cut.site), str(cut.keep) if cut.keep else None) for cut in bound.cuts] == expected
-    again = pipeline.build(built.resolved, registry=registry)
+    again = build.build(built.resolved, registry=registry)
     assert (again.resolved, again.sha) == (built.resolved, built.sha)
 
 
 def test_cuts_know_their_number_and_their_layer(registry: Registry) -> None:
-    bound = pipeline.build(one("use: score, at: [encoder, 2, 2.mid, 2.after, 5], keep: 1"), registry=registry).bind(
+    bound = build.build(one("use: score, at: [encoder, 2, 2.mid, 2.after, 5], keep: 1"), registry=registry).bind(
         SHAPE
     )
     assert [cut.number for cut in bound.cuts] == [0, 1, 2, 3, 4]
@@ -600,22 +588,22 @@ def test_cuts_know_their_number_and_their_layer(registry: Registry) -> None:
 
 
 def test_what_routers_must_let_run(registry: Registry) -> None:
-    bound = pipeline.build(
+    bound = build.build(
         two("use: layerrouter, keep_layers: 5", "use: twice, at: [3.mid, 8.after], keep: 0.5"), registry=registry
     ).bind(SHAPE)
     assert bound.protected == {2, 3, 8}
     assert (bound.layer_budget, [stage.use for stage in bound.routers]) == (5, ["layerrouter"])
-    half = pipeline.build(one("use: router, keep_layers: 0.45"), registry=registry)
+    half = build.build(one("use: router, keep_layers: 0.45"), registry=registry)
     assert half.bind(SHAPE).layer_budget == 5  # half up
     assert half.stages[0].keep_layers == Keep(0.45)
     for text in ("use: planner", "use: ownlayers", "use: ownlayers, keep: 0.5"):
-        bound = pipeline.build(one(text), registry=registry).bind(SHAPE)
+        bound = build.build(one(text), registry=registry).bind(SHAPE)
         assert bound.layer_budget is None and bound.routers[0].decides_layers
-    assert not pipeline.build(one("use: router, keep: 0.5"), registry=registry).stages[0].decides_layers
+    assert not build.build(one("use: router, keep: 0.5"), registry=registry).stages[0].decides_layers
 
 
 def test_looking_ahead_protects_nothing(registry: Registry) -> None:
-    bound = pipeline.build(one("use: ahead, at: [2, 4], keep: 0.5"), registry=registry).bind(SHAPE)
+    bound = build.build(one("use: ahead, at: [2, 4], keep: 0.5"), registry=registry).bind(SHAPE)
     assert bound.protected == frozenset()
 
 
@@ -626,12 +614,12 @@ def test_every_new_key_is_in_the_hash(registry: Registry) -> None:
         one("use: router, keep: [0.5, 0.25], at: [encoder, 2]"), one("use: router, keep: 0.5, at: 2.mid"),
         "positions: renumber\n" + one("use: router, keep: 0.5"),
     ]  # fmt: skip
-    built = [pipeline.build(text, registry=registry) for text in texts]
+    built = [build.build(text, registry=registry) for text in texts]
     assert len({each.sha for each in built}) == len(texts)
     assert "keep_layers: 8\n" in built[1].resolved and "keep_layers: 0.8\n" in built[2].resolved
     assert "at:\n  - encoder\n  - 2\n  keep:\n  - 0.5\n  - 0.25\n" in built[4].resolved
     assert "positions: renumber\n" in built[6].resolved and built[6].positions == "renumber"
-    same = pipeline.build("positions: keep\n" + one("use: router, at: [encoder], keep: [0.5]"), registry=registry)
+    same = build.build("positions: keep\n" + one("use: router, at: [encoder], keep: [0.5]"), registry=registry)
     assert same.sha == built[0].sha
 
 
@@ -711,7 +699,7 @@ class Layers(Router):
 )
 def test_a_broken_class_is_the_plugins_fault(cls: type[Any], said: str) -> None:
     with pytest.raises(PluginError) as caught:
-        pipeline.build(one(f"use: {cls.__name__.lower()}, keep: 0.5"), registry=registry_of(cls))
+        build.build(one(f"use: {cls.__name__.lower()}, keep: 0.5"), registry=registry_of(cls))
     assert said in str(caught.value) and "stub-dist 1.0" in str(caught.value)
 
 
@@ -757,7 +745,7 @@ def stages_of_one_kind(draw: st.DrawFn) -> dict[str, Any]:
 def test_whatever_is_accepted_makes_sense(stages: list[dict[str, Any]], visual: int | None) -> None:
     shape = dataclasses.replace(SHAPE, visual_tokens=visual)
     try:
-        built = pipeline.build({"stages": stages}, registry=registry_of(*STRATEGIES))
+        built = build.build({"stages": stages}, registry=registry_of(*STRATEGIES))
         bound = built.bind(shape)
     except SpecError as error:
         assert error.faults and all(fault.key and fault.message for fault in error.faults)
@@ -769,7 +757,7 @@ def test_whatever_is_accepted_makes_sense(stages: list[dict[str, Any]], visual: 
     assert fractions == sorted(fractions, reverse=True)
     budget = bound.layer_budget
     assert budget is None or len(bound.protected) <= budget <= shape.layers
-    again = pipeline.build(built.resolved, registry=registry_of(*STRATEGIES))
+    again = build.build(built.resolved, registry=registry_of(*STRATEGIES))
     assert (again.resolved, again.sha) == (built.resolved, built.sha)
     assert again.bind(shape).cuts == tuple(
         dataclasses.replace(cut, stage=again.stages[cut.stage.index]) for cut in bound.cuts
@@ -789,7 +777,7 @@ def test_overrides_of_lists(registry: Registry, override: str, cuts: list[str] |
     text = one("use: score, at: [2, 4], keep: 0.5")
     if cuts is None:
         with pytest.raises(SpecError, match="keep: is missing"):
-            pipeline.build(text, [override], registry)
+            build.build(text, [override], registry)
         return
-    built = pipeline.build(text, [override], registry)
+    built = build.build(text, [override], registry)
     assert [str(cut.site) for cut in built.bind(SHAPE).cuts] == cuts

@@ -164,7 +164,7 @@ def test_the_gpu_script_runs_on_toys(
 def test_the_promise_at_7b_is_that_of_the_paper_setting(scripts: Any) -> None:
     """128 visual tokens from layer 2 on in 24 of 32 layers, beside 64 text tokens: about 30 % of the FLOPs."""
     from prunekit import cost, families
-    from prunekit.decisions import LayerAction, LayerPlan
+    from prunekit.strategy.decisions import LayerAction, LayerPlan
 
     models, gpu = scripts("gpu_models"), scripts("gpu")
     model = models.MODELS[0]

@@ -8,8 +8,8 @@ import pytest
 
 import prunekit
 from prunekit import cost
-from prunekit.decisions import ModelShape
 from prunekit.families import shape_of
+from prunekit.strategy.decisions import ModelShape
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 SHAPE = ModelShape("llava", 32, 4096, 32, 128, 4 * 4096**2, 3 * 4096 * 11008, 2 * 4096, 576, 4096**2)

@@ -17,13 +17,17 @@ from typing import Any
 import pytest
 from tiny_checkpoint import picture, save
 
-from prunekit import cli, cli_list, cli_run, hookimpl, loading, pipeline, plugins
-from prunekit.decisions import ModelShape
+from prunekit import hookimpl, loading, plugins
+from prunekit.cli import list as listing
+from prunekit.cli import main
+from prunekit.cli import run as running
 from prunekit.errors import PrunekitWarning
+from prunekit.pipeline import build
+from prunekit.strategy.decisions import ModelShape
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = ROOT / "docs" / "pipelines"
-PROGRAM = [sys.executable, "-m", "prunekit.cli"]
+PROGRAM = [sys.executable, "-m", "prunekit.cli.main"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def extra() -> Iterator[ModuleType]:
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
     """The program's stdout; nothing may stand on stderr."""
-    assert cli.main([str(argument) for argument in arguments]) == code
+    assert main.main([str(argument) for argument in arguments]) == code
     out, err = capsys.readouterr()
     assert err == ""
     return out
@@ -57,13 +61,13 @@ class TestList:
     def test_everything_by_kind(self, capsys: pytest.CaptureFixture[str]) -> None:
         out = run(capsys, "list", "--dir", PIPELINES)
         kinds = [line for line in out.splitlines() if line and not line.startswith(" ")]
-        assert kinds == list(cli_list.KINDS)
+        assert kinds == list(listing.KINDS)
         for entry in plugins.registry().strategies():
             assert f"  {entry.name} " in out and entry.summary in out
 
     def test_json_carries_origins(self, capsys: pytest.CaptureFixture[str]) -> None:
         data = json.loads(run(capsys, "list", "--json", "--dir", PIPELINES))
-        assert list(data) == list(cli_list.KINDS)
+        assert list(data) == list(listing.KINDS)
         fastv = next(row for row in data["strategies"] if row["name"] == "fastv")
         assert fastv["origin"].startswith("prunekit 0.") and fastv["plugin"] == "strategies" and fastv["summary"]
         assert "micro" in [row["name"] for row in data["models"]]
@@ -87,20 +91,20 @@ class TestList:
 
     def test_pipeline_files_are_found_from_anywhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.chdir(tmp_path)
-        assert [path.parent for path in cli_list.pipeline_files()] == [PIPELINES] * len(list(PIPELINES.glob("*.yaml")))
+        assert [path.parent for path in listing.pipeline_files()] == [PIPELINES] * len(list(PIPELINES.glob("*.yaml")))
         (tmp_path / "docs" / "pipelines").mkdir(parents=True)
-        assert cli_list.pipeline_files() == []
+        assert listing.pipeline_files() == []
 
 
 class TestShow:
     def test_the_resolved_pipeline(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-        built = pipeline.build(PIPELINES / "compose.yaml")
+        built = build.build(PIPELINES / "compose.yaml")
         out = run(capsys, "show", PIPELINES / "compose.yaml")
         assert built.sha in out and built.resolved in out
         assert "stages[1] fastv: Keep the visual tokens that the last prompt token attends to most" in out
         saved = tmp_path / "again.yaml"  # what is shown is a pipeline file again
         saved.write_text(out.partition("\nstages\n")[0])
-        assert pipeline.build(saved).sha == built.sha
+        assert build.build(saved).sha == built.sha
 
     def test_on_a_model_without_its_weights(
         self, capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
@@ -140,10 +144,10 @@ class TestValidate:
     def test_good_files(self, capsys: pytest.CaptureFixture[str]) -> None:
         files = sorted(PIPELINES.glob("*.yaml"))
         out = run(capsys, "validate", *files, "--model", "micro")  # to which the router of par.yaml belongs
-        assert out.splitlines() == [f"{path}: ok ({pipeline.build(path).sha})" for path in files]
+        assert out.splitlines() == [f"{path}: ok ({build.build(path).sha})" for path in files]
         data = json.loads(run(capsys, "validate", files[0], "--json"))
         assert data["files"] == [
-            {"source": str(files[0]), "ok": True, "sha": pipeline.build(files[0]).sha, "faults": []}
+            {"source": str(files[0]), "ok": True, "sha": build.build(files[0]).sha, "faults": []}
         ]
 
     def test_syntax_alone_knows_no_strategy(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -157,7 +161,7 @@ class TestRun:
         arguments = ("run", PIPELINES / "compose.yaml", "--model", model, "--prompt", "w9 w12", "--max-new-tokens", 4)
         data = json.loads(run(capsys, *arguments, "--image", image, "--json", "--compare-dense"))
         assert len(data["answer"].split()) <= 4 and data["answer"] and data["dense_answer"]
-        assert data["sha"] == data["report"]["sha"] == pipeline.build(PIPELINES / "compose.yaml").sha
+        assert data["sha"] == data["report"]["sha"] == build.build(PIPELINES / "compose.yaml").sha
         assert data["report"]["visual_tokens"] == [16] and data["report"]["kept_tokens"] == [2]
         shown = json.loads(
             run(capsys, "show", PIPELINES / "compose.yaml", "--model", model, "--json", "--text-tokens", 4)
@@ -179,8 +183,8 @@ class TestRun:
         loaded, processor = loading.load(model, device="cpu")
         from PIL import Image
 
-        inputs = cli_run.prepare(processor, "w9 w12", [Image.open(image).convert("RGB")])
-        expected, _ = cli_run.answer(loaded, processor, inputs, 4)
+        inputs = running.prepare(processor, "w9 w12", [Image.open(image).convert("RGB")])
+        expected, _ = running.answer(loaded, processor, inputs, 4)
         arguments = ("--model", model, "--image", image, "--prompt", "w9 w12", "--max-new-tokens", 4, "--device", "cpu")
         assert json.loads(run(capsys, "run", PIPELINES / "dense.yaml", *arguments, "--json"))["answer"] == expected
         blind = json.loads(run(capsys, "run", PIPELINES / "blind.yaml", *arguments, "--json", "--compare-dense"))
@@ -188,7 +192,7 @@ class TestRun:
 
     def test_without_an_image_it_runs_dense_and_says_so(self, capsys: pytest.CaptureFixture[str], model: Path) -> None:
         arguments = ["run", str(PIPELINES / "fastv-k2-r25.yaml"), "--model", str(model), "--prompt", "w9", "--json"]
-        assert cli.main(arguments) == 0
+        assert main.main(arguments) == 0
         out, err = capsys.readouterr()
         report = json.loads(out)["report"]
         assert report["kept_tokens"] == [0] and len({*report["layer_tokens"][0]}) == 1
@@ -250,14 +254,14 @@ class TestProgram:
 
     def test_plugins_bring_commands(self, extra: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         self.command(extra, lambda namespace: 7)
-        assert cli.main(["extra"]) == 7
+        assert main.main(["extra"]) == 7
 
     def test_a_command_of_a_plugin_may_not_replace_one(
         self, extra: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
         extra.prunekit_commands = hookimpl(lambda subparsers: subparsers.add_parser("list"))  # type: ignore[attr-defined]
         plugins.register(extra, "extra")
-        assert cli.main(["list"]) == 2
+        assert main.main(["list"]) == 2
         assert "a plugin cannot add its commands: ArgumentError" in capsys.readouterr().err
 
     def test_a_defect_is_one_line_and_exit_code_1(self, extra: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,15 +269,15 @@ class TestProgram:
             raise RuntimeError("boom")
 
         self.command(extra, fails)
-        assert cli.main(["extra"]) == 1
+        assert main.main(["extra"]) == 1
         out, err = capsys.readouterr()
         assert (out, err) == ("", "prunekit: unexpected RuntimeError: boom (this is a defect; --debug shows where)\n")
         for arguments in (["--debug", "extra"], ["extra", "--debug"]):
-            assert cli.main(arguments) == 1
+            assert main.main(arguments) == 1
             assert "Traceback" in capsys.readouterr().err
 
     def test_debug_of_a_refusal_keeps_its_exit_code(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert cli.main(["show", "--debug", "nowhere.yaml"]) == 2
+        assert main.main(["show", "--debug", "nowhere.yaml"]) == 2
         err = capsys.readouterr().err
         assert "Traceback" in err and err.splitlines()[-1].startswith("prunekit: error: no such file")
 
@@ -282,7 +286,7 @@ class TestProgram:
             raise KeyboardInterrupt
 
         self.command(extra, stops)
-        assert cli.main(["extra"]) == 130
+        assert main.main(["extra"]) == 130
         assert capsys.readouterr().err == "prunekit: interrupted\n"
 
     def test_warnings_of_prunekit_are_one_line(self, extra: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,7 +295,7 @@ class TestProgram:
             return 0
 
         self.command(extra, warns)
-        assert cli.main(["extra"]) == 0
+        assert main.main(["extra"]) == 0
         assert capsys.readouterr().err == "prunekit: warning: look here\n"
 
     def test_a_reader_that_goes_away_is_no_error(self) -> None:
@@ -305,7 +309,7 @@ class TestProgram:
         from prunekit import __version__
 
         with pytest.raises(SystemExit) as stop:
-            cli.main(["--version"])
+            main.main(["--version"])
         assert stop.value.code == 0 and capsys.readouterr().out == f"prunekit {__version__}\n"
 
     @pytest.mark.parametrize("command", ["list", "show", "validate", "run"])
@@ -313,7 +317,7 @@ class TestProgram:
         self, command: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit):
-            cli.main([command, "--help"])
+            main.main([command, "--help"])
         out = capsys.readouterr().out
         assert f"example: prunekit {command}" in out and "--json" in out
 
@@ -322,7 +326,7 @@ class TestProgram:
         files = [str(path) for path in PIPELINES.glob("*.yaml")]
         given = [*arguments[:-1], *files] if arguments[-1] == "FILES" else arguments
         code = (
-            "import sys\nfrom prunekit.cli import main\n"
+            "import sys\nfrom prunekit.cli.main import main\n"
             f"try:\n    code = main({given!r})\nexcept SystemExit as stop:\n    code = stop.code\n"
             "sys.exit(code or any(name in sys.modules for name in ('torch', 'transformers', 'lmms_eval', 'numpy')))"
         )

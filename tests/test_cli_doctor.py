@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from prunekit import cli
-from prunekit.cli_doctor import examine, lines
-from prunekit.testing import proof
-from prunekit.testing.proof import Case, Observed, Proof
+from prunekit.cli import main
+from prunekit.cli.doctor import examine, lines
 from prunekit.testing.tiny_configs import CONFIGS
 from prunekit.testing.tiny_families import tiny_model, tiny_names
+from prunekit.verify import proof
+from prunekit.verify.proof import Case, Observed, Proof
 
 
 def folder(config: PretrainedConfig, path: Path) -> Path:
@@ -25,7 +25,7 @@ def folder(config: PretrainedConfig, path: Path) -> Path:
 
 def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(CONFIGS["qwen3_vl"](8), tmp_path)
-    assert cli.main(["doctor", str(path), "--json"]) == 0
+    assert main.main(["doctor", str(path), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["ok"] and data["refused"] is None and data["model"] == str(path)
     assert data["family"] == "qwen_vl" and data["family_file"]
@@ -36,7 +36,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
 
 def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(CONFIGS["cohere2_vision"](6), tmp_path)
-    assert cli.main(["doctor", str(path), "--no-proof"]) == 0
+    assert main.main(["doctor", str(path), "--no-proof"]) == 0
     said = capsys.readouterr().out
     assert "self_attn, mlp side by side" in said
     assert "sliding_attention in 3 layers, full_attention in 3 layers" in said
@@ -47,7 +47,7 @@ def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("kind", ["mllama", "qwen3_5", "lfm2_vl", "gemma4"])
 def test_a_model_that_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(AutoConfig.for_model(kind), tmp_path)
-    assert cli.main(["doctor", str(path)]) == 1
+    assert main.main(["doctor", str(path)]) == 1
     said = capsys.readouterr().out
     assert f"verdict     refused: no family file for models of type '{kind}'" in said
     assert "the decoder" in said
@@ -55,7 +55,7 @@ def test_a_model_that_is_refused(kind: str, tmp_path: Path, capsys: pytest.Captu
 
 def test_a_model_of_an_unknown_family_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = AutoConfig.for_model("lighton_ocr")
-    assert cli.main(["doctor", str(folder(config, tmp_path))]) == 0
+    assert main.main(["doctor", str(folder(config, tmp_path))]) == 0
     said = capsys.readouterr().out
     assert "generic:lighton_ocr, recognised without a family file" in said
     assert "unsupported coords, frames" in said
@@ -83,5 +83,5 @@ def test_every_family_is_recognised(family: str) -> None:
 
 
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["doctor", "no/such/folder"]) == 2
+    assert main.main(["doctor", "no/such/folder"]) == 2
     assert "no such model folder" in capsys.readouterr().err

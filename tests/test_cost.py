@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import prunekit
 from prunekit.cost import Work, cost_of, kv_tokens, layer_flops, prefill_flops
-from prunekit.decisions import LayerAction, LayerPlan
 from prunekit.families import shape_of
+from prunekit.strategy.decisions import LayerAction, LayerPlan
 
 IMAGE = 90
 

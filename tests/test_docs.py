@@ -29,8 +29,12 @@ import yaml
 from PIL import Image
 
 import prunekit
-from prunekit import abilities, cli, hookspecs, loading, plugins, spec, traits
+from prunekit import hookspecs, loading, plugins
+from prunekit.cli import main
 from prunekit.errors import SpecError
+from prunekit.pipeline import statements
+from prunekit.spec import schema
+from prunekit.strategy import declare
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -126,7 +130,7 @@ def check_equal(place: str, command: str, expected: str, said: str) -> None:
 def printed_by_prunekit(arguments: list[str]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
-        cli.main(arguments)
+        main.main(arguments)
     return said.getvalue()
 
 
@@ -189,7 +193,7 @@ def _yaml(value: object) -> str:
 def test_every_key_of_a_pipeline_file_is_documented() -> None:
     text = (REFERENCE / "pipeline-file.md").read_text(encoding="utf-8")
     keys = re.findall(r"^\| `(\w+)` \|", text.partition("## Sites")[0], flags=re.M)
-    assert keys == [*spec.TOP_KEYS, *spec.STAGE_KEYS]
+    assert keys == [*schema.TOP_KEYS, *schema.STAGE_KEYS]
 
 
 def test_every_public_name_is_documented() -> None:
@@ -201,14 +205,14 @@ def test_every_public_name_is_documented() -> None:
 def test_every_trait_and_method_of_strategies_is_documented() -> None:
     text = (REFERENCE / "python.md").read_text(encoding="utf-8").partition("### Traits and methods")[2]
     told = set(re.findall(r"`(\w+)", text.partition("\n## ")[0]))
-    methods = re.findall(r"^    (\w+)\(.*\) -> ", abilities.__doc__ or "", flags=re.M)
-    assert len(methods) >= 4 and {*traits.TRAITS, *methods} <= told
+    methods = re.findall(r"^    (\w+)\(.*\) -> ", statements.__doc__ or "", flags=re.M)
+    assert len(methods) >= 4 and {*declare.TRAITS, *methods} <= told
 
 
 def test_every_command_and_option_is_documented() -> None:
     text = (REFERENCE / "cli.md").read_text(encoding="utf-8")
     sections = {m[1]: m[2] for m in re.finditer(r"^## `prunekit (\w+)`\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S)}
-    (subparsers,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (subparsers,) = (a for a in main.parser()._actions if isinstance(a, argparse._SubParsersAction))
     assert sorted(sections) == sorted(subparsers.choices)
     for name, command in subparsers.choices.items():
         shown = [action for action in command._actions if action.option_strings and action.help != argparse.SUPPRESS]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, pipeline, plugins
-from prunekit.forecast import forecast
+from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, plugins
+from prunekit.pipeline import build
+from prunekit.pipeline.forecast import forecast
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 INPUTS = tiny_inputs(images=(1,), text=(10,))
@@ -113,7 +114,7 @@ EXACT: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", EXACT)
 def test_promised_and_reported(model: Any, name: str) -> None:
-    built = pipeline.build({"stages": EXACT[name]})
+    built = build.build({"stages": EXACT[name]})
     found = forecast(built.bind(families.find(model).shape()), TEXT)
     with prunekit.apply(model, built) as run:
         model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
@@ -137,7 +138,7 @@ def test_promised_and_reported(model: Any, name: str) -> None:
     ],
 )
 def test_what_a_router_does_is_within_the_promised_range(model: Any, stages: list[dict[str, Any]]) -> None:
-    built = pipeline.build({"stages": stages})
+    built = build.build({"stages": stages})
     found = forecast(built.bind(families.find(model).shape()), TEXT)
     with prunekit.apply(model, built) as run:
         model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
@@ -152,7 +153,7 @@ def test_what_decisions_cost_by_their_own_account(model: Any) -> None:
     """A token stage at each of its cuts, with what reaches it; a router once, with what the door leaves."""
     shape = families.find(model).shape()
     stages = [{"use": "priced", "at": ["encoder", 2], "keep": 0.5}, {"use": "pricedrouter", "at": 3, "keep": 0.25}]
-    found = forecast(pipeline.build({"stages": stages}).bind(shape), TEXT)
+    found = forecast(build.build({"stages": stages}).bind(shape), TEXT)
     dense = cost.prefill_flops(shape, [16 + TEXT] * shape.layers)
     assert found is not None
     assert found.decisions == pytest.approx(((TEXT + 16) + (TEXT + 8) + 1000 * (TEXT + 8)) / dense)
@@ -160,4 +161,4 @@ def test_what_decisions_cost_by_their_own_account(model: Any) -> None:
 
 def test_nothing_is_promised_where_tokens_depend_on_the_picture(model: Any) -> None:
     shape = dataclasses.replace(families.find(model).shape(), visual_tokens=None)
-    assert forecast(pipeline.build({"stages": [{"use": "dense"}]}).bind(shape), TEXT) is None
+    assert forecast(build.build({"stages": [{"use": "dense"}]}).bind(shape), TEXT) is None

@@ -11,11 +11,12 @@ from typing import Any, ClassVar, Literal
 import pluggy
 import pytest
 
-from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl, pipeline
+from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl
 from prunekit.errors import PluginError, SpecError
 from prunekit.hookspecs import TokenHooks
+from prunekit.pipeline import build as building
 from prunekit.registry import Registry
-from prunekit.sites import ENCODER, Keep
+from prunekit.strategy.sites import ENCODER, Keep
 
 # What the engine hands to hooks that nobody asked for is None.
 NOTHING = dict.fromkeys(set(inspect.signature(TokenHooks.select_tokens).parameters) - {"self", "valid", "count"})
@@ -197,8 +198,8 @@ def registry() -> Registry:
     return filled
 
 
-def build(registry: Registry, *stages: dict[str, Any], origin: str | None = None) -> pipeline.Pipeline:
-    return pipeline.build({"name": "test", "stages": list(stages)}, registry=registry)
+def build(registry: Registry, *stages: dict[str, Any], origin: str | None = None) -> building.Pipeline:
+    return building.build({"name": "test", "stages": list(stages)}, registry=registry)
 
 
 def faults(registry: Registry, *stages: dict[str, Any], shape: ModelShape | None = None) -> list[str]:
@@ -212,7 +213,7 @@ def faults(registry: Registry, *stages: dict[str, Any], shape: ModelShape | None
 
 class TestBuild:
     def test_stages_hold_what_the_file_says_and_the_rest_by_default(self, registry: Registry) -> None:
-        built = pipeline.build(
+        built = building.build(
             "name: n\nstages:\n  - use: score\n    at: 3\n    keep: 0.5\n  - {use: plan, layers: [1]}\n",
             registry=registry,
         )
@@ -244,7 +245,7 @@ class TestBuild:
             "- use: plan\n  layers:\n  - 1\n  - 2\n  what: skip\n"
             "- use: dropall\n"
         )
-        again = pipeline.build(built.resolved, registry=registry)
+        again = building.build(built.resolved, registry=registry)
         assert (again.resolved, again.sha) == (built.resolved, built.sha)
 
     def test_the_hash_is_of_what_runs(self, registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +254,7 @@ class TestBuild:
         assert len(sha) == 16 and int(sha, 16) >= 0
         assert build(registry, {**base, "seed": 0, "at": "encoder"}).sha == sha
         text = "# said otherwise\nname: test\ndescription: other\nstages: [{keep: 5.0e-1, use: score}]\n"
-        assert pipeline.build(text, registry=registry).sha == sha
+        assert building.build(text, registry=registry).sha == sha
         different = [{**base, "seed": 1}, {**base, "at": 0}, {**base, "keep": 0.25}, {"use": "score", "keep_tokens": 1}]
         assert len({sha, *(build(registry, stage).sha for stage in different)}) == 5
         newer = Registry("stub", "stub-dist 1.1")
@@ -308,7 +309,7 @@ class TestBuild:
             "  - use: plan\n    at: 3\n    layers: [a]\n    keep_tokens: 0\n"
         )
         with pytest.raises(SpecError) as caught:
-            pipeline.build(text, registry=registry)
+            building.build(text, registry=registry)
         assert [(str(one.where), one.key) for one in caught.value.faults] == [
             ("<inline>:2:10", "stages[0].use"),
             ("<inline>:4:5", "stages[1].keep"),
@@ -510,7 +511,7 @@ class TestBind:
             "  - {use: plan, layers: [99]}\n"
         )
         with pytest.raises(SpecError) as caught:
-            pipeline.build(text, registry=registry).bind(SHAPE)
+            building.build(text, registry=registry).bind(SHAPE)
         assert [(str(one.where), one.key) for one in caught.value.faults] == [
             ("<inline>:2:23", "stages[0].at"),
             ("<inline>:3:22", "stages[1].at"),
@@ -521,7 +522,7 @@ class TestBind:
     def test_what_needs_no_model_to_be_seen_is_told_at_once(self, registry: Registry) -> None:
         text = "stages:\n  - {use: attend, at: 4, keep: 0.5}\n  - {use: score, at: 3, keep: 0.6}\n  - {use: nobody}\n"
         with pytest.raises(SpecError) as caught:
-            pipeline.build(text, registry=registry)
+            building.build(text, registry=registry)
         assert [(str(one.where), one.key) for one in caught.value.faults] == [
             ("<inline>:3:22", "stages[1].at"),
             ("<inline>:3:31", "stages[1].keep"),
@@ -542,10 +543,10 @@ FILES = sorted((Path(__file__).parent.parent / "docs" / "pipelines").glob("*.yam
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
-    built = pipeline.build(path)
+    built = building.build(path)
     assert built.name == path.stem
     if "weights: micro" in path.read_text():  # its router belongs to one model; an untrained one fits any
-        built = pipeline.build(path, ["stages[0].weights=null"])
+        built = building.build(path, ["stages[0].weights=null"])
     for layers, visual in ((10, 144), (32, 576)):
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
         assert bound.acts is (path.stem != "dense")
@@ -555,8 +556,8 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
 
 def test_what_only_decoding_leaves_out_is_not_dense() -> None:
     late = {"use": "skip_layers", "layers": [1], "phase": "decode"}
-    assert pipeline.build({"stages": [late]}).bind(SHAPE).acts
-    assert not pipeline.build({"stages": [{"use": "dense"}]}).bind(SHAPE).acts
+    assert building.build({"stages": [late]}).bind(SHAPE).acts
+    assert not building.build({"stages": [{"use": "dense"}]}).bind(SHAPE).acts
 
 
 def test_there_are_pipeline_files() -> None:

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from prunekit import spec
 from prunekit.errors import SpecError, Where
-from prunekit.sites import ENCODER, Keep, Site
+from prunekit.spec import schema
+from prunekit.strategy.sites import ENCODER, Keep, Site
 
 TEXT = """\
 # two stages
@@ -38,13 +38,13 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
 
 def faults_of(source: Any, overrides: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(SpecError) as caught:
-        spec.load(source, overrides)
+        schema.load(source, overrides)
     return [str(fault) for fault in caught.value.faults]
 
 
 def test_a_file_with_the_place_of_every_value(tmp_path: Path) -> None:
     path = write(tmp_path, "both.yaml", TEXT)
-    read = spec.load(path)
+    read = schema.load(path)
     assert (read.name, read.description, read.source) == ("both", "a test", str(path))
     first, second = read.stages
     assert (first.use, first.sites, first.keeps, first.options) == ("fastv", (Site(2),), (Keep(0.25),), {})
@@ -60,7 +60,7 @@ def test_path_text_json_and_dict_say_the_same(tmp_path: Path) -> None:
         "stages": [{"use": "fastv", "at": 2, "keep": 0.25}, {"use": "skip_layers", "layers": (3, 5)}],
     }
     sources = [write(tmp_path, "both.yaml", TEXT), str(tmp_path / "both.yaml"), TEXT, json.dumps(data), data]
-    read = [spec.load(source) for source in sources]
+    read = [schema.load(source) for source in sources]
     said = [[(one.use, one.sites, one.keeps, one.options) for one in each.stages] for each in read]
     assert all(one == said[0] for one in said)
     assert [each.source for each in read[2:]] == ["<inline>", "<inline>", "<dict>"]
@@ -72,12 +72,12 @@ def test_path_text_json_and_dict_say_the_same(tmp_path: Path) -> None:
     [("fastv.yaml", "fastv"), ("my  pipe(1).yml", "my-pipe-1"), ("..yaml", "pipeline"), ("\u00e9.yaml", "pipeline")],
 )
 def test_the_name_defaults_to_the_file(tmp_path: Path, file: str, name: str) -> None:
-    assert spec.load(write(tmp_path, file, "stages:\n  - use: x\n")).name == name
+    assert schema.load(write(tmp_path, file, "stages:\n  - use: x\n")).name == name
 
 
 def test_a_bom_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
     path = write(tmp_path, "w.yaml", b"\xef\xbb\xbfstages:\r\n  - use: x\r\n    at: encoder\r\n")
-    assert spec.load(path).stages[0].sites == (ENCODER,)
+    assert schema.load(path).stages[0].sites == (ENCODER,)
 
 
 @pytest.mark.parametrize(
@@ -110,16 +110,16 @@ def test_a_bom_and_windows_line_ends_are_fine(tmp_path: Path) -> None:
     ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    read = spec.load(f"stages:\n  - use: x\n    value: {text}\n").stages[0].options["value"]
+    read = schema.load(f"stages:\n  - use: x\n    value: {text}\n").stages[0].options["value"]
     assert (read, type(read)) == (value, type(value))
 
 
 def test_not_a_number_is_read_as_one() -> None:
-    assert math.isnan(spec.load("stages:\n  - use: x\n    value: .nan\n").stages[0].options["value"])
+    assert math.isnan(schema.load("stages:\n  - use: x\n    value: .nan\n").stages[0].options["value"])
 
 
 def test_keep_forms() -> None:
-    read = spec.load("stages: [{use: a, keep: 1}, {use: a, keep_tokens: 64}, {use: a, keep: .5, keep_of: current}]\n")
+    read = schema.load("stages: [{use: a, keep: 1}, {use: a, keep_tokens: 64}, {use: a, keep: .5, keep_of: current}]\n")
     assert [stage.keeps for stage in read.stages] == [(Keep(1.0),), (Keep(tokens=64),), (Keep(0.5, of="current"),)]
 
 
@@ -128,18 +128,18 @@ def test_extends_merges_left_to_right_and_keeps_places(tmp_path: Path) -> None:
     write(tmp_path, "a.yaml", "name: a\ndescription: of a\nstages: [{use: one}]\n")
     b = write(tmp_path, "sub/b.yaml", "extends: ../a.yaml\nstages:\n  - use: two\n    at: 3\n")
     c = write(tmp_path, "c.yaml", "extends: [a.yaml, sub/b.yaml]\n")
-    read = spec.load(c)
+    read = schema.load(c)
     assert (read.name, read.description, [stage.use for stage in read.stages]) == ("c", "of a", ["two"])
     where = read.stages[0].keys["at"]
     assert where is not None and Path(where.file).resolve() == b.resolve() and (where.line, where.col) == (4, 9)
-    assert spec.load(write(tmp_path, "d.yaml", "extends: [sub/b.yaml, a.yaml]\n")).stages[0].use == "one"
+    assert schema.load(write(tmp_path, "d.yaml", "extends: [sub/b.yaml, a.yaml]\n")).stages[0].use == "one"
 
 
 def test_two_ways_to_one_file_are_no_circle(tmp_path: Path) -> None:
     write(tmp_path, "base.yaml", "stages: [{use: one}]\n")
     write(tmp_path, "l.yaml", "extends: base.yaml\n")
     write(tmp_path, "r.yaml", "extends: base.yaml\n")
-    assert spec.load(write(tmp_path, "top.yaml", "extends: [l.yaml, r.yaml]\n")).stages[0].use == "one"
+    assert schema.load(write(tmp_path, "top.yaml", "extends: [l.yaml, r.yaml]\n")).stages[0].use == "one"
 
 
 def test_extends_that_multiplies_is_stopped(tmp_path: Path) -> None:
@@ -150,15 +150,15 @@ def test_extends_that_multiplies_is_stopped(tmp_path: Path) -> None:
 
 
 def test_overrides_come_last_and_know_their_place() -> None:
-    read = spec.load(
+    read = schema.load(
         TEXT, ["stages[0].keep=0.5", "stages.0.at=encoder", "stages[1].layers=[4]", "name=other", "stages[0].x=1"]
     )
     assert read.name == "other"
     assert (read.stages[0].keeps, read.stages[0].sites) == ((Keep(0.5),), (ENCODER,))
     assert (read.stages[1].options, read.stages[0].options) == ({"layers": [4]}, {"x": 1})
     assert read.stages[0].keys["keep"] == Where("override 1", 1, 16)
-    assert spec.load(TEXT, ["stages[0].keep=null", "stages[0].keep_tokens=9"]).stages[0].keeps == (Keep(tokens=9),)
-    assert spec.load(TEXT, ["stages[1].layers[0]=7"]).stages[1].options == {"layers": [7, 5]}
+    assert schema.load(TEXT, ["stages[0].keep=null", "stages[0].keep_tokens=9"]).stages[0].keeps == (Keep(tokens=9),)
+    assert schema.load(TEXT, ["stages[1].layers[0]=7"]).stages[1].options == {"layers": [7, 5]}
 
 
 @pytest.mark.parametrize(
@@ -220,13 +220,13 @@ def test_a_dict_that_holds_itself() -> None:
 
 
 def test_torch_stays_out() -> None:
-    code = f"import sys; from prunekit import spec; spec.load({TEXT!r}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from prunekit.spec import schema; schema.load({TEXT!r}); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def only_spec_errors(source: Any, overrides: list[str]) -> None:
     try:
-        spec.load(source, overrides)
+        schema.load(source, overrides)
     except SpecError as error:
         assert error.faults
         str(error)
@@ -330,7 +330,7 @@ OVERRIDE = st.one_of(
 
 @FUZZ
 @given(
-    TREE | st.builds(dict, stages=st.lists(st.dictionaries(st.sampled_from(spec.STAGE_KEYS), PLAIN))),
+    TREE | st.builds(dict, stages=st.lists(st.dictionaries(st.sampled_from(schema.STAGE_KEYS), PLAIN))),
     st.lists(OVERRIDE),
 )
 def test_any_data_and_any_override(tree: dict[str, Any], overrides: list[str]) -> None:

@@ -79,12 +79,12 @@ def test_carries_licence_and_entry_points(wheel: Path) -> None:
     assert texts["LICENSE"] == (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "License-Expression: Apache-2.0" in texts["METADATA"]
     lines = texts["entry_points.txt"].splitlines()
-    wanted = ("prunekit = prunekit.cli:main", "strategies = prunekit_strategies.plugin", "[lmms_eval.models]")
+    wanted = ("prunekit = prunekit.cli.main:main", "strategies = prunekit_strategies.plugin", "[lmms_eval.models]")
     assert [line for line in wanted if line not in lines] == []
 
 
 def test_lists_what_is_registered(site: Path, tmp_path: Path) -> None:
-    done = outside(site, tmp_path, "-m", "prunekit.cli", "list", "--json")
+    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "list", "--json")
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
     names = {kind: {row["name"] for row in rows} for kind, rows in listed.items()}
@@ -102,6 +102,6 @@ def test_prunes(site: Path, tmp_path: Path) -> None:
 
 def test_finds_the_bundled_model(site: Path, tmp_path: Path) -> None:
     pipeline = str(ROOT / "docs" / "pipelines" / "fastv-k2-r25.yaml")
-    done = outside(site, tmp_path, "-m", "prunekit.cli", "show", pipeline, "--model", "micro")
+    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "show", pipeline, "--model", "micro")
     assert done.returncode == 0, done.stderr
     assert "on micro" in done.stdout

@@ -7,18 +7,17 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from ..identity import model_identity
-from . import card_tables as tables
-from . import record
-from .benchmark import ITEMS, TASKS
-from .card_text import HEAD, TAIL
-from .record import Record
+from prunekit_evals.identity import model_identity
+from prunekit_evals.micro import card_tables as tables
+from prunekit_evals.micro import record
+from prunekit_evals.micro.benchmark import ITEMS, TASKS
+from prunekit_evals.micro.card_text import HEAD, TAIL
+from prunekit_evals.micro.record import Record
 
 
 def _measured(model: Path, task: str, most: int) -> record.Measured:
     import torch
-
-    from . import measure
+    from prunekit_evals.micro import measure
 
     torch.set_num_threads(1)
     found = measure.measure(model, tasks=(task,), most=most)
@@ -42,7 +41,7 @@ def measured(model: Path, most: int = 500) -> record.Measured:
 
 def families(most: int = 500) -> dict[str, list[str]]:
     """The family of every question, in order."""
-    from .measure import FOREIGN, foreign_items
+    from prunekit_evals.micro.measure import FOREIGN, foreign_items
 
     names = {task: [f"{q.family}/{q.category}" if task == "pope" else q.family for _, q in ITEMS[task](500)[:most]]
              for task in TASKS}  # fmt: skip

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-
-from .compose import Scene, Thing, draw_nouns
-from .lexicon import COLOR_NAMES, PLACES, SIGNS
-from .question import Question, absent, alone, choice, pick, some, twins, unique
+from prunekit_evals.micro.compose import Scene, Thing, draw_nouns
+from prunekit_evals.micro.lexicon import COLOR_NAMES, PLACES, SIGNS
+from prunekit_evals.micro.question import Question, absent, alone, choice, pick, some, twins, unique
 
 NAMES = ("Mia", "Leo", "Anna", "Tom")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import model_path
+from prunekit_evals.micro import model_path
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -40,6 +40,6 @@ def _seeded(text: str) -> tuple[str, Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from . import card
+    from prunekit_evals.micro import card
 
     return card.run(arguments)

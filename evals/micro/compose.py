@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-
-from .letters import ink
-from .lexicon import COLOR_NAMES, COLORS, HEIGHTS, SIDES, SIGNS, THEMES
-from .sprites import sprite
+from prunekit_evals.micro.letters import ink
+from prunekit_evals.micro.lexicon import COLOR_NAMES, COLORS, HEIGHTS, SIDES, SIGNS, THEMES
+from prunekit_evals.micro.sprites import sprite
 
 IMAGE_SIZE = 168  # pixels
 PATCH_SIZE = 14

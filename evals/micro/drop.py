@@ -1,8 +1,7 @@
 """Which visual tokens a training step keeps: patterns that know nothing of the picture."""
 
 import numpy as np
-
-from .compose import GRID
+from prunekit_evals.micro.compose import GRID
 
 PATTERNS = ("random", "blocks", "stride")
 

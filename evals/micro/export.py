@@ -4,16 +4,15 @@ import argparse
 from pathlib import Path
 
 import torch
+from prunekit_evals.micro import model_path
+from prunekit_evals.micro.compose import IMAGE_SIZE, PATCH_SIZE
+from prunekit_evals.micro.optim import load_masters
+from prunekit_evals.micro.read import new_model
+from prunekit_evals.micro.tokenizer import IMAGE
+from prunekit_evals.micro.tokenizer import train as train_tokenizer
+from prunekit_evals.micro.train import STAGES, missing
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor, GenerationConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-from . import model_path
-from .compose import IMAGE_SIZE, PATCH_SIZE
-from .optim import load_masters
-from .read import new_model
-from .tokenizer import IMAGE
-from .tokenizer import train as train_tokenizer
-from .train import STAGES, missing
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

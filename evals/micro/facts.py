@@ -1,10 +1,9 @@
 """Open questions about one fact of a scene (two for a relation), balanced so that a blind guess earns little."""
 
 import numpy as np
-
-from .compose import Scene, Thing
-from .lexicon import COLOR_NAMES, HEIGHTS, SIDES, SIGNS, with_article
-from .question import Question, absent, alone, pick, unique
+from prunekit_evals.micro.compose import Scene, Thing
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES, SIGNS, with_article
+from prunekit_evals.micro.question import Question, absent, alone, pick, unique
 
 
 def existence(shown: Scene, rng: np.random.Generator, yes: bool | None = None, category: str = "") -> Question | None:

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from .compose import IMAGE_SIZE
-from .question import Question, pick
+from prunekit_evals.micro.compose import IMAGE_SIZE
+from prunekit_evals.micro.question import Question, pick
 
 YES_NO = {"yes": "Yes", "no": "No"}
 

@@ -12,16 +12,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.lexicon import COLOR_NAMES
+from prunekit_evals.micro.model import NAMES, TOKENS
+from prunekit_evals.micro.packing import IGNORE, Packed
+from prunekit_evals.micro.pointing import Pointing
+from prunekit_evals.micro.read import Cut, Read
+from prunekit_evals.micro.see import SIZES
+from prunekit_evals.micro.spelling import SHARPNESS
 from torch import Tensor
-
-from .compose import Scene
-from .lexicon import COLOR_NAMES
-from .model import NAMES, TOKENS
-from .packing import IGNORE, Packed
-from .pointing import Pointing
-from .read import Cut, Read
-from .see import SIZES
-from .spelling import SHARPNESS
 
 EARLY = 2
 

@@ -1,10 +1,9 @@
 """Open questions of two and three hops: each answer goes through a thing that the question does not name."""
 
 import numpy as np
-
-from .compose import Scene
-from .lexicon import THEME_OF
-from .question import Question, pick, twins, unique
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.lexicon import THEME_OF
+from prunekit_evals.micro.question import Question, pick, twins, unique
 
 
 def same_color(shown: Scene, rng: np.random.Generator) -> Question | None:

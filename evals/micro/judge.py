@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from prunekit_evals.micro import attention, prompts
+from prunekit_evals.micro.benchmark import Item
+from prunekit_evals.micro.model import TOKENS
+from prunekit_evals.micro.packing import IGNORE, Packer
+from prunekit_evals.micro.questions import Question
+from prunekit_evals.micro.see import pixels
+from prunekit_evals.micro.selections import View
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
-
-from . import attention, prompts
-from .benchmark import Item
-from .model import TOKENS
-from .packing import IGNORE, Packer
-from .questions import Question
-from .see import pixels
-from .selections import View
 
 
 @dataclass(frozen=True)

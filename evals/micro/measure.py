@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from prunekit_evals.micro import foreign
+from prunekit_evals.micro.benchmark import ITEMS, TASKS, Item
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.judge import Judge, Trace
+from prunekit_evals.micro.model import TOKENS
+from prunekit_evals.micro.question import Question, pick
+from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
+from prunekit_evals.micro.selections import SELECTIONS, View, most
 from torch import Tensor
-
-from . import foreign
-from .benchmark import ITEMS, TASKS, Item
-from .compose import Scene
-from .judge import Judge, Trace
-from .model import TOKENS
-from .question import Question, pick
-from .questions import CHOICE, HOPS, OPEN, ask
-from .selections import SELECTIONS, View, most
 
 BATCH = 50
 FEW = 0.11

@@ -1,11 +1,10 @@
 """The model: an ordinary LLaVA of transformers, small; and the word vectors that vision is aligned to."""
 
 import torch
+from prunekit_evals.micro.compose import IMAGE_SIZE, PATCH_SIZE
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES, SIGNS
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-from .compose import IMAGE_SIZE, PATCH_SIZE
-from .lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES, SIGNS
 
 VISION_WIDTH = 128
 WIDTH = 160

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from prunekit_evals.micro import prompts
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, Question, ask
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from . import prompts
-from .compose import Scene
-from .questions import CHOICE, HOPS, OPEN, Question, ask
 
 IGNORE = -100
 

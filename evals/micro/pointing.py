@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from prunekit_evals.micro.compose import Scene, patch_owner
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES
+from prunekit_evals.micro.model import NAMES
+from prunekit_evals.micro.packing import Packed
+from prunekit_evals.micro.tokenizer import single_tokens
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
-
-from .compose import Scene, patch_owner
-from .lexicon import COLOR_NAMES, HEIGHTS, SIDES
-from .model import NAMES
-from .packing import Packed
-from .tokenizer import single_tokens
 
 LAYERS = {1: ("early",), 3: ("named", "absent"), 4: ("named", "absent"), 5: ("hops",)}
 HOPPED = ("same_color", "where_same", "kind_same", "read_like", "hint_like")

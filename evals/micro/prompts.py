@@ -1,6 +1,6 @@
 """The user prompts of the standard tasks, word for word as lmms-eval builds them from a document."""
 
-from .questions import LETTERS, Question
+from prunekit_evals.micro.questions import LETTERS, Question
 
 WORD = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

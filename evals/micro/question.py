@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-
-from .compose import Scene, Thing
-from .lexicon import NOUNS, POPULAR, THEMES
+from prunekit_evals.micro.compose import Scene, Thing
+from prunekit_evals.micro.lexicon import NOUNS, POPULAR, THEMES
 
 T = TypeVar("T")
 LETTERS = "ABCD"

@@ -1,10 +1,9 @@
 """All families of questions about a scene, by name."""
 
 import numpy as np
-
-from . import choices, facts, hops
-from .compose import Scene
-from .question import LETTERS, Question
+from prunekit_evals.micro import choices, facts, hops
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.question import LETTERS, Question
 
 OPEN = {
     f.__name__: f

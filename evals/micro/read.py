@@ -7,18 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from prunekit_evals.micro import attention, depth, drop, foreign, spelling
+from prunekit_evals.micro.compose import CHECK_SEEDS, Scene, scene
+from prunekit_evals.micro.model import LAYERS, SEEING, TOKENS, WORDS, config, fresh, word_vectors
+from prunekit_evals.micro.optim import load_masters
+from prunekit_evals.micro.packing import IGNORE, Packed, Packer
+from prunekit_evals.micro.pointing import Pointing, Words, scaffold
+from prunekit_evals.micro.see import Recorder, SeeLoss, pixels, shown
+from prunekit_evals.micro.tokenizer import IMAGE, single_tokens
+from prunekit_evals.micro.tokenizer import train as train_tokenizer
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
-
-from . import attention, depth, drop, foreign, spelling
-from .compose import CHECK_SEEDS, Scene, scene
-from .model import LAYERS, SEEING, TOKENS, WORDS, config, fresh, word_vectors
-from .optim import load_masters
-from .packing import IGNORE, Packed, Packer
-from .pointing import Pointing, Words, scaffold
-from .see import Recorder, SeeLoss, pixels, shown
-from .tokenizer import IMAGE, single_tokens
-from .tokenizer import train as train_tokenizer
 
 DTYPE = torch.bfloat16
 HELD = 0.05  # weight of the later visual states' distance to their words, and of the text states' length

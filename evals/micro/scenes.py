@@ -1,6 +1,6 @@
 """Scenes and questions: the public door. Everything is a pure function of integer seeds."""
 
-from .compose import Scene, Thing, patch_owner, scene
-from .questions import FAMILIES, Question, ask, questions
+from prunekit_evals.micro.compose import Scene, Thing, patch_owner, scene
+from prunekit_evals.micro.questions import FAMILIES, Question, ask, questions
 
 __all__ = ["FAMILIES", "Question", "Scene", "Thing", "ask", "patch_owner", "questions", "scene"]

@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from prunekit_evals.micro.compose import GRID, Scene, patch_owner
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES
+from prunekit_evals.micro.model import NAMES, SEEING, VISION_WIDTH, WORDS, word_vectors
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
-
-from .compose import GRID, Scene, patch_owner
-from .lexicon import COLOR_NAMES, HEIGHTS, SIDES
-from .model import NAMES, SEEING, VISION_WIDTH, WORDS, word_vectors
 
 SHARPNESS = 12.0  # logits per unit of alignment
 BACKGROUND = 6.0  # a name must align by more than half a unit to beat "nothing"

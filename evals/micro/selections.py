@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from prunekit_evals.micro import drop
+from prunekit_evals.micro.compose import GRID, PATCH_SIZE, Scene, patch_owner
 from torch import Tensor
-
-from . import drop
-from .compose import GRID, PATCH_SIZE, Scene, patch_owner
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ the other thing of its color before layer 7, with its place where that is asked 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES
+from prunekit_evals.micro.model import NAMES
+from prunekit_evals.micro.packing import Packed
+from prunekit_evals.micro.pointing import HOPPED, Words
+from prunekit_evals.micro.see import SIZES
 from torch import Tensor
-
-from .compose import Scene
-from .lexicon import COLOR_NAMES, HEIGHTS, SIDES
-from .model import NAMES
-from .packing import Packed
-from .pointing import HOPPED, Words
-from .see import SIZES
 
 SHARPNESS = 20.0
 NOTHING = -100

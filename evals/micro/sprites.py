@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from .lexicon import COLORS, NOUNS, THEMES
+from prunekit_evals.micro.lexicon import COLORS, NOUNS, THEMES
 
 SHEET = Path(__file__).resolve().parent / "icons" / "sheet.png"
 CELL = 48  # pixels; the sheet is 8 cells wide

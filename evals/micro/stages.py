@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from prunekit_evals.micro import attention
+from prunekit_evals.micro.compose import CHECK_SEEDS, scene
+from prunekit_evals.micro.model import SEEING, TOKENS, config, fresh
+from prunekit_evals.micro.see import Recorder, SeeLoss, pixels, shown
 from safetensors.torch import load_file
 from torch import Tensor, nn
-
-from . import attention
-from .compose import CHECK_SEEDS, scene
-from .model import SEEING, TOKENS, config, fresh
-from .see import Recorder, SeeLoss, pixels, shown
 
 DTYPE = torch.bfloat16
 SETTLE = 0.15  # weight, reached at half-time, of the states' distance to the plain sum of their words
@@ -76,8 +75,8 @@ class See:
 def build(stage: str, out: Path, seed: int) -> Stage:
     if stage == "see":
         return See(seed)
-    from .glance import Glance
-    from .read import Read
+    from prunekit_evals.micro.glance import Glance
+    from prunekit_evals.micro.read import Read
 
     seen = load_file(out / "see.safetensors")
     return Read(seed, seen) if stage == "read" else Glance(seed, seen | load_file(out / "read.safetensors"))

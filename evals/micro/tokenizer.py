@@ -3,13 +3,12 @@
 import random
 
 import numpy as np
+from prunekit_evals.micro import prompts
+from prunekit_evals.micro.compose import scene
+from prunekit_evals.micro.lexicon import THEMES
+from prunekit_evals.micro.questions import questions
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-
-from . import prompts
-from .compose import scene
-from .lexicon import THEMES
-from .questions import questions
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 SIZE = 1024

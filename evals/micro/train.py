@@ -51,9 +51,8 @@ def worker(rank: int, run: Run) -> None:
     """Train one stage in one process of ``run.world``."""
     import torch
     import torch.distributed as dist
-
-    from .optim import Masters, schedule
-    from .stages import build
+    from prunekit_evals.micro.optim import Masters, schedule
+    from prunekit_evals.micro.stages import build
 
     torch.set_num_threads(1)
     if run.world > 1:

@@ -13,20 +13,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit import families, upstream
-from prunekit.engine import generating, kv, layers, masks, static
-from prunekit.engine.call import CALL, Call
-from prunekit.engine.inputs import Needs
+from prunekit.engine.cache import ragged, static
+from prunekit.engine.decoder import layers
+from prunekit.engine.decoder.readings import Needs
+from prunekit.engine.decoder.session import Session
+from prunekit.engine.decoder.step import STEP, Step
+from prunekit.engine.decoder.view import Here
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.pictures import Pictures, counts_of, note
-from prunekit.engine.session import Session
-from prunekit.engine.step import STEP, Step
-from prunekit.engine.tower_plan import TowerPlan
-from prunekit.engine.view import Here
+from prunekit.engine.prompt import generate
+from prunekit.engine.prompt.call import CALL, Call
+from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
+from prunekit.engine.tokens import masks
+from prunekit.engine.tower.plan import TowerPlan
 from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
-from prunekit.pipeline import BoundPipeline, Pipeline, build, combine
-from prunekit.report import RunReport
+from prunekit.pipeline.build import BoundPipeline, Pipeline, build, combine
+from prunekit.records import RunReport
 
 _ATTACHED = "__prunekit_attached__"
 
@@ -106,7 +109,7 @@ class Attached:
             replace(parts.base, modality.method, self._encode(modality))
         replace(parts.text, "forward", self._text_forward)
         if self.active:
-            generating.override(self._overrides, self.model)
+            generate.override(self._overrides, self.model)
             if self.pipeline.positions == "renumber":
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
@@ -212,8 +215,8 @@ class Attached:
                 if self.active:
                     static.require(cache)
                 return original(*args, **kwargs)
-            call, filled = CALL.get(), kv.is_filled(cache)
-            session: Session | None = kv.owner_of(cache)
+            call, filled = CALL.get(), ragged.is_filled(cache)
+            session: Session | None = ragged.owner_of(cache)
             if not self.active and (call is None or call.given.get("input_ids") is None or filled):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)

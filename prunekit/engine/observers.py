@@ -9,7 +9,7 @@ from typing import Any
 from prunekit import plugins
 from prunekit.errors import PrunekitWarning
 from prunekit.families.generic import TRIAL
-from prunekit.report import RunReport
+from prunekit.records import RunReport
 
 
 def tell(report: Callable[[], RunReport]) -> None:

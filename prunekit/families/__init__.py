@@ -7,10 +7,10 @@ import pkgutil
 
 from transformers import GenerationMixin, PreTrainedModel
 
-from prunekit.decisions import ModelShape
 from prunekit.errors import Unsupported
 from prunekit.families import generic
 from prunekit.families.base import Family, Parts
+from prunekit.strategy.decisions import ModelShape
 
 
 def families() -> tuple[Family, ...]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.decisions import ModelShape
 from prunekit.errors import Unsupported
+from prunekit.strategy.decisions import ModelShape
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A model of no known family: recognised by what it has, proved on a tiny twin before it prunes, or refused.
 
-There is no list of models here. What is missing is said; what is found is only believed after `prunekit.testing.proof`
+There is no list of models here. What is missing is said; what is found is only believed after `prunekit.verify.proof`
 has run a shrunken copy of the model against the masked reference, once for each config.
 """
 
@@ -38,7 +38,7 @@ def parts(model: PreTrainedModel) -> Parts:
     found = recognise(model)
     observed = TRIAL.get()
     if observed is None:
-        from prunekit.testing.proof import observed_and_proved
+        from prunekit.verify.proof import observed_and_proved
 
         observed = observed_and_proved(model)
     return replace(found, logical_until=observed.logical_until, token_kwargs=observed.token_kwargs)

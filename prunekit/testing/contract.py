@@ -21,18 +21,18 @@ import torch
 
 import prunekit
 from prunekit import Pipeline, Site, families, plugins
-from prunekit.decisions import LayerAction
-from prunekit.stage import TOKEN_STARTS, implements
-from prunekit.testing.equivalence import Equivalence, assert_equivalent, generate
-from prunekit.testing.precision import Float64Throughout
+from prunekit.pipeline.stage import TOKEN_STARTS, implements
+from prunekit.strategy.decisions import LayerAction
+from prunekit.strategy.declare import is_router
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
-from prunekit.traits import is_router
+from prunekit.verify.equivalence import Equivalence, assert_equivalent, generate
+from prunekit.verify.precision import Float64Throughout
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from prunekit.report import RunReport
+    from prunekit.records import RunReport
 
 RAGGED: Mapping[str, Any] = MappingProxyType({"images": (1, 2, 1), "text": (14, 6, 9)})
 MIXED: Mapping[str, Any] = MappingProxyType({"images": (2, 0, 1), "text": (5, 30, 8)})

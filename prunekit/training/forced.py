@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prunekit.decisions import Route
 from prunekit.hookspecs import hookimpl
-from prunekit.stage import Stage
+from prunekit.pipeline.stage import Stage
+from prunekit.strategy.decisions import Route
 
 Decide = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from prunekit.decisions import ModelShape
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
-from prunekit.stage import Stage
+from prunekit.pipeline.stage import Stage
+from prunekit.strategy.decisions import ModelShape
 
 
 class Learner(Protocol):

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import yaml
 
-from prunekit import options
 from prunekit.errors import InputError
+from prunekit.strategy import options
 
 MOST = 2**31  # seeds of samples and candidates are multiples of it
 

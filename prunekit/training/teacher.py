@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from prunekit import families
-from prunekit.decisions import LayerAction
 from prunekit.engine.attach import Attached, apply
 from prunekit.errors import Unsupported
-from prunekit.pipeline import BoundPipeline, Pipeline
-from prunekit.report import RunReport
-from prunekit.sites import PREFILL_END
-from prunekit.stage import Stage
+from prunekit.pipeline.build import BoundPipeline, Pipeline
+from prunekit.pipeline.stage import Stage
+from prunekit.records import RunReport
+from prunekit.strategy.decisions import LayerAction
+from prunekit.strategy.sites import PREFILL_END
 from prunekit.training.answers import Answers, at_once, can_be_at_once, dense_answers, divergence, told_logits
 from prunekit.training.forced import Decide, Shown, deciding, shown
 from prunekit.training.learner import Learner

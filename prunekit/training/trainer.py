@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunekit import __version__, families
 from prunekit.errors import InputError
-from prunekit.pipeline import Pipeline
+from prunekit.pipeline.build import Pipeline
 from prunekit.training import checkpoint
 from prunekit.training.card import card_of
 from prunekit.training.checkpoint import Progress

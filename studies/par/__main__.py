@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import page, results, train
-from .settings import COMPARED, PAGE, PIPELINE, RESULTS, settings_for
+from studies.par import page, results, train
+from studies.par.settings import COMPARED, PAGE, PIPELINE, RESULTS, settings_for
 
 ANY_MODEL = ("overhead", "large", "seven")  # parts that stay when the bundled model changes
 BUDGETS = ("keep", "keep_tokens", "keep_of", "keep_layers")
@@ -60,8 +60,8 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
     import torch
     from prunekit_evals.answering import Loaded
 
-    from . import costs, parts, seven, times
-    from .cells import Bench
+    from studies.par import costs, parts, seven, times
+    from studies.par.cells import Bench
 
     torch.set_num_threads(1)
     loaded = Loaded.load("micro", arguments.dtype, "cpu")

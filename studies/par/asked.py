@@ -22,7 +22,7 @@ from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
 from prunekit_evals.prompts import from_messages, render
 
 import prunekit
-from prunekit.pipeline import Pipeline
+from prunekit.pipeline.build import Pipeline
 
 DRAWN = 600  # of each task; `prunekit eval --limit n` asks the first n of the same ones
 BATCH = 50

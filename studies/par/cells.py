@@ -16,16 +16,15 @@ from typing import Any
 
 import yaml
 from prunekit_evals.answering import Loaded
-from prunekit_evals.micro.benchmark import TASKS, Item, _version
+from prunekit_evals.micro.benchmark import TASKS, VERSION, Item
 from prunekit_evals.micro.record import packed, unpacked
 
 import prunekit
 from prunekit import families
-from prunekit.decisions import ModelShape
-from prunekit.pipeline import Pipeline
-
-from . import asked, strategies
-from .asked import Outcome
+from prunekit.pipeline.build import Pipeline
+from prunekit.strategy.decisions import ModelShape
+from studies.par import asked, strategies
+from studies.par.asked import Outcome
 
 Stages = Sequence[Mapping[str, Any]]
 
@@ -152,7 +151,7 @@ class Bench:
                 say(f"{task}: {number + 1} of {len(missing)} pipelines, {count} questions each, {taken:.0f} s")
 
     def _path(self, one: Pipeline, task: str, count: int) -> Path:
-        parts = (one.sha, self.loaded.identity, self.loaded.dtype, _version(), task, str(count))
+        parts = (one.sha, self.loaded.identity, self.loaded.dtype, VERSION, task, str(count))
         parts += (f"from {self.first}",) * bool(self.first)
         return self.cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}.json"
 

@@ -13,10 +13,9 @@ from torch.nn.functional import cosine_similarity
 
 import prunekit
 from prunekit import families
-from prunekit.pipeline import Pipeline
-
-from . import asked
-from .cells import Bench
+from prunekit.pipeline.build import Pipeline
+from studies.par import asked
+from studies.par.cells import Bench
 
 A_TASK = 10  # questions; each is run by itself, so that no padding takes part
 

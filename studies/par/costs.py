@@ -14,11 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from prunekit import cost, families
-from prunekit.decisions import ModelShape
-from prunekit.forecast import forecast
-
-from .cells import pipeline
-from .settings import PAPER
+from prunekit.pipeline.forecast import forecast
+from prunekit.strategy.decisions import ModelShape
+from studies.par.cells import pipeline
+from studies.par.settings import PAPER
 
 TEXT = 64  # tokens of the prompt beside the picture's
 ROUTERS: tuple[tuple[int | str, int], ...] = ((64, 1), (128, 1), (256, 1), (512, 1), (512, 2), ("model", 1))

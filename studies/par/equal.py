@@ -8,11 +8,10 @@ from typing import Any
 
 from prunekit.cost import prefill_flops
 from prunekit.errors import SpecError
-from prunekit.forecast import forecast
-from prunekit.pipeline import BoundPipeline, Pipeline
+from prunekit.pipeline.build import BoundPipeline, Pipeline
+from prunekit.pipeline.forecast import forecast
 from prunekit.plugins import registry
-
-from .cells import Bench, Stages, pipeline
+from studies.par.cells import Bench, Stages, pipeline
 
 Stage = Mapping[str, Any]
 SLACK = 1e-9  # of a fraction of dense FLOPs

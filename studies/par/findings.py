@@ -12,9 +12,9 @@ from prunekit_evals.micro.record import Part
 from prunekit_evals.stats import Estimate
 from prunekit_evals.table import SHORT
 
-from . import results, tables
-from .cells import Row
-from .settings import CLAIM, OVERHEAD, TARGET_FLOPS, TARGET_KEPT
+from studies.par import results, tables
+from studies.par.cells import Row
+from studies.par.settings import CLAIM, OVERHEAD, TARGET_FLOPS, TARGET_KEPT
 
 MAIN = tables.MAIN
 SEED = "plain-1"  # the router that differs from `plain` in its seed alone

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from . import findings, results, tables
-from .parts import DRAWS, FASTV_SITE
-from .settings import VARIANTS
+from studies.par import findings, results, tables
+from studies.par.parts import DRAWS, FASTV_SITE
+from studies.par.settings import VARIANTS
 
 BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.S)
 PARTS = ("table", "unseen", "layers", "boxes", "correlation", "ablations", "overhead", "micro", "large", "seven")

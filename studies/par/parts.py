@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prunekit.errors import SpecError
-from prunekit.pipeline import Pipeline
-
-from . import cosines, equal, static
-from .asked import DRAWN
-from .cells import Bench, pipeline, say
-from .equal import Equal, Stage
-from .settings import VARIANTS, Setting
+from prunekit.pipeline.build import Pipeline
+from studies.par import cosines, equal, static
+from studies.par.asked import DRAWN
+from studies.par.cells import Bench, pipeline, say
+from studies.par.equal import Equal, Stage
+from studies.par.settings import VARIANTS, Setting
 
 SHARES = (0.1, 0.2, 0.3)
 DRAWS = 8

@@ -10,11 +10,11 @@ from typing import Any
 
 from prunekit_evals.identity import model_identity, versions
 from prunekit_evals.micro import model_path
-from prunekit_evals.micro.benchmark import _version
+from prunekit_evals.micro.benchmark import VERSION
 from prunekit_evals.micro.record import Part
 
-from .cells import Row
-from .parts import Routers
+from studies.par.cells import Row
+from studies.par.parts import Routers
 
 Results = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ def about(routers: Routers, questions: int) -> dict[str, Any]:
 
 def now() -> dict[str, str]:
     """The bundled model and its benchmark as they are."""
-    return {"model": str(model_identity(model_path())), "benchmark": _version()[:12]}
+    return {"model": str(model_identity(model_path())), "benchmark": VERSION}
 
 
 def router_of(routers: Routers) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .settings import PAPER
-from .times import DENSE, flops_of, listed, paper_cases, ratios, timing, workload
+from studies.par.settings import PAPER
+from studies.par.times import DENSE, flops_of, listed, paper_cases, ratios, timing, workload
 
 SHAPE = workload.Size(layers=32, hidden=4096, mlp=11008, heads=32, side=24, text=64)
 SETTINGS = (PAPER[1], PAPER[3])  # the one that the paper trains at, and its smallest

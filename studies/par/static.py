@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prunekit.pipeline import Pipeline
-
-from .cells import Bench, pipeline
+from prunekit.pipeline.build import Pipeline
+from studies.par.cells import Bench, pipeline
 
 QUESTIONS = 120
 

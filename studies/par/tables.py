@@ -12,8 +12,8 @@ from prunekit_evals.micro.record import Part
 from prunekit_evals.stats import Estimate
 from prunekit_evals.table import SHORT
 
-from . import results
-from .cells import Row
+from studies.par import results
+from studies.par.cells import Row
 
 MAIN = "PAR"
 

@@ -15,12 +15,11 @@ import torch
 import yaml
 from prunekit_evals.micro.benchmark import TASKS
 
-from prunekit.pipeline import Pipeline
-
-from . import asked
-from .cells import Bench, Stages, say
-from .parts import Routers
-from .settings import PAPER, ROOT, Setting
+from prunekit.pipeline.build import Pipeline
+from studies.par import asked
+from studies.par.cells import Bench, Stages, say
+from studies.par.parts import Routers
+from studies.par.settings import PAPER, ROOT, Setting
 
 sys.path.append(str(ROOT / "benchmarks"))  # scripts that import each other by their bare names
 import sections

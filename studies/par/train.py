@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit.cli import main as prunekit
-
-from .settings import PIPELINE, VARIANTS
+from prunekit.cli.main import main as prunekit
+from studies.par.settings import PIPELINE, VARIANTS
 
 LAYERS = "stages[0].keep_layers"
 # What differs for each, as options of `prunekit train`.

@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from prunekit.decisions import LayerAction, LayerPlan
-from prunekit.sites import Site
+from prunekit.strategy.decisions import LayerAction, LayerPlan
+from prunekit.strategy.sites import Site
 from prunekit.testing.tiny import IMAGE
 
 IDENTITY = (LayerAction.SKIP, LayerAction.FILL_KV)

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from prunekit import hookimpl, pipeline
+from prunekit import hookimpl
+from prunekit.pipeline import build
 from prunekit.registry import Registry
-from prunekit.sites import Sites
+from prunekit.strategy.sites import Sites
 
 EVERYWHERE = Sites(end=True)
 
@@ -45,7 +46,7 @@ def piped(*stages, **options):
             registry.strategy(f"reader{number}", f"{__name__}:Reader{number}")
             use = f"reader{number}"
         listed.append({"use": use, **keys})
-    return pipeline.build({"name": "reads", "stages": listed, **options}, registry=registry)
+    return build.build({"name": "reads", "stages": listed, **options}, registry=registry)
 
 
 def _registry():

@@ -9,9 +9,9 @@ import torch
 from cases import BATCHES, pipeline
 
 import prunekit
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 CHANGES = {
     "reordered": (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 1])), [2, 0, 1]),

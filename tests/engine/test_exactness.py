@@ -11,10 +11,10 @@ from twins import pool_merges
 from wrong import AllAlike, OneLayerLate, PadsSeen, Renumbered
 
 import prunekit
-from prunekit.testing.equivalence import assert_equivalent, generate
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import assert_equivalent, generate
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 STEPS, EXACT = 8, 1e-9
 model_of = cache(tiny_llava)

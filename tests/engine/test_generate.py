@@ -10,10 +10,10 @@ import transformers
 from cases import pipeline
 
 import prunekit
-from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import IMAGE, PAD, row_of, tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 EXACT, LENGTH = 1e-9, 7
 # An image token that is decoded would make the uncached reference ask for another image.

@@ -13,10 +13,10 @@ from transformers.masking_utils import flash_attention_mask
 from twins import pool_merges
 
 import prunekit
-from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 EXACT, LENGTH = 1e-9, 5
 FLASH = "simulated_flash_attention"

@@ -11,11 +11,11 @@ from transformers import StaticCache
 from twins import pool_merges
 
 import prunekit
-from prunekit.engine.static import RaggedStaticLayer
-from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
+from prunekit.engine.cache.static import RaggedStaticLayer
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 EXACT, LENGTH = 1e-9, 7
 model_of = cache(tiny_llava)

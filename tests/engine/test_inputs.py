@@ -11,11 +11,11 @@ from reading import logits_of, piped, projected, reader, watched
 
 import prunekit
 from prunekit import Rows
-from prunekit.engine import rows
-from prunekit.engine.rows import Attended
-from prunekit.inputs import Keys, PromptTokens, Values
-from prunekit.testing.precision import Float64Throughout
+from prunekit.engine.attention import decoder_rows
+from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.strategy.decoder_requests import Keys, PromptTokens, Values
 from prunekit.testing.tiny import IMAGE, row_of, tiny_inputs, tiny_llava
+from prunekit.verify.precision import Float64Throughout
 
 IMAGES, TEXT = (1, 2, 0), (9, 14, 6)
 model_of = cache(tiny_llava)
@@ -263,4 +263,4 @@ def test_default_rows_have_the_bits_of_one_query_alone():
             logits = (grouped @ k.transpose(-1, -2)).view(batch, heads, -1) * dim**-0.5
             logits = logits.masked_fill(~mask[:, 0, -1][:, None], -torch.inf)
             wanted = logits.to(torch.float32).softmax(-1).mean(1)[:, 5 : length - 9]
-            assert torch.equal(rows.attention(states, last, there, visual, columns, Rows()), wanted)
+            assert torch.equal(decoder_rows.attention(states, last, there, visual, columns, Rows()), wanted)

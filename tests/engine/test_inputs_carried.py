@@ -13,9 +13,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import prunekit
 from prunekit import LayerAction, LayerPlan, Route, Rows, Selection, Unsupported, hookimpl
-from prunekit.inputs import Keys
-from prunekit.testing.precision import Float64Throughout
+from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_llava)
 BOTH = (Rows(), Rows("next"), Rows("next", rope=False, heads="none"))

@@ -11,9 +11,9 @@ from reading import piped, reader
 import prunekit
 from prunekit import Rows, Unsupported
 from prunekit.families import find
-from prunekit.inputs import Keys
-from prunekit.testing.precision import Float64Throughout
+from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny_families import tiny_batch, tiny_model, tiny_names
+from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_model)
 WHOLE = {"queries": "all", "heads": "none", "over": "none"}

@@ -14,13 +14,15 @@ from transformers.modeling_utils import AttentionInterface
 
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
-from prunekit.engine import kv, rows, scratch, watch
-from prunekit.engine.rows import Attended
-from prunekit.engine.step import STEP
+from prunekit.engine.attention import decoder_rows, tap
+from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.cache import ragged
+from prunekit.engine.decoder import scratch
+from prunekit.engine.decoder.step import STEP
 from prunekit.errors import PluginError, SpecError
-from prunekit.inputs import Keys
-from prunekit.testing.precision import Float64Throughout
+from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_llava)
 B, A, L, D = 2, 4, 23, 8
@@ -96,22 +98,22 @@ def test_blocks_of_queries_change_nothing(heads, over, monkeypatch):
     visual, columns = (torch.arange(L) > 6).expand(B, -1), torch.arange(7, L).expand(B, -1)
     answers = []
     for size in (2**25, 4 * B * A * L * 4, 1):
-        monkeypatch.setattr(rows, "BLOCK_BYTES", size)
-        answers.append(rows.attention(states(), slots, PRESENT, visual, columns, spec))
+        monkeypatch.setattr(decoder_rows, "BLOCK_BYTES", size)
+        answers.append(decoder_rows.attention(states(), slots, PRESENT, visual, columns, spec))
     assert answers[0].shape[:2] == (B, L - 7)
     for one in answers[1:]:
         torch.testing.assert_close(one, answers[0], atol=1e-13, rtol=1e-12)
 
 
 def test_no_block_of_scores_is_larger_than_allowed(monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 3 * B * A * L * 4)
+    monkeypatch.setattr(decoder_rows, "BLOCK_BYTES", 3 * B * A * L * 4)
     sizes, scores = [], Attended.scores
     monkeypatch.setattr(
         Attended, "scores", lambda self, slots, *rest: sizes.append(slots.shape[1]) or scores(self, slots, *rest)
     )
     slots = torch.arange(L).expand(B, -1)
     visual, columns = (torch.arange(L) > 6).expand(B, -1), torch.arange(7, L).expand(B, -1)
-    rows.attention(states(), slots, PRESENT, visual, columns, Rows(queries="all"))
+    decoder_rows.attention(states(), slots, PRESENT, visual, columns, Rows(queries="all"))
     assert max(sizes) == 3 and sum(sizes) == L
 
 
@@ -204,7 +206,7 @@ def test_attention_interface_is_as_before_afterwards():
 
 
 def test_an_older_transformers_is_refused(monkeypatch):
-    monkeypatch.setattr(watch, "METHOD", "get_kernel")
+    monkeypatch.setattr(tap, "METHOD", "get_kernel")
     with pytest.raises(Unsupported, match=r"no AttentionInterface\.get_kernel"):
         read(reader(["attention"], []), "2")
 
@@ -382,7 +384,7 @@ def test_attention_of_other_kinds_is_refused():
 
 
 def test_attention_that_takes_its_kernel_elsewhere_is_refused():
-    looked = watch.Watch(nn.Identity())
+    looked = tap.Watch(nn.Identity())
     with pytest.raises(Unsupported, match="Identity are not available"):
         _ = looked.result
 
@@ -405,4 +407,4 @@ def test_what_was_noted_is_let_go(at, kept):
     for layer in model.get_decoder().layers:
         layer.mlp._forward_pre_hooks.clear()
     assert {number: runs for number, runs in held.items() if runs} == kept
-    assert not kv.owner_of(answer.past_key_values).inputs.runs
+    assert not ragged.owner_of(answer.past_key_values).inputs.runs

@@ -21,10 +21,10 @@ from wrong import AllAlike, OneLayerLate, PadsSeen, Renumbered, Uncropped, Unfil
 
 import prunekit
 from prunekit.errors import SpecError, Unsupported
-from prunekit.testing.equivalence import assert_equivalent, generate
-from prunekit.testing.frame import frame_of
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny_families import row_of, tiny_batch, tiny_model
+from prunekit.verify.equivalence import assert_equivalent, generate
+from prunekit.verify.precision import Float64Throughout
+from prunekit.verify.stock import frame_of
 
 STEPS, EXACT = 8, 1e-9
 

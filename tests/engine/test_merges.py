@@ -9,8 +9,8 @@ import torch
 from cases import BATCHES
 
 from prunekit import Selection, Sites, hookimpl, plugins
-from prunekit.testing.equivalence import assert_equivalent
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import assert_equivalent
 
 
 def skewed(hidden):

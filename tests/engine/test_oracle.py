@@ -9,12 +9,12 @@ import torch
 from by_hand import ByHand
 
 from prunekit.cost import Cost
-from prunekit.decisions import LayerAction, LayerPlan
-from prunekit.report import RunReport, StageEvent
-from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference, Merge
-from prunekit.testing.precision import Float64Throughout
+from prunekit.records import RunReport, StageEvent
+from prunekit.strategy.decisions import LayerAction, LayerPlan
 from prunekit.testing.tiny import IMAGE, PER_IMAGE, row_of, tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
+from prunekit.verify.oracle import MaskedReference, Merge
+from prunekit.verify.precision import Float64Throughout
 
 RAGGED = {"images": (1, 2, 0), "text": (12, 9, 15)}
 STEPS = 5

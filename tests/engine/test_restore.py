@@ -10,8 +10,8 @@ from cases import PIPELINES, pipeline
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import prunekit
-from prunekit.testing.equivalence import generate
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
 
 SPEC = pipeline("divprune-fastv-skip")
 

@@ -9,10 +9,10 @@ import twins
 from cases import BATCHES, PIPELINES, pipeline
 
 import prunekit
-from prunekit.testing.equivalence import generate
-from prunekit.testing.oracle import MaskedReference
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.precision import Float64Throughout
 
 TWINS = {"fastv": twins.fastv, "divprune": twins.divprune, "pool": twins.pool, "stride": twins.stride}
 model_of = cache(tiny_llava)

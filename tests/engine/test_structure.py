@@ -10,10 +10,10 @@ import pytest
 from cases import BATCHES, COMPOSED, PIPELINES, pipeline
 
 import prunekit
-from prunekit.decisions import LayerAction
-from prunekit.sites import Site
-from prunekit.testing.equivalence import generate
+from prunekit.strategy.decisions import LayerAction
+from prunekit.strategy.sites import Site
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import generate
 
 DECODED = 4
 model_of = cache(tiny_llava)

@@ -20,8 +20,8 @@ from tower_cases import (
 )
 
 import prunekit
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
+from prunekit.verify.precision import Float64Throughout
 
 BATCHES = {"one": ((1,), 9), "two": ((1, 2), (12, 9)), "mixed": ((2, 0, 1), (9, 7, 12))}
 CUTS = {

@@ -16,12 +16,12 @@ from tower_cases import ANYWHERE, Merging, Norms, piped
 
 import prunekit
 from prunekit import Selection, hookimpl
-from prunekit.encoder_inputs import EncoderRows
-from prunekit.engine.tower_tokens import Units
+from prunekit.engine.tower.tokens import Units
 from prunekit.families import find
 from prunekit.ops import top_k_mask
-from prunekit.testing.precision import Float64Throughout
+from prunekit.strategy.tower_requests import EncoderRows
 from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
+from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_model)
 

@@ -24,12 +24,12 @@ from tower_cases import (
 
 import prunekit
 from prunekit import Sites, hookimpl
-from prunekit.encoder_inputs import EncoderKeys, EncoderRows, EncoderValues, Features
-from prunekit.engine import tower_run
+from prunekit.engine.tower import run as tower_run
 from prunekit.ops import top_k_mask
-from prunekit.testing.precision import Float64Throughout
+from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
+from prunekit.verify.precision import Float64Throughout
 
 BATCH = ((1, 2), (12, 9))
 model_of = cache(tiny_llava)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import prunekit
 from prunekit import Selection, hookimpl
-from prunekit.pipeline import build
+from prunekit.pipeline.build import build
 from prunekit.registry import Registry
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.precision import Float64Throughout
 
 GATE = torch.zeros((), dtype=torch.float64, requires_grad=True)
 

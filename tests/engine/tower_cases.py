@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from prunekit import Selection, Sites, hookimpl, pipeline
-from prunekit.encoder_inputs import EncoderKeys, EncoderRows, EncoderValues, Features
+from prunekit import Selection, Sites, hookimpl
 from prunekit.ops import top_k_mask
+from prunekit.pipeline import build
 from prunekit.registry import Registry
+from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.testing.tiny import IMAGE
 
 ANYWHERE = Sites(tower=True, end=True)
@@ -155,7 +156,7 @@ def piped(*stages, **options):
         assert getattr(module, cls.__name__) is cls
         registry.strategy(f"s{number}", f"{cls.__module__}:{cls.__name__}")
         listed.append({"use": f"s{number}", **keys})
-    return pipeline.build({"name": "tower", "stages": listed, **options}, registry=registry)
+    return build.build({"name": "tower", "stages": listed, **options}, registry=registry)
 
 
 def tower_of(model):

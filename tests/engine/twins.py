@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from prunekit.testing.oracle import MaskedReference
 from prunekit.testing.tiny import IMAGE_SIZE, PATCH, PER_IMAGE
+from prunekit.verify.oracle import MaskedReference
 
 SIDE = IMAGE_SIZE // PATCH
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from prunekit.decisions import LayerAction
-from prunekit.testing.fates import closed
-from prunekit.testing.oracle import MaskedReference
+from prunekit.strategy.decisions import LayerAction
+from prunekit.verify.oracle import MaskedReference
+from prunekit.verify.reported import closed
 
 
 class Renumbered(MaskedReference):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from prunekit_evals import arguments, commands, tasks
 
-from prunekit.cli import main
+from prunekit.cli.main import main
 from prunekit.errors import InputError, SpecError
 
 FASTV = {"use": "fastv", "at": 2, "keep": 0.25}
@@ -137,7 +137,7 @@ def test_the_demo_names_a_missing_checkout(tmp_path, monkeypatch):
 def test_the_commands_cost_nothing_until_they_run():
     code = (
         "import sys\n"
-        "from prunekit.cli import parser\n"
+        "from prunekit.cli.main import parser\n"
         "assert {'eval', 'compare', 'demo'} <= set(parser()._subparsers._group_actions[0].choices)\n"
         "heavy = {'torch', 'lmms_eval', 'rich', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -205,7 +205,7 @@ def slow(*given):
     time.sleep(0.3)
     return usual(*given)
 lmms.answer = slow
-from prunekit.cli import main
+from prunekit.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from prunekit.cli import main as prunekit
+from prunekit.cli.main import main as prunekit
 from studies.par import __main__ as study
 from studies.par import train
 from studies.par.settings import VARIANTS

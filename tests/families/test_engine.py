@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import prunekit
-from prunekit.testing.equivalence import assert_equivalent
 from prunekit.testing.tiny_families import ROWS, TinyBatch, row_of, takes_video, tiny_batch, tiny_model, tiny_names
+from prunekit.verify.equivalence import assert_equivalent
 
 NAMES = tiny_names()
 STAGES: tuple[dict[str, Any], ...] = (

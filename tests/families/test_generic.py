@@ -16,10 +16,10 @@ import prunekit.families
 from prunekit.errors import Unsupported
 from prunekit.families import find, generic, shape_of
 from prunekit.plugins import manager
-from prunekit.testing import proof, twin
-from prunekit.testing.equivalence import assert_equivalent
 from prunekit.testing.tiny_configs import CONFIGS
 from prunekit.testing.tiny_families import ROWS, tiny_batch, tiny_from_config, tiny_model, tiny_names
+from prunekit.verify import proof, twin
+from prunekit.verify.equivalence import assert_equivalent
 
 PIPELINE = {"name": "p", "stages": [{"use": "random", "at": "encoder", "keep": 0.5}, {"use": "fastv", "keep": 0.2}]}
 QUICK = ("llava", "llava_next_video", "qwen3_vl", "gemma3", "smolvlm", "mistral3", "aya_vision")

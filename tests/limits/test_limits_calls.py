@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationConfig
 
 import prunekit
-from prunekit.engine import static
+from prunekit.engine.cache import static
 from prunekit.testing.tiny import IMAGE
 
 

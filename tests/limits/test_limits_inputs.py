@@ -16,14 +16,16 @@ from refusing import FLASH, flash_kernel, inputs_of, model_of, refused
 from torch import nn
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl, pipeline
-from prunekit.engine import mid, watch
-from prunekit.engine.inputs import Inputs, Needs
-from prunekit.engine.positions import Rotations
-from prunekit.engine.rows import Attended
-from prunekit.engine.scratch import _unrotated
-from prunekit.engine.view import View
+from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl
+from prunekit.engine.attention import tap
+from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.decoder import mid
+from prunekit.engine.decoder.readings import Inputs, Needs
+from prunekit.engine.decoder.scratch import _unrotated
+from prunekit.engine.decoder.view import View
+from prunekit.engine.tokens.positions import Rotations
 from prunekit.families import find
+from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 
@@ -52,7 +54,7 @@ def piped(*stages):
         globals()[f"Strategy{number}"] = cls
         registry.strategy(f"s{number}", f"{__name__}:Strategy{number}")
     listed = [{"use": f"s{number}", **keys} for number, (_, keys) in enumerate(stages)]
-    return pipeline.build({"name": "refused", "stages": listed}, registry=registry)
+    return build.build({"name": "refused", "stages": listed}, registry=registry)
 
 
 def all_but_one(valid):
@@ -130,13 +132,13 @@ def test_attention_that_is_not_known():
         with said(f"attention rows and keys are not available where attention has {extra}"):
             Attended.of(module, one, one, one, None, {extra: one})
     with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
-        _ = watch.Watch(module).result
+        _ = tap.Watch(module).result
     with said("rope=False is not available for this model"):
         _unrotated({"position_embeddings": one})
 
 
 def test_a_version_without_the_interface(model, monkeypatch):
-    monkeypatch.setattr(watch, "METHOD", "get_kernel")
+    monkeypatch.setattr(tap, "METHOD", "get_kernel")
     phrase = "this transformers version has no AttentionInterface.get_kernel"
     with refused(phrase, model), prunekit.apply(model, piped((reads(), {"at": 2}))):
         pass

@@ -16,8 +16,8 @@ from prunekit import upstream
 from prunekit.families import find, generic, grids, units
 from prunekit.families.base import square_grid
 from prunekit.families.decoders import decoder, token_params
-from prunekit.testing import proof, twin
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
+from prunekit.verify import proof, twin
 
 
 def said(phrase):

@@ -12,14 +12,15 @@ import torch
 from refusing import inputs_of, model_of, refused
 
 import prunekit
-from prunekit import Selection, Site, Sites, hookimpl, pipeline
-from prunekit.encoder_inputs import EncoderKeys, EncoderRows, EncoderValues, Features
-from prunekit.engine.tower_plan import TowerPlan
-from prunekit.engine.tower_run import TowerRun
-from prunekit.engine.tower_view import TowerView
+from prunekit import Selection, Site, Sites, hookimpl
+from prunekit.engine.tower.plan import TowerPlan
+from prunekit.engine.tower.run import TowerRun
+from prunekit.engine.tower.view import TowerView
 from prunekit.families import find
 from prunekit.families.base import Modality
+from prunekit.pipeline import build
 from prunekit.registry import Registry
+from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 
 EVERYWHERE = Sites(tower=True, end=True)
@@ -43,7 +44,7 @@ def piped(cls, **keys):
     registry = Registry()
     registry.strategy("s", f"{__name__}:Chosen")
     keep = {} if getattr(cls, "takes_keep", True) is False else {"keep": 0.5}
-    return pipeline.build({"name": "tower", "stages": [{"use": "s", **keep, **keys}]}, registry=registry)
+    return build.build({"name": "tower", "stages": [{"use": "s", **keep, **keys}]}, registry=registry)
 
 
 def plan_of(model, cls, at="encoder", site=None, **tower):

@@ -32,12 +32,12 @@ from prunekit_strategies.par.starting import random_router
 
 import prunekit
 from prunekit.families import find, shape_of
-from prunekit.testing.equivalence import assert_equivalent, generate
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import BOS, IMAGE, IMAGE_SIZE, PER_IMAGE, tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import row_of, tiny_batch, tiny_model
 from prunekit.training.forced import deciding, shown
 from prunekit.training.teacher import at_random, plainly
+from prunekit.verify.equivalence import assert_equivalent, generate
+from prunekit.verify.precision import Float64Throughout
 
 FAMILIES = ("llava", "llava_onevision", "qwen2_vl", "qwen3_vl", "internvl", "idefics3")
 ROWS = (("image",), (), ("image", "image"))

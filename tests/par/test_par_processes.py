@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 import prunekit
-from prunekit import cli, loading
+from prunekit import loading
+from prunekit.cli import main
 from prunekit.errors import InputError
 from prunekit.testing.tiny import tiny_inputs
 from prunekit.training.processes import Processes
@@ -48,7 +49,7 @@ def curve(folder):
 
 def test_two_processes_train_the_router_that_one_trains(command, tmp_path, capsys):
     """Batches of five and three held-out prompts, so that shares are uneven."""
-    assert cli.main([*command, str(tmp_path / "one")]) == 0
+    assert main.main([*command, str(tmp_path / "one")]) == 0
     capsys.readouterr()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "prunekit"]
@@ -66,8 +67,8 @@ def test_two_processes_train_the_router_that_one_trains(command, tmp_path, capsy
 def test_bfloat16_trains_saves_and_is_used(command, tmp_path):
     """The router is kept in float32; the model, and the router in it, compute in bfloat16 when it is used."""
     given = [*command, str(tmp_path / "half"), "--dtype", "bfloat16", "--train", "router_dtype=bfloat16"]
-    assert cli.main(given) == 0
-    assert cli.main([*command, str(tmp_path / "full")]) == 0
+    assert main.main(given) == 0
+    assert main.main([*command, str(tmp_path / "full")]) == 0
     half, full = (load_file(tmp_path / name / "router.safetensors") for name in ("half", "full"))
     assert all(value.dtype == torch.float32 for value in half.values())
     assert any(not torch.equal(half[name], full[name]) for name in half)

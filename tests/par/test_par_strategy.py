@@ -9,9 +9,9 @@ import torch
 
 import prunekit
 from prunekit.families import shape_of
-from prunekit.testing.equivalence import assert_equivalent, generate
-from prunekit.testing.precision import Float64Throughout
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.verify.equivalence import assert_equivalent, generate
+from prunekit.verify.precision import Float64Throughout
 
 RAGGED = {"images": (1, 2, 1), "text": (14, 6, 9)}
 
@@ -154,7 +154,7 @@ def test_an_untrained_copy_is_refused_before_the_decoder_runs():
 
 
 def test_the_router_is_in_the_cost_of_a_run_and_of_a_forecast():
-    from prunekit.forecast import forecast
+    from prunekit.pipeline.forecast import forecast
 
     model, inputs = tiny_llava(), tiny_inputs()
     shape, stride = shape_of(model), {"use": "stride", "keep": 0.5}

@@ -592,7 +592,7 @@ def test_a_plugin_brings_data():
 
 
 def test_the_command(folder, tmp_path, capsys):
-    from prunekit import cli
+    from prunekit.cli import main
 
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "data.jsonl").write_text('{"image": "a.png", "prompt": "w10 w11"}\n' * 10)
@@ -600,10 +600,10 @@ def test_the_command(folder, tmp_path, capsys):
     (tmp_path / "p.json").write_text(json.dumps(given) + "\n")
     command = ["train", str(tmp_path / "p.json"), "--model", str(folder), "--data", str(tmp_path / "data.jsonl")]
     command += ["--out", str(tmp_path / "out"), *(f"--train={key}={value}" for key, value in FAST.items())]
-    assert cli.main([*command, "--train=steps=1", "--json"]) == 0
+    assert main.main([*command, "--train=steps=1", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["steps"] == 1 and told["random"] > 0
-    assert cli.main([*command, "--train=steps=1"]) == 2
+    assert main.main([*command, "--train=steps=1"]) == 2
     assert "holds a router already" in capsys.readouterr().err
-    assert cli.main([*command, "--train=steps=1", "--restart"]) == 0
+    assert main.main([*command, "--train=steps=1", "--restart"]) == 0
     assert "held-out KL" in capsys.readouterr().out

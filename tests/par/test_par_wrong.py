@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prunekit import cli
+from prunekit.cli import main
 from prunekit.errors import InputError
 from prunekit.training.recipe import Recipe
 
@@ -52,7 +52,7 @@ def place(tmp_path_factory):
 def train(place, out, pipeline="par.json", data="data.jsonl", model="tiny", **recipe):
     command = ["train", str(place / pipeline), "--model", str(place / model), "--data", str(place / data)]
     options = [f"--train={key}={value}" for key, value in {**FAST, **recipe}.items()]
-    return cli.main([*command, "--out", str(out), *options])
+    return main.main([*command, "--out", str(out), *options])
 
 
 CASES = {

@@ -1,0 +1,157 @@
+"""`prunekit doctor`: what prunekit recognises in a model, and a proof that it prunes it exactly."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunekit.families.base import Parts
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "doctor",
+        help="what is recognised in a model, and a proof that it is pruned exactly",
+        description="Read a model's config, say which parts were recognised and what is not supported, and prune a "
+        "tiny twin of it (same classes, shrunken numbers, random weights) against the masked reference. "
+        "Loads no weights. Exit code 1 if the model is refused or the proof fails.",
+        epilog="example: prunekit doctor micro --json",
+    )
+    command.add_argument("model", help="a short name such as micro, a model folder or a hub id")
+    command.add_argument("--no-proof", action="store_true", help="only what is recognised; takes no seconds")
+    command.add_argument(
+        "--download", action="store_true", help="a config that is not here may be fetched from the hub"
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable on stdout")
+    command.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Examine one model."""
+    from prunekit import loading
+
+    data = examine(loading.load_skeleton(namespace.model, namespace.download), not namespace.no_proof)
+    data = {"model": namespace.model, **data}
+    if namespace.json:
+        print(json.dumps(data, indent=2))
+    else:
+        for line in lines(data):
+            print(line)
+    return 0 if data["ok"] else 1
+
+
+def examine(model: PreTrainedModel, proof: bool = True) -> dict[str, Any]:
+    """What `prunekit doctor` says of `model`, which may live on the meta device, ready for JSON.
+
+    `ok` is False, and `refused` says why, for a model that is not pruned; also when the proof was run and failed.
+    """
+    from prunekit import families
+    from prunekit.errors import Unsupported
+    from prunekit.families import generic
+
+    config: Any = model.config
+    head: dict[str, Any] = {"type": config.model_type, "class": type(model).__name__}
+    try:
+        family = families.family_of(model)
+        parts = generic.recognise(model) if family is None else family.parts(model)
+    except Unsupported as error:
+        return head | {"ok": False, "refused": str(error)}
+    data = head | {"ok": True, "refused": None} | _recognised(model, parts, file=family is not None)
+    return data | _proved(config) if proof else data
+
+
+def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, Any]:
+    tower = parts.tower
+    return {
+        "family": parts.family,
+        "family_file": file,
+        "base": type(parts.base).__name__,
+        "decoder": {
+            "class": type(parts.text).__name__,
+            "layers": len(parts.layers),
+            "attention": parts.attention,
+            "mlp": parts.mlp,
+            "mlp_norm": parts.mlp_norm,
+            "rotary": parts.rotary,
+            "logical_until": parts.logical_until,
+        },
+        "pictures": [
+            {"name": one.name, "method": one.method, "pixels": one.pixels, "token_ids": list(one.token_ids)}
+            for one in parts.modalities
+        ],
+        "visual_tokens": parts.visual_tokens,
+        "tower": None if tower is None else {"blocks": len(tower.layers), "packed": tower.packed},
+        "attention_implementation": parts.attention_implementation,
+        "caches": _caches(parts),
+        "unsupported": list(_unsupported(parts, file)),
+    }
+
+
+def _caches(parts: Parts) -> dict[str, int]:
+    """Layers of each kind of cache."""
+    config: Any = parts.text.config
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(parts.layers)
+    return dict(Counter(kinds))
+
+
+def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
+    if not file:
+        yield "coords, frames: where visual tokens are in their pictures is known only to family files"
+    if parts.tower is None:
+        yield "sites pixels and vision.N, inputs from the tower: this family declares no tower"
+    if parts.mlp_norm is None:
+        yield "sites N.mid: attention and MLP run side by side, there is no state between them"
+
+
+def _proved(config: Any) -> dict[str, Any]:
+    from prunekit.errors import Unsupported
+    from prunekit.verify import proof
+
+    try:
+        found = proof.prove(config)
+    except Unsupported as error:
+        return {"ok": False, "refused": str(error), "proof": None}
+    cases = [{"name": case.name, "error": case.error, "fault": case.fault} for case in found.cases]
+    return {"ok": found.holds, "refused": None if found.holds else "the proof does not hold", "proof": cases}
+
+
+def lines(data: dict[str, Any]) -> Iterator[str]:
+    """The answer for people."""
+    yield f"{data['model']}: {data['class']} ({data['type']})"
+    if "family" in data:
+        yield from _recognised_lines(data)
+    for number, case in enumerate(data.get("proof") or ()):
+        mark = f"largest error {case['error']:.1e}" if case["fault"] is None else f"FAILED: {case['fault']}"
+        yield f"{'' if number else 'proof':<12}{case['name']}: {mark}"
+    accepted = "pruned exactly" if "proof" in data else "recognised; the proof was not run"
+    yield f"{'verdict':<12}" + (f"refused: {data['refused']}" if data["refused"] else accepted)
+
+
+def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:
+    decoder = data["decoder"]
+    between = f", {decoder['mlp_norm']} between them" if decoder["mlp_norm"] else " side by side"
+    rows = [
+        ("family", data["family"] + ("" if data["family_file"] else ", recognised without a family file")),
+        (
+            "decoder",
+            f"{decoder['class']}, {decoder['layers']} layers: {decoder['attention']}, {decoder['mlp']}{between}",
+        ),
+        ("caches", ", ".join(f"{kind} in {count} layers" for kind, count in data["caches"].items())),
+        ("attention", data["attention_implementation"]),
+    ]
+    for one in data["pictures"]:
+        ids = ", ".join(map(str, one["token_ids"]))
+        rows.append((one["name"], f"{one['method']}({one['pixels']}) fills token id {ids}"))
+    count = data["visual_tokens"]
+    rows.append(("tokens", f"{count} an image" if count else "as many as the picture asks for"))
+    tower = data["tower"]
+    rows.append(("tower", f"{tower['blocks']} blocks" if tower else "not declared"))
+    rows += [("" if number else "unsupported", reason) for number, reason in enumerate(data["unsupported"])]
+    yield from (f"{name:<12}{text}" for name, text in rows)

@@ -1,0 +1,119 @@
+"""The `prunekit` program. Commands import what they need when they run, so that `--help` and `list` cost nothing.
+
+Exit codes: 0 done; 2 something to put right, said on stderr; 1 a defect of prunekit or a plugin; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import TextIOWrapper
+from typing import Any, TextIO
+
+from prunekit import __version__, plugins
+from prunekit.cli import doctor, run, show, train
+from prunekit.cli import list as listing
+from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
+
+EPILOG = """\
+examples:
+  prunekit list strategies
+  prunekit show docs/pipelines/fastv-k2-r25.yaml --model micro
+  prunekit validate docs/pipelines/*.yaml
+  prunekit run docs/pipelines/fastv-k2-r25.yaml --model micro --image cat.png --prompt "Is there a cat?"
+"""
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program with these arguments (None: those of the process) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal that cannot show a letter shall not end the run
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with _plain_warnings():
+            code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has gone; hand the rest, written at exit, to nobody.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        if isinstance(error, PrunekitError):
+            _say(f"error: {error}" if "\n" not in str(error) else f"error:\n{error}")
+            return 2
+        _say(f"unexpected {type(error).__name__}: {error} (this is a defect; --debug shows where)")
+        return 1
+    return code
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with every command, also those of plugins. Raises PluginError when one cannot be added."""
+    top = argparse.ArgumentParser(
+        prog="prunekit",
+        description="Prune visual tokens and layers of Large Vision-Language Models, as a YAML pipeline says.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"prunekit {__version__}")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (listing, show, run, doctor, train):
+        module.add(commands)
+    try:
+        plugins.manager().hook.prunekit_commands(subparsers=commands)
+    except PrunekitError:
+        raise
+    except Exception as error:
+        raise PluginError(f"a plugin cannot add its commands: {type(error).__name__}: {error}") from error
+    for command in set(commands.choices.values()):
+        if "--debug" not in command._option_string_actions:
+            command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return top
+
+
+def _run(arguments: Sequence[str]) -> int:
+    namespace = parser().parse_args(arguments)
+    command: Command | None = getattr(namespace, "run", None)
+    if command is None:
+        raise PluginError("this command does nothing: its plugin set no `run`")
+    return command(namespace)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show prunekit's own warnings as one line, without a file and a line of the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", PrunekitWarning)
+        usual = warnings.showwarning
+
+        def show(
+            message: Any, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:  # fmt: skip
+            if issubclass(category, PrunekitWarning):
+                _say(f"warning: {message}")
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"prunekit: {text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""`prunekit show` and `prunekit validate`: a pipeline as it will run, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunekit.errors import Fault
+    from prunekit.pipeline.build import BoundPipeline, Cut, Pipeline, Stage
+    from prunekit.strategy.decisions import ModelShape
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add both commands."""
+    show = commands.add_parser(
+        "show",
+        help="a pipeline with every default filled in, and what it does to a model",
+        description="The resolved pipeline and its hash; with --model also its sites, layers, tokens and FLOPs there.",
+        epilog="example: prunekit show docs/pipelines/compose.yaml --model micro --set stages[0].keep=0.3",
+    )
+    show.add_argument("pipeline", help="a pipeline file")
+    add_common(show)
+    show.add_argument("--text-tokens", type=positive, default=64, metavar="N", help="prompt tokens beside the image")
+    show.set_defaults(run=run_show)
+    check = commands.add_parser(
+        "validate",
+        help="every fault of pipeline files",
+        description="Report every fault of every file with file:line:col, key and suggestion. Exit code 2 if any.",
+        epilog="example: prunekit validate docs/pipelines/*.yaml --model micro",
+    )
+    check.add_argument("pipelines", nargs="+", metavar="pipeline", help="pipeline files")
+    add_common(check)
+    check.add_argument("--syntax", action="store_true", help="only the files themselves; imports no strategy")
+    check.set_defaults(run=run_validate)
+
+
+def add_common(command: argparse.ArgumentParser, model: bool = False) -> None:
+    """Options that commands on a pipeline share; `model`: whether --model must be given."""
+    command.add_argument(
+        "--model", metavar="M", required=model, help="a short name such as micro, a model folder or a hub id"
+    )
+    command.add_argument("--download", action="store_true", help="a model that is not here may be fetched from the hub")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value, such as stages[0].keep=0.3; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def run_show(namespace: argparse.Namespace) -> int:
+    """Print the resolved pipeline."""
+    from prunekit import loading
+    from prunekit.pipeline.build import build
+
+    pipeline = build(namespace.pipeline, namespace.overrides)
+    bound = pipeline.bind(loading.load_shape(namespace.model, namespace.download)) if namespace.model else None
+    if namespace.json:
+        data = _pipeline_data(pipeline)
+        if bound:
+            data["model"] = {"name": namespace.model, **_bound_data(bound, namespace.text_tokens)}
+        print(json.dumps(data, indent=2))
+        return 0
+    print(f"# {pipeline.name}, {pipeline.sha}, from {pipeline.source}")
+    print(pipeline.resolved.rstrip())
+    print("\nstages")
+    for stage in pipeline.stages:
+        print(f"  {stage.label}: {_doc(stage)}  [{stage.origin}]")
+    if bound:
+        _print_bound(namespace.model, bound, namespace.text_tokens)
+    return 0
+
+
+def run_validate(namespace: argparse.Namespace) -> int:
+    """Check every file and report every fault."""
+    from prunekit import loading
+
+    shape = loading.load_shape(namespace.model, namespace.download) if namespace.model else None
+    rows = [_validated(source, namespace, shape) for source in namespace.pipelines]
+    bad = [row for row in rows if not row["ok"]]
+    if namespace.json:
+        files = [{**row, "faults": [_fault_data(fault) for fault in row["faults"]]} for row in rows]
+        print(json.dumps({"files": files}, indent=2))
+    else:
+        for row in rows:
+            if row["ok"]:
+                print(f"{row['source']}: ok" + (f" ({row['sha']})" if row["sha"] else ""))
+    for row in bad:
+        for fault in row["faults"]:
+            sys.stderr.write(f"{fault}\n")
+    if bad:
+        count = sum(len(row["faults"]) for row in bad)
+        sys.stderr.write(f"prunekit: {count} fault{'s' * (count != 1)} in {len(bad)} of {len(rows)} files\n")
+    return 2 if bad else 0
+
+
+def _validated(source: str, namespace: argparse.Namespace, shape: ModelShape | None) -> dict[str, Any]:
+    from prunekit.errors import SpecError
+    from prunekit.pipeline.build import build
+    from prunekit.spec import schema
+
+    try:
+        if namespace.syntax:
+            schema.load(source, namespace.overrides)
+            return {"source": source, "ok": True, "sha": None, "faults": []}
+        pipeline = build(source, namespace.overrides)
+        if shape:
+            pipeline.bind(shape)
+    except SpecError as error:
+        return {"source": source, "ok": False, "sha": None, "faults": list(error.faults)}
+    return {"source": source, "ok": True, "sha": pipeline.sha, "faults": []}
+
+
+def _fault_data(fault: Fault) -> dict[str, Any]:
+    where = fault.where
+    return {
+        "file": where.file if where else None,
+        "line": where.line if where else None,
+        "col": where.col if where else None,
+        "key": fault.key,
+        "message": fault.message,
+        "hint": fault.hint,
+    }
+
+
+def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
+    import yaml
+
+    resolved = yaml.safe_load(pipeline.resolved)
+    stages = [
+        {"index": stage.index, "doc": _doc(stage), "origin": stage.origin, **row}
+        for stage, row in zip(pipeline.stages, resolved["stages"], strict=True)
+    ]
+    return {"name": pipeline.name, "sha": pipeline.sha, "source": pipeline.source, "stages": stages}
+
+
+def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
+    from prunekit.pipeline.forecast import forecast
+    from prunekit.records import plan_data
+
+    shape = bound.shape
+    data: dict[str, Any] = {
+        "family": shape.family,
+        "layers": shape.layers,
+        "visual_tokens": shape.visual_tokens,
+        "positions": bound.pipeline.positions,
+        "cuts": [_cut_data(cut) for cut in bound.cuts],
+        "routers": [_router_data(router, bound) for router in bound.routers],
+        "plan": plan_data(bound.plan),
+    }
+    if (found := forecast(bound, text_tokens)) is not None:
+        data["text_tokens"] = text_tokens
+        data["layer_tokens"], data["mlp_tokens"] = list(found.layer_tokens), list(found.mlp_tokens)
+        data["kv_tokens"] = list(found.kv_tokens)
+        data["prefill_flops_fraction"], data["kv_fraction"] = list(found.flops), list(found.kv)
+        data["decision_flops_fraction"] = found.decisions
+    return data
+
+
+def _cut_data(cut: Cut) -> dict[str, Any]:
+    keep = None if cut.keep is None else str(cut.keep)
+    return {"stage": cut.stage.label, "site": str(cut.site), "keep": keep, "drops_all": cut.drops_all}
+
+
+def _router_data(router: Stage, bound: BoundPipeline) -> dict[str, Any]:
+    decides = router.decides_layers
+    return {
+        "stage": router.label,
+        "decides_layers": decides,
+        "keep_layers": bound.layer_budget if decides else None,
+        "protected": sorted(bound.protected) if decides else [],
+    }
+
+
+def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
+    from prunekit.records import plan_lines
+
+    data = _bound_data(bound, text_tokens)
+    visual = data["visual_tokens"] or "picture-dependent"
+    print(f"\non {model} ({data['family']}, {data['layers']} layers, {visual} visual tokens an image)")
+    for cut in data["cuts"]:
+        what = "drops all" if cut["drops_all"] else f"keeps {cut['keep'] or 'what it decides'}"
+        print(f"  {cut['stage']}: at {cut['site']}, {what}")
+    for router in (router for router in data["routers"] if router["decides_layers"]):
+        print(f"  {router['stage']}: {_routed(router, data['layers'])}")
+    for line in plan_lines(bound.plan):
+        print(line)
+    print(f"  positions: {'renumbered without gaps' if data['positions'] == 'renumber' else 'kept'}")
+    if "layer_tokens" in data:
+        print(f"  tokens entering each layer, for one image and {text_tokens} text tokens:")
+        print(f"    {' '.join(map(str, data['layer_tokens']))}")
+        flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
+        own = data["decision_flops_fraction"]
+        more = f", decisions another {own:.1%}" if own else ""
+        print(f"  prefill FLOPs {flops} of dense{more}, KV {kv} of dense")
+
+
+def _routed(router: dict[str, Any], layers: int) -> str:
+    count, protected = router["keep_layers"], ", ".join(map(str, router["protected"]))
+    text = "decides which layers run" if count is None else f"{count} of {layers} layers run for each sample"
+    return text + (f"; always {protected}" if protected else "")
+
+
+def _percent(bounds: list[float]) -> str:
+    low, high = (f"{bound:.1%}" for bound in bounds)
+    return low if low == high else f"{low} to {high}"
+
+
+def _doc(stage: Stage) -> str:
+    return (type(stage.strategy).__doc__ or "no description").strip().partition("\n")[0]

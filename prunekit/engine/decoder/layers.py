@@ -1,0 +1,95 @@
+"""Which forwards of a decoder are overridden for a pipeline, and with what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.cache import static
+from prunekit.engine.decoder import mid
+from prunekit.engine.decoder.actions import left_out
+from prunekit.engine.decoder.step import STEP
+from prunekit.engine.overrides import Overrides
+from prunekit.engine.tokens import masks
+from prunekit.errors import Unsupported
+from prunekit.families.base import Parts
+from prunekit.pipeline.build import BoundPipeline
+from prunekit.strategy.decisions import LayerAction
+
+
+def override(overrides: Overrides, parts: Parts, bound: BoundPipeline) -> None:
+    """Override the layers of `parts`, and of their attention, norm and MLP what `bound` needs."""
+    kind = masks.kind_of(parts.attention_implementation) or "bool"
+    inside = {cut.site.layer for cut in bound.cuts if cut.site.in_decoder and cut.site.point == "mid"}
+    # A router may plan anything for any sample.
+    planned = set(range(len(parts.layers))) if bound.routers else set(bound.plan.layers)
+    for number, layer in enumerate(parts.layers):
+        overrides.replace(layer, "forward", _layer_forward(number, kind))
+        if number in inside:
+            _override_mid(overrides, parts, layer)
+        if number in planned and _may(bound, number, LayerAction.SKIP_ATTENTION):
+            overrides.replace(getattr(layer, parts.attention), "forward", _attention_forward)
+        if number in planned and _may(bound, number, LayerAction.SKIP_MLP):
+            overrides.replace(getattr(layer, parts.mlp), "forward", _mlp_forward)
+
+
+def _may(bound: BoundPipeline, number: int, action: LayerAction) -> bool:
+    return bool(bound.routers) or action in (bound.plan[number], bound.plan.decoding(number))
+
+
+def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
+    if parts.mlp_norm is None:
+        raise Unsupported(f"{parts.family} runs attention and MLP side by side: there is no place between them to cut")
+    overrides.replace(getattr(layer, parts.mlp_norm), "forward", mid.norm_forward)
+    overrides.replace(getattr(layer, parts.mlp), "forward", mid.mlp_forward)
+
+
+def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return static.decode(number, original, hidden_states, kwargs, kind)
+            step = STEP.get()
+            if step is None:
+                return original(hidden_states, *args, **kwargs)
+            if args:
+                raise Unsupported(
+                    "decoder layers are called with positional arguments; this transformers version is not supported"
+                )
+            return step.run_layer(number, original, hidden_states, kwargs)
+
+        return forward
+
+    return make
+
+
+def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if left_out() is not LayerAction.SKIP_ATTENTION:
+            return original(*args, **kwargs)
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        return torch.zeros_like(hidden), None
+
+    return forward
+
+
+def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if left_out() is not LayerAction.SKIP_MLP:
+            return original(hidden_states, *args, **kwargs)
+        return torch.zeros_like(hidden_states)
+
+    return forward
+
+
+def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An override of the decoder's rotary module: its calls are noted, to be made again with other positions."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        step = None if torch.compiler.is_compiling() else STEP.get()
+        return original(*args, **kwargs) if step is None else step.rotations.watch(original, args, kwargs)
+
+    return forward

@@ -1,0 +1,101 @@
+"""One call of the LVLM's base model: what it was given, and what of it cannot be pruned exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.cache import ragged, static
+from prunekit.engine.prompt.generate import flat_mask
+from prunekit.engine.prompt.prompt import Prompt
+from prunekit.engine.prompt.visual_inputs import Pictures, noted
+from prunekit.errors import Unsupported
+from prunekit.families.base import Parts
+
+
+class Call:
+    """One call of the LVLM's base model: its arguments, and the outputs of its encoders once they are known."""
+
+    def __init__(self, given: Mapping[str, Any], parts: Parts) -> None:
+        self.given, self.parts = given, parts
+        encoded = given.get("mm_encoder_outputs") or {}
+        self.outputs: dict[str, Any] = {name: out for name, out in encoded.items() if out is not None}
+
+    def refuse_unsupported(self) -> None:
+        """Raise Unsupported for what cannot be answered on fewer tokens."""
+        for name in ("output_attentions", "output_hidden_states"):
+            if self._asks(name):
+                raise Unsupported(
+                    f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
+                )
+        cache = self.given.get("past_key_values")
+        if cache is not None and ragged.owner_of(cache) is None:
+            ragged.check(cache, ragged.takes(cache) or static.takes(cache))
+        mask = self.given.get("attention_mask")
+        if mask is not None and ragged.owner_of(cache) is None and flat_mask(mask) is None:
+            raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
+        if self.given.get("input_ids") is None:
+            raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
+        if ragged.owner_of(cache) is None:
+            self._refuse_incomplete(flat_mask(mask))
+        self._refuse_checkpointing()
+
+    def _asks(self, name: str) -> bool:
+        """Whether this call, or else a config, asks for an output of every layer."""
+        if self.given.get(name) is not None:
+            return bool(self.given[name])
+        return any(bool(getattr(module.config, name, False)) for module in (self.parts.base, self.parts.text))
+
+    def _refuse_incomplete(self, mask: Tensor | None) -> None:
+        """Raise Unsupported for a prompt whose parts do not fit each other."""
+        ids = self.given["input_ids"]
+        if mask is not None and mask.shape != ids.shape:
+            raise Unsupported(
+                f"attention_mask is {tuple(mask.shape)}, but input_ids are {tuple(ids.shape)}; give one entry for each "
+                "token of the prompt"
+            )
+        if self.outputs or any(self.given.get(modality.pixels) is not None for modality in self.parts.modalities):
+            return
+        shown = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device))
+        if count := int((shown if mask is None else shown & mask.to(ids.device, torch.bool)).sum()):
+            raise Unsupported(
+                f"the prompt shows {count} visual tokens, but no pictures came with it; give their pixels"
+            )
+
+    def _refuse_checkpointing(self) -> None:
+        """Raise Unsupported where layers would run a second time in the backward pass."""
+        layers = self.parts.layers
+        if torch.is_grad_enabled() and any(
+            getattr(one, "gradient_checkpointing", False) and one.training for one in layers
+        ):
+            raise Unsupported(
+                "gradient checkpointing would run the decoder layers again after pruning has moved on; turn it off "
+                "(model.gradient_checkpointing_disable())"
+            )
+
+    def refuse_new_pictures(self) -> None:
+        """Raise Unsupported when later tokens on a pruned cache bring pictures."""
+        if self.outputs:
+            raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
+
+    def pictures(self) -> tuple[Pictures, ...]:
+        """What was encoded for this call, kind by kind."""
+        kinds = ((modality, self.outputs.get(modality.name)) for modality in self.parts.modalities)
+        found = (noted(output, modality) for modality, output in kinds if output is not None)
+        return tuple(pictures for pictures in found if pictures is not None)
+
+    def prompt(self) -> Prompt:
+        """The prompt batch of a prefill; one read back from the device."""
+        ids = self.given["input_ids"]
+        mask = flat_mask(self.given.get("attention_mask"))
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
+        visual = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device)) & real
+        visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()
+        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), self.pictures())
+
+
+CALL: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)

@@ -1,0 +1,72 @@
+"""From the counts of one prompt batch to its report: what layers held, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prunekit.cost import Work, cost_of, kv_tokens
+from prunekit.pipeline.build import BoundPipeline
+from prunekit.pipeline.statements import selection_flops
+from prunekit.records import RunReport, StageEvent
+from prunekit.strategy.decisions import LayerPlan
+from prunekit.strategy.sites import ENCODER, Site
+
+
+def summarise(
+    bound: BoundPipeline,
+    plans: Sequence[LayerPlan],
+    *,
+    events: tuple[StageEvent, ...],
+    layer_tokens: tuple[tuple[int, ...], ...],
+    layer_visual: tuple[tuple[int, ...], ...],
+    mlp_tokens: tuple[tuple[int, ...], ...],
+    itemsize: int,
+    **counts: Any,
+) -> RunReport:
+    """The report of one prompt batch, with what follows from its counts.
+
+    layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
+    remaining fields of `RunReport` that are known as they are.
+    """
+    kv = tuple(_kv_tokens(plan, row, events, b) for b, (plan, row) in enumerate(zip(plans, layer_tokens, strict=True)))
+    every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
+    work = tuple(
+        tuple(Work(plan[layer], *three) for layer, three in enumerate(zip(*row, strict=True))) for plan, *row in every
+    )
+    original, prompts = counts["visual_tokens"], counts["prompt_tokens"]
+    decisions = [_decisions(bound, events, b, prompts[b] - original[b], original[b]) for b in range(len(plans))]
+    return RunReport(
+        pipeline=bound.pipeline.name,
+        sha=bound.pipeline.sha,
+        samples=len(plans),
+        events=events,
+        layer_tokens=layer_tokens,
+        mlp_tokens=mlp_tokens,
+        kv_tokens=kv,
+        plans=tuple(plans),
+        positions=bound.pipeline.positions,
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions),
+        **counts,
+    )
+
+
+def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, text: int, original: int) -> int:
+    """FLOPs of what stages decided for one sample, as far as they say: token stages at each cut, routers once."""
+    cuts = {(cut.stage.use, str(cut.site)): cut for cut in bound.cuts}
+    total, door = 0, original
+    for event in events:
+        cut = cuts[event.stage, event.site]
+        if not cut.stage.is_router:
+            total += selection_flops(cut.stage, bound.shape, text, event.entered[sample])
+            door = len(event.kept[sample]) if cut.site <= ENCODER else door
+    return total + sum(selection_flops(router, bound.shape, text, door) for router in bound.routers)
+
+
+def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int) -> tuple[int, ...]:
+    """What each layer holds after the prefill: what it wrote and decoding reads, less what was cropped since."""
+    cropped = [(Site.parse(e.site).reach, e.entered[sample] - len(e.kept[sample])) for e in events if e.crop]
+    return tuple(
+        held and held - sum(gone for reach, gone in cropped if layer < reach)
+        for layer, held in enumerate(kv_tokens(entered, plan))
+    )

@@ -1,0 +1,115 @@
+"""Rotary positions of what is left: kept as they were, or renumbered so that no gap remains.
+
+A decoder makes the rotations of the whole logical sequence once and hands them to every layer. Kept positions are
+entries of those. Renumbered ones are made by the decoder's own rotary module from other position ids, so that every
+scaling and every M-RoPE layout stays the family's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.tokens.layout import Layout, select_rows, take
+from prunekit.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One call of the rotary module and what came of it."""
+
+    rotary: Any
+    module: Callable[..., Any]
+    states: Tensor
+    ids: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Rotations:
+    """The rotary calls of one forward pass, so that they can be made again with other positions."""
+
+    made: list[_Made] = field(default_factory=list)
+
+    def watch(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the rotary module, `(states, position_ids, ...)`, and remember it."""
+        rotary = module(*args, **kwargs)
+        given = dict(kwargs)
+        states = args[0] if args else given.pop("x")
+        ids = args[1] if len(args) > 1 else given.pop("position_ids")
+        self.made.append(_Made(rotary, module, states, ids, args[2:], given))
+        return rotary
+
+    def local(self, rotary: Any, layout: Layout | None, rows: Tensor | None, prefill: bool) -> Any:
+        """The rotations, (cos, sin), of the slots of `layout` for batch rows `rows` (None: all)."""
+        if layout is not None and layout.shift is not None:
+            return self._renumbered(rotary, layout, rows, prefill)
+        parts = (select_rows(part, rows, part.ndim - 3) for part in rotary)
+        if layout is None or not prefill:
+            return tuple(parts)
+        return tuple(take_rotary(part, layout.index) for part in parts)
+
+    def shifted(self, rotary: Any, layout: Layout) -> Layout:
+        """`layout` with the number of position values, int64 (B,), that none of its tokens uses any more."""
+        ids = self._of(rotary).ids
+        table = _used(ids, layout)
+        shift = ids.amax(0).amax(-1) + 1 - table.sum(1) if ids.ndim == 3 else _last(ids, layout) + 1 - table.sum(1)
+        return layout.with_shift(shift)
+
+    def _renumbered(self, rotary: Any, layout: Layout, rows: Tensor | None, prefill: bool) -> Any:
+        made = self._of(rotary)
+        assert layout.shift is not None
+        ids = select_rows(made.ids, rows, made.ids.ndim - 2)
+        ids = _closed(ids, layout) if prefill else ids - layout.shift[:, None].to(ids.device)
+        states = made.states[:1]
+        return made.module(states, ids, *made.args, **made.kwargs)
+
+    def _of(self, rotary: Any) -> _Made:
+        for made in self.made:
+            if made.rotary is rotary:
+                return made
+        raise Unsupported(
+            "positions cannot be renumbered for this model: its layers get rotations that its rotary module did not "
+            "make; use `positions: keep`"
+        )
+
+
+def take_rotary(part: Tensor, index: Tensor) -> Tensor:
+    """Entries of a rotation (B|1, S, D), or (axes, B|1, S, D) as M-RoPE has it, at a per-row index, int64 (B, K)."""
+    return torch.stack([take(axis, index, 1) for axis in part]) if part.ndim == 4 else take(part, index, 1)
+
+
+def _slots(ids: Tensor, layout: Layout) -> Tensor:
+    """Position ids of the slots: (B, K), or (axes, B, K)."""
+    if ids.ndim == 3:
+        return torch.stack([take(axis, layout.index, 1) for axis in ids])
+    return take(ids, layout.index, 1)
+
+
+def _last(ids: Tensor, layout: Layout) -> Tensor:
+    """The largest logical position of each row, int64 (B,)."""
+    return ids.amax(-1).expand(len(layout.index))
+
+
+def _used(ids: Tensor, layout: Layout) -> Tensor:
+    """Which position values the tokens of a row still use: int64 0/1 (B, values)."""
+    mine = _slots(ids, layout)
+    present = layout.present.to(mine.device, torch.int64)
+    table = torch.zeros(len(layout.index), int(ids.max()) + 1, dtype=torch.int64, device=mine.device)
+    for axis in mine if mine.ndim == 3 else mine[None]:
+        table.scatter_reduce_(1, axis, present, "amax")
+    return table
+
+
+def _closed(ids: Tensor, layout: Layout) -> Tensor:
+    """Position ids of the slots with the gaps closed."""
+    mine = _slots(ids, layout)
+    rank = (_used(ids, layout).cumsum(1) - 1).clamp_min(0)
+    if mine.ndim == 3:
+        return torch.stack([rank.gather(1, axis) for axis in mine])
+    return rank.gather(1, mine)

@@ -1,0 +1,45 @@
+"""A pipeline on the numbers of one model: what the engine carries out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prunekit.pipeline import layer_plans
+from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy.decisions import LayerPlan, ModelShape
+
+if TYPE_CHECKING:
+    from prunekit.pipeline.build import Pipeline
+
+
+@dataclass(frozen=True)
+class BoundPipeline:
+    """A pipeline on a model.
+
+    cuts: where visual tokens leave, in the order in which the data passes them.
+    plan: what becomes of each decoder layer, for every sample alike.
+    protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
+        because its own options say so.
+    """
+
+    pipeline: Pipeline
+    shape: ModelShape
+    cuts: tuple[Cut, ...]
+    plan: LayerPlan
+    protected: frozenset[int] = frozenset()
+
+    @property
+    def routers(self) -> tuple[Stage, ...]:
+        """Stages that decide for each sample before the decoder, in the order of the file."""
+        return tuple(stage for stage in self.pipeline.stages if stage.is_router)
+
+    @property
+    def layer_budget(self) -> int | None:
+        """How many decoder layers run for each sample; None when no router has a budget of layers."""
+        return layer_plans.layer_budget(self.pipeline.stages, self.shape.layers)
+
+    @property
+    def acts(self) -> bool:
+        """It changes anything: tokens, or layers in prefill or decoding, for all samples alike or by a router."""
+        return bool(self.cuts or self.plan.layers or self.routers)

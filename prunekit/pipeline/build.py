@@ -1,0 +1,173 @@
+"""From a pipeline file to bound stages: `build` checks it against the registry, `Pipeline.bind` against a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prunekit import plugins
+from prunekit.errors import Fault, SpecError
+from prunekit.pipeline import budget, cuts, layer_plans, statements
+from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.stage import Cut, Stage, make
+from prunekit.registry import Registry
+from prunekit.spec import schema
+from prunekit.spec.stage_keys import Budget
+from prunekit.strategy.decisions import ModelShape
+from prunekit.strategy.sites import Keep, Site
+
+__all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages that are ready to meet a model.
+
+    source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
+    sha: 16 hex digits of `resolved`, prunekit's version, the versions of the distributions of its strategies, and the
+        files that they rest on.
+    positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
+    budget: what the stages that are left open may keep together; None: there is none.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    source: str
+    resolved: str
+    sha: str
+    positions: Literal["keep", "renumber"] = "keep"
+    budget: Budget | None = None
+
+    def bind(self, shape: ModelShape) -> BoundPipeline:
+        """The pipeline on a model with these numbers. Raises SpecError with everything that does not fit."""
+        faults: list[Fault] = []
+        placed = cuts.cuts_of(self.stages, shape.layers)
+        faults += cuts.site_faults(placed, shape)
+        faults += cuts.sequence_faults(self.stages, placed, shape.visual_tokens)
+        plan = layer_plans.static_plan(self.stages, shape, faults)
+        faults += statements.shape_faults(self.stages, shape)
+        protected = cuts.protected_layers(placed, shape.layers) | statements.protected_layers(self.stages, shape)
+        faults += cuts.plan_faults(placed, plan, shape.layers)
+        faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
+        if faults:
+            raise SpecError(_sorted(faults))
+        bound = BoundPipeline(self, shape, placed, plan, protected)
+        return bound if self.budget is None else budget.solved(bound, self.budget)
+
+    def __str__(self) -> str:
+        return f"# {self.sha}\n{self.resolved}"
+
+
+def build(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), registry: Registry | None = None
+) -> Pipeline:
+    """Read and check a pipeline: a path, a dict, or YAML or JSON text.
+
+    overrides: `key=value` texts such as `stages[0].keep=0.3`. registry: None takes what the installed plugins register.
+    Raises SpecError with every fault of the file, PluginError when a plugin is broken.
+    """
+    read, found = schema.read(source, overrides)
+    faults = list(found)
+    registry = plugins.registry() if registry is None else registry
+    budgeted = read.budget is not None
+    made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
+    stages = tuple(stage for stage in made if stage is not None)
+    # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
+    faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
+    faults += layer_plans.rival_faults(stages)
+    faults += statements.file_faults(stages)
+    if faults:
+        raise SpecError(_sorted(faults))
+    resolved = _resolved(read, stages)
+    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions, read.budget)
+
+
+def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
+    """One pipeline with the stages of both, in the order in which the data of a decoder of `layers` layers passes them.
+
+    Raises SpecError when they do not agree about positions, or one has a budget for the whole.
+    """
+    if outer.positions != inner.positions:
+        message = f"'{outer.name}' says {outer.positions}, '{inner.name}' inside it {inner.positions}"
+        raise SpecError([Fault(None, "positions", message, "let both say the same")])
+    if outer.budget is not None or inner.budget is not None:
+        message = f"'{(outer if outer.budget else inner).name}' has one, which is for a whole pipeline"
+        raise SpecError([Fault(None, "budget", message, "say with `keep` how much each stage leaves")])
+    both = [*outer.stages, *inner.stages]
+    first = {cut.stage.index: cut.site for cut in reversed(cuts.cuts_of(_numbered(both), layers))}
+    order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
+    stages = _numbered(order)
+    data = {"name": f"{outer.name}+{inner.name}", "positions": inner.positions}
+    resolved = yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+    return Pipeline(data["name"], stages, inner.source, resolved, _sha(resolved, stages), inner.positions)
+
+
+def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(dataclasses.replace(stage, index=index) for index, stage in enumerate(stages))
+
+
+def _sorted(faults: Sequence[Fault]) -> list[Fault]:
+    """By place in the file; those without a place first, in the order found."""
+    return sorted(faults, key=lambda one: (one.where.file, one.where.line, one.where.col) if one.where else ("", 0, 0))
+
+
+def _resolved(read: schema.PipelineSpec, stages: Sequence[Stage]) -> str:
+    data: dict[str, Any] = {"name": read.name}
+    if read.positions != "keep":
+        data["positions"] = read.positions
+    if read.budget is not None:
+        data["budget"] = read.budget.as_data()
+    return yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+
+
+def _stage_data(stage: Stage) -> dict[str, Any]:
+    data: dict[str, Any] = {"use": stage.use}
+    if stage.cuts_tokens and (sites := stage.known_sites) is not None:
+        data["at"] = _one_or_all([_site_data(site) for site in sites])
+    data |= {} if stage.open else _budgets(stage.keeps)
+    if stage.keep_layers:
+        data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
+    for field in dataclasses.fields(stage.strategy):
+        if field.init:
+            data[field.name] = _plain(getattr(stage.strategy, field.name))
+    return data
+
+
+def _site_data(site: Site) -> int | str | None:
+    return site.layer if site.in_decoder and site.point == "before" else str(site)
+
+
+def _budgets(keeps: Sequence[Keep]) -> dict[str, Any]:
+    if not keeps:
+        return {}
+    if keeps[0].tokens is not None:
+        return {"keep_tokens": _one_or_all([keep.tokens for keep in keeps])}
+    found = {"keep": _one_or_all([keep.fraction for keep in keeps])}
+    return found if keeps[0].of == "original" else {**found, "keep_of": keeps[0].of}
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    """A list of equal entries says the same as one of them, and a list of one as its entry."""
+    return values[0] if all(value == values[0] for value in values) else values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _sha(resolved: str, stages: Sequence[Stage]) -> str:
+    from prunekit import __version__
+
+    origins = sorted({stage.origin for stage in stages})
+    parts = [resolved, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

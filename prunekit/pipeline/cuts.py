@@ -1,0 +1,206 @@
+"""Where stages cut on a model, in the order of the data, and what is wrong with that."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from prunekit.errors import Fault
+from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy import decoder_requests
+from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
+from prunekit.strategy.sites import Site
+from prunekit.strategy.tower_requests import ENCODER_KINDS
+
+# What a layer may do inside which tokens leave, between its attention and its MLP.
+CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
+LET_RUN = "move it, or let that layer run"
+# Arguments of hooks that the prompt or the decoder gives; inside the tower there is neither yet.
+OF_THE_DECODER = (
+    *decoder_requests.KINDS, "previous_hidden", "text", "text_hidden", "text_valid", "text_after", "norm", "forward",
+    "extras",
+)  # fmt: skip
+OF_THE_TOWER = (*ENCODER_KINDS, "extras")
+
+
+def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
+    """The cuts of all stages in the order in which the data passes them; at one site in the order of the stages.
+
+    layers: of the decoder; None leaves out stages whose default site scales with them.
+    """
+    found = []
+    for stage in stages:
+        unread = stage.sites_given is None and "at" in stage.names
+        if unread or not stage.cuts_tokens:
+            continue
+        sites = stage.known_sites
+        if sites is None and layers is not None:
+            sites = (stage.sites.resolve(layers),)
+        for number, site in enumerate(sites or ()):
+            keep = (stage.keeps[number] if len(stage.keeps) > 1 else stage.keeps[0]) if stage.keeps else None
+            found.append(Cut(site, stage, keep, number))
+    return tuple(sorted(found, key=lambda cut: (cut.site, cut.stage.index)))
+
+
+def site_faults(cuts: Sequence[Cut], shape: ModelShape) -> Iterator[Fault]:
+    """Sites that this model does not have, or where the stage finds nothing to read."""
+    for cut in cuts:
+        found = _no_such_place(cut.site, shape)
+        if found is None and (reason := cut.stage.sites.reason_against(cut.site)):
+            found = f"'{cut.stage.use}' cannot act at '{cut.site}': it {reason}", ""
+        found = found or _router_too_early(cut) or _nothing_to_read(cut, shape)
+        if found:
+            yield cut.stage.fault(cut.key("at"), *found)
+
+
+def _no_such_place(site: Site, shape: ModelShape) -> tuple[str, str] | None:
+    if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
+        message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
+        return message, "name an earlier layer"
+    if site.place == "pixels":
+        return "this version cannot cut pictures before the tower sees them", "cut at 'vision.0' or later"
+    if site.place == "vision" and site.layer is not None:
+        blocks = tower_blocks(shape)
+        if blocks == 0:
+            return "this model's vision tower cannot be cut", "cut at 'encoder' or later"
+        if site.layer >= blocks:
+            return (
+                f"there is no tower block {site.layer}: the tower has blocks 0 to {blocks - 1}",
+                "name an earlier one",
+            )
+    return None
+
+
+def _router_too_early(cut: Cut) -> tuple[str, str] | None:
+    if cut.stage.is_router and cut.site.in_tower:
+        return f"'{cut.stage.use}' decides at the decoder's door, after '{cut.site}'", "name 'encoder' or a layer"
+    return None
+
+
+def _nothing_to_read(cut: Cut, shape: ModelShape) -> tuple[str, str] | None:
+    use, asks = cut.stage.use, cut.stage.asks_for
+    if cut.stage.extras and cut.site.place != "encoder":
+        what = ", ".join(cut.stage.extras)
+        return f"'{use}' takes extras ({what}), which are there at 'encoder' only", "name 'encoder'"
+    if cut.site.in_tower and (later := [name for name in OF_THE_DECODER if asks(name)]):
+        return f"'{use}' asks for {later[0]}, which is not there yet at '{cut.site}'", "name 'encoder' or a later site"
+    if not tower_blocks(shape) and (of_tower := [name for name in OF_THE_TOWER if asks(name)]):
+        return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"
+    try:
+        cut.reads(shape.layers)
+    except ValueError as error:
+        return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
+    return None
+
+
+def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | None) -> list[Fault]:
+    """Stages out of order, stages that find nothing left, and budgets above what is left.
+
+    visual: the visual tokens of one image, None where they are not known.
+    """
+    found = [*_order_faults(stages, cuts), *_router_faults(cuts)]
+    if found:  # what follows is then about the order that the file has
+        cuts = sorted(cuts, key=lambda cut: cut.stage.index)
+    return [*found, *_gone_faults(cuts), *_budget_faults(cuts, visual)]
+
+
+def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Fault]:
+    first = {cut.stage.index: cut for cut in reversed(cuts)}
+    placed = [first[stage.index] for stage in stages if stage.index in first]
+    for earlier, later in itertools.pairwise(placed):
+        if later.site < earlier.site:
+            message = (
+                f"stages are out of order: '{later.stage.use}' at '{later.site}' stands after "
+                f"'{earlier.stage.use}' at '{earlier.site}'"
+            )
+            hint = "list stages in the order in which the data passes them"
+            yield later.stage.fault(later.key("at"), message, hint)
+
+
+def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
+    """Stages at the decoder's door that are listed after a router there, which decides after them."""
+    router = next((cut for cut in cuts if cut.stage.is_router and cut.site.place == "encoder"), None)
+    for cut in cuts:
+        if router and cut.site == router.site and not cut.stage.is_router and cut.stage.index > router.stage.index:
+            message = (
+                f"'{router.stage.use}' routes after all other stages at the decoder's door, so also after this one"
+            )
+            yield cut.stage.fault(cut.key("at"), message, f"list it before {router.stage.label}")
+
+
+def _gone_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
+    """Stages that have no tokens left to decide about."""
+    told: set[int] = set()
+    for index, cut in enumerate(cuts):
+        blind = next((earlier for earlier in cuts[:index] if earlier.drops_all), None)
+        if blind and cut.stage.index not in told:
+            told.add(cut.stage.index)
+            message = f"'{blind.stage.use}' before it leaves no visual tokens"
+            yield cut.stage.fault("use", message, "remove one of the two stages")
+
+
+def _budget_faults(cuts: Sequence[Cut], visual: int | None) -> Iterator[Fault]:
+    """Cuts with a fixed count that ask for more than there is, or than an earlier one leaves."""
+    fixed = [cut for cut in cuts if cut.keep and cut.keep.of == "original"]
+    for index, cut in enumerate(fixed):
+        if visual is not None and cut.keep and (cut.keep.tokens or 0) > visual:
+            message = f"asks for {cut.keep.tokens} of the {visual} visual tokens that this model has per image"
+            yield cut.stage.fault(cut.key("keep_tokens"), message, f"name at most {visual}, or a fraction with `keep`")
+            continue
+        for earlier in fixed[:index]:
+            if _asks_more(cut, earlier, visual):
+                key = "keep" if cut.keep and cut.keep.tokens is None else "keep_tokens"
+                message = f"asks for {cut.keep}, but {earlier.label} leaves only {earlier.keep}"
+                yield cut.stage.fault(cut.key(key), message, "keep less here or more there")
+                break
+
+
+def _asks_more(cut: Cut, earlier: Cut, visual: int | None) -> bool:
+    """For certain, whatever the prompt; a fraction and a number are compared on one image, if its tokens are known."""
+    new, old = cut.keep, earlier.keep
+    if new is None or old is None:
+        return False
+    if new.fraction is not None and old.fraction is not None:
+        return new.fraction > old.fraction
+    if new.tokens is not None and old.tokens is not None:
+        return new.tokens > old.tokens
+    return visual is not None and new.count(visual, visual) > old.count(visual, visual)
+
+
+def plan_faults(cuts: Sequence[Cut], plan: LayerPlan, layers: int) -> Iterator[Fault]:
+    """Cuts that read or stand inside a layer that a static plan leaves out."""
+    for cut in cuts:
+        unread = {layer: name for layer, name in _reads(cut, layers).items() if not plan[layer].attends}
+        for layer, name in unread.items():
+            message = f"'{cut.stage.use}' reads the {name} of layer {layer}"
+            yield cut.stage.fault(cut.key("at"), f"{message}, which another stage skips", LET_RUN)
+        inside = cut.site.layer if cut.site.in_decoder and cut.site.point == "mid" else None
+        if inside is not None and not unread and plan[inside] not in CAN_BE_CUT:
+            why = f"does not simply run: another stage says {plan[inside].value}"
+            message = f"'{cut.stage.use}' cuts inside layer {inside}, which {why}"
+            yield cut.stage.fault(cut.key("at"), message, LET_RUN)
+
+
+def protected_layers(cuts: Sequence[Cut], layers: int) -> frozenset[int]:
+    """Decoder layers that have to run for every sample: something is read of them, or tokens leave inside them."""
+    read = {layer for cut in cuts for layer in _reads(cut, layers)}
+    return frozenset(layer for layer in read | cut_inside(cuts) if layer in range(layers))
+
+
+def cut_inside(cuts: Sequence[Cut]) -> frozenset[int]:
+    """Decoder layers inside which tokens leave."""
+    mid = (cut.site for cut in cuts if cut.site.in_decoder and cut.site.point == "mid")
+    return frozenset(site.layer for site in mid if site.layer is not None)
+
+
+def tower_blocks(shape: ModelShape) -> int:
+    """Blocks of the vision tower that can be cut and read, 0 where it cannot."""
+    return shape.tower_layers
+
+
+def _reads(cut: Cut, layers: int) -> dict[int, str]:
+    """As `Cut.reads`; nothing where that is already a fault."""
+    try:
+        return cut.reads(layers)
+    except ValueError:
+        return {}

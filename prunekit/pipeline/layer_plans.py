@@ -1,0 +1,88 @@
+"""What becomes of the decoder layers of a model: static plans, and what a router may decide beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prunekit.errors import Fault, PluginError, PrunekitError
+from prunekit.pipeline.stage import Stage, named_problem
+from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
+
+
+def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault]) -> LayerPlan:
+    """The plans of all layer stages together; adds to `faults` what does not fit the model or each other."""
+    plan = LayerPlan()
+    for stage in stages:
+        if not stage.is_layer:
+            continue
+        own = _plan_of(stage, shape, faults)
+        beyond = sorted(layer for layer in own.layers if layer not in range(shape.layers))
+        if beyond:
+            message = f"plans layers {beyond}, but the model has layers 0 to {shape.layers - 1}"
+            faults.append(stage.fault("layers", message))
+            continue
+        try:
+            plan = plan.merge(own)
+        except ValueError as error:
+            faults.append(stage.fault("layers", f"plans disagree: {error}", "let one stage decide about each layer"))
+    return plan
+
+
+def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:
+    try:
+        plan = stage.hook.plan_layers(shape=shape)
+    except PrunekitError:
+        raise
+    except ValueError as error:
+        problem = named_problem(type(stage.strategy), str(error))
+        faults.append(stage.fault(problem.key, problem.message))
+        return LayerPlan()
+    except Exception as error:
+        raise PluginError(
+            f"{stage.label} from {stage.origin}: plan_layers failed with {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(plan, LayerPlan):
+        raise PluginError(f"{stage.label} from {stage.origin}: plan_layers must return a LayerPlan, not {plan!r}")
+    return plan
+
+
+def layer_budget(stages: Sequence[Stage], layers: int) -> int | None:
+    """How many of the decoder's `layers` run for each sample; None when no router has a budget of layers."""
+    return next((stage.keep_layers.count(layers, layers) for stage in stages if stage.keep_layers), None)
+
+
+def rival_faults(stages: Sequence[Stage]) -> Iterator[Fault]:
+    """More than one router that decides about layers."""
+    deciding = [stage for stage in stages if stage.is_router and stage.decides_layers]
+    for stage in deciding[1:]:
+        message = f"{deciding[0].label} already decides which layers run"
+        yield stage.fault("use", message, "let one router decide about layers")
+
+
+def routing_faults(
+    stages: Sequence[Stage], plan: LayerPlan, protected: frozenset[int], shape: ModelShape
+) -> Iterator[Fault]:
+    """A budget of layers that this model or its other stages make impossible."""
+    router = next((stage for stage in stages if stage.is_router and stage.decides_layers), None)
+    if router is None:
+        return
+    keep = router.keep_layers
+    if keep is None:
+        return
+    skipped = frozenset(layer for layer in plan.layers if plan[layer] is LayerAction.SKIP)
+    fixed = protected | (plan.layers - skipped)
+    count, most = keep.count(shape.layers, shape.layers), shape.layers - len(skipped)
+    if (keep.tokens or 0) > shape.layers:
+        message = f"asks for {keep.tokens} layers, but the model has {shape.layers}"
+        yield router.fault("keep_layers", message, f"name at most {shape.layers}, or a fraction")
+    elif count > most:
+        message = f"asks for {count} layers, but another stage skips {_listed(skipped)}, which leaves {most}"
+        yield router.fault("keep_layers", message, "keep less here or skip less there")
+    elif count < len(fixed):
+        own = "it protects, or " if hasattr(router.strategy, "protected_layers") else ""
+        message = f"leaves {count} layers, but {own}other stages read, cut inside or plan layers {_listed(fixed)}"
+        yield router.fault("keep_layers", message, f"keep at least {len(fixed)}, or move those stages")
+
+
+def _listed(layers: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))

@@ -1,0 +1,290 @@
+"""One stage of a pipeline: a strategy instance in a plugin manager of its own, where and how much it prunes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pluggy
+
+from prunekit import plugins
+from prunekit.errors import Fault, PluginError, UnknownName, Where
+from prunekit.hookspecs import LayerHooks, RouterHooks, TokenHooks
+from prunekit.registry import Entry, Registry
+from prunekit.spec.schema import StageSpec
+from prunekit.spec.stage_keys import BUDGETS, OPEN, STAGE_KEYS
+from prunekit.strategy import declare, decoder_requests, options
+from prunekit.strategy.declare import TOKEN_STARTS, implements
+from prunekit.strategy.sites import Keep, Site, Sites
+
+__all__ = ["TOKEN_STARTS", "Cut", "Stage", "implements", "make", "named_problem"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A strategy instance, addressed through `hook`; whoever holds the stage may register wrappers in `manager`.
+
+    sites_given: as the file names them, None when it does not. keeps: one budget for all sites or one for each; empty
+    for a strategy that takes none. keep_layers: of a router, how many decoder layers run.
+    where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
+    None for a dict.
+    origin: the distribution and version that registered the strategy.
+    open: how much it keeps is left to the budget of the pipeline.
+    """
+
+    index: int
+    use: str
+    strategy: Any
+    sites_given: tuple[Site, ...] | None
+    keeps: tuple[Keep, ...]
+    keep_layers: Keep | None
+    where: Where | None
+    manager: pluggy.PluginManager
+    keys: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
+    origin: str = ""
+    open: bool = False
+
+    @property
+    def hook(self) -> Any:
+        """Call a hook of this stage: `stage.hook.score_tokens(...)`."""
+        return self.manager.hook
+
+    @property
+    def is_token(self) -> bool:
+        """It decides about visual tokens at its sites."""
+        return declare.is_token(type(self.strategy))
+
+    @property
+    def is_layer(self) -> bool:
+        """It decides about decoder layers, for every sample alike."""
+        return implements(type(self.strategy), "plan_layers")
+
+    @property
+    def is_router(self) -> bool:
+        """It decides for each sample, before the decoder."""
+        return declare.is_router(type(self.strategy))
+
+    @property
+    def decides_layers(self) -> bool:
+        """It is a router that decides which decoder layers run: by a budget of them, or by itself."""
+        return self.keep_layers is not None or declare.plans_layers_itself(type(self.strategy))
+
+    @property
+    def cuts_tokens(self) -> bool:
+        """Visual tokens leave at its sites."""
+        return self.is_token or (self.is_router and bool(self.keeps))
+
+    @property
+    def sites(self) -> Sites:
+        """The sites that its strategy allows."""
+        return declare.sites_of(type(self.strategy))
+
+    @property
+    def known_sites(self) -> tuple[Site, ...] | None:
+        """Where it acts; None while that is a default that scales with the depth of a model."""
+        if self.sites_given is not None:
+            return self.sites_given
+        return (self.sites.default,) if isinstance(self.sites.default, Site) else None
+
+    @property
+    def drops_all(self) -> bool:
+        """It leaves no visual token."""
+        return bool(getattr(self.strategy, "drops_all", False))
+
+    @property
+    def per_sample(self) -> bool:
+        """Its hooks are called once for each sample, without padding."""
+        return bool(getattr(self.strategy, "per_sample", False))
+
+    @property
+    def trainable(self) -> bool:
+        """Its hooks run with gradients, on states that are not detached."""
+        return bool(getattr(self.strategy, "trainable", False))
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What of the tower it takes beside the visual tokens, such as `cls`."""
+        return tuple(getattr(self.strategy, "extras", ()))
+
+    @property
+    def label(self) -> str:
+        """As messages name it: `stages[0] fastv`."""
+        return f"stages[{self.index}] {self.use}"
+
+    def requests(self, hook: str) -> frozenset[str]:
+        """The arguments that any implementation of `hook` on this stage asks for."""
+        return frozenset(name for impl in getattr(self.hook, hook).get_hookimpls() for name in impl.argnames)
+
+    def asks_for(self, argument: str) -> bool:
+        """Any of its token or router hooks names `argument`, such as `attention`."""
+        return any(argument in self.requests(hook) for hook in (*declare.TOKEN_HOOKS, "route"))
+
+    def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
+        """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
+        path = f"stages[{self.index}]" + (f".{key}" if key else "")
+        return Fault((self.names if on_name else self.keys).get(key, self.where), path, message, hint)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One place where a stage takes visual tokens away. A stage with a list of sites has several, numbered from 0.
+
+    keep: None for a strategy that decides by itself.
+    """
+
+    site: Site
+    stage: Stage
+    keep: Keep | None
+    number: int
+
+    @property
+    def drops_all(self) -> bool:
+        """It leaves no visual token."""
+        return self.stage.drops_all
+
+    @property
+    def label(self) -> str:
+        """As messages name it: `stages[0] fastv`, of several sites `stages[0] fastv at '4'`."""
+        several = len(self.stage.sites_given or ()) > 1
+        return self.stage.label + (f" at '{self.site}'" if several else "")
+
+    def key(self, name: str) -> str:
+        """The key path below the stage of `at` or of a budget of this cut: `keep` or `keep[2]`."""
+        listed = f"{name}[{self.number}]"
+        return listed if listed in self.stage.keys else name
+
+    def reads(self, layers: int) -> dict[int, str]:
+        """The decoder layers, of `layers`, whose run gives it an input, with the name of that input.
+
+        Raises ValueError for an input that there is not at its site.
+        """
+        named = frozenset(name for name in (*decoder_requests.KINDS, "previous_hidden") if self.stage.asks_for(name))
+        return decoder_requests.layers_read(self.stage.strategy, named, self.site, layers)
+
+
+def make(
+    index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False
+) -> Stage | None:
+    """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
+
+    budgeted: the pipeline has a budget, to which a stage may leave how much it keeps.
+    Raises PluginError when the strategy itself is broken.
+    """
+    draft = Stage(
+        index, spec.use, None, spec.sites, spec.keeps or (), spec.keep_layers, spec.where, _manager(), spec.keys,
+        spec.names,
+    )  # fmt: skip
+    try:
+        entry = registry.strategy_entry(spec.use)
+    except UnknownName as error:
+        faults.append(draft.fault("use", error.message, error.hint))
+        return None
+    cls = registry.get_strategy(spec.use)
+    declare.check_class(cls, entry)
+    if budgeted and "keep" in declare.stage_keys(cls) and not {*BUDGETS} & draft.names.keys():
+        draft = dataclasses.replace(draft, keeps=(OPEN,), names={**draft.names, "keep": spec.where}, open=True)
+    found = [*_key_faults(cls, draft), *_given_site_faults(cls, draft)]
+    problems: list[options.Problem] = []
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
+    strategy = None if problems else _create(cls, values, entry, problems)
+    found += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
+    faults += found
+    if found:
+        return None
+    _register(draft.manager, strategy, entry)
+    made = dataclasses.replace(draft, strategy=strategy, origin=entry.origin)
+    if made.asks_for("extras") and not made.extras:
+        raise PluginError(f"{made.label} from {entry.origin} asks for `extras` but declares none: extras = ('cls',)")
+    if made.asks_for("forward") and made.per_sample:
+        raise PluginError(f"{made.label} from {entry.origin}: `forward` runs the whole batch; leave out per_sample")
+    return made
+
+
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager("prunekit")
+    for hooks in (TokenHooks, LayerHooks, RouterHooks):
+        manager.add_hookspecs(hooks)
+    plugins.trace(manager)
+    return manager
+
+
+def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
+    """Reserved keys that this kind of strategy does not take, and budgets that it needs."""
+    allowed = declare.stage_keys(cls)
+    given = [key for key in STAGE_KEYS[1:] if key in draft.names]
+    wrong = [key for key in given if key not in allowed]
+    # `keep_of` beside `keep` is the same mistake.
+    told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
+    found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
+    budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
+    if budgets and not declare.plans_layers_itself(cls) and not any(key in given for key in (*budgets, "keep_of")):
+        hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
+        if budgets == ["keep_layers"]:
+            hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
+        needs = " or ".join(f"`{key}`" for key in budgets)
+        found.append(draft.fault(budgets[0], f"is missing; '{draft.use}' needs {needs}", hint))
+    elif declare.is_router(cls) and {"at"} & {*given} & {*allowed} and not {*BUDGETS} & {*given}:
+        message = "says where tokens leave, but there is no `keep`"
+        found.append(draft.fault("at", message, "add `keep` or `keep_tokens`, or remove it", on_name=True))
+    return found
+
+
+def _refusal(cls: type[Any], use: str, key: str) -> str:
+    """Why strategies of this class do not take a reserved key."""
+    about_layers = key == "keep_layers"
+    if not about_layers and not (declare.is_token(cls) or declare.routes_tokens(cls)):
+        return f"'{use}' decides about layers, so it takes no `{key}`"
+    if about_layers and not (declare.routes_layers(cls) or implements(cls, "plan_layers")):
+        return f"'{use}' decides about tokens, so it takes no `{key}`"
+    about = "about layers " if about_layers and declare.takes_keep(cls) and declare.is_router(cls) else ""
+    return f"'{use}' decides {about}by itself and takes no `{key}`"
+
+
+def _given_site_faults(cls: type[Any], draft: Stage) -> list[Fault]:
+    """Sites in the file that the strategy does not allow."""
+    sites = declare.sites_of(cls)
+    if draft.sites_given is None or not (declare.is_token(cls) or declare.routes_tokens(cls)):
+        return []
+    listed = len(draft.sites_given) > 1
+    return [
+        draft.fault(f"at[{number}]" if listed else "at", f"'{draft.use}' cannot act at '{site}': it {reason}")
+        for number, site in enumerate(draft.sites_given)
+        if (reason := sites.reason_against(site))
+    ]
+
+
+def _create(cls: type[Any], values: dict[str, Any], entry: Entry, problems: list[options.Problem]) -> Any:
+    """The instance, or None when its own `__post_init__` refuses the values with a ValueError."""
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(named_problem(cls, str(error)))
+        return None
+    except Exception as error:
+        raise PluginError(
+            f"strategy '{entry.name}' from {entry.origin} failed on its options: {type(error).__name__}: {error}"
+        ) from error
+
+
+def named_problem(cls: type[Any], text: str) -> options.Problem:
+    """A strategy's ValueError; `field: message` puts it at that field."""
+    key, separator, message = text.partition(": ")
+    if separator and key in {field.name for field in dataclasses.fields(cls)}:
+        return options.Problem(key, message)
+    return options.Problem("", text or "refuses these options")
+
+
+def _register(manager: pluggy.PluginManager, strategy: Any, entry: Entry) -> None:
+    cls = type(strategy)
+    if implements(cls, "score_tokens") and not implements(cls, "select_tokens"):
+        from prunekit.pipeline.default_selection import DefaultSelection  # needs torch, as the strategy does
+
+        manager.register(DefaultSelection(), name="default")
+    try:
+        manager.register(strategy, name="strategy")
+        manager.check_pending()
+    except pluggy.PluginValidationError as error:
+        reason = " ".join(str(error).split())
+        raise PluginError(f"strategy '{entry.name}' ({entry.target}) from {entry.origin}: {reason}") from error

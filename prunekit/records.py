@@ -1,0 +1,133 @@
+"""Frozen records of what a run did, printable and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prunekit.cost import Cost
+from prunekit.strategy.decisions import LayerAction, LayerPlan
+
+
+@dataclass(frozen=True)
+class StageEvent:
+    """One decision of a token stage for a prompt batch.
+
+    kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
+    entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
+    sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
+    """
+
+    stage: str
+    site: str
+    entered: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+    crop: bool = False
+    sizes: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What the prefill of one prompt batch did. Counts are without padding; one entry per sample.
+
+    layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
+    mlp_tokens[b][l]: tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
+    kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
+    kept_tokens: visual tokens left after the last stage.
+    plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
+    tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
+    among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.
+    """
+
+    pipeline: str
+    sha: str
+    samples: int
+    prompt_tokens: tuple[int, ...]
+    visual_tokens: tuple[int, ...]
+    kept_tokens: tuple[int, ...]
+    events: tuple[StageEvent, ...]
+    layer_tokens: tuple[tuple[int, ...], ...]
+    mlp_tokens: tuple[tuple[int, ...], ...]
+    kv_tokens: tuple[tuple[int, ...], ...]
+    plans: tuple[LayerPlan, ...]
+    positions: str
+    notes: tuple[str, ...]
+    cost: Cost
+    tower_tokens: tuple[tuple[int, ...], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        data = asdict(self)
+        data["plans"] = [plan_data(plan) for plan in self.plans]
+        data["cost"] |= {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
+        return data
+
+    def __str__(self) -> str:
+        lines = [f"pipeline {self.pipeline} ({self.sha}), {self.samples} sample{'s' * (self.samples != 1)}"]
+        for event in self.events:
+            kept = tuple(len(row) for row in event.kept)
+            lines.append(f"  {event.stage} at {event.site}: visual tokens {_row(event.entered)} -> {_row(kept)}")
+        for plan in _distinct(self.plans):
+            several = any(other != plan for other in self.plans)
+            who = [row for row, other in enumerate(self.plans) if other == plan]
+            lines += [line + f" (samples {_listed(who)})" * several for line in plan_lines(plan)]
+        lines.append(
+            f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
+        )
+        lines.append(
+            f"  prefill FLOPs {self.cost.flops_fraction:.1%} of dense, KV {self.cost.kv_fraction:.1%} of dense"
+        )
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def plan_data(plan: LayerPlan) -> dict[str, Any]:
+    """A plan as plain data: actions by layer, `decode` only where it is said."""
+    phases = {"prefill": plan.actions} | ({} if plan.decode is None else {"decode": plan.decode})
+    return {
+        phase: {str(layer): action.value for layer, action in sorted(actions.items())}
+        for phase, actions in phases.items()
+    }
+
+
+def plan_lines(plan: LayerPlan) -> list[str]:
+    """`skip: layers 4, 5`; what only one phase does says which."""
+    found: dict[str, list[int]] = {}
+    for layer in sorted(plan.layers):
+        prefill, decode = plan[layer], plan.decoding(layer)
+        if decode is prefill.in_decoding and prefill is not LayerAction.RUN:
+            found.setdefault(prefill.value, []).append(layer)
+            continue
+        for phase, action in (("prefill", prefill), ("decoding", decode)):
+            if action is not LayerAction.RUN:
+                found.setdefault(f"{action.value} in {phase}", []).append(layer)
+    return [f"  {what}: layers {_listed(layers)}" for what, layers in found.items()]
+
+
+def _distinct(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """Without repetition, in order; a plan holds dicts and has no hash."""
+    found: list[LayerPlan] = []
+    for plan in plans:
+        if plan not in found:
+            found.append(plan)
+    return found
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _row(counts: tuple[int, ...]) -> str:
+    return str(counts[0]) if len(set(counts)) == 1 else "/".join(map(str, counts))
+
+
+def _runs(values: tuple[int, ...]) -> str:
+    """`176 x2, 44 x8`: equal neighbours taken together."""
+    runs: list[list[int]] = []
+    for value in values:
+        if runs and runs[-1][0] == value:
+            runs[-1][1] += 1
+        else:
+            runs.append([value, 1])
+    return ", ".join(f"{value} x{times}" for value, times in runs)

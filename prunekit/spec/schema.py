@@ -1,0 +1,165 @@
+"""The pipeline file: its schema, and a reader that reports every fault at once. Knows no strategy, imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prunekit.errors import Fault, SpecError, Where, did_you_mean
+from prunekit.spec.compose import gather
+from prunekit.spec.places import Node
+from prunekit.spec.stage_keys import STAGE_KEYS, Budget, read_budget, read_keeps, read_layers, read_sites
+from prunekit.strategy.sites import Keep, Site
+
+__all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]
+
+TOP_KEYS = ("name", "description", "extends", "positions", "budget", "stages")
+POSITIONS = ("keep", "renumber")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage as the file says it; whether the strategy exists and takes these options is not known yet.
+
+    sites, keeps: of `at` and of `keep` or `keep_tokens`, one or one for each site; keep_layers. None when the file does
+    not say.
+    options: the strategy's own fields, plain data.
+    where: of the stage; keys: of each value, by key path such as `layers[2]`; names: of each key itself. Places are
+    None when the stage came from a dict.
+    """
+
+    use: str
+    sites: tuple[Site, ...] | None = None
+    keeps: tuple[Keep, ...] | None = None
+    keep_layers: Keep | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    where: Where | None = None
+    keys: Mapping[str, Where | None] = field(default_factory=dict)
+    names: Mapping[str, Where | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline as its file says it. `source` is the path, `<inline>` or `<dict>`.
+
+    positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
+    budget: what stages that name no `keep` may keep together.
+    """
+
+    name: str
+    stages: tuple[StageSpec, ...]
+    source: str
+    description: str = ""
+    positions: Literal["keep", "renumber"] = "keep"
+    budget: Budget | None = None
+
+
+def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineSpec:
+    """Read a pipeline: a path, a dict, or YAML or JSON text (begins with `{` or holds a newline).
+
+    overrides: `key=value` texts such as `stages[0].keep=0.3`, applied last; `stages[0].keep=null` takes a key out.
+    Raises SpecError with every fault of the text; strategies and their options are checked by `pipeline.build`.
+    """
+    spec, faults = read(source, overrides)
+    if faults:
+        raise SpecError(faults)
+    return spec
+
+
+def read(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> tuple[PipelineSpec, tuple[Fault, ...]]:
+    """As `load`, but with the faults beside what could be read, so that more can be checked before all are raised.
+
+    A stage whose `use` cannot be read has `use == ""`.
+    """
+    faults: list[Fault] = []
+    found = gather(source, overrides, frozenset((*TOP_KEYS, *STAGE_KEYS)), faults)
+    label, values, unread = found.label, found.values, bool(faults)
+    if values is None:
+        return PipelineSpec(found.name, (), label), tuple(faults)
+    faults.extend(_unknown_key(node, key, "", TOP_KEYS) for key, node in values.items() if key not in TOP_KEYS)
+    name = _name(values.get("name"), found.name, faults)
+    description = _text(values.get("description"), "description", faults) or ""
+    positions = _positions(values.get("positions"), faults)
+    budget = read_budget(values.get("budget"), faults)
+    if "stages" in values:
+        stages = _stages(values["stages"], faults)
+    else:
+        stages = ()
+        if not unread:  # what could not be read may have held them
+            start = None if label == "<dict>" else Where(label, 1, 1)
+            faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
+    return PipelineSpec(name, stages, label, description, positions, budget), tuple(faults)
+
+
+def _stages(node: Node, faults: list[Fault]) -> tuple[StageSpec, ...]:
+    if not isinstance(node.data, list):
+        faults.append(Fault(node.where, "stages", f"must be a list, not {node}", "write `- use: NAME`"))
+        return ()
+    if not node.data:
+        faults.append(Fault(node.where, "stages", "is empty", "name at least one: `- use: NAME`"))
+    return tuple(_stage(one, f"stages[{index}]", faults) for index, one in enumerate(node.data))
+
+
+def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
+    if not isinstance(node.data, dict):
+        faults.append(Fault(node.where, path, f"must be a mapping, not {node}", "write `- use: NAME`"))
+        return StageSpec("", where=node.where)
+    values = node.data
+    keys = {key: place for name, value in values.items() for key, place in value.places(name).items()}
+    options = {key: value.plain() for key, value in values.items() if key not in STAGE_KEYS}
+    use = ""
+    if "use" not in values:
+        hint = did_you_mean("use", values).strip() if len(values) else ""
+        faults.append(Fault(node.where, f"{path}.use", "is missing", hint or "name a strategy: see `prunekit list`"))
+    else:
+        use = _text(values["use"], f"{path}.use", faults) or ""
+    sites = read_sites(values.get("at"), f"{path}.at", faults)
+    many = len(sites) if sites else None if "at" in values else 1
+    keeps = read_keeps(values, path, many, faults)
+    layers = read_layers(values.get("keep_layers"), f"{path}.keep_layers", faults)
+    names = {name: value.key for name, value in values.items()}
+    return StageSpec(use, sites, keeps, layers, options, node.where, keys, names)
+
+
+def _positions(node: Node | None, faults: list[Fault]) -> Literal["keep", "renumber"]:
+    if node is None or node.data == "keep":
+        return "keep"
+    if node.data == "renumber":
+        return "renumber"
+    near = did_you_mean(str(node.data), POSITIONS).strip()
+    hint = near or "'renumber' closes the gaps that dropped tokens leave"
+    faults.append(Fault(node.where, "positions", f"must be 'keep' or 'renumber', not {node}", hint))
+    return "keep"
+
+
+def _name(node: Node | None, default: str, faults: list[Fault]) -> str:
+    text = _text(node, "name", faults)
+    if text is None:
+        return default
+    if not NAME.fullmatch(text):
+        message = f"{text!r} must be letters, digits, '.', '_' and '-', at most 100, beginning with a letter or digit"
+        faults.append(Fault(node.where if node else None, "name", message, "it names result files"))
+        return default
+    return text
+
+
+def _text(node: Node | None, key: str, faults: list[Fault]) -> str | None:
+    """Text of a node; None, with a fault, when it holds something else, and None without one when there is no node."""
+    if node is None:
+        return None
+    if isinstance(node.data, str) and node.data:
+        return node.data
+    hint = "put it in quotes" if isinstance(node.data, int | float | bool) else ""
+    faults.append(Fault(node.where, key, f"must be text, not {node}", hint))
+    return None
+
+
+def _unknown_key(node: Node, key: str, path: str, known: Sequence[str]) -> Fault:
+    hint = f"{did_you_mean(key, known)}known keys: {', '.join(known)}"
+    return Fault(node.key, f"{path}.{key}" if path else key, "unknown key", hint)

@@ -1,0 +1,205 @@
+"""What strategies ask for beside their options: declared by a hook argument's name, computed when a hook names it.
+
+    inputs = {"attention": Rows(layer="next", queries="text", rope=False), "keys": Keys(heads="mean")}
+
+An argument that a hook names without a declaration takes the default one. A tuple of declarations gives the hook a
+tuple of tensors, in that order.
+
+Shape letters: B batch, S sequence, V visual tokens, T text tokens, H hidden, A heads, A_kv key and value heads, Q query
+rows, D numbers of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prunekit.strategy.sites import Site
+
+Where = Literal["previous", "next", "own"]
+Queries = Literal["last", "text", "after", "visual", "all"]
+Reduction = Literal["mean", "sum", "max", "none"]
+Domain = Literal["softmax", "visual", "logits"]
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """What is known of a prompt batch when its prefill begins, for `Rows(queries=callable)`. All tokens, with padding.
+
+    ids: int64 (B, S).
+    embeds: float (B, S, H), what enters the decoder: text embeddings, and image features in the places of the visual
+        tokens.
+    valid: bool (B, S), not padding. visual, text: bool (B, S), the valid tokens that are, and are not, visual.
+    after: bool (B, S), text behind the row's last visual token; all text of a row without one.
+    """
+
+    ids: Tensor
+    embeds: Tensor
+    valid: Tensor
+    visual: Tensor
+    text: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which attention rows the input `attention` holds, cut to the visual columns: float (B, V) unless said otherwise.
+
+    layer: `previous` is the layer that ran just before the site, on the tokens that it ran on; `next` looks ahead to
+        the layer that is about to run, on the tokens that reach the site; `own` is the layer that the site `N.mid` or
+        `N.after` stands in.
+    queries: the tokens whose rows are taken: `last`, the last prompt token of each sample; `text`, all text; `after`,
+        the text behind the last visual token; `visual`; `all`; or a function from `PromptTokens` to bool (B, S).
+        Tokens that are not there any more are left out; a sample without any gets zeros.
+    heads: how the A heads become one, before the queries do; a number h takes the mean of the h heads with the largest
+        sum over queries and visual columns, lower head first on ties; `none` keeps them: float (B, V, A).
+    over: how the query rows become one; `none` keeps them, (B, V, Q) or (B, V, A, Q), in the order of the prompt, with
+        zeros behind the rows of samples that have fewer. Only this asks for memory that grows with both.
+    rope: False takes queries and keys as they are before rotation.
+    domain: `softmax` is over all keys that a query sees, as the layer computes it; `visual` over those that are visual,
+        zeros where it sees none; `logits` are the scaled products before softmax and without the mask.
+    """
+
+    layer: Where = "previous"
+    queries: Queries | Callable[[PromptTokens], Tensor] = "last"
+    heads: Reduction | int = "mean"
+    over: Reduction = "mean"
+    rope: bool = True
+    domain: Domain = "softmax"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for rows that do not exist, rather than giving others."""
+        _one_of("layer", self.layer, Where)
+        if not callable(self.queries):
+            _one_of("queries", self.queries, Queries)
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int):
+            _one_of("heads", self.heads, Reduction)
+        elif self.heads < 1:
+            raise ValueError(f"heads is {self.heads}; as a number it says how many heads to take, at least 1")
+        _one_of("over", self.over, Reduction)
+        _one_of("domain", self.domain, Domain)
+        _boolean("rope", self.rope)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Which keys the inputs `keys` and `text_keys` hold.
+
+    layer, rope: as for `Rows`. heads: `concat` gives float (B, V, A_kv * D), `mean` float (B, V, D).
+    """
+
+    layer: Where = "previous"
+    rope: bool = True
+    heads: Literal["concat", "mean"] = "concat"
+
+    def __post_init__(self) -> None:
+        _one_of("layer", self.layer, Where)
+        _one_of("heads", self.heads, Literal["concat", "mean"])
+        _boolean("rope", self.rope)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Which values the input `values` holds; fields as those of `Keys`."""
+
+    layer: Where = "previous"
+    heads: Literal["concat", "mean"] = "concat"
+
+    def __post_init__(self) -> None:
+        _one_of("layer", self.layer, Where)
+        _one_of("heads", self.heads, Literal["concat", "mean"])
+
+
+Spec = Rows | Keys | Values
+# Inputs with something to declare, and the kind of declaration; the default one is the kind without arguments.
+KINDS: Mapping[str, type[Any]] = {"attention": Rows, "keys": Keys, "text_keys": Keys, "values": Values}
+
+
+def problem(inputs: object, kinds: Mapping[str, type[Any]] = KINDS) -> str | None:
+    """What is wrong with a strategy's `inputs`, which takes declarations of these kinds; None if nothing is."""
+    if not isinstance(inputs, Mapping):
+        return f"`inputs` is {inputs!r}; it is a dict such as {{'attention': Rows(...)}}"
+    for name, declared in inputs.items():
+        if name not in kinds:
+            return f"`inputs` has '{name}', for which there is nothing to declare; it takes {', '.join(kinds)}"
+        kind = kinds[name]
+        if not declared or not all(isinstance(one, kind) for one in _tuple(declared)):
+            return f"inputs['{name}'] is {declared!r}; it takes {kind.__name__}(...) or a tuple of them"
+    return None
+
+
+def declared(strategy: object, name: str) -> Any:
+    """The declaration of input `name`, or a tuple of them; the default one where `strategy` has none."""
+    found = (getattr(strategy, "inputs", None) or {}).get(name)
+    return KINDS[name]() if found is None else found
+
+
+def declarations(strategy: object, name: str) -> tuple[Any, ...]:
+    """The same as a tuple always; empty for an input without anything to declare."""
+    return _tuple(declared(strategy, name)) if name in KINDS else ()
+
+
+def layer_and_rope(spec: Spec) -> tuple[Where, bool]:
+    """Which call of which layer a declaration reads; values are the same with and without rotation."""
+    return spec.layer, isinstance(spec, Values) or spec.rope
+
+
+def layer_of(where: Where, site: Site, layers: int) -> int | None:
+    """The decoder layer that `where` means at `site` in a decoder of so many layers; None: there is none."""
+    if site.place == "prefill_end":
+        return layers - 1 if where == "previous" else None
+    if site.place == "encoder":
+        return 0 if where == "next" else None
+    if site.place != "layer" or site.layer is None:
+        return None
+    if where == "own":
+        return None if site.point == "before" else site.layer
+    ahead = site.layer + (site.point == "after")
+    if where == "next":  # inside a layer, what enters the next one is not there yet
+        return ahead if ahead < layers and site.point != "mid" else None
+    return ahead - 1 if ahead else None
+
+
+def layer_before(site: Site, layers: int) -> int | None:
+    """The layer whose input is `previous_hidden` at `site`: the newest that has begun; None: there is none."""
+    return layer_of("own" if site.point == "mid" else "previous", site, layers)
+
+
+def layers_read(strategy: object, names: frozenset[str], site: Site, layers: int) -> dict[int, str]:
+    """The layers whose run gives an input among `names` at `site`, with the input's name. Look-ahead is not among them:
+    it needs no run.
+
+    Raises ValueError for an input that there is not at `site`.
+    """
+    found: dict[int, str] = {}
+    for name in sorted(names & set(KINDS)):
+        for spec in declarations(strategy, name):
+            layer = layer_of(spec.layer, site, layers)
+            if layer is None:
+                raise ValueError(f"{name} of the {_SAID[spec.layer]} is not there at '{site}'")
+            if spec.layer != "next":
+                found[layer] = name
+    if "previous_hidden" in names and layer_before(site, layers) is None:
+        raise ValueError(f"previous_hidden is not there at '{site}': no layer has run")
+    return found
+
+
+_SAID = {"previous": "layer before", "next": "layer ahead", "own": "layer that the site stands in"}
+
+
+def _tuple(declared: Any) -> tuple[Any, ...]:
+    return declared if isinstance(declared, tuple) else (declared,)
+
+
+def _one_of(name: str, value: object, literal: Any) -> None:
+    if value not in get_args(literal):
+        raise ValueError(f"{name} is {value!r}; it takes {', '.join(map(repr, get_args(literal)))}")
+
+
+def _boolean(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it takes True or False")

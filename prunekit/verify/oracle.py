@@ -1,0 +1,282 @@
+"""The masked reference: what a pruned run must equal, computed the slow and obvious way.
+
+It takes the decisions of a run (its `RunReport`) and replays them on the stock model: the complete, unpruned sequence
+of prompt and decoded tokens in one forward, no cache, nothing ever made shorter:
+
+- who sees whom, and every position, are those of the stock model's own `generate` (`prunekit.verify.stock`), so
+  nothing about a family is written down here;
+- a token dropped at a site stays in the sequence, but its key column is masked in every layer from there on; one that
+  leaves the KV cache later or only there (a crop, `prefill_end`) is masked for the decoded tokens alone;
+- a merged token's state is written into the slot of its anchor, the others are masked;
+- a token's size is the logarithm added to its column of the mask;
+- a skipped layer runs and its output is thrown away for its input, for the prompt, the decoded tokens or both; of a
+  skipped attention or MLP the output is zeros; a frozen token's output is its input;
+- decoded tokens do not see prompt tokens in a layer that wrote no KV for them;
+- positions stay, or are counted again per row and layer and handed to the stock rotary module.
+
+It shares no code with `prunekit.engine`, which does none of these things.
+
+Shape letters: B batch, P padded prompt, S prompt plus decoded tokens, V visual tokens, H hidden, N layers, T steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Fates, Move, closed, fates_of
+from prunekit.verify.stock import Frame, as_square, frame_of, parts_of, visual_places
+from prunekit.verify.tower import tower_cuts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunekit.records import RunReport
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the tokens that entered one event were summed into the kept ones.
+
+    weights: for each sample, float (kept, entered + E). extras: for each sample, float (E, H), the declared extras that
+    the last E columns stand for; None when there are none.
+    """
+
+    weights: Sequence[Tensor]
+    extras: Sequence[Tensor] | None = None
+
+
+class MaskedReference:
+    """Replays the decisions in `report` on `model` with the prompt batch `inputs`.
+
+    model: stock, in eval mode, with no pipeline applied; the caller chooses the dtype and, of sdpa and eager, the
+        attention (a flash-style kernel is replaced by sdpa). In float64 under
+        `prunekit.testing.precision.Float64Throughout` errors are below 1e-12.
+    inputs: what `generate` takes: `input_ids` and `attention_mask` int64 (B, P), pixels and what belongs to them.
+    merges: event number (in `report.events`) to the merge of that event, or just its weights; events that are not named
+        merge nothing.
+    frame: of these inputs, at least as long as what is asked for; None makes one when needed.
+    Raises ValueError when the report contradicts itself or the inputs.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        report: RunReport,
+        merges: Mapping[int, Merge | Sequence[Tensor]] | None = None,
+        frame: Frame | None = None,
+    ) -> None:
+        self.model, self.inputs, self.report, self.frame = model, inputs, report, frame
+        self.stock = cast("Any", model)  # untyped, as the methods of transformers are
+        self.merges = {
+            number: merge if isinstance(merge, Merge) else Merge(merge) for number, merge in (merges or {}).items()
+        }
+        self.layers: Sequence[Any] = self.stock.get_decoder().layers
+        self.visual = [row.nonzero()[:, 0] for row in visual_places(model, inputs["input_ids"])]
+        self.present = inputs["attention_mask"].bool()
+        self.fates: Fates = fates_of(inputs["input_ids"], self.present, self.visual, report, len(self.layers))
+        self.muted: set[str] = set()
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits of the last position at each of T steps, (B, T, vocabulary).
+
+        tokens: int64 (B, T), what the pruned run decoded. Step t sees the prompt and the first t of them, so the last
+        of them is never read.
+        """
+        found: Tensor = self.forward(tokens[:, :-1]).logits
+        return found[:, self.inputs["input_ids"].shape[1] - 1 :]
+
+    @torch.no_grad()
+    def attention(self, layer: int) -> Tensor:
+        """The full attention map of one decoder layer over the prompt, (B, A, P, P); the model must be eager."""
+        maps: Tensor = self.forward(self.inputs["input_ids"][:, :0], output_attentions=True).attentions[layer]
+        return maps
+
+    @torch.no_grad()
+    def states(self, layer: int) -> Tensor:
+        """The states that enter one decoder layer over the prompt, (B, P, H), merged ones in their anchors' slots."""
+        seen: list[Tensor] = []
+
+        def look(state: Tensor, _: dict[str, Any]) -> Tensor:
+            seen.append(state)
+            return state
+
+        with _before(self.layers[layer], look, last=True):
+            self.forward(self.inputs["input_ids"][:, :0])
+        return seen[-1]  # a frame may have been made first
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, **options: Any) -> Any:
+        """The stock model's output for the whole sequence, prompt and `tokens`, with the reference's hooks on it."""
+        inputs = dict(self.inputs)
+        for key, value in self.inputs.items():
+            if key == "input_ids":
+                # To `generate` a decoded id of a visual token is a word; here it would be a place to fill.
+                words = tokens.masked_fill(visual_places(self.model, tokens), 0)
+                inputs[key] = torch.cat([value, words], 1)
+            elif key == "attention_mask":
+                inputs[key] = torch.cat([value, value.new_ones(tokens.shape)], 1)
+            elif key.endswith("token_type_ids"):
+                inputs[key] = torch.cat([value, value.new_zeros(tokens.shape)], 1)  # text
+        with self.installed(tokens.shape[1] + 1), self._embedded(tokens):
+            return self.stock(**inputs, use_cache=False, **options)
+
+    @contextmanager
+    def installed(self, steps: int = 32) -> Iterator[None]:
+        """While open, the model itself is the reference: every uncached forward replays the decisions.
+
+        For `model.generate(..., use_cache=False)` of up to `steps` tokens; each forward must hold the whole sequence,
+        prompt included.
+        """
+        if self.frame is None or self.frame.length < self.inputs["input_ids"].shape[1] + steps - 1:
+            self.frame = frame_of(self.model, self.inputs, steps)
+        with ExitStack() as stack, as_square(self.model):
+            stack.enter_context(tower_cuts(self.model, self.inputs, self.report, self.visual))
+            for number, layer in enumerate(self.layers):
+                stack.enter_context(_before(layer, self._entering(number)))
+                stack.enter_context(_after(layer, self._leaving(number, layer)))
+                attention, mlp = parts_of(layer)
+                stack.enter_context(_after(attention, self._part(number, "attention")))
+                stack.enter_context(_after(mlp, self._part(number, "mlp")))
+            yield
+
+    @contextmanager
+    def _embedded(self, tokens: Tensor) -> Iterator[None]:
+        """While open, the decoder gets the embeddings of `tokens` behind the prompt, whatever their ids."""
+        length = self.present.shape[1]
+
+        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            words = self.stock.get_input_embeddings()(tokens)
+            named["inputs_embeds"] = torch.cat([named["inputs_embeds"][:, :length], words], 1)
+
+        handle = self.stock.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def mask(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Who sees whom in a layer, bool (B, S, S), and what is added to the logits of each key, float64 (B, S)."""
+        assert self.frame is not None
+        length, fates = self.present.shape[1], self.fates
+        seen = self.frame.mask(layer)[:, :tokens, :tokens].clone()
+        seen[:, :length, :length] &= fates.entering[layer][:, None]
+        seen[:, length:, :length] &= fates.lasting[layer][:, None]
+        bias = torch.zeros(len(seen), tokens, dtype=torch.float64, device=seen.device)
+        bias[:, :length] = fates.sizes[layer].log()
+        return seen, bias
+
+    def positions(self, layer: int, tokens: int) -> Tensor | None:
+        """Positions in a layer, int64 (axes, B, S); None where the model rotates nothing."""
+        assert self.frame is not None
+        positions = self.frame.positions(layer)
+        if positions is not None and self.report.positions == "renumber":
+            positions = closed(positions, self.fates.entering[layer], self.present)
+        return None if positions is None else positions[..., :tokens]
+
+    def _entering(self, layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
+        def edit(state: Tensor, arguments: dict[str, Any]) -> Tensor:
+            tokens = state.shape[1]
+            arguments["attention_mask"] = _additive(*self.mask(layer, tokens), state.dtype)
+            positions = self.positions(layer, tokens)
+            if positions is not None and self.frame is not None:
+                arguments["position_embeddings"] = self.frame.rotate(layer, positions)
+            return self._moved(self.fates.before[layer], state)
+
+        return edit
+
+    def _leaving(self, layer: int, module: Any) -> Callable[[Tensor, dict[str, Any], Any], Any]:
+        """The layer's output, with what moves inside it, and the input where a token passes unchanged."""
+
+        def edit(state: Tensor, arguments: dict[str, Any], result: Any) -> Any:
+            runs = self.fates.switch(layer, RUNS, state.shape[1], frozen=True)[..., None]
+            if any(move.number in self.merges for move in self.fates.mid[layer]):
+                result = self._in_two(layer, module, state, arguments)
+            return torch.where(runs, result, state)
+
+        return edit
+
+    def _in_two(self, layer: int, module: Any, state: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """The layer once without its MLP, then the merge, then the layer once without its attention."""
+        with self._without("mlp"):
+            between = module.forward(state, **arguments)
+        between = self._moved(self.fates.mid[layer], between)
+        with self._without("attention"):
+            return cast("Tensor", module.forward(between, **arguments))
+
+    def _part(self, layer: int, part: str) -> Callable[[Any, dict[str, Any], Any], Any]:
+        """What attention or MLP gives, and zeros where it is skipped."""
+        table = ATTENDS if part == "attention" else MLPS
+
+        def edit(_: Any, arguments: dict[str, Any], result: Any) -> Any:
+            first = result[0] if isinstance(result, tuple) else result
+            adds = self.fates.switch(layer, table, first.shape[1])[..., None]
+            if part in self.muted:
+                adds = torch.zeros_like(adds)
+            first = torch.where(adds, first, torch.zeros_like(first))
+            return (first, *result[1:]) if isinstance(result, tuple) else first
+
+        return edit
+
+    @contextmanager
+    def _without(self, part: str) -> Iterator[None]:
+        self.muted.add(part)
+        try:
+            yield
+        finally:
+            self.muted.remove(part)
+
+    def _moved(self, moves: Sequence[Move], state: Tensor) -> Tensor:
+        state = state.clone()
+        for move in moves:
+            merge = self.merges.get(move.number)
+            for row, (entered, kept) in enumerate(zip(move.entered, move.kept, strict=True)):
+                if merge is not None and len(kept):
+                    parts = state[row, entered]
+                    if merge.extras is not None:
+                        parts = torch.cat([parts, merge.extras[row].to(parts.dtype)])
+                    state[row, kept] = merge.weights[row].to(state.dtype) @ parts
+        return state
+
+
+def _additive(seen: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, S, S), as both sdpa and eager attention take it.
+
+    Every token sees itself, also padding and dropped ones: no row of the softmax may be empty, and what they compute is
+    read by nobody.
+    """
+    seen = seen | torch.eye(seen.shape[-1], dtype=torch.bool, device=seen.device)
+    columns = bias.to(dtype)[:, None, :].expand(seen.shape)
+    return columns.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+@contextmanager
+def _before(module: nn.Module, edit: Callable[[Tensor, dict[str, Any]], Tensor], last: bool = False) -> Iterator[None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = edit(given[0], named)
+        return (state, *given[1:]), named
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not last)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _after(module: nn.Module, edit: Callable[[Any, dict[str, Any], Any], Any]) -> Iterator[None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
+        return edit(given[0] if given else None, named, result)
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,187 @@
+"""A proof that a model can be pruned exactly: its tiny twin, pruned and skipped, against the masked reference.
+
+It runs once for each config and costs seconds. Models of known families have it in the test suite; a model that was
+only recognised (`prunekit.families.generic`) has it before it prunes for the first time, and `prunekit doctor` runs it
+for any.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
+from prunekit.families.generic import TRIAL, Observed
+from prunekit.testing.tiny_families import tiny_batch
+from prunekit.verify.equivalence import assert_equivalent
+from prunekit.verify.precision import Float64Throughout
+from prunekit.verify.stock import Frame, frame_of
+from prunekit.verify.twin import recipe_for, rows_of, twin_of
+
+STEPS, ALLOWED = 3, 1e-5
+CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
+    "nothing pruned": (),
+    "tokens dropped at the door and before layer 1": (
+        {"use": "random", "at": "encoder", "keep": 0.6},
+        {"use": "random", "at": 1, "keep": 0.5},
+    ),
+    "tokens dropped by attention before layer 2": ({"use": "fastv", "at": 2, "keep": 0.5},),
+    "layers skipped": ({"use": "random", "at": "encoder", "keep": 0.5}, {"use": "skip_layers", "layers": [0, 3]}),
+    "attention skipped": ({"use": "skip_layers", "layers": [2], "what": "attention"},),
+    "MLP skipped": ({"use": "skip_layers", "layers": [2], "what": "mlp"},),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline on the twin: what it did, the largest error of a logit, and what went wrong, None if nothing."""
+
+    name: str
+    error: float | None
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The cases that were run. `holds` when all are exact."""
+
+    observed: Observed
+    cases: tuple[Case, ...]
+
+    @property
+    def holds(self) -> bool:
+        return all(case.fault is None for case in self.cases)
+
+
+def observed_and_proved(model: PreTrainedModel) -> Observed:
+    """What was observed on the twin of `model`, once all cases hold. Raises Unsupported with those that do not."""
+    proof = prove(model.config)
+    faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
+    if faults:
+        raise Unsupported(
+            f"{type(model).__name__} has no family file; it was recognised, but its tiny twin is not pruned exactly: "
+            f"{'; '.join(faults)}"
+        )
+    return proof.observed
+
+
+def prove(config: Any) -> Proof:
+    """Run all cases on a tiny twin of a model with this config; the answer is kept for equal configs.
+
+    Raises Unsupported when there can be no twin, or when it shows what no declaration can express.
+    """
+    return _prove(_Key(config))
+
+
+class _Key:
+    """A config that is equal to others with the same class and numbers."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        numbers = json.dumps(config.to_dict(), sort_keys=True, default=str)
+        self.identity = type(config), numbers
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.identity == other.identity
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+
+@lru_cache(maxsize=16)
+def _prove(key: _Key) -> Proof:
+    state = torch.random.get_rng_state()
+    try:
+        twin = twin_of(key.config)
+    finally:
+        torch.random.set_rng_state(state)
+    try:
+        recipe = recipe_for(twin)
+        inputs = tiny_batch(twin, rows_of(recipe), recipe=recipe)
+        observed = _observe(twin, inputs)
+    except PrunekitError:
+        raise
+    except Exception as error:  # code that was never seen may fail in any way
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
+    with _trial(observed):
+        with Float64Throughout():
+            frame = frame_of(twin, inputs, STEPS + 1)
+        return Proof(observed, tuple(_run(name, twin, stages, inputs, frame) for name, stages in CASES.items()))
+
+
+@contextmanager
+def _trial(observed: Observed) -> Iterator[None]:
+    token = TRIAL.set(observed)
+    try:
+        yield
+    finally:
+        TRIAL.reset(token)
+
+
+def _run(name: str, twin: Any, stages: tuple[dict[str, Any], ...], inputs: Mapping[str, Tensor], frame: Frame) -> Case:
+    pipeline = {"name": name.replace(" ", "-"), "stages": list(stages or [{"use": "random", "keep": 1.0}])}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrunekitWarning)
+            found = assert_equivalent(twin, pipeline, inputs, steps=STEPS, atol=ALLOWED, frame=frame)
+    except PrunekitError as error:
+        return Case(name, None, f"{error}")
+    except Exception as error:  # code that was never seen may fail in any way
+        return Case(name, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    return Case(name, found.error)
+
+
+@torch.no_grad()
+def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
+    """Watch the decoder loop during one prefill: which states it changes between layers, what it hands to them."""
+    layers = twin.get_decoder().layers
+    entered: list[Tensor] = []
+    left: list[Any] = []
+    named: list[dict[str, Any]] = []
+
+    def before(_: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if len(given) != 1:
+            raise Unsupported("its decoder layers take positional arguments beside the hidden states")
+        entered.append(given[0])
+        named.append(keywords)
+
+    def after(_: Any, given: Any, keywords: Any, result: Any) -> None:
+        if not isinstance(result, Tensor):
+            raise Unsupported("its decoder layers return more than the hidden states")
+        left.append(result)
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    handles += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
+    try:
+        twin(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(entered) != len(layers):
+        raise Unsupported(f"its decoder called {len(entered)} layers of {len(layers)} in one forward")
+    touched = [n for n in range(len(layers) - 1) if not torch.equal(left[n], entered[n + 1])]
+    if touched and touched[-1] == len(layers) - 2:
+        raise Unsupported("its decoder changes hidden states between all layers")
+    return Observed(touched[-1] + 1 if touched else 0, _per_token(named[0], entered[0]))
+
+
+KNOWN = frozenset({"attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_position"})
+
+
+def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
+    """Names of further arguments of a layer with one entry for each token."""
+    return tuple(
+        name
+        for name, value in keywords.items()
+        if name not in KNOWN and isinstance(value, Tensor) and value.shape[:2] == state.shape[:2]
+    )

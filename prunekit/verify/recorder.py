@@ -1,0 +1,151 @@
+"""Notes what strategies return while a pipeline runs: merge weights and extras are no part of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from prunekit import Pipeline, Selection, hookimpl
+from prunekit.strategy.sites import Site
+from prunekit.verify.oracle import Merge
+
+if TYPE_CHECKING:
+    from prunekit.records import RunReport, StageEvent
+
+NAME = "prunekit-testing-recorder"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a token hook, of a batch or a sample: (B, V), (B, V, V + E) and (B, E, H), or without the B."""
+
+    valid: Tensor
+    weights: Tensor | None
+    extras: Tensor | None
+
+
+class Recorder:
+    """Wraps the token hooks of all stages of a pipeline. calls: by stage and number of the cut, in order of time."""
+
+    def __init__(self) -> None:
+        self.calls: dict[tuple[str, int, int], list[Call]] = {}
+
+    def merges(self, report: RunReport, beams: int = 1) -> dict[int, Merge]:
+        """The merges of the one prompt batch that ran while recording, as `MaskedReference` takes them.
+
+        beams: how many rows of the report belong to one prompt; the merges are those of the first of them.
+        Raises ValueError for a merge inside the vision tower, which the reference does not know.
+        """
+        found: dict[int, Merge] = {}
+        before: tuple[Sequence[int], ...] = tuple(range(count) for count in report.visual_tokens)
+        pending = list(self.calls.items())
+        for number, event in enumerate(report.events):
+            # A router's cut, and a stage that no sample reached, ask nobody.
+            if pending and pending[0][0][0] == event.stage:
+                merge = _merge(pending.pop(0)[1], event, before)
+                if merge is not None:
+                    extras = None if merge.extras is None else merge.extras[::beams]
+                    found[number] = Merge(merge.weights[::beams], extras)
+            before = event.kept
+        return found
+
+    def note(self, stage: tuple[str, int], cut: int, call: Call, again: bool = False) -> None:
+        """Add a call, or with `again` replace the newest."""
+        calls = self.calls.setdefault((*stage, cut), [])
+        if again:
+            calls.pop()
+        calls.append(call)
+
+    def wrapper(self, stage: tuple[str, int], extras: bool) -> object:
+        """A plugin for the manager of a stage; it names `extras` only where the strategy declares some."""
+        note = self.note
+
+        class Wrapper:
+            @hookimpl(wrapper=True)
+            def select_tokens(self, valid: Tensor, cut: int) -> Any:
+                result = yield
+                note(stage, cut, Call(valid, _weights(result), None))
+                return result
+
+            @hookimpl(wrapper=True)
+            def merge_tokens(self, valid: Tensor, cut: int) -> Any:
+                weights = yield
+                if weights is not None:
+                    note(stage, cut, Call(valid, weights, None), again=True)
+                return weights
+
+        class WithExtras:
+            @hookimpl(wrapper=True)
+            def select_tokens(self, valid: Tensor, cut: int, extras: Tensor) -> Any:
+                result = yield
+                note(stage, cut, Call(valid, _weights(result), extras))
+                return result
+
+            @hookimpl(wrapper=True)
+            def merge_tokens(self, valid: Tensor, cut: int, extras: Tensor) -> Any:
+                weights = yield
+                if weights is not None:
+                    note(stage, cut, Call(valid, weights, extras), again=True)
+                return weights
+
+        return WithExtras() if extras else Wrapper()
+
+
+def _weights(result: Any) -> Tensor | None:
+    return result.weights if isinstance(result, Selection) else None
+
+
+def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge | None:
+    """The merge of one event; None if every row just keeps."""
+    if all(call.weights is None for call in calls):
+        return None
+    if Site.parse(event.site).in_tower:
+        raise ValueError(f"{event.stage} merges at {event.site}; the masked reference knows merges in the decoder only")
+    rows = [row for call in calls for row in _rows(call)]
+    if len(rows) != len(event.entered):
+        # A strategy that takes one sample at a time is not asked about samples without visual tokens.
+        asked = iter(rows)
+        rows = [next(asked) if count else (None, None) for count in event.entered]
+    chosen = [[list(old).index(one) for one in new] for old, new in zip(before, event.kept, strict=True)]
+    width = max((0 if extras is None else extras.shape[0]) for _, extras in rows)
+    empty = next((extras[:0] for _, extras in rows if extras is not None), None)
+    weights, extra = [], []
+    for (matrix, extras), keep, many in zip(rows, chosen, event.entered, strict=True):
+        weights.append(torch.eye(many, many + width)[keep] if matrix is None else matrix[keep])
+        if empty is not None:
+            extra.append(extras if extras is not None else empty.new_zeros(width, empty.shape[-1]))
+    return Merge(tuple(weights), tuple(extra) if empty is not None else None)
+
+
+def _rows(call: Call) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    """For each sample of a call: weights (entered, entered + E) of the tokens that are there, and extras (E, H)."""
+    for row, present in enumerate(call.valid.reshape(-1, call.valid.shape[-1])):
+        extras = None if call.extras is None else call.extras.reshape(-1, *call.extras.shape[-2:])[row].detach().clone()
+        if call.weights is None:
+            yield None, extras
+            continue
+        matrix = call.weights.reshape(-1, *call.weights.shape[-2:])[row].detach()
+        columns = torch.cat([present, present.new_ones(matrix.shape[-1] - len(present))])
+        if len(columns) == len(present) and extras is not None:
+            matrix = torch.cat([matrix, matrix.new_zeros(len(matrix), len(extras))], 1)
+            columns = torch.cat([columns, columns.new_ones(len(extras))])
+        yield matrix[present][:, columns], extras
+
+
+@contextmanager
+def recorded(pipeline: Pipeline) -> Iterator[Recorder]:
+    """Record what a pipeline's token stages return while this is open."""
+    recorder = Recorder()
+    stages = [stage for stage in pipeline.stages if stage.is_token]
+    for stage in stages:
+        stage.manager.register(recorder.wrapper((stage.use, stage.index), bool(stage.extras)), name=NAME)
+    try:
+        yield recorder
+    finally:
+        for stage in stages:
+            stage.manager.unregister(name=NAME)
