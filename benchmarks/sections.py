@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from workload import FASTV, PIPELINES, PRUNES, Size, applied, inputs_of, model_of, par_of, prefill, report_of
 
 # Where the engine lets a stage compute its inputs and decide; what the profiler sums up as the cost of scoring.
-SCORING = ("engine/decoder/stages.py", "decide")
+SCORING = ("engine/asking.py", "decide")
 # Text tokens of the eight rows of a ragged batch.
 RAGGED = (64, 40, 56, 24, 48, 64, 32, 60)
 

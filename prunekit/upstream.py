@@ -231,7 +231,7 @@ def _module_forward() -> None:
 
 
 PROBES = (
-    Probe("cache_utils.DynamicCache.layers", "engine/cache/ragged.py: ragged layers stand in their places", _cache_layers),
+    Probe("cache_utils.DynamicCache.layers", "engine/cache/ragged.py: ragged layers stand in for them", _cache_layers),
     Probe("cache_utils.DynamicLayer", "engine/cache/ragged.py: what ragged layers override", _layer_methods),
     Probe("cache_utils.DynamicSlidingWindowLayer", "engine/cache/ragged.py: may be replaced too", _sliding_layer),
     Probe("cache_utils.StaticLayer", "engine/cache/static.py: what static ragged layers override", _static_layer),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.decoder.stages import call, checked
+from prunekit.engine.asking import call, checked
 from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from prunekit.engine.asking import decide
 from prunekit.engine.cache import ragged
 from prunekit.engine.decoder.readings import Inputs, Needs
 from prunekit.engine.decoder.routers import by_scores, route
-from prunekit.engine.decoder.stages import decide
 from prunekit.engine.decoder.view import Here, View
 from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.summary import summarise

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from prunekit.engine.asking import decide
 from prunekit.engine.attention.tower_rows import Attended, pooled_row, read
-from prunekit.engine.decoder.stages import decide
 from prunekit.engine.prompt.visual_inputs import Pictures
 from prunekit.engine.tower.packed import as_row, cut_along
 from prunekit.engine.tower.tokens import Left, Units
