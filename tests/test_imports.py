@@ -26,7 +26,6 @@ ORDER = (
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # Edges that still go down.
 EXCEPTIONS = {
-    ("prunekit.strategy.declare", "prunekit.spec.stage_keys"),
     ("prunekit.families.generic", "prunekit.verify.proof"),
     ("prunekit.verify.proof", "prunekit.testing.tiny_families"),
     ("prunekit.verify.twin", "prunekit.testing"),

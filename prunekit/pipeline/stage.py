@@ -12,10 +12,11 @@ from prunekit import plugins
 from prunekit.errors import Fault, PluginError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, RouterHooks, TokenHooks
 from prunekit.registry import Entry, Registry
+from prunekit.spec.budget_keys import OPEN
 from prunekit.spec.schema import StageSpec
-from prunekit.spec.stage_keys import BUDGETS, OPEN, STAGE_KEYS
 from prunekit.strategy import declare, decoder_requests, options
 from prunekit.strategy.declare import TOKEN_STARTS, implements
+from prunekit.strategy.options import BUDGETS, STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site, Sites
 
 __all__ = ["TOKEN_STARTS", "Cut", "Stage", "implements", "make", "named_problem"]

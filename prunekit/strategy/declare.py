@@ -7,8 +7,8 @@ from typing import Any
 
 from prunekit.errors import PluginError
 from prunekit.registry import Entry
-from prunekit.spec.stage_keys import STAGE_KEYS
 from prunekit.strategy import decoder_requests
+from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import Sites
 from prunekit.strategy.tower_requests import ENCODER_KINDS
 

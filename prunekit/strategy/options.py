@@ -10,6 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prunekit.errors import PluginError, did_you_mean
 
+# Keys of a stage that no option can be named after.
+STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
+BUDGETS = ("keep", "keep_tokens", "keep_of")
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
