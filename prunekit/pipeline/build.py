@@ -18,7 +18,7 @@ from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import Registry
 from prunekit.spec import schema
-from prunekit.spec.stage_keys import Budget
+from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.decisions import ModelShape
 from prunekit.strategy.sites import Keep, Site
 

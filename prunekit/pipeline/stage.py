@@ -12,8 +12,8 @@ from prunekit import plugins
 from prunekit.errors import Fault, PluginError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
+from prunekit.spec.budget_keys import OPEN
 from prunekit.spec.schema import StageSpec
-from prunekit.spec.stage_keys import OPEN
 from prunekit.strategy import declare, options
 from prunekit.strategy import inputs as table
 from prunekit.strategy.declare import Declaration, implements
