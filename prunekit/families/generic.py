@@ -1,14 +1,12 @@
-"""A model of no known family: recognised by what it has, proved on a tiny twin before it prunes, or refused.
+"""A model of no known family: recognised by what it has, or refused with all that it lacks.
 
-There is no list of models here. What is missing is said; what is found is only believed after `prunekit.verify.proof`
-has run a shrunken copy of the model against the masked reference, once for each config.
+There is no list of models here. What looks right is only believed after `prunekit.verify.proof` has run a shrunken copy
+of the model against the masked reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,29 +17,6 @@ from prunekit.families.base import Modality, Parts
 from prunekit.families.decoders import decoder
 
 METHOD, VIDEO_METHOD = "get_image_features", "get_video_features"
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What only a running model shows: see `Parts.logical_until` and `Parts.token_kwargs`."""
-
-    logical_until: int = 0
-    token_kwargs: tuple[str, ...] = ()
-
-
-# Set while a twin is being proved, whose parts are then believed.
-TRIAL: ContextVar[Observed | None] = ContextVar("prunekit_trial", default=None)
-
-
-def parts(model: PreTrainedModel) -> Parts:
-    """The parts of a model of no known family, after its proof. Raises Unsupported with everything that is amiss."""
-    found = recognise(model)
-    observed = TRIAL.get()
-    if observed is None:
-        from prunekit.verify.proof import observed_and_proved
-
-        observed = observed_and_proved(model)
-    return replace(found, logical_until=observed.logical_until, token_kwargs=observed.token_kwargs)
 
 
 def recognise(model: PreTrainedModel) -> Parts:

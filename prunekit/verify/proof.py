@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunekit import families, upstream
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
-from prunekit.families.generic import TRIAL, Observed
+from prunekit.families.base import Parts
+from prunekit.pipeline.build import build
 from prunekit.testing.tiny_families import tiny_batch
-from prunekit.verify.equivalence import assert_equivalent
+from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import Frame, frame_of
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
@@ -39,6 +40,18 @@ CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "attention skipped": ({"use": "skip_layers", "layers": [2], "what": "attention"},),
     "MLP skipped": ({"use": "skip_layers", "layers": [2], "what": "mlp"},),
 }
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What only a running model shows: see `Parts.logical_until` and `Parts.token_kwargs`."""
+
+    logical_until: int = 0
+    token_kwargs: tuple[str, ...] = ()
+
+    def added_to(self, parts: Parts) -> Parts:
+        """The parts of a model that was only recognised, with what was observed."""
+        return replace(parts, logical_until=self.logical_until, token_kwargs=self.token_kwargs)
 
 
 @dataclass(frozen=True)
@@ -62,8 +75,16 @@ class Proof:
         return all(case.fault is None for case in self.cases)
 
 
-def observed_and_proved(model: PreTrainedModel) -> Observed:
-    """What was observed on the twin of `model`, once all cases hold. Raises Unsupported with those that do not."""
+def proved_parts(model: PreTrainedModel) -> Parts:
+    """The parts of `model`: as the file of its family says, or recognised, and then proved on its tiny twin.
+
+    Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with all that is amiss,
+    and for a version of transformers that lacks what prunekit needs.
+    """
+    upstream.verify()
+    parts = families.find(model)
+    if families.family_of(model) is not None:
+        return parts
     proof = prove(model.config)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
     if faults:
@@ -71,7 +92,7 @@ def observed_and_proved(model: PreTrainedModel) -> Observed:
             f"{type(model).__name__} has no family file; it was recognised, but its tiny twin is not pruned exactly: "
             f"{'; '.join(faults)}"
         )
-    return proof.observed
+    return proof.observed.added_to(parts)
 
 
 def prove(config: Any) -> Proof:
@@ -113,32 +134,27 @@ def _prove(key: _Key) -> Proof:
     except Exception as error:  # code that was never seen may fail in any way
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
-    with _trial(observed):
-        with Float64Throughout():
-            frame = frame_of(twin, inputs, STEPS + 1)
-        return Proof(observed, tuple(_run(name, twin, stages, inputs, frame) for name, stages in CASES.items()))
+    parts = families.find(twin)
+    if families.family_of(twin) is None:
+        parts = observed.added_to(parts)
+    with Float64Throughout():
+        frame = frame_of(twin, inputs, STEPS + 1)
+    return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, frame) for name, stages in CASES.items()))
 
 
-@contextmanager
-def _trial(observed: Observed) -> Iterator[None]:
-    token = TRIAL.set(observed)
-    try:
-        yield
-    finally:
-        TRIAL.reset(token)
-
-
-def _run(name: str, twin: Any, stages: tuple[dict[str, Any], ...], inputs: Mapping[str, Tensor], frame: Frame) -> Case:
-    pipeline = {"name": name.replace(" ", "-"), "stages": list(stages or [{"use": "random", "keep": 1.0}])}
+def _run(
+    name: str, twin: Any, parts: Parts, stages: tuple[dict[str, Any], ...], inputs: Mapping[str, Tensor], frame: Frame
+) -> Case:
+    data = {"name": name.replace(" ", "-"), "stages": list(stages or [{"use": "random", "keep": 1.0}])}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrunekitWarning)
-            found = assert_equivalent(twin, pipeline, inputs, steps=STEPS, atol=ALLOWED, frame=frame)
+            result = compared(twin, parts, build(data), inputs, STEPS, ALLOWED, frame=frame)
     except PrunekitError as error:
         return Case(name, None, f"{error}")
     except Exception as error:  # code that was never seen may fail in any way
         return Case(name, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return Case(name, found.error)
+    return Case(name, result.error)
 
 
 @torch.no_grad()
