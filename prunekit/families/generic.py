@@ -40,10 +40,10 @@ def recognise(model: PreTrainedModel) -> Parts:
             f"no family file for models of type '{live.config.model_type}' ({type(model).__name__}), and it was not "
             f"recognised as a plain LVLM: {'; '.join(missing)}. A family is one short file: docs/families.md"
         )
-    modalities = [Modality("image", METHOD, "pixel_values", (token,), _no_places)]
+    modalities = [Modality("image", METHOD, "pixel_values", (token,), _no_coords)]
     if callable(getattr(base, VIDEO_METHOD, None)):
         ids = (_token(live.config, "video") or token,)
-        modalities.append(Modality("video", VIDEO_METHOD, "pixel_values_videos", ids, _no_places))
+        modalities.append(Modality("video", VIDEO_METHOD, "pixel_values_videos", ids, _no_coords))
     return Parts(family=f"generic:{live.config.model_type}", base=base, modalities=tuple(modalities), **stack)
 
 
@@ -74,8 +74,8 @@ def _token(config: Any, kind: str) -> int | None:
     return None
 
 
-def _no_places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+def _no_coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
     raise Unsupported(
-        "where visual tokens are in their pictures is not known for a model without a family file; strategies that ask "
+        "where visual tokens are in their images is not known of a model without a family file; strategies that ask "
         "for `coords` or `frames` cannot run on it"
     )

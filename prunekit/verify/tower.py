@@ -119,9 +119,9 @@ def _both(mask: Tensor | None, columns: Tensor) -> Tensor:
 
 def _units(tower: Any, inputs: Mapping[str, Tensor], rows: int, patches: int) -> Tensor:
     """The patches of every visual token of the batch in the order of the prompts, int64 (V, p); -1 stands for none."""
-    if tower.units is None:
+    if tower.patch_groups is None:
         return torch.arange(rows * patches)[:, None]
-    return torch.cat(list(tower.units("image", inputs, rows, patches)))
+    return torch.cat(list(tower.patch_groups("image", inputs, rows, patches)))
 
 
 def _bias(event: StageEvent, units: Tensor, visual: Sequence[Tensor], patches: int) -> Tensor:

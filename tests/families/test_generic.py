@@ -109,7 +109,7 @@ def test_coordinates_are_refused() -> None:
     pool = {"name": "pool", "stages": [{"use": "pool", "keep": 0.25}]}
     inputs = tiny_batch(model, recipe=RECIPES["llava"])
     with (
-        pytest.raises(Unsupported, match="where visual tokens are in their pictures is not known"),
+        pytest.raises(Unsupported, match="where visual tokens are in their images is not known"),
         prunekit.apply(model, pool),
     ):
         model(**inputs)
