@@ -18,8 +18,8 @@ from prunekit.records import RunReport, StageEvent
 from prunekit.verify.oracle import MaskedReference, Merge
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.recorder import recorded
-from prunekit.verify.reported import Fates
-from prunekit.verify.stock import Frame
+from prunekit.verify.reported import TokenTables
+from prunekit.verify.stock import StockRun
 
 Merges = Callable[[RunReport], Mapping[int, Merge | Sequence[Tensor]]]
 
@@ -50,7 +50,7 @@ def compared(
     steps: int,
     atol: float,
     merges: Merges | None = None,
-    frame: Frame | None = None,
+    stock_run: StockRun | None = None,
     **options: Any,
 ) -> Equivalence:
     """As `prunekit.verify.equivalence.assert_equivalent`, on a model of these parts. Observers are told nothing."""
@@ -66,12 +66,12 @@ def compared(
             raise AssertionError("the run left no report")
         report = _of_prompts(run.report, beams)
         stated = merges(report) if merges else record.merges(run.report, beams)
-        reference = MaskedReference(model, inputs, report, stated, frame)
+        reference = MaskedReference(model, inputs, report, stated, stock_run)
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference.fates, output.past_key_values, steps)
+    _check_counts(report, reference.tables, output.past_key_values, steps)
     return Equivalence(report, output.sequences, logits, expected, error, output.past_key_values, stated)
 
 
@@ -125,10 +125,10 @@ def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: R
     return error
 
 
-def _check_counts(report: RunReport, fates: Fates, cache: Any, steps: int) -> None:
+def _check_counts(report: RunReport, tables: TokenTables, cache: Any, steps: int) -> None:
     """The report's counts follow from its decisions, and the cache holds what they say."""
     for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
-        said, expected = getattr(report, name), getattr(fates, name)()
+        said, expected = getattr(report, name), getattr(tables, name)()
         if said != expected:
             raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
     for number, layer in enumerate(cache.layers):
