@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunekit.engine.attach import apply
+    from prunekit.applying import apply
     from prunekit.errors import PrunekitError, PrunekitWarning, SpecError, Unsupported
     from prunekit.hookspecs import hookimpl
     from prunekit.pipeline.build import Pipeline
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "apply": ("engine.attach", "apply"),
+    "apply": ("applying", "apply"),
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline.build", "Pipeline"),
