@@ -19,6 +19,7 @@ import pluggy
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+    from os import PathLike
 
     from torch import Tensor
 
@@ -151,6 +152,13 @@ class HostHooks:
     @hookspec
     def prunekit_models(self) -> dict[str, str]:
         """Short model names: {"micro": "package.module:function"}; the function returns the path of a model folder."""
+        raise NotImplementedError
+
+    @hookspec
+    def prunekit_pipelines(self) -> dict[str, str | PathLike[str]]:
+        """Named pipelines: {"fastv-k2-r25": path of the YAML file}; `prunekit show fastv-k2-r25` then works anywhere.
+        The path is absolute, so that it does not depend on the working directory.
+        """
         raise NotImplementedError
 
     @hookspec
