@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prunekit.pipeline.build import Pipeline
     from prunekit.pipeline.build import build as load
     from prunekit.records import RunReport, StageEvent
-    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Owners, Route, Selection
     from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
     from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
     from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
@@ -32,7 +32,10 @@ _WHERE = {
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline.build", "Pipeline"),
-    **{name: ("strategy.decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
+    **{
+        name: ("strategy.decisions", name)
+        for name in ("LayerAction", "LayerPlan", "ModelShape", "Owners", "Route", "Selection")
+    },
     **{name: ("strategy.decoder_requests", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
     **{
         name: ("strategy.tower_requests", name)
@@ -45,9 +48,9 @@ _WHERE = {
 
 __all__ = [
     "ENCODER", "PREFILL_END", "EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features", "Keep",
-    "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline", "PromptTokens", "PrunekitError", "PrunekitWarning",
-    "Route", "Rows", "RunReport", "Selection", "Site", "Sites", "SpecError", "StageEvent", "Unsupported", "Values",
-    "apply", "hookimpl", "load",
+    "Keys", "LayerAction", "LayerPlan", "ModelShape", "Owners", "Pipeline", "PromptTokens", "PrunekitError",
+    "PrunekitWarning", "Route", "Rows", "RunReport", "Selection", "Site", "Sites", "SpecError", "StageEvent",
+    "Unsupported", "Values", "apply", "hookimpl", "load",
 ]  # fmt: skip
 
 
