@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prunekit.pipeline.build import build as load
     from prunekit.records import RunReport, StageEvent
     from prunekit.strategy.artefact import Artefact, CalibrationPrompt, read_artefact
-    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Owners, Route, Selection
     from prunekit.strategy.declare import strategy
     from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
     from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
@@ -34,7 +34,10 @@ _WHERE = {
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline.build", "Pipeline"),
-    **{name: ("strategy.decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
+    **{
+        name: ("strategy.decisions", name)
+        for name in ("LayerAction", "LayerPlan", "ModelShape", "Owners", "Route", "Selection")
+    },
     **{name: ("strategy.decoder_requests", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
     **{
         name: ("strategy.tower_requests", name)
@@ -49,7 +52,7 @@ _WHERE = {
 
 __all__ = [
     "ENCODER", "PREFILL_END", "Artefact", "CalibrationPrompt", "EncoderKeys", "EncoderQueries", "EncoderRows",
-    "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline",
+    "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Owners", "Pipeline",
     "PromptTokens", "PrunekitError", "PrunekitWarning", "Route", "Rows", "RunReport", "Selection", "Site", "Sites",
     "SpecError", "StageEvent", "Unsupported", "Values", "apply", "hookimpl", "load", "read_artefact", "strategy",
 ]  # fmt: skip
