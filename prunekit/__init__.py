@@ -11,10 +11,12 @@ torch.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunekit.applying import apply
+    from prunekit.apply import apply
     from prunekit.errors import PrunekitError, PrunekitWarning, SpecError, Unsupported
     from prunekit.hookspecs import hookimpl
     from prunekit.pipeline.build import Pipeline
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "apply": ("applying", "apply"),
+    "apply": ("apply", "apply"),
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline.build", "Pipeline"),
@@ -58,11 +60,21 @@ __all__ = [
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
-    module, attribute = _WHERE[name]
-    return getattr(importlib.import_module(f"prunekit.{module}"), attribute)
+class _Public(ModuleType):
+    """The package; its public names win over submodules of the same name (`apply.py`, `strategy/`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):  # importing a submodule binds it to its package
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
+        module, attribute = _WHERE[name]
+        return getattr(importlib.import_module(f"prunekit.{module}"), attribute)
+
+
+sys.modules[__name__].__class__ = _Public
 
 
 def __dir__() -> list[str]:
