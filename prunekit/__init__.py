@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from prunekit.pipeline.build import Pipeline
     from prunekit.pipeline.build import build as load
     from prunekit.records import RunReport, StageEvent
+    from prunekit.strategy.artefact import Artefact, CalibrationPrompt, read_artefact
     from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.declare import strategy
     from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
     from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
     from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
@@ -38,16 +40,18 @@ _WHERE = {
         name: ("strategy.tower_requests", name)
         for name in ("EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features")
     },
+    "strategy": ("strategy.declare", "strategy"),
+    **{name: ("strategy.artefact", name) for name in ("Artefact", "CalibrationPrompt", "read_artefact")},
     **{name: ("strategy.sites", name) for name in ("ENCODER", "PREFILL_END", "Keep", "Site", "Sites")},
     **{name: ("records", name) for name in ("RunReport", "StageEvent")},
     **{name: ("errors", name) for name in ("PrunekitError", "PrunekitWarning", "SpecError", "Unsupported")},
 }
 
 __all__ = [
-    "ENCODER", "PREFILL_END", "EncoderKeys", "EncoderQueries", "EncoderRows", "EncoderValues", "Features", "Keep",
-    "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline", "PromptTokens", "PrunekitError", "PrunekitWarning",
-    "Route", "Rows", "RunReport", "Selection", "Site", "Sites", "SpecError", "StageEvent", "Unsupported", "Values",
-    "apply", "hookimpl", "load",
+    "ENCODER", "PREFILL_END", "Artefact", "CalibrationPrompt", "EncoderKeys", "EncoderQueries", "EncoderRows",
+    "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline",
+    "PromptTokens", "PrunekitError", "PrunekitWarning", "Route", "Rows", "RunReport", "Selection", "Site", "Sites",
+    "SpecError", "StageEvent", "Unsupported", "Values", "apply", "hookimpl", "load", "read_artefact", "strategy",
 ]  # fmt: skip
 
 

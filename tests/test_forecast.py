@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, plugins
+from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, plugins, strategy
 from prunekit.pipeline import build
 from prunekit.pipeline.forecast import forecast
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -19,18 +19,16 @@ INPUTS = tiny_inputs(images=(1,), text=(10,))
 TEXT = INPUTS["input_ids"].shape[1] - 16
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites(end=True))
 class Early:
     """Keeps the first tokens, anywhere."""
-
-    sites = Sites(end=True)
 
     @hookimpl
     def score_tokens(self, valid: torch.Tensor) -> torch.Tensor:
         return -torch.arange(valid.shape[1]).expand(valid.shape).float()
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Late:
     """Routes: prefers late tokens and early layers."""
 
@@ -41,31 +39,31 @@ class Late:
         return Route(torch.arange(length).expand(rows, -1).float(), layers)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(keep="refused", keep_layers="refused")
 class Whole:
     """Plans by itself: leaves out layer 1."""
-
-    takes_keep = False
 
     @hookimpl
     def route(self, embeds: torch.Tensor) -> Route:
         return Route(plans=[LayerPlan({1: LayerAction.SKIP})] * len(embeds))
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Priced(Early):
     """Says what it costs."""
 
     each: int = 1
 
+    @hookimpl
     def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
         return self.each * (text + visual)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class PricedRouter(Late):
     """So does this router."""
 
+    @hookimpl
     def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
         return 1000 * (text + visual)
 

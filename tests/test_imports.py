@@ -26,7 +26,6 @@ ORDER = (
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # Edges that still go down.
 EXCEPTIONS = {
-    ("prunekit.strategy.declare", "prunekit.spec.stage_keys"),
     ("prunekit.families.generic", "prunekit.verify.proof"),
     ("prunekit.verify.proof", "prunekit.testing.tiny_families"),
     ("prunekit.verify.twin", "prunekit.testing"),
@@ -36,7 +35,7 @@ EXCEPTIONS = {
 }
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
-MAX_FILE, MAX_FUNCTION = 300, 45
+MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two
 
 
 @dataclass(frozen=True)

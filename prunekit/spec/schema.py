@@ -11,7 +11,8 @@ from typing import Any, Literal
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
 from prunekit.spec.compose import gather
 from prunekit.spec.places import Node
-from prunekit.spec.stage_keys import STAGE_KEYS, Budget, read_budget, read_keeps, read_layers, read_sites
+from prunekit.spec.stage_keys import Budget, read_budget, read_keeps, read_layers, read_sites
+from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site
 
 __all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]

@@ -12,8 +12,6 @@ from prunekit.errors import Fault, Where, did_you_mean
 from prunekit.spec.places import Node
 from prunekit.strategy.sites import Keep, Site
 
-STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
-BUDGETS = ("keep", "keep_tokens", "keep_of")
 DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
 ACCOUNTINGS = ("flops", "layer_mean", "kept_at_end", "kv_bytes")
 # What a stage keeps that is left open to the budget of the pipeline, until a model says how much that is.
