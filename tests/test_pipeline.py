@@ -352,7 +352,8 @@ class TestBind:
             (ENCODER, "score"), (Site(2), "attend"), (Site(5), "dropall"),
         ]  # fmt: skip
         assert dict(bound.plan.actions) == {0: LayerAction.SKIP, 4: LayerAction.SKIP_MLP}
-        assert (bound.pipeline, bound.shape) == (built, SHAPE)
+        assert (bound.name, bound.sha, bound.positions) == (built.name, built.sha, built.positions)
+        assert (bound.stages, bound.shape) == (built.stages, SHAPE)
         assert built.bind(dataclasses.replace(SHAPE, layers=32)).cuts[2].site == Site(16)
 
     @pytest.mark.parametrize(
