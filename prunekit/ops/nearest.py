@@ -16,8 +16,7 @@ def nearest_kept(similarity: Tensor, keep: Tensor, valid: Tensor | None = None) 
     dropped token joins the kept one that it is most similar to (ties: lower index), a kept one itself. -1 for padding,
     and for every token of a row that keeps none.
 
-    Source: VScan (Tencent/SelfEvolvingAgent@a82450e) and SparseVLM (https://arxiv.org/abs/2410.04417,
-    Gumpest/SparseVLMs@26a5f48) assign so.
+    Source: VScan (https://arxiv.org/abs/2505.22654, Tencent/SelfEvolvingAgent@a82450e).
     """
     keep = keep if valid is None else keep & valid
     nearest = sortable(similarity).masked_fill(~keep.unsqueeze(-2), -torch.inf).argmax(-1)
