@@ -27,11 +27,6 @@ LEVEL = {room: level for level, room in enumerate(ORDER)}
 # Edges that still go down.
 EXCEPTIONS = {
     ("prunekit.strategy.declare", "prunekit.spec.stage_keys"),
-    ("prunekit.verify.proof", "prunekit.testing.tiny_families"),
-    ("prunekit.verify.twin", "prunekit.testing"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_pictures"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_configs"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_families"),
 }
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
