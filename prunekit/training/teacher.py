@@ -171,7 +171,7 @@ class Teacher:
         visual = seen.visual[row]
         if not self.cuts_tokens or not bool(visual.any()):
             return visual.float()
-        numbers = [n for n, event in enumerate(report.events) if event.stage == self.stage.use]
+        numbers = [n for n, event in enumerate(report.events) if event.index == self.stage.index]
         before = report.events[numbers[0] - 1].kept[row] if numbers[0] else range(report.visual_tokens[row])
         alive = torch.tensor(list(before))
         stays = [torch.isin(alive, torch.tensor(report.events[n].kept[row], dtype=torch.int64)) for n in numbers]
