@@ -12,7 +12,9 @@ from hypothesis import settings
 
 # One thread: tiny tensors gain nothing from more, and results are the same on every machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# No hub is asked. `prunekit eval` sets these as well, whichever test is the first to call it.
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "TQDM_DISABLE"):
+    os.environ.setdefault(_name, "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The same examples on every machine, however busy it is.
