@@ -1,5 +1,7 @@
 """`prunekit micro card`: measure a checkpoint and write its card, or only write the card anew."""
 
+from __future__ import annotations
+
 import argparse
 import multiprocessing
 from collections.abc import Sequence
