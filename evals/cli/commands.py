@@ -69,7 +69,9 @@ def demo(namespace: argparse.Namespace) -> int:
 
 
 def load_all(sources: Sequence[str], overrides: Sequence[str], dense: bool) -> tuple[Pipeline, ...]:
-    """Every pipeline, dense first if wanted. Raises SpecError with all files' faults, InputError for namesakes."""
+    """Every pipeline once, dense first if wanted. Raises SpecError with all files' faults; InputError when there is
+    none, or for another pipeline that calls itself dense.
+    """
     found: list[Pipeline] = []
     faults: list[Fault] = []
     for source in sources:
@@ -80,15 +82,13 @@ def load_all(sources: Sequence[str], overrides: Sequence[str], dense: bool) -> t
     if faults:
         raise SpecError(faults)
     if dense and not any(all(stage.use == "dense" for stage in pipeline.stages) for pipeline in found):
+        if namesake := next((pipeline for pipeline in found if pipeline.name == DENSE["name"]), None):
+            raise InputError(
+                f"{namesake.source} is called '{namesake.name}', which is the name of the unpruned model beside it "
+                "(give it another `name`, or leave that model out by --no-dense)"
+            )
         found.insert(0, prunekit.load(DENSE))
     by_sha = {pipeline.sha: pipeline for pipeline in found}
-    by_name: dict[str, Pipeline] = {}
-    for pipeline in by_sha.values():
-        other = by_name.setdefault(pipeline.name, pipeline)
-        if other is not pipeline:
-            raise InputError(
-                f"two pipelines are called '{pipeline.name}': {other.source} and {pipeline.source} (rename one)"
-            )
     if not by_sha:
         raise InputError("nothing to evaluate: name a pipeline file, or leave --no-dense out")
     return tuple(by_sha.values())

@@ -1,8 +1,10 @@
 """The held-out benchmark, written in the schemas of the standard tasks for lmms-eval's own task files.
 
-``write(data_root)`` lays out ``data_root/lmms-lab-encoder/<dataset>/`` so that the unmodified tasks load it
-when datasets are looked up relative to ``data_root``. Scenes are disjoint from all that training saw.
+`write(data_root)` lays out `data_root/lmms-lab-encoder/<dataset>/` so that the unmodified tasks load it
+when datasets are looked up relative to `data_root`. Scenes are disjoint from all that training saw.
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
@@ -58,7 +60,7 @@ def _rng(shown: Scene) -> np.random.Generator:
 
 
 def _balanced(seeds: Iterator[int], family: str, count: int) -> list[Item]:
-    """``count`` questions, one a scene; no answer takes more than its even share (nouns: twice that)."""
+    """`count` questions, one a scene; no answer takes more than its even share (nouns: twice that)."""
     most = -(-count // ANSWER_CAPS.get(family, 4))
     given: Counter[str] = Counter()
     items: list[Item] = []
@@ -72,7 +74,7 @@ def _balanced(seeds: Iterator[int], family: str, count: int) -> list[Item]:
 
 
 def _shares(count: int, shares: dict[str, float]) -> dict[str, int]:
-    """Whole numbers that add up to ``count``; the first family takes what rounding leaves."""
+    """Whole numbers that add up to `count`; the first family takes what rounding leaves."""
     counts = {family: int(count * share) for family, share in shares.items()}
     counts[next(iter(counts))] += count - sum(counts.values())
     return counts
@@ -245,7 +247,7 @@ WRITERS = {
 
 
 def digest(count: int = SAMPLED) -> str:
-    """12 hex digits of the first ``count`` questions of each task with their pictures: of the content, not the code."""
+    """12 hex digits of the first `count` questions of each task with their pictures: of the content, not the code."""
     total = hashlib.sha256()
     for task in TASKS:
         for shown, question in ITEMS[task](count):
@@ -254,7 +256,7 @@ def digest(count: int = SAMPLED) -> str:
 
 
 def write(data_root: str | Path, questions_per_task: int = 600) -> None:
-    """Write every task's data set below ``data_root``; does nothing where the same version lies already."""
+    """Write every task's data set below `data_root`; does nothing where the same version lies already."""
     root = Path(data_root)
     stamp = root / STAMP
     wanted = json.dumps({"version": VERSION, "questions_per_task": questions_per_task, "tasks": TASKS}, indent=1)

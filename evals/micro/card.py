@@ -1,5 +1,7 @@
 """`prunekit micro card`: measure a checkpoint and write its card, or only write the card anew."""
 
+from __future__ import annotations
+
 import argparse
 import multiprocessing
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from prunekit_evals.micro import record
 from prunekit_evals.micro.benchmark import ITEMS, TASKS
 from prunekit_evals.micro.card_text import HEAD, TAIL
 from prunekit_evals.micro.record import Record
-from prunekit_evals.run.identity import model_identity
+
+from prunekit.loading import model_identity
 
 
 def _measured(model: Path, task: str, most: int) -> record.Measured:

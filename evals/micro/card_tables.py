@@ -1,5 +1,7 @@
 """The tables of the model card, from what was measured."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +64,7 @@ def families(record: Record) -> str:
 
 
 def _lines(part: Part, rows: Sequence[str], base: str, against: Part | None = None) -> list[list[str]]:
-    """For each row its mean, its paired difference to ``base`` and its tasks."""
+    """For each row its mean, its paired difference to `base` and its tasks."""
     lines = []
     for row in rows:
         each = [percent(part.share(row, task).value) for task in part.tasks]

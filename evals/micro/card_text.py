@@ -1,4 +1,4 @@
-"""The words of the model card; the tables between them are made by ``card.py`` from what was measured."""
+"""The words of the model card; the tables between them are made by `card.py` from what was measured."""
 
 HEAD = """---
 license: apache-2.0

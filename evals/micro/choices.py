@@ -1,5 +1,7 @@
 """Questions with four choices, without and with a context that says which thing is wanted."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Open questions about one fact of a scene (two for a relation), balanced so that a blind guess earns little."""
 
+from __future__ import annotations
+
 import numpy as np
 from prunekit_evals.micro.compose import Scene, Thing
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES, SIGNS, with_article

@@ -4,6 +4,8 @@
 stages 2 and 3, its test split is scored and reported apart.
 """
 
+from __future__ import annotations
+
 import functools
 import json
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ YES_NO = {"yes": "Yes", "no": "No"}
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """One picture, rescaled to uint8 ``[168, 168, 3]``, and all its questions."""
+    """One picture, rescaled to uint8 `[168, 168, 3]`, and all its questions."""
 
     image: np.ndarray
     questions: tuple[Question, ...]
@@ -36,7 +38,7 @@ def folder() -> Path:
 
 @functools.cache
 def questions(split: str) -> dict[int, tuple[Question, ...]]:
-    """Questions of ``train`` or ``test`` by picture; the family says what kind of answer is wanted."""
+    """Questions of `train` or `test` by picture; the family says what kind of answer is wanted."""
     found: dict[int, list[Question]] = {}
     for text, answer, image in json.loads((folder() / split / "questions.json").read_text()):
         family = "yes_no" if answer in YES_NO else "shape" if answer in ("circle", "rectangle", "triangle") else "color"

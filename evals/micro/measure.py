@@ -1,5 +1,7 @@
 """Measure a checkpoint on the held-out benchmark: tokens removed at the door and inside, layers skipped, controls."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -123,7 +125,7 @@ PARTS: dict[str, tuple[Measure, int]] = {  # the part and on how many questions 
 
 
 def measure(folder: Path, parts: Iterable[str] = PARTS, tasks: Iterable[str] = TASKS, most: int = QUESTIONS):
-    """``{part: {task: {row: [right, ...]}}}`` on at most ``most`` questions of each task."""
+    """`{part: {task: {row: [right, ...]}}}` on at most `most` questions of each task."""
     judge = Judge(folder)
     table: dict[str, dict[str, Rights]] = {}
     for task in tasks:

@@ -1,8 +1,10 @@
-"""What was measured, right or wrong question by question, kept beside the weights, in one line, as ``measured.jsonl``.
+"""What was measured, right or wrong question by question, kept beside the weights, in one line, as `measured.jsonl`.
 
-``{"families": {task: [family, ...]}, "models": {seed: identity}, "seeds": {seed: {part: {task: {row: rights}}}}}``,
-where ``rights`` is the number of questions and, in hexadecimal, one bit a question, the first question first.
+`{"families": {task: [family, ...]}, "models": {seed: identity}, "seeds": {seed: {part: {task: {row: rights}}}}}`,
+where `rights` is the number of questions and, in hexadecimal, one bit a question, the first question first.
 """
+
+from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -28,7 +30,7 @@ def unpacked(text: str) -> list[bool]:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of one seed's measurement: ``{task: {row: rights}}``."""
+    """One part of one seed's measurement: `{task: {row: rights}}`."""
 
     tasks: dict[str, dict[str, list[bool]]]
 
@@ -45,13 +47,13 @@ class Part:
         """Unweighted over tasks."""
         return sum(self.share(row, task).value for task in self.tasks) / len(self.tasks)
 
-    def cost(self, row: str, other: str, against: "Part | None" = None) -> Estimate:
-        """Mean over tasks of ``row`` minus ``other``, paired by question; ``against`` holds ``other`` if not this."""
+    def cost(self, row: str, other: str, against: Part | None = None) -> Estimate:
+        """Mean over tasks of `row` minus `other`, paired by question; `against` holds `other` if not this."""
         found = average([self.difference(row, other, task, against) for task in self.tasks])
         assert found is not None
         return found
 
-    def difference(self, row: str, other: str, task: str, against: "Part | None" = None) -> Estimate:
+    def difference(self, row: str, other: str, task: str, against: Part | None = None) -> Estimate:
         """The same on one task."""
         return _paired(task, self.right(row, task), (against or self).right(other, task))
 

@@ -22,10 +22,10 @@ from prunekit import families, upstream
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
-from prunekit.testing.tiny_families import tiny_batch
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
@@ -126,15 +126,15 @@ def _prove(key: _Key) -> Proof:
     finally:
         torch.random.set_rng_state(state)
     try:
-        recipe = recipe_for(twin)
-        inputs = tiny_batch(twin, rows_of(recipe), recipe=recipe)
+        parts = families.find(twin)
+        recipe = recipe_for(twin, parts)
+        inputs = tiny_batch(twin, recipe, rows_of(recipe))
         observed = _observe(twin, inputs)
     except PrunekitError:
         raise
     except Exception as error:  # code that was never seen may fail in any way
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
-    parts = families.find(twin)
     if families.family_of(twin) is None:
         parts = observed.added_to(parts)
     with Float64Throughout():

@@ -1,4 +1,6 @@
-"""Write a trained run as an ordinary checkpoint: ``python -m prunekit_evals.studies.micro.export --run runs/micro``."""
+"""Write a trained run as an ordinary checkpoint: `python -m prunekit_evals.studies.micro.export --run runs/micro`."""
+
+from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -46,7 +48,7 @@ def trained_model(run: Path) -> LlavaForConditionalGeneration:
 
 
 def export(run: Path, out: Path) -> None:
-    """Save model (float16), tokenizer, processor and generation settings into ``out``."""
+    """Save model (float16), tokenizer, processor and generation settings into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     model, parts = trained_model(run).to(torch.float16), processor()
     ids = parts.tokenizer

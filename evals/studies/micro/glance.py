@@ -2,11 +2,13 @@
 
 Large LVLMs are first trained on captions, whose first word needs the gist of the picture, which may be why their last
 prompt token attends to things in early layers. A model that learns from questions alone has no reason to look before it
-can name what it sees. So the state where an answer begins is paid for spelling, before layer ``EARLY``, the
+can name what it sees. So the state where an answer begins is paid for spelling, before layer `EARLY`, the
 names and colors of all things shown. Which tokens to attend to for that is not said. The pay fades to nothing, as that
 of the other scaffolds does. Questions, drops and the other losses are those of the end of stage 2, and the rate begins
 anew.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -27,14 +29,14 @@ EARLY = 2
 
 @dataclass(frozen=True)
 class Gist:
-    """What scenes show, as shares that sum to one: names ``[B, 56]``, colors ``[B, 6]``."""
+    """What scenes show, as shares that sum to one: names `[B, 56]`, colors `[B, 6]`."""
 
     names: Tensor
     colors: Tensor
 
     @classmethod
-    def of(cls, scenes: list[Scene]) -> "Gist":
-        """Of ``B`` scenes; what is shown twice, as a color of two things, counts once."""
+    def of(cls, scenes: list[Scene]) -> Gist:
+        """Of `B` scenes; what is shown twice, as a color of two things, counts once."""
         names, colors = torch.zeros(len(scenes), len(NAMES)), torch.zeros(len(scenes), len(COLOR_NAMES))
         for row, one in enumerate(scenes):
             names[row, [NAMES.index(t.noun) for t in one.things]] = 1.0
@@ -42,7 +44,7 @@ class Gist:
         return cls(F.normalize(names, p=1), F.normalize(colors, p=1))
 
     def loss(self, states: Tensor, begins: Tensor, vectors: Tensor) -> Tensor:
-        """Cross entropies of what ``states [B, S, H]`` spell at ``begins`` (bool ``[B, S]``) in ``word_vectors``."""
+        """Cross entropies of what `states [B, S, H]` spell at `begins` (bool `[B, S]`) in `word_vectors`."""
         spelled = F.normalize(states[begins].float(), dim=-1) @ vectors.T * SHARPNESS
         names, colors, *_ = spelled.split(SIZES, -1)
         scene = begins.nonzero()[:, 0]
@@ -50,7 +52,7 @@ class Gist:
 
 
 def begins(labels: Tensor) -> Tensor:
-    """The last token of each prompt, which predicts the first of its answer: bool like ``labels [B, S]``."""
+    """The last token of each prompt, which predicts the first of its answer: bool like `labels [B, S]`."""
     answer = labels != IGNORE
     return answer & ~F.pad(answer, (1, 0))[:, :-1]
 
@@ -64,7 +66,7 @@ class Glance(Read):
         return 1.0
 
     def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
-        """Nothing where tokens are gone, or layer ``EARLY - 1``: the gist may be out of reach."""
+        """Nothing where tokens are gone, or layer `EARLY - 1`: the gist may be out of reach."""
         asked = self.asked(packed)
         if EARLY not in asked or cut.keep.shape[1] < TOKENS:
             return {}

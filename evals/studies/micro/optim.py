@@ -1,5 +1,7 @@
 """AdamW over float32 masters while the model computes in bfloat16, averaged over processes."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +38,7 @@ class Masters:
     def step(self, lr: float, pace: float = 1.0, clip: float = 1.0) -> float:
         """Average the gradients over processes, clip, step, refresh the working copies; returns the norm.
 
-        The ``slow`` parameters take ``pace`` times the rate.
+        The `slow` parameters take `pace` times the rate.
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.working]
         torch.cat([g.float().reshape(-1) for g in grads], out=self.flat)

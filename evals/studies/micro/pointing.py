@@ -8,8 +8,10 @@ Left to find by itself that the word "dog" should look at the dog, an earlier de
   picture to the tokens before the picture;
 - layer 5: in questions of several hops, from a name to the other things of its color.
 
-The pay fades to nothing, as that of ``spelling`` does.
+The pay fades to nothing, as that of `spelling` does.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -44,7 +46,7 @@ class Words:
         self.sides = single_tokens(tokenizer, SIDES)
 
     def about(self, ids: np.ndarray, shown: Scene, names: bool = True) -> np.ndarray:
-        """Which things each token names: bool ``[len(ids), len(things)]``; a place is "top left" in full."""
+        """Which things each token names: bool `[len(ids), len(things)]`; a place is "top left" in full."""
         named = np.zeros((len(ids), len(shown.things)), bool)
         before = np.concatenate([[-1], ids[:-1]])
         for i, thing in enumerate(shown.things):
@@ -58,8 +60,8 @@ class Words:
 
 @dataclass(frozen=True)
 class Aim:
-    """Question tokens that are paid, int64 ``[N, 2]`` (scene, place in the row), and where they should look among
-    the prefix, bool ``[N, lead + K]``."""
+    """Question tokens that are paid, int64 `[N, 2]` (scene, place in the row), and where they should look among
+    the prefix, bool `[N, lead + K]`."""
 
     at: Tensor
     columns: Tensor
@@ -95,13 +97,13 @@ class Pointing:
 
 
 def _hopped(packed: Packed) -> np.ndarray:
-    """Which tokens belong to a question of several hops: bool ``[B, S]``."""
+    """Which tokens belong to a question of several hops: bool `[B, S]`."""
     lengths = [length for count, length in packed.groups for _ in range(count)]
     return np.stack([np.repeat([f in HOPPED for f in families], lengths) for families in packed.families])
 
 
 def _columns(words: Words, shown: Scene, ids: np.ndarray, kept: np.ndarray, hopped: np.ndarray, lead: int):
-    """For each kind, where each token should look: bool ``[S, lead + K]``; nowhere: it is not paid."""
+    """For each kind, where each token should look: bool `[S, lead + K]`; nowhere: it is not paid."""
     owner = patch_owner(shown)[kept]
     patches = np.stack([owner == i for i in range(len(shown.things))]).astype(np.int64)
     named = words.about(ids, shown)

@@ -1,5 +1,7 @@
 """Stage 2, read: the decoder learns to answer from the picture, also when tokens or a layer are gone."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,13 +55,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str
 
 @dataclass(frozen=True)
 class Cut:
-    """Which visual tokens are left, sorted int64 ``[B, K]``, from decoder layer ``layer`` on (0: at the door)."""
+    """Which visual tokens are left, sorted int64 `[B, K]`, from decoder layer `layer` on (0: at the door)."""
 
     layer: int
     keep: Tensor
 
     def hidden(self, lead: int) -> Tensor:
-        """Bool ``[B, lead + 144]``: the visual tokens of a whole prefix that are not kept."""
+        """Bool `[B, lead + 144]`: the visual tokens of a whole prefix that are not kept."""
         hidden = torch.ones(len(self.keep), lead + TOKENS, dtype=torch.bool)
         hidden[:, :lead] = False
         return hidden.scatter(1, self.keep + lead, False)
@@ -71,10 +73,10 @@ def everything(batch: int) -> Cut:
 
 def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: Cut, packer: Packer,
                   packed: Packed, **kwargs: object) -> Tensor:  # fmt: skip
-    """Last hidden states of all question rows, ``[B, sum(count * length), H]``.
+    """Last hidden states of all question rows, `[B, sum(count * length), H]`.
 
-    ``features`` are the projected patches ``[B, 144, H]``; kept ones stay at their original positions.
-    ``kwargs`` go to the attention.
+    `features` are the projected patches `[B, 144, H]`; kept ones stay at their original positions.
+    `kwargs` go to the attention.
     """
     B, lead = len(features), len(packer.prefix)
     keep = left.keep
@@ -94,7 +96,7 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: 
 
 
 class Read:
-    """Everything learns; the losses of stage 1 fade out. ``recorded``: the first layer whose input is kept."""
+    """Everything learns; the losses of stage 1 fade out. `recorded`: the first layer whose input is kept."""
 
     scenes, recorded = 8, SEEING
 
@@ -121,7 +123,7 @@ class Read:
         return SLOW
 
     def age(self, progress: float) -> float:
-        """How far it is, 0 to 1, with what it asks, drops and leaves out; the rate follows ``progress`` itself."""
+        """How far it is, 0 to 1, with what it asks, drops and leaves out; the rate follows `progress` itself."""
         return progress
 
     def features(self, images: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class Read:
         return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed, progress)
 
     def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
-        """What is paid for besides answers as long as there is a scaffold, by name; ``pointing`` has watched."""
+        """What is paid for besides answers as long as there is a scaffold, by name; `pointing` has watched."""
         if pointing is None:
             return {}
         spelled = spelling.spelling_loss(
@@ -178,7 +180,7 @@ class Read:
         return {"pointing": pointing.loss(), "spelled": spelled}
 
     def asked(self, packed: Packed) -> dict[int, Tensor]:
-        """The states of the questions, ``[B, S, H]``, before each recorded layer."""
+        """The states of the questions, `[B, S, H]`, before each recorded layer."""
         return {n: s[:, -packed.ids.shape[1] :] for n, s in self.recorder.states.items()}
 
     def _with_seeing(
@@ -216,7 +218,7 @@ class Read:
     def _answers(
         self, features: Tensor, cut: Cut, packed: Packed, watch: attention.Watcher | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits ``[A, vocabulary]`` and targets ``[A]`` of all answer tokens, and where they stand."""
+        """Logits `[A, vocabulary]` and targets `[A]` of all answer tokens, and where they stand."""
         states = answer_states(self.model, features, cut, self.packer, packed, watch=watch)
         at = packed.labels != IGNORE
         return self.model.lm_head(states[at]), packed.labels[at], at

@@ -3,6 +3,8 @@
 The losses also stay on, at a smaller weight, in the later stages: patches are plentiful supervision.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,14 +24,14 @@ SIZES = (len(NAMES), len(COLOR_NAMES), len(SIDES), len(HEIGHTS))
 
 @dataclass(frozen=True)
 class Shown:
-    """What the patches show: name and color int64 ``[B, 144]`` (``len(NAMES)``: nothing), names present ``[B, 56]``."""
+    """What the patches show: name and color int64 `[B, 144]` (`len(NAMES)`: nothing), names present `[B, 56]`."""
 
     name: Tensor
     color: Tensor
     present: Tensor
 
-    def kept(self, keep: Tensor) -> "Shown":
-        """Of the patches ``keep``, int64 ``[B, K]``."""
+    def kept(self, keep: Tensor) -> Shown:
+        """Of the patches `keep`, int64 `[B, K]`."""
         return Shown(self.name.gather(1, keep), self.color.gather(1, keep), self.present)
 
 
@@ -61,7 +63,7 @@ class SeeLoss(nn.Module):
         return ((states @ self.words.T.to(states.dtype)).float() * SHARPNESS).split(SIZES, -1)
 
     def early(self, emitted: Tensor, about: Shown) -> tuple[Tensor, dict[str, float]]:
-        """What the projector must emit: color and place. ``emitted`` are all patches, ``[B, 144, H]``."""
+        """What the projector must emit: color and place. `emitted` are all patches, `[B, 144, H]`."""
         _, color, side, height = self._spelled(emitted)
         there = about.name < len(NAMES)
         loss = F.cross_entropy(color[there], about.color[there])
@@ -71,7 +73,7 @@ class SeeLoss(nn.Module):
         return loss, {"color": right}
 
     def late(self, states: Tensor, about: Shown, keep: Tensor, settle: float) -> tuple[Tensor, dict[str, float]]:
-        """What the visual states ``[B, K, H]`` of the patches ``keep`` must spell before decoder layer ``SEEING``."""
+        """What the visual states `[B, K, H]` of the patches `keep` must spell before decoder layer `SEEING`."""
         parts = self._spelled(states)
         about = about.kept(keep)
         name = F.pad(parts[0], (0, 1), value=BACKGROUND)
@@ -88,7 +90,7 @@ class SeeLoss(nn.Module):
         return loss, metrics
 
     def _distance(self, states: Tensor, about: Shown, keep: Tensor, there: Tensor) -> Tensor:
-        """Squared distances ``[B, K]`` of the states to the plain sum of the word vectors they should spell.
+        """Squared distances `[B, K]` of the states to the plain sum of the word vectors they should spell.
 
         The softmax losses leave the length and the unused directions free; left alone they grow to several
         times the words' own length, and the later layers would have to find the words in that noise.
@@ -112,13 +114,13 @@ class SeeLoss(nn.Module):
         return torch.stack([(self._distance(s, about, keep, there) + 1e-3).sqrt().mean() for s in states]).mean()
 
     def summary(self, features: Tensor, pooled: Tensor, about: Shown) -> Tensor:
-        """Names present, from the CLS token in the features' layer ``[B, 128]`` and after the last."""
+        """Names present, from the CLS token in the features' layer `[B, 128]` and after the last."""
         logits = [head(cls.float()) for head, cls in zip(self.heads, (features, pooled), strict=True)]
         return sum((F.binary_cross_entropy_with_logits(x, about.present) for x in logits), torch.zeros(()))
 
 
 class Recorder:
-    """Keeps the states ``[B, S, H]`` before every decoder layer from ``first`` on, by layer, of the latest forward."""
+    """Keeps the states `[B, S, H]` before every decoder layer from `first` on, by layer, of the latest forward."""
 
     def __init__(self, model: LlavaForConditionalGeneration, first: int = SEEING) -> None:
         self.states: dict[int, Tensor] = {}
@@ -130,7 +132,7 @@ class Recorder:
         self.states[number] = out if isinstance(out, Tensor) else out[0]
 
     def visual(self, lead: int, count: int) -> list[Tensor]:
-        """The visual tokens' states before layer ``SEEING`` and the later ones; what was recorded is forgotten."""
+        """The visual tokens' states before layer `SEEING` and the later ones; what was recorded is forgotten."""
         found = [self.states[n][:, lead : lead + count] for n in sorted(self.states) if n >= SEEING]
         self.states = {}
         return found

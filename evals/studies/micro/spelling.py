@@ -6,6 +6,8 @@ is paid for spelling the color and place of what it names before layer 5, and, i
 the other thing of its color before layer 7, with its place where that is asked for.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,13 +26,13 @@ FACTS, HOPS = 5, 7  # before these layers
 
 
 def families(packed: Packed) -> np.ndarray:
-    """The family of the question that each token belongs to, ``[B, S]``."""
+    """The family of the question that each token belongs to, `[B, S]`."""
     lengths = [length for count, length in packed.groups for _ in range(count)]
     return np.stack([np.repeat(names, lengths) for names in packed.families])
 
 
 def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tensor]:
-    """For every token and kind the class to spell, int64 ``[B, S]``, or ``NOTHING``."""
+    """For every token and kind the class to spell, int64 `[B, S]`, or `NOTHING`."""
     ids, asked = packed.ids.numpy(), families(packed)
     found = {kind: np.full(ids.shape, NOTHING) for kind in ("color", "side", "height", "other", "there", "level")}
     for b, shown in enumerate(scenes):
@@ -54,7 +56,7 @@ def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tens
 
 
 def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, Tensor]) -> Tensor:
-    """``states`` of the questions by layer, ``[B, S, H]``; ``vectors`` as of ``word_vectors``."""
+    """`states` of the questions by layer, `[B, S, H]`; `vectors` as of `word_vectors`."""
     losses = []
     for layer, kinds in ((FACTS, ("color", "side", "height")), (HOPS, ("other", "there", "level"))):
         if layer not in states:

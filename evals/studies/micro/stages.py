@@ -1,5 +1,7 @@
 """What the training stages train, on what, and how they are watched."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol

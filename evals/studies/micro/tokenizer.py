@@ -1,5 +1,7 @@
 """The tokenizer: byte-level BPE, so that no text is ever unknown, with the scenes' words as single tokens."""
 
+from __future__ import annotations
+
 import random
 
 import numpy as np
