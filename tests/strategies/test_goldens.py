@@ -39,7 +39,7 @@ def ask(stage, hook, **given):
 def test_fastv(case, dtype):
     """The drawn map, reduced as the strategy declares it, through its own score and the default selection."""
     stage, params = stage_of("fastv"), case["params"]
-    rows = stage.strategy.inputs["attention"]
+    rows = stage.inputs["attention"]
     assert (rows.layer, rows.queries, rows.heads) == ("previous", "last", "mean")
     maps = drawn(case, dtype)["attention"]
     start, visual = params["image_start"], params["visual_tokens"]
@@ -60,7 +60,7 @@ def test_fastv(case, dtype):
 def test_divprune(case, dtype):
     """The drawn features through the strategy's hook; it is asked one sample at a time."""
     stage = stage_of("divprune")
-    assert stage.strategy.per_sample
+    assert stage.per_sample
     tokens = drawn(case, dtype)["tokens"]
     valid = torch.ones(len(tokens), dtype=torch.bool)
     keep = ask(stage, "select_tokens", hidden=tokens, valid=valid, count=case["expected"]["count"], seed=0, state={})
