@@ -16,11 +16,12 @@ from prunekit_evals.lmms.tasks import Built, Data, Named
 from prunekit_evals.run import results
 from prunekit_evals.run.answering import Loaded, Tally, device_type
 from prunekit_evals.run.generation import HonorUntil
-from prunekit_evals.run.identity import code_identity, model_identity, versions
+from prunekit_evals.run.identity import code_identity, versions
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 
 from prunekit import loading
 from prunekit.errors import InputError
+from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 from prunekit.strategy.decisions import ModelShape
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from prunekit_evals.run.generation import Decoding
-from prunekit_evals.run.identity import model_identity
 from prunekit_evals.run.journal import Answer, Facts
 from prunekit_evals.run.prompts import Prompt
 
 import prunekit
 from prunekit import loading
 from prunekit.errors import InputError
+from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Answer the prompt. What can be checked without the weights is checked before they are loaded."""
     from prunekit import loading
-    from prunekit.engine.attach import apply
+    from prunekit.apply import apply
     from prunekit.errors import InputError
     from prunekit.pipeline.build import build
 

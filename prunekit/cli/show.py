@@ -153,7 +153,7 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
         "family": shape.family,
         "layers": shape.layers,
         "visual_tokens": shape.visual_tokens,
-        "positions": bound.pipeline.positions,
+        "positions": bound.positions,
         "cuts": [_cut_data(cut) for cut in bound.cuts],
         "routers": [_router_data(router, bound) for router in bound.routers],
         "plan": plan_data(bound.plan),

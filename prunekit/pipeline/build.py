@@ -18,7 +18,7 @@ from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
-from prunekit.spec.stage_keys import Budget
+from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.decisions import ModelShape
 from prunekit.strategy.sites import Keep, Site
 
@@ -58,7 +58,7 @@ class Pipeline:
         faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
         if faults:
             raise SpecError(_sorted(faults))
-        bound = BoundPipeline(self, shape, placed, plan, protected)
+        bound = BoundPipeline(self.name, self.sha, self.positions, self.stages, shape, placed, plan, protected)
         return bound if self.budget is None else budget.solved(bound, self.budget)
 
     def __str__(self) -> str:

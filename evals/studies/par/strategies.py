@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from prunekit import ModelShape, Route, Rows, Site, Sites, hookimpl, plugins
+from prunekit import ModelShape, Route, Rows, Site, Sites, hookimpl, plugins, strategy
 from prunekit.registry import Registry
 
 
@@ -15,7 +13,11 @@ def _generator(seed: int, drawn: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed + 1_000_003 * drawn) % 2**63)
 
 
-@dataclass(frozen=True)
+@strategy(
+    sites=Sites(default=Site(2), encoder=False, lowest=1),
+    inputs={"attention": Rows(layer="previous", queries="last", heads="mean")},
+    per_sample=True,
+)
 class NoisyAttention:
     """Visual tokens that the last prompt token attends to most, after noise on the logarithm of its attention.
 
@@ -26,10 +28,6 @@ class NoisyAttention:
     seed: int = 0
     std: float = 1.0
 
-    sites = Sites(default=Site(2), encoder=False, lowest=1)
-    inputs = {"attention": Rows(layer="previous", queries="last", heads="mean")}
-    per_sample = True
-
     @hookimpl
     def score_tokens(self, attention: Tensor, seed: int) -> Tensor:
         """Log attention and noise, float (V,)."""
@@ -37,16 +35,14 @@ class NoisyAttention:
         return attention.clamp(min=1e-30).log() + noise.to(attention)
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(default=Site(2)), per_sample=True)
 class Chance:
     """A router that knows nothing: uniform scores of tokens and layers. seed: another seed, another draw."""
 
     seed: int = 0
     protect: tuple[int, ...] = (0, 1, -1)
 
-    sites = Sites(default=Site(2))
-    per_sample = True
-
+    @hookimpl
     def protected_layers(self, shape: ModelShape) -> frozenset[int]:
         """Layers that run for every sample, as with PAR."""
         return frozenset(layer % shape.layers for layer in self.protect)

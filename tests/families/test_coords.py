@@ -1,4 +1,4 @@
-"""Where visual tokens are in their pictures, against the pixels that a token really depends on.
+"""Where visual tokens are in their images and videos, against the pixels that a token really depends on.
 
 With the attention of the tower silenced, a visual token depends on a few patches of one crop, and on nothing else. Its
 gradient shows which, whatever the model does between tower and decoder: dropping CLS, shuffling, pooling, unpadding.
@@ -57,7 +57,7 @@ def _patches(token: Tensor, pixels: Tensor) -> Tensor:
 
 
 def places(model: Any, kind: str, inputs: dict[str, Tensor], counts: list[int]) -> list[Tensor]:
-    return modality(model, kind).places(inputs, counts)
+    return modality(model, kind).coords(inputs, counts)
 
 
 def check(found: Tensor, seen: list[Tensor], first: int) -> None:

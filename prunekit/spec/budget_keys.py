@@ -1,4 +1,4 @@
-"""Reads the keys that every stage may have: where it acts and how much it leaves. `spec` reads the rest."""
+"""Reads the keys that say how much stays: the budget of a pipeline, and the `keep` keys of its stages."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from typing import Any, Literal, cast
 
 from prunekit.errors import Fault, Where, did_you_mean
 from prunekit.spec.places import Node
-from prunekit.strategy.sites import Keep, Site
+from prunekit.strategy.sites import Keep
 
-STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
-BUDGETS = ("keep", "keep_tokens", "keep_of")
 DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
 ACCOUNTINGS = ("flops", "layer_mean", "kept_at_end", "kv_bytes")
 # What a stage keeps that is left open to the budget of the pipeline, until a model says how much that is.
 OPEN = Keep(1.0, of="current")
-SITES = ("encoder", "prefill_end", "pixels")
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Budget:
     """What the stages that are left open may keep, so that the whole pipeline costs `fraction` of the dense model.
 
     of: what is counted, one of `ACCOUNTINGS`. text_tokens: of the prompt that it is for, beside its visual ones.
-    visual_tokens: of that prompt; None takes those of one picture. places: of the keys in the file.
+    visual_tokens: of that prompt; None takes those of one image. places: of the keys in the file.
     """
 
     of: str
@@ -49,16 +46,16 @@ def read_budget(node: Node | None, faults: list[Fault]) -> Budget | None:
         faults.append(Fault(node.where, "budget", f"must be a mapping, not {node}", "such as {flops: 0.46}"))
         return None
     before = len(faults)
-    known = (*ACCOUNTINGS, "text_tokens", "visual_tokens")
+    names = (*ACCOUNTINGS, "text_tokens", "visual_tokens")
     for key, value in node.data.items():
-        if key not in known:
-            hint = f"{did_you_mean(key, known)}known keys: {', '.join(known)}"
+        if key not in names:
+            hint = f"{did_you_mean(key, names)}known keys: {', '.join(names)}"
             faults.append(Fault(value.key, f"budget.{key}", "unknown key", hint))
-    given = [key for key in ACCOUNTINGS if key in node.data]
-    if len(given) != 1:
-        told = f"names {len(given)} accountings" if given else "names no accounting"
+    accountings = [key for key in ACCOUNTINGS if key in node.data]
+    if len(accountings) != 1:
+        told = f"names {len(accountings)} accountings" if accountings else "names no accounting"
         faults.append(Fault(node.where, "budget", told, f"write one of {', '.join(ACCOUNTINGS)}"))
-    for key in given:
+    for key in accountings:
         _fraction(node.data[key], f"budget.{key}", "original", faults)
     for key in ("text_tokens", "visual_tokens"):
         if (one := node.data.get(key)) is not None and not (_is(one, int) and cast("int", one.data) >= 1):
@@ -68,30 +65,7 @@ def read_budget(node: Node | None, faults: list[Fault]) -> Budget | None:
     plain = {key: value.data for key, value in node.data.items()}
     places = {"": node.where, **{key: value.where for key, value in node.data.items()}}
     text, visual = cast("int", plain.get("text_tokens", 64)), cast("int | None", plain.get("visual_tokens"))
-    return Budget(given[0], float(cast("float", plain[given[0]])), text, visual, places)
-
-
-def read_sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:
-    """The sites of `at`, one or a list in the order in which the data passes them; None when there are none to read."""
-    if node is None:
-        return None
-    if not isinstance(node.data, list):
-        site = _site(node, key, faults)
-        return None if site is None else (site,)
-    if not node.data:
-        faults.append(Fault(node.where, key, "is empty", "name at least one site, such as 2"))
-        return None
-    sites = [_site(one, f"{key}[{index}]", faults) for index, one in enumerate(node.data)]
-    good = tuple(site for site in sites if site is not None)
-    if len(good) < len(sites):
-        return None
-    for index, (before, site) in enumerate(itertools.pairwise(good), start=1):
-        if site <= before:
-            message = f"'{site}' stands after '{before}'" if site < before else f"'{site}' stands here twice"
-            place = node.data[index].where
-            faults.append(Fault(place, f"{key}[{index}]", message, "list sites in the order of the data, each once"))
-            return None
-    return good
+    return Budget(accountings[0], float(cast("float", plain[accountings[0]])), text, visual, places)
 
 
 def read_keeps(
@@ -112,12 +86,12 @@ def read_keeps(
     if of and not fraction:
         faults.append(Fault(of.key, f"{path}.keep_of", "says what `keep` is a fraction of, but there is no `keep`"))
     base: Literal["original", "current"] = "current" if of and of.data == "current" else "original"
-    found = None
+    keeps = None
     # Both are read, so that the faults of both are told.
     for key, node, read in (("keep", fraction, _fraction), ("keep_tokens", tokens, _tokens)):
         if node is not None:
-            found = _aligned(node, f"{path}.{key}", base, read, sites, faults)
-    return found
+            keeps = _aligned(node, f"{path}.{key}", base, read, sites, faults)
+    return keeps
 
 
 def read_layers(node: Node | None, key: str, faults: list[Fault]) -> Keep | None:
@@ -132,22 +106,6 @@ def read_layers(node: Node | None, key: str, faults: list[Fault]) -> Keep | None
     hint = "a model without any layer is none" if node.data == 0 and _is(node, (int, float)) else ""
     faults.append(Fault(node.where, key, message, hint))
     return None
-
-
-def _site(node: Node, key: str, faults: list[Fault]) -> Site | None:
-    if isinstance(node.data, list | dict) or node.data is None:
-        faults.append(Fault(node.where, key, f"must be a site, not {node}", "such as encoder, 2 or 2.after"))
-        return None
-    data = node.data
-    if isinstance(data, float):
-        faults.append(Fault(node.where, key, f"{node} is not a site", "layers are whole numbers, such as 2"))
-        return None
-    try:
-        return Site.parse(data)
-    except ValueError as error:
-        near = did_you_mean(str(data), SITES).strip()
-        faults.append(Fault(node.where, key, str(error), near))
-        return None
 
 
 def _aligned(
