@@ -1,4 +1,4 @@
-"""Calibration: artefacts are written from what a frozen model does, read back whole, and refused where they do not fit."""
+"""Calibration: artefacts follow from what a frozen model does, and are refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class TestRefusals:
             (lambda text: "{", "is no calibration artefact: "),
             (lambda text: "[1]", "is no calibration artefact (write one with `prunekit calibrate`"),
             (lambda text: text.replace('"vtw"', '"fastv"'), "is a calibration of 'fastv' (write one"),
-            (lambda text: text.replace('"prompts": 3', '"prompts": 4'), "was changed since it was written: its digest is"),
+            (lambda text: text.replace('"prompts": 3', '"prompts": 4'), "was changed since it was written: its"),
         ],
     )  # fmt: skip
     def test_files_that_are_no_artefact(self, written, tmp_path, change, said):
@@ -141,7 +141,7 @@ class TestRefusals:
         other = dataclasses.replace(loading.load_shape("micro"), layers=12)
         for stage in ({"use": "vtw", "eta": 9.0}, SHORT):
             path = written / f"{stage['use']}.json"
-            with pytest.raises(SpecError, match="it is of a model with family llava, layers 8, hidden 128; this one has"):
+            with pytest.raises(SpecError, match="of a model with family llava, layers 8, hidden 128; this one has"):
                 build({"stages": [{**stage, "calibration": str(path)}]}).bind(other)
 
     def test_no_layer_is_good_enough(self, written):
@@ -200,6 +200,7 @@ def test_an_artefact_is_one_json_file(tmp_path):
 
 
 def test_the_command_says_what_to_do_next(written, tmp_path, capsys):
-    assert main.main(["calibrate", "vtw-half", "--model", "micro", "--data", "micro-scenes", "--out", str(tmp_path)]) == 2
+    arguments = ["calibrate", "vtw-half", "--model", "micro", "--data", "micro-scenes", "--out", str(tmp_path)]
+    assert main.main(arguments) == 2
     assert "is a folder (name a file, such as" in capsys.readouterr().err
     assert plugins.registry().strategy_entry("shortgpt").summary
