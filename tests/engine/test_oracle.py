@@ -35,7 +35,7 @@ def decided(batch, *events, plans=None, positions="keep"):
     counts = tuple(int((row == IMAGE).sum()) for row in batch["input_ids"])
     entered, records = counts, []
     for site, kept, *more in events:
-        records.append(StageEvent("by hand", site, entered, kept, **(more[0] if more else {})))
+        records.append(StageEvent("by hand", len(records), site, entered, kept, **(more[0] if more else {})))
         entered = tuple(map(len, kept))
     ones = (1,) * len(counts)
     return RunReport(

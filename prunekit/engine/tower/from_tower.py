@@ -11,8 +11,8 @@ from prunekit.engine.tower.notes import encoder_input, per_row
 from prunekit.strategy.tower_requests import EncoderSpec, encoder_declarations, resolved
 
 if TYPE_CHECKING:
-    from prunekit.engine.decoder.session import Session
     from prunekit.engine.prompt.prompt import Prompt
+    from prunekit.families.base import Parts
     from prunekit.pipeline.stage import Cut
 
 
@@ -20,14 +20,15 @@ class FromTower:
     """A part of `View`: what was noted while the pictures of the prompt were encoded."""
 
     if TYPE_CHECKING:
-        session: Session
         place: Cut
 
         @property
+        def parts(self) -> Parts: ...
+        @property
         def prompt(self) -> Prompt: ...
-        @cached_property
+        @property
         def ordinals(self) -> Tensor: ...
-        @cached_property
+        @property
         def valid(self) -> Tensor: ...
 
     @cached_property
@@ -50,7 +51,7 @@ class FromTower:
     def features(self) -> Any:
         return self._noted("features")
 
-    @cached_property
+    @property
     def extras(self) -> Tensor:
         return per_row(self.prompt, None)
 
@@ -61,7 +62,7 @@ class FromTower:
         return found if several else found[0]
 
     def _of_spec(self, spec: EncoderSpec) -> Tensor:
-        tower = self.session.parts.tower
+        tower = self.parts.tower
         assert tower is not None, "checked by TowerPlan.of"
         known = resolved(spec, self.place.site, len(tower.layers), tower.feature_block)
         if getattr(spec, "of", "patches") == "cls":

@@ -172,4 +172,5 @@ def _event(prompt: Prompt, number: int, like: TowerDecision) -> StageEvent:
         kept.append(tuple(after))
         sizes.append(tuple(of_row))
     given = tuple(sizes) if like.sizes is not None else None
-    return StageEvent(like.cut.stage.use, str(like.cut.site), tuple(entered), tuple(kept), False, given)
+    cut = like.cut
+    return StageEvent(cut.stage.use, cut.stage.index, str(cut.site), tuple(entered), tuple(kept), False, given)
