@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,17 +10,9 @@ from torch import Tensor
 
 from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError, PrunekitError
-from prunekit.hookspecs import RouterHooks, TokenHooks
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Selection
-
-
-def _arguments(hooks: type[Any], name: str) -> tuple[str, ...]:
-    return tuple(parameter for parameter in inspect.signature(getattr(hooks, name)).parameters if parameter != "self")
-
-
-ARGUMENTS = {name: _arguments(TokenHooks, name) for name in ("score_tokens", "select_tokens", "merge_tokens")}
-ARGUMENTS["route"] = _arguments(RouterHooks, "route")
+from prunekit.strategy.declare import HOOKS
 
 
 def decide(stage: Stage, view: View) -> Selection:
@@ -98,15 +89,13 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any]) -> Selection
 
 def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
     """How many declared extras stand after the visual tokens."""
-    return int(get("extras").shape[-2]) if getattr(stage.strategy, "extras", ()) else 0
+    return int(get("extras").shape[-2]) if stage.extras else 0
 
 
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:
     """Call one hook with the arguments that somebody on the stage names; the others are None and never computed."""
     wanted = stage.requests(hook)
-    arguments = {
-        name: extra[name] if name in extra else get(name) if name in wanted else None for name in ARGUMENTS[hook]
-    }
+    arguments = {name: extra[name] if name in extra else get(name) if name in wanted else None for name in HOOKS[hook]}
     try:
         return getattr(stage.hook, hook)(**arguments)
     except PrunekitError:

@@ -21,12 +21,12 @@ import torch
 
 import prunekit
 from prunekit import Pipeline, Site, families, plugins
-from prunekit.pipeline.stage import TOKEN_STARTS, implements
 from prunekit.strategy.decisions import LayerAction
-from prunekit.strategy.declare import is_router
+from prunekit.strategy.declare import TOKEN_STARTS, implements, is_router, takes_keep
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import Equivalence, assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
+from prunekit.verify.strategies import DRAWN, with_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +85,12 @@ class StrategyContract:
     def test_is_frozen_configuration(self) -> None:
         """A frozen dataclass, so that an instance cannot remember anything between runs."""
         assert dataclasses.is_dataclass(self.cls) and self.cls.__dataclass_params__.frozen, (  # type: ignore[attr-defined]
-            f"{self.cls} must be a @dataclass(frozen=True)"
+            f"{self.cls} must be frozen"
         )
-        pipeline = self.build()
+        model, pipeline = self.model(), self.build()
         before = dict(vars(pipeline.stages[0].strategy))
-        with prunekit.apply(self.model(), pipeline):
-            generate(self.model(), tiny_inputs(), max_new_tokens=1)
+        with prunekit.apply(model, pipeline):
+            generate(model, tiny_inputs(), max_new_tokens=1)
         assert vars(pipeline.stages[0].strategy) == before
 
     def test_the_same_run_gives_the_same_result(self) -> None:
@@ -140,7 +140,7 @@ class TokenContract(StrategyContract):
             assert layers[-1] == prompt - visual + kept
 
     def test_every_site_that_it_allows_is_exact(self) -> None:
-        """The decoder's door if allowed, the lowest layer that it allows, and the last one."""
+        """The decoder input if allowed, the lowest layer that it allows, and the last one."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
         tried = 0
         for site in ("encoder", 0, 1, layers - 1):
@@ -151,11 +151,12 @@ class TokenContract(StrategyContract):
         assert tried, "no site is allowed"
 
     def test_it_follows_another_stage(self) -> None:
-        """Where an earlier stage has thinned the tokens, it chooses among those that are left."""
+        """Where an earlier stage has thinned the tokens, it chooses among the kept ones."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
-        first = {"use": "random", "keep": 0.8}
+        first = {"use": DRAWN, "keep": 0.8}
         second = {"use": self.use, **self.options, **self.keep, "at": layers - 2}
-        pipeline = prunekit.load({"name": self.use, "stages": [first, second]})
+        registry = with_own(plugins.registry())
+        pipeline = prunekit.load({"name": self.use, "stages": [first, second]}, registry=registry)
         result = assert_equivalent(self.model(), pipeline, tiny_inputs(**MIXED), steps=2)
         for before, after in zip(*(event.kept for event in result.report.events), strict=True):
             assert set(after) <= set(before)
@@ -240,9 +241,9 @@ def contract(
         base = RouterContract
     elif not any(implements(cls, hook) for hook in TOKEN_STARTS):
         base = LayerContract
-    elif getattr(cls, "drops_all", False):
+    elif cls.__prunekit__.drops_all:
         base = DropAllContract
     else:
-        base = KeepContract if getattr(cls, "takes_keep", True) else TokenContract
+        base = KeepContract if takes_keep(cls) else TokenContract
     members: dict[str, Any] = {"use": use, "options": dict(options or {}), "at_most": at_most, "__doc__": base.__doc__}
     return type(f"Test_{use}", (base,), members | ({} if keep is None else {"keep": dict(keep)}))

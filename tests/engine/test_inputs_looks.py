@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
+from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl, strategy
 from prunekit.engine.attention import decoder_rows, tap
 from prunekit.engine.attention.decoder_rows import Attended
 from prunekit.engine.cache import ragged
@@ -270,9 +270,8 @@ class Plans:
 
 
 def planned(action):
-    import dataclasses
 
-    @dataclasses.dataclass(frozen=True)
+    @strategy()
     class Plan:
         """Does `action` to layer 1."""
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from cases import BATCHES
 
-from prunekit import Selection, Sites, hookimpl, plugins
+from prunekit import Selection, hookimpl, plugins, strategy
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import assert_equivalent
 
@@ -25,24 +23,18 @@ def odd(valid):
     return valid & (torch.arange(valid.shape[-1]) % 3 == 1)
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused")
 class InSelection:
     """Baseline: a batch at once, weights in the `Selection`."""
-
-    sites = Sites()
-    takes_keep = False
 
     @hookimpl
     def select_tokens(self, hidden, valid):
         return Selection(odd(valid), skewed(hidden))
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused")
 class InMergeHook:
     """Baseline: a batch at once, weights from `merge_tokens`, which is told what was kept."""
-
-    sites = Sites()
-    takes_keep = False
 
     @hookimpl
     def select_tokens(self, valid):
@@ -53,13 +45,9 @@ class InMergeHook:
         return skewed(hidden) + keep[..., None] + 2 * keep[..., None, :]
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused", per_sample=True)
 class OneByOne:
     """Baseline: a sample at a time."""
-
-    sites = Sites()
-    takes_keep = False
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, valid):

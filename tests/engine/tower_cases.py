@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from prunekit import Selection, Sites, hookimpl
+from prunekit import Selection, Sites, hookimpl, strategy
 from prunekit.ops import top_k_mask
 from prunekit.pipeline import build
 from prunekit.registry import Registry
@@ -19,36 +18,29 @@ from prunekit.testing.tiny import IMAGE
 ANYWHERE = Sites(tower=True, end=True)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class ClsTopK:
     """FasterVLM's rule: keep what the CLS token attends to."""
-
-    sites = ANYWHERE
 
     @hookimpl
     def score_tokens(self, encoder_attention):
         return encoder_attention
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Norms:
     """Keep the longest states; `hidden` is the tower's own at a tower site."""
-
-    sites = ANYWHERE
 
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", per_sample=True)
 class Merging:
     """ToMe's rule: alternate tokens pair up by their keys, the `r` most similar pairs merge by their sizes."""
 
     r: int = 3
-    sites = ANYWHERE
-    takes_keep = False
-    per_sample = True
     inputs: ClassVar = {"encoder_keys": EncoderKeys()}
 
     @hookimpl
@@ -67,12 +59,9 @@ def tome(keys, sizes, r):
     return Selection(keep, weights / weights.sum(1, keepdim=True), weights.sum(1))
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused")
 class Skewed:
     """Merges that are neither averages nor symmetric, and keeps a number that depends on the picture."""
-
-    sites = ANYWHERE
-    takes_keep = False
 
     @staticmethod
     def mix(hidden):
@@ -89,13 +78,9 @@ class Skewed:
         return Selection(self.choose(hidden) & valid, self.mix(hidden))
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(decoder=False), extras=("cls",), per_sample=True)
 class AppendCls:
     """VisionZip's shape: the CLS token itself goes in, in the first slot that would be dropped."""
-
-    sites = Sites(decoder=False)
-    extras = ("cls",)
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, encoder_attention, extras, count):
@@ -107,11 +92,10 @@ class AppendCls:
         return Selection(keep, weights)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Steps:
     """FlowCut's shape: one stage with several cuts in the tower that remembers a running score in `state`."""
 
-    sites = ANYWHERE
     inputs: ClassVar = {"encoder_attention": EncoderRows(), "encoder_values": EncoderValues(heads="none")}
 
     @hookimpl
@@ -123,12 +107,10 @@ class Steps:
         return state["keep"]
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused")
 class Everything:
     """Takes down what it is given, and keeps the first half."""
 
-    sites = ANYWHERE
-    takes_keep = False
     seen: ClassVar[list] = []
     inputs: ClassVar = {
         "encoder_attention": (

@@ -103,7 +103,7 @@ class BatchState:
 
     def refuse_other(self, sha: str, parts: Parts) -> None:
         """Raise Unsupported when another pipeline or model goes on with this batch's cache."""
-        own = self.bound.pipeline
+        own = self.bound
         if sha != own.sha or parts.base is not self.parts.base:
             raise Unsupported(
                 f"this KV cache was pruned by pipeline '{own.name}' ({own.sha}); "

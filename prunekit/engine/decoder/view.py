@@ -21,6 +21,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
+from prunekit.strategy import inputs as table
 
 # Inputs that belong to the whole batch, those with one entry per sample, and those with one per text token.
 SHARED = frozenset({"cut", "norm"})
@@ -128,7 +129,7 @@ class View(FromTower):
 
     def _declared(self, name: str, make: Callable[[Any], Tensor]) -> Any:
         """One tensor for one declaration, a tuple for a tuple."""
-        declared = decoder_requests.declared(self.place.stage.strategy, name)
+        declared = table.request(self.place.stage.inputs, name)
         return tuple(map(make, declared)) if isinstance(declared, tuple) else make(declared)
 
     def _rows(self, spec: decoder_requests.Rows) -> Tensor:
@@ -188,15 +189,15 @@ class View(FromTower):
             return value.setdefault(b, {})
         if name == "forward":
             raise Unsupported(
-                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample = True sees one "
+                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample=True sees one "
                 "sample; leave out per_sample, or forward"
             )
         if value is None or name in SHARED:
             return value
         if name in SINGLE:
             return value[b]
-        if name in decoder_requests.KINDS:
-            declared = decoder_requests.declarations(self.place.stage.strategy, name)
+        if name in table.OF_DECODER_LAYERS:
+            declared = table.requests(self.place.stage.inputs, name)
             parts = value if isinstance(value, tuple) else (value,)
             ones = tuple(self._one(name, part, spec, b) for part, spec in zip(parts, declared, strict=True))
             return ones if isinstance(value, tuple) else ones[0]

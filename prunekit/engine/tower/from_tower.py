@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from prunekit.engine.tower.notes import encoder_input, per_row
-from prunekit.strategy.tower_requests import EncoderSpec, encoder_declarations, resolved
+from prunekit.strategy.inputs import requests
+from prunekit.strategy.tower_requests import EncoderSpec, resolved
 
 if TYPE_CHECKING:
     from prunekit.engine.prompt.prompt import Prompt
@@ -57,8 +58,8 @@ class FromTower:
 
     def _noted(self, name: str) -> Any:
         """One tensor for one declaration, a tuple for a tuple."""
-        found = tuple(map(self._of_spec, encoder_declarations(self.place.stage.strategy, name)))
-        several = isinstance((getattr(self.place.stage.strategy, "inputs", None) or {}).get(name), tuple)
+        found = tuple(map(self._of_spec, requests(self.place.stage.inputs, name)))
+        several = isinstance(self.place.stage.inputs.get(name), tuple)
         return found if several else found[0]
 
     def _of_spec(self, spec: EncoderSpec) -> Tensor:

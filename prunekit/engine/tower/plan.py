@@ -21,14 +21,13 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts, Tower
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy.inputs import OF_TOWER, requests
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import (
-    ENCODER_KINDS,
     POOL,
     EncoderRows,
     EncoderSpec,
     Features,
-    encoder_declarations,
     resolved,
 )
 
@@ -51,7 +50,7 @@ class TowerPlan:
         noted: list[EncoderSpec] = []
         self.pools = False
         for cut, name in asked:
-            for spec in encoder_declarations(cut.stage.strategy, name):
+            for spec in requests(cut.stage.inputs, name):
                 found = self.resolve(spec, cut.site)
                 if cut.site.place != "vision":
                     noted.append(found)
@@ -69,7 +68,7 @@ class TowerPlan:
         Raises Unsupported, naming the stage, for what this tower cannot give.
         """
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
-        asked = [(cut, name) for cut in bound.cuts for name in ENCODER_KINDS if cut.stage.asks_for(name)]
+        asked = [(cut, name) for cut in bound.cuts for name in OF_TOWER if cut.stage.asks_for(name)]
         extras = [cut for cut in bound.cuts if cut.stage.extras]
         if not (cuts or asked or extras):
             return None
@@ -82,7 +81,7 @@ class TowerPlan:
         for cut in cuts:
             _check_cut(cut, parts.tower)
         for cut, name in asked:
-            for spec in encoder_declarations(cut.stage.strategy, name):
+            for spec in requests(cut.stage.inputs, name):
                 _check_spec(cut, name, spec, parts.tower, bool(cuts))
         for cut in extras:
             _check_extras(cut, parts.tower)

@@ -16,14 +16,14 @@ from torch import Tensor
 from prunekit.engine.tokens.layout import leftmost
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.tower_requests import ENCODER_KINDS, encoder_declarations
+from prunekit.strategy.inputs import OF_TOWER, requests
 
 if TYPE_CHECKING:
     from prunekit.engine.tower.run import TowerRun
 
 # What hooks get at a tower site; everything else belongs to the prompt or the decoder.
 ARGUMENTS = frozenset(
-    {"scores", "keep", "hidden", "coords", "frames", "sizes", "valid", "count", "cut", "seed", "state", *ENCODER_KINDS}
+    {"scores", "keep", "hidden", "coords", "frames", "sizes", "valid", "count", "cut", "seed", "state", *OF_TOWER}
 )
 
 
@@ -76,7 +76,7 @@ class TowerView:
 
     @cached_property
     def places(self) -> Tensor:
-        """Number of the picture in its own prompt, unknown here and 0; then as `Modality.places`: int64 (B, V, 6)."""
+        """Number of the picture in its own prompt, unknown here and 0; then as `Modality.coords`: int64 (B, V, 6)."""
         tables = self.run.places
         table = torch.full((len(tables), self.left.shape[1], 6), -1, dtype=torch.int64, device=self.left.device)
         for number, found in enumerate(tables):
@@ -114,11 +114,11 @@ class TowerView:
 
     def __getattr__(self, name: str) -> Any:
         """An input of the tower, as the stage's strategy declares it."""
-        if name not in ENCODER_KINDS:
+        if name not in OF_TOWER:
             raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
-        declared = encoder_declarations(self.place.stage.strategy, name)
+        declared = requests(self.place.stage.inputs, name)
         found = tuple(self._input(spec) for spec in declared)
-        several = isinstance((getattr(self.place.stage.strategy, "inputs", None) or {}).get(name), tuple)
+        several = isinstance(self.place.stage.inputs.get(name), tuple)
         return found if several else found[0]
 
     def _input(self, spec: Any) -> Tensor:
