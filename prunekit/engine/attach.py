@@ -179,14 +179,13 @@ class Attached:
         return make
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Remember the prompt's ids and pictures while the LVLM's base model runs."""
-        signature = inspect.signature(original)
+        """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
+        names = list(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
-            given = signature.bind_partial(*args, **kwargs).arguments
-            call = Call(given | given.get("kwargs", {}), self.parts)
+            call = Call(dict(zip(names, args, strict=False)) | kwargs, self.parts)
             if self.active:
                 call.refuse_unsupported()
             token = CALL.set(call)
@@ -206,34 +205,27 @@ class Attached:
                 if self.active:
                     static.require(cache)
                 return original(*args, **kwargs)
-            call, filled = CALL.get(), ragged.is_filled(cache)
-            state: BatchState | None = ragged.owner_of(cache)
-            if not self.active and (call is None or call.given.get("input_ids") is None or filled):
+            call = CALL.get()
+            if not self.active and (call is None or call.given.get("input_ids") is None or ragged.is_filled(cache)):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
             if call is None:
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
-            embeds = kwargs["inputs_embeds"]
+            embeds, kind = kwargs["inputs_embeds"], self._kind or "bool"
+            state: BatchState | None = ragged.owner_of(cache)
+            if state is not None:
+                state.refuse_other(self.pipeline.sha, self.parts)
+                call.refuse_new_pictures()
             self._check_window(embeds.shape[1], cache)
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
-                prefill = Prefill(state, embeds.shape[1], self._kind or "bool", needs=self.needs)
-                output = self._run(prefill, original, args, kwargs)
-                return self._finish(prefill, output, cache)
-            state.refuse_other(self.pipeline.sha, self.parts)
-            call.refuse_new_pictures()
-            return self._run(Decoding(state, embeds.shape[1], self._kind or "bool"), original, args, kwargs)
+                prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
+                return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
+            return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)
 
         return forward
-
-    def _run(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = CURRENT.set(current)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            CURRENT.reset(token)
 
     def _finish(self, prefill: Prefill, output: Any, cache: Any) -> Any:
         state = self._newest = prefill.state
@@ -248,6 +240,15 @@ class Attached:
         if self.observed:
             tell(lambda: self.report or report_of(state))
         return output
+
+
+def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the decoder with `current` as the pass that its layers belong to."""
+    token = CURRENT.set(current)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        CURRENT.reset(token)
 
 
 def report_of(state: BatchState) -> RunReport:
