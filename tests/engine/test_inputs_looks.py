@@ -15,7 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
 from prunekit.engine.attention import decoder_rows, tap
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.cache import ragged
 from prunekit.engine.decoder import scratch
 from prunekit.engine.decoder.step import STEP
@@ -384,7 +384,7 @@ def test_attention_of_other_kinds_is_refused():
 
 
 def test_attention_that_takes_its_kernel_elsewhere_is_refused():
-    looked = tap.Watch(nn.Identity())
+    looked = tap.Record(nn.Identity())
     with pytest.raises(Unsupported, match="Identity are not available"):
         _ = looked.result
 

@@ -24,7 +24,7 @@ from tower_cases import (
 
 import prunekit
 from prunekit import Sites, hookimpl
-from prunekit.engine.tower import run as tower_run
+from prunekit.engine.tower import encoding as tower_encoding
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -105,8 +105,8 @@ def test_generate_encodes_before_it_calls():
 
 def test_nothing_is_read_that_nobody_asks_for(monkeypatch):
     """One read for each declaration and call of the tower, none while decoding; without declarations no override."""
-    calls, read = [], tower_run.read
-    monkeypatch.setattr(tower_run, "read", lambda spec, seen: calls.append(spec) or read(spec, seen))
+    calls, read = [], tower_encoding.read
+    monkeypatch.setattr(tower_encoding, "read", lambda spec, seen: calls.append(spec) or read(spec, seen))
     model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
     with prunekit.apply(model, piped((ClsTopK, {"at": "encoder", "keep": 0.5}), (ClsTopK, {"at": 2, "keep": 0.25}))):
         assert not any("forward" in vars(module) for module in model.model.vision_tower.modules())

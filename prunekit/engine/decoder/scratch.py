@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended
-from prunekit.engine.attention.tap import Aborted, Watch, watching
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.tap import Aborted, Record, recorded
 from prunekit.engine.decoder.actions import Running
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
@@ -49,29 +49,29 @@ def attended(place: Place, layer: nn.Module, attention: nn.Module, hidden: Tenso
     arguments = place.arguments(hidden)
     if not rope:
         arguments |= _unrotated(arguments)
-    watch = Watch(attention, abort=True)
-    _aside(layer, hidden, arguments, watch)
-    return watch.result
+    record = Record(attention, abort=True)
+    _aside(layer, hidden, arguments, record)
+    return record.result
 
 
 def run(place: Place, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
     """Physical states (B, K, H) after `layer`, called as the layer at `place` is.
 
-    attention: the name of its part whose attention is noted; None: it is not.
+    attention: the name of its part whose attention is recorded; None: it is not.
     """
-    watch = None if attention is None else Watch(getattr(layer, attention))
-    hidden = _aside(layer, hidden, place.arguments(hidden), watch)
-    return hidden, None if watch is None else watch.result
+    record = None if attention is None else Record(getattr(layer, attention))
+    hidden = _aside(layer, hidden, place.arguments(hidden), record)
+    return hidden, None if record is None else record.result
 
 
-def _aside(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None) -> Tensor:
+def _aside(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: Record | None) -> Tensor:
     """Call a layer in an empty context, in which no override of the engine, and nobody else's, knows of the call."""
 
     def call() -> Any:
-        if watch is None:
+        if record is None:
             return layer.forward(hidden, **arguments)
         try:
-            with watching(watch):
+            with recorded(record):
                 return layer.forward(hidden, **arguments)
         except Aborted:
             return hidden

@@ -18,8 +18,9 @@ from prunekit.engine.decoder.routers import by_scores, route
 from prunekit.engine.decoder.view import Here, View
 from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.summary import summarise
-from prunekit.engine.tokens.layout import Layout, take
-from prunekit.engine.tower.notes import dropped_in_tower, tower_events, tower_tokens
+from prunekit.engine.tokens.layout import Layout, blank, take
+from prunekit.engine.tokens.merges import merged
+from prunekit.engine.tower.record import dropped_in_tower, tower_events, tower_tokens
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline
@@ -40,6 +41,7 @@ class _Decision:
     entered: tuple[int, ...]
     ordinals: Tensor
     selection: Selection
+    asked: tuple[int, ...] | None
 
     def event(self) -> StageEvent:
         rows = list(zip(self.ordinals.tolist(), self.selection.keep.tolist(), strict=True))
@@ -49,7 +51,7 @@ class _Decision:
             given = self.selection.sizes.tolist()
             pairs = zip(given, (keep for _, keep in rows), strict=True)
             sizes = tuple(tuple(s for s, k in zip(row, keep, strict=True) if k) for row, keep in pairs)
-        return StageEvent(self.stage, str(self.site), self.entered, kept, self.selection.crop, sizes)
+        return StageEvent(self.stage, str(self.site), self.entered, kept, self.selection.crop, sizes, self.asked)
 
 
 class Session:
@@ -191,9 +193,9 @@ class Session:
         selection = by_scores(cut.stage, self.scores[cut.stage.index], view) if routed else decide(cut.stage, view)
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
-        self.decisions.append(_Decision(cut.stage.use, cut.site, self.counts, view.ordinals, selection))
+        self.decisions.append(_Decision(cut.stage.use, cut.site, self.counts, view.ordinals, selection, wanted))
         if selection.weights is not None:
-            hidden = _merge(hidden, view, selection.keep, selection.weights)
+            hidden = _merge(hidden, view, selection)
         if selection.sizes is not None:
             self.layout = layout = layout.with_sizes(self._sizes(layout, view, selection))
         return hidden, self._narrow(layout, view, present, selection)
@@ -279,12 +281,12 @@ def _fed(tokens: int, visual: int, feeds: bool, frozen: bool) -> int:
     return (tokens - visual if frozen else tokens) if feeds else 0
 
 
-def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor) -> Tensor:
-    """Write the weighted sums of visual tokens, and of extras after them, into the slots of the kept ones."""
-    slots = view.slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-    before = hidden.gather(1, slots)
-    inside = before.masked_fill(~view.valid.to(hidden.device)[..., None], 0.0)
-    if weights.shape[-1] > inside.shape[1]:
-        inside = torch.cat([inside, view.extras.to(inside)], dim=1)
-    merged = weights.to(hidden.device, hidden.dtype) @ inside
-    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], merged, before))
+def _merge(hidden: Tensor, view: View, selection: Selection) -> Tensor:
+    """Write what tokens, and extras after them, are merged to into the slots of the kept ones."""
+    weights = selection.weights
+    assert weights is not None
+    before = take(hidden, view.slots, 1)
+    takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
+    states = merged(weights, blank(before, view.valid), view.sizes, view.extras if takes_extras else None)
+    slots = view.slots.to(hidden.device)[..., None].expand_as(states)
+    return hidden.scatter(1, slots, torch.where(selection.keep.to(hidden.device)[..., None], states, before))

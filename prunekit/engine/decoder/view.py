@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.forward import Forward
-from prunekit.engine.decoder.readings import Run, blank, taken
+from prunekit.engine.decoder.readings import Run, taken
 from prunekit.engine.prompt.prompt import Prompt
-from prunekit.engine.tokens.layout import Layout, leftmost
-from prunekit.engine.tower.from_tower import FromTower
+from prunekit.engine.tokens.layout import Layout, blank, leftmost
+from prunekit.engine.tower import record
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
+from prunekit.strategy.tower_requests import ENCODER_KINDS
 
 if TYPE_CHECKING:
     from prunekit.engine.decoder.session import Session
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 # Inputs that belong to the whole batch, those with one entry per sample, and those with one per text token.
 SHARED = frozenset({"cut", "norm"})
-SINGLE = frozenset({"count", "seed", "extras"})
+SINGLE = frozenset({"count", "seed"})
 TEXT = frozenset({"text", "text_hidden", "text_keys", "text_after", "text_valid"})
 
 
@@ -43,7 +45,7 @@ class Here:
 
 
 @dataclass(frozen=True, repr=False)
-class View(FromTower):
+class View:
     """The visual tokens that reach one stage. Its properties named in the hook specifications are the inputs of hooks.
 
     layout: of the tokens that reach it. hidden_states: float (B, K, H), physical, as they enter the site.
@@ -154,18 +156,18 @@ class View(FromTower):
     def _rows(self, spec: decoder_requests.Rows) -> Tensor:
         return self.rows_of(*self._attended(spec), spec)
 
-    def _attended(self, spec: decoder_requests.Spec) -> tuple[decoder_rows.Attended, Run]:
+    def _attended(self, spec: decoder_requests.Spec) -> tuple[Attended, Run]:
         known, key = self._looked, decoder_requests.layer_and_rope(spec)
         if key not in known:
             known[key] = self.session.inputs.attended(spec, self.here, self.place, self.hidden_states)
         return known[key]
 
     @cached_property
-    def _looked(self) -> dict[Any, tuple[decoder_rows.Attended, Run]]:
+    def _looked(self) -> dict[Any, tuple[Attended, Run]]:
         """Layers that were looked at for this stage: several inputs may read the same one."""
         return {}
 
-    def rows_of(self, states: decoder_rows.Attended, run: Run, spec: decoder_requests.Rows) -> Tensor:
+    def rows_of(self, states: Attended, run: Run, spec: decoder_requests.Rows) -> Tensor:
         """The rows that `spec` describes of one call of a layer, as the input `attention`."""
         noted, device = self.session.inputs, states.query.device
         slots, valid = noted.queries(spec, run)
@@ -234,9 +236,27 @@ class View(FromTower):
     def seed(self) -> tuple[int, ...]:
         return self.prompt.seeds
 
+    @cached_property
+    def extras(self) -> Tensor:
+        return record.extras(self.prompt)
+
+    @cached_property
+    def _of_tower(self) -> dict[str, Any]:
+        """Inputs of the vision tower, once each."""
+        return {}
+
+    def get(self, name: str) -> Any:
+        """The input of hooks with this name."""
+        if name not in ENCODER_KINDS:
+            return getattr(self, name)
+        if name not in self._of_tower:
+            tower = self.session.parts.tower
+            self._of_tower[name] = record.encoder_input(self.prompt, tower, self.place, name, self.ordinals, self.valid)
+        return self._of_tower[name]
+
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of sample b: unpadded, without the batch axis; `state` is a dict of the sample's own."""
-        value = getattr(self, name)
+        value = self.get(name)
         if name == "state":
             return value.setdefault(b, {})
         if name == "forward":
@@ -248,6 +268,11 @@ class View(FromTower):
             return value
         if name in SINGLE:
             return value[b]
+        if name == "extras":
+            return value[b, : record.crops(self.prompt)[b]]
+        if name in ENCODER_KINDS:
+            crops = record.crops(self.prompt)[b]
+            return record.row_of_declared(self.place.stage.strategy, name, value, b, self.counts[b], crops)
         if name in decoder_requests.KINDS:
             declared = decoder_requests.declarations(self.place.stage.strategy, name)
             parts = value if isinstance(value, tuple) else (value,)
