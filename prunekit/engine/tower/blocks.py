@@ -106,11 +106,15 @@ class TowerRun:
             for cut in mids:
                 hidden = self._cut(cut, hidden)
         output = self._local(original, hidden, args, kwargs, "mlp" if mids else None)
+        self._keep_state(number, output)
         for cut in self.needs.cuts_at(number, "after"):
             output = self._cut(cut, output)
-        if number in self.needs.states:
-            encoding.states[number] = output.detach()
+            self._keep_state(number, output)
         return output[0] if flat else output
+
+    def _keep_state(self, number: int, output: Tensor) -> None:
+        if number in self.needs.states:
+            self.encoding.states[number] = output.detach()
 
     def _local(
         self, original: Any, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], part: Part | None
