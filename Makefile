@@ -53,10 +53,10 @@ test-matrix: $(STAMP) ## the tests of exactness on several versions of transform
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.bench.cpu $(BENCH_ARGS)
 
 study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m studies.par $(STUDY_ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.par $(STUDY_ARGS)
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -10,13 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prunekit_evals import harness, quiet, results, scoring, tasks
-from prunekit_evals.answering import Loaded, Tally, device_type
-from prunekit_evals.generation import HonorUntil
-from prunekit_evals.identity import code_identity, model_identity, versions
-from prunekit_evals.results import Cell, Conditions, PipelineId, Timing
-from prunekit_evals.tasks import Built, Data, Named
-from prunekit_evals.timing import measure_prefill
+from prunekit_evals.bench.prefill import measure_prefill
+from prunekit_evals.lmms import harness, quiet, scoring, tasks
+from prunekit_evals.lmms.tasks import Built, Data, Named
+from prunekit_evals.run import results
+from prunekit_evals.run.answering import Loaded, Tally, device_type
+from prunekit_evals.run.generation import HonorUntil
+from prunekit_evals.run.identity import code_identity, model_identity, versions
+from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -196,8 +197,8 @@ class Runner:
         return path.with_suffix(".journal.jsonl")
 
     def _compute(self, cell: Cell, built: Built, pipeline: Pipeline) -> Cell:
-        from prunekit_evals.asking import Settings
-        from prunekit_evals.lmms import PruneKitChat, PruneKitSimple
+        from prunekit_evals.lmms.adapter import PruneKitChat, PruneKitSimple
+        from prunekit_evals.lmms.requests import Settings
 
         plan = self.plan
         path = self.path(built.name, pipeline)

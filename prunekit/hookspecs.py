@@ -1,177 +1,258 @@
 """Every hook of prunekit: the normative text.
 
-Shape letters: B batch, S sequence, V visual tokens (padded to the batch's longest row), E extras, H hidden, N layers.
+Strategies implement token, layer or router hooks, and may make statements beside; a plugin module implements host and
+observer hooks. Arguments are opt-in: an implementation names the ones it needs, in any order, and what nobody names is
+never computed. The arguments of token and router hooks are the rows of `prunekit.strategy.inputs`, with their shapes;
+the signatures below are made from that table.
 
-Strategies implement Token, Layer or Router hooks; a plugin module implements Host and Observer hooks. Arguments are
-opt-in: an implementation names the ones it needs, and what nobody names is never computed. Token hooks run once per
-prompt batch and site, router hooks once per prompt batch, at prefill. A strategy with `trainable = True` runs with
-gradients, on states that are not detached. A strategy that sets `per_sample = True` is called once for each sample with
-unpadded tensors without the B axis (and `count`, `seed` as int); otherwise once with the batch. A result must not
-depend on the other rows.
+Token hooks run once for each prompt batch and site, at prefill; the router hook once for each prompt batch. With
+`per_sample=True` they run once for each sample, with unpadded tensors without the B axis (and `count`, `seed` as int,
+`question` as str). A result must not depend on the other rows of the batch. What hooks get is theirs to read: changing
+it in place changes no model.
+
+Shape letters: B batch, S sequence, V visual tokens (padded to the longest row), E extras, H hidden, N layers.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
+from prunekit.strategy.inputs import inputs_of
+
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from os import PathLike
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from prunekit.records import RunReport, StageEvent
     from prunekit.registry import Registry
+    from prunekit.strategy.artefact import CalibrationPrompt
     from prunekit.strategy.decisions import LayerPlan, ModelShape, Route, Selection
 
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _with_inputs(function: F) -> F:
+    """Give a specification the inputs of the table as its arguments. pluggy reads them off the code object."""
+    names = ("self", *(one.name for one in inputs_of(function.__name__)))
+    code = function.__code__.replace(co_argcount=len(names), co_nlocals=len(names), co_varnames=names)
+    function.__code__ = code
+    return function
+
 
 class TokenHooks:
-    """Called on the one strategy of a stage (and on what a plugin wrapped around it) at each site, in this order.
+    """Implemented by a strategy; called on the one strategy of a stage, and on wrappers around it, in this order.
 
-    Arguments that these hooks share, T text tokens, W width of the vision tower; padding of floats holds 0:
-        hidden: float (B, V, H), visual tokens as they enter the site; at `encoder` the projected image features, inside
-            the tower float (B, V, W).
-        previous_hidden: float (B, V, H), the same tokens as they entered the newest decoder layer that has begun.
-        attention, keys, values, text_keys: what the strategy declares in `inputs = {"attention": Rows(...)}`, with
-            `Keys` or `Values` for the others; a tuple of tensors for a tuple of declarations.
-        text: float (B, T, H), embeddings of the text tokens, padded. text_hidden: float (B, T, H), their states at the
-            site. text_valid: bool (B, T). text_after: bool (B, T), those behind the last visual token of their row.
-        encoder_attention, encoder_keys, encoder_values, encoder_queries, features: what the strategy declares of the
-            vision tower, with `EncoderRows`, `EncoderKeys`, `EncoderValues`, `EncoderQueries`, `Features`. See
-            `prunekit.strategy.tower_requests`.
-        extras: float (B, E, H), what the strategy declares in `extras = ("cls",)`, projected; at `encoder` only.
-        coords: int64 (B, V, 5), number of the picture in the prompt, row, column, and how many rows and columns the
-            crop or frame has; -1 on padding, row and column also on tokens that only separate.
-        frames: int64 (B, V), number of the crop or video frame within its picture; -1 on padding.
-        sizes: float (B, V), how many original tokens each token stands for, as earlier stages said in
-            `Selection.sizes`; 1 where none did, and on padding.
-        valid: bool (B, V), False on padding.
-        count: how many tokens to leave of each sample, a tuple of B ints; None for a strategy that takes no `keep`.
-        cut: number of the site in a list of sites, from 0.
-        seed: a tuple of B ints, one per sample, drawn from its token ids and pixels: equal in every batch and run.
-        state: a dict that lives for one prompt batch and belongs to this stage, at all of its sites.
-        norm: the model's final norm, a function of states (..., H).
-        forward: runs layers or modules on the current tokens and throws away what they write: `forward([3, 4])` gives
-            `hidden`, `text`, `last` and `attention`. Not with `per_sample`.
-
-    Inside the vision tower every picture is a sample of its own, and there is no prompt: `attention` to `text_after`,
-    `extras`, `norm` and `forward` are not there.
+    Inside the vision tower every image and video is a sample of its own, and there is no prompt yet: what the table
+    does not place in the tower is refused there.
     """
 
     @hookspec(firstresult=True)
-    def score_tokens(
-        self, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
-        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
-        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
-        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
-        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
-        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
-    ) -> Tensor:  # fmt: skip
-        """Score the visual tokens: float (B, V), higher is more important. Not called when `select_tokens` is given.
+    @_with_inputs
+    def score_tokens(self) -> Tensor:
+        """Decide how important each visual token is.
 
+        Arguments: the inputs of token hooks.
+        Returns: float (B, V), higher is more important, finite wherever `valid`; the default `select_tokens` keeps the
+        `count` highest.
+        Stops at the first result that is not None. Not called where `select_tokens` is implemented without naming
+        `scores`.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    @_with_inputs
+    def select_tokens(self) -> Tensor | Selection:
+        """Decide which visual tokens stay.
+
+        Arguments: the inputs of token hooks; `scores`, float (B, V), is computed only where it is named.
+        Returns: bool (B, V), or a `Selection` with merges, sizes, or a crop of the KV that earlier layers hold; True on
+        padding is ignored. The default keeps the `count` highest scores, lower index first on ties.
         Stops at the first result that is not None.
         """
         raise NotImplementedError
 
     @hookspec(firstresult=True)
-    def select_tokens(
-        self, scores: Tensor, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
-        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
-        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
-        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
-        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
-        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
-    ) -> Tensor | Selection:  # fmt: skip
-        """Choose the tokens to keep: a bool mask (B, V), or a `Selection`.
+    @_with_inputs
+    def merge_tokens(self) -> Tensor | None:
+        """Decide where dropped tokens go, once it is known which stay.
 
-        The default keeps the `count` highest `scores` (float (B, V), from `score_tokens`), lower index first on ties.
-        `scores` is computed only when an implementation names it. Stops at the first result that is not None.
-        """
-        raise NotImplementedError
-
-    @hookspec(firstresult=True)
-    def merge_tokens(
-        self, keep: Tensor, hidden: Tensor, previous_hidden: Tensor, attention: Tensor, keys: Tensor, values: Tensor,
-        text_keys: Tensor, text: Tensor, text_hidden: Tensor, text_valid: Tensor, text_after: Tensor,
-        encoder_attention: Tensor, encoder_keys: Tensor, encoder_values: Tensor, encoder_queries: Tensor,
-        features: Tensor, extras: Tensor, coords: Tensor, frames: Tensor, sizes: Tensor, valid: Tensor,
-        count: Sequence[int] | None, cut: int, seed: Sequence[int], state: dict[str, Any],
-        norm: Callable[[Tensor], Tensor], forward: Callable[..., Any],
-    ) -> Tensor | None:  # fmt: skip
-        """Say where dropped tokens go: weights, float (B, V, V + E), as in `Selection.weights`; None: nowhere.
-
-        `keep` is the bool (B, V) that was selected. Stops at the first result that is not None.
+        Arguments: the inputs of token hooks; `keep`, bool (B, V), is what was selected.
+        Returns: what `Selection` takes for a merge; None: dropped tokens are gone.
+        Stops at the first result that is not None. Not called where `select_tokens` has already said.
         """
         raise NotImplementedError
 
 
 class LayerHooks:
-    """Called once when a pipeline meets a model, before any compute."""
+    """Implemented by a strategy; called once when a pipeline meets a model, before any compute."""
 
     @hookspec(firstresult=True)
     def plan_layers(self, shape: ModelShape) -> LayerPlan:
-        """Decide the fate of every decoder layer of a model with these numbers.
+        """Decide what becomes of every decoder layer, for all samples alike.
 
-        Raises ValueError when the strategy's options do not fit the model.
+        Arguments: shape, the numbers of the model.
+        Returns: a plan that names the layers that do not simply run.
+        Stops at the first result that is not None. Raises ValueError, `field: message`, when the options do not fit the
+        model.
         """
         raise NotImplementedError
 
 
 class RouterHooks:
-    """Called on the one strategy of a router stage, after the stages at the encoder and before decoder layer 0."""
+    """Implemented by a strategy of its own; called after the stages at `encoder` and before decoder layer 0."""
 
     @hookspec(firstresult=True)
-    def route(
-        self, embeds: Tensor, visual: Tensor, text: Tensor, valid: Tensor, shape: ModelShape, state: dict[str, Any],
-        seed: Sequence[int],
-    ) -> Route:  # fmt: skip
+    @_with_inputs
+    def route(self) -> Route:
         """Decide for each sample which visual tokens leave at the stage's site, and which decoder layers run.
 
-        embeds: float (B, S, H), the embeddings that enter the decoder. visual, text, valid: bool (B, S), the visual
-        tokens that are left, the other real tokens, and both (False on padding). shape: the numbers of the model.
-        Scores become decisions by the stage's `keep` or `keep_tokens` and `keep_layers`; see `Route`.
+        Arguments: the inputs of `route`; those over V are the visual tokens that are left at `encoder`.
+        Returns: scores, which the stage's `keep` or `keep_tokens` and `keep_layers` turn into decisions, or plans.
+        Stops at the first result that is not None.
+        """
+        raise NotImplementedError
+
+
+class StatementHooks:
+    """Implemented by a strategy that has more to say than its decisions; every one is optional.
+
+    A ValueError that begins with the name of a field and a colon is put at that field of the pipeline file.
+    """
+
+    @hookspec(firstresult=True)
+    def files(self) -> Iterable[str | PathLike[str]]:
+        """Name the files that decide what the strategy does, such as trained weights or a calibration.
+
+        Returns: their paths; their content enters the hash of a pipeline.
+        Stops at the first result that is not None. Raises ValueError for files that are not there or not usable.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def check(self, shape: ModelShape) -> None:
+        """Refuse a model that the strategy cannot serve.
+
+        Arguments: shape, the numbers of the model.
+        Returns: None. Raises ValueError.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def protected_layers(self, shape: ModelShape) -> Iterable[int]:
+        """Name decoder layers that a router lets run for every sample.
+
+        Arguments: shape, the numbers of the model.
+        Returns: numbers of layers, from 0.
+        Stops at the first result that is not None. For routers only.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def flops(self, shape: ModelShape, text: int, visual: int) -> int:
+        """Say what one decision costs.
+
+        Arguments: shape, the numbers of the model; text, visual: tokens of the sample that reach the decision.
+        Returns: FLOPs for one sample, two for each multiply-add.
+        Stops at the first result that is not None; without one, a decision counts nothing.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def learner(self, shape: ModelShape, layers: Sequence[nn.Module], theta: float) -> Any:
+        """Give `prunekit train` a router to train.
+
+        Arguments: shape, the numbers of the model; layers, its decoder layers; theta, the base of its rotary
+        frequencies.
+        Returns: what `prunekit.training.learner.Learner` describes.
+        Stops at the first result that is not None. For routers only.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def calibrate(self, prompts: Iterable[CalibrationPrompt], shape: ModelShape) -> Mapping[str, Any]:
+        """Find out, on some prompts, what the strategy's options cannot know of a model.
+
+        Arguments: prompts, each of which shows what the dense model does with it; shape, the numbers of the model.
+        Returns: plain data for JSON. `prunekit calibrate` writes it with the model, the data and a digest, and the
+        strategy reads it back by `read_artefact`.
+        Stops at the first result that is not None.
         """
         raise NotImplementedError
 
 
 class HostHooks:
-    """Implemented by plugin modules in the entry-point group `prunekit`."""
+    """Implemented by plugin modules in the entry-point group `prunekit`. Import nothing heavy at their top."""
 
     @hookspec
     def prunekit_register(self, registry: Registry) -> None:
-        """Add strategies: `registry.strategy(name, "package.module:Class", summary="one line")`. Import nothing
-        heavy.
+        """Add strategies: `registry.strategy(name, "package.module:Class", summary="one line")` for each.
+
+        Arguments: registry, which signs what it gets with the plugin's distribution.
+        Returns: None. Every plugin is called.
         """
 
     @hookspec
     def prunekit_models(self) -> dict[str, str]:
-        """Short model names: {"micro": "package.module:function"}; the function returns the path of a model folder."""
+        """Bring short names of models.
+
+        Returns: {"micro": "package.module:function"}; the function returns the path of a model folder. Every plugin is
+        called.
+        """
+        raise NotImplementedError
+
+    @hookspec
+    def prunekit_pipelines(self) -> dict[str, str | PathLike[str]]:
+        """Bring named pipelines.
+
+        Returns: {"fastv-k2-r25": absolute path of the YAML file}; `prunekit show fastv-k2-r25` then works anywhere.
+        Every plugin is called.
+        """
         raise NotImplementedError
 
     @hookspec
     def prunekit_data(self) -> dict[str, str]:
-        """Named prompts to train on: {"micro-scenes": "package.module:function"}; the function returns a `Source`, see
-        `prunekit.training.data`.
+        """Bring named prompts to train and calibrate on.
+
+        Returns: {"micro-scenes": "package.module:function"}; the function returns a `Source`, see
+        `prunekit.training.data`. Every plugin is called.
         """
         raise NotImplementedError
 
     @hookspec
     def prunekit_commands(self, subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-        """Add commands to the `prunekit` program; each sets `run=callable(namespace) -> int`. Import nothing heavy."""
+        """Add commands to the `prunekit` program.
+
+        Arguments: subparsers, argparse's; each command sets `run=callable(namespace) -> int`.
+        Returns: None. Every plugin is called.
+        """
 
 
 class ObserverHooks:
-    """Told what happened, with frozen data. An observer that raises is reported as a warning and hurts no run."""
+    """Implemented by plugin modules and by objects given to `prunekit.plugins.register`.
+
+    They are told what happened, with frozen data. An observer that raises becomes a warning and hurts no run.
+    """
 
     @hookspec
     def prunekit_tokens_pruned(self, event: StageEvent) -> None:
-        """A token stage has decided for a prompt batch."""
+        """Learn that a token stage has decided for a prompt batch.
+
+        Arguments: event, what it decided.
+        Returns: None. Every observer is called.
+        """
 
     @hookspec
     def prunekit_run_finished(self, report: RunReport) -> None:
-        """A prompt batch has been prefilled."""
+        """Learn that a prompt batch has been prefilled.
+
+        Arguments: report, what the prefill did.
+        Returns: None. Every observer is called.
+        """

@@ -72,7 +72,10 @@ def registry() -> Registry:
         # A hook caller for this plugin alone: so we know who registers what.
         others = [other for other, _ in _named(manager()) if other is not plugin]
         _guarded(signed, manager().subset_hook_caller("prunekit_register", others), registry=signed)
-        for hook, add in (("prunekit_models", signed.model), ("prunekit_data", signed.source)):
+        tables = {
+            "prunekit_models": signed.model, "prunekit_data": signed.source, "prunekit_pipelines": signed.pipeline,
+        }  # fmt: skip
+        for hook, add in tables.items():
             for named in _guarded(signed, manager().subset_hook_caller(hook, others)):
                 if not isinstance(named, Mapping):
                     raise PluginError(f"plugin '{name}' of {signed.origin}: {hook} gave {named!r}, not a dict")

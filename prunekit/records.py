@@ -14,6 +14,7 @@ from prunekit.strategy.decisions import LayerAction, LayerPlan
 class StageEvent:
     """One decision of a token stage for a prompt batch.
 
+    index: of the stage in the pipeline, from 0; `stage` is the name of its strategy.
     kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
     entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
     sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
@@ -21,6 +22,7 @@ class StageEvent:
     """
 
     stage: str
+    index: int
     site: str
     entered: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prunekit import Sites, hookimpl
+from prunekit import hookimpl, strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused", drops_all=True)
 class Blind:
     """Drop every visual token at the decoder's door."""
-
-    sites = Sites()
-    takes_keep = False
-    drops_all = True
 
     @hookimpl
     def select_tokens(self, valid: Tensor) -> Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from prunekit import LayerPlan, hookimpl
+from prunekit import LayerPlan, hookimpl, strategy
 
 
-@dataclass(frozen=True)
+@strategy()
 class Dense:
     """Prune nothing; the row that every other pipeline is compared with."""
 

@@ -4,22 +4,17 @@ Rule: vbdi/divprune@799e2d9, max-min over cosine distance of the projected featu
 to even, prunekit half up, as for every strategy.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prunekit import Sites, hookimpl
+from prunekit import hookimpl, strategy
 from prunekit.ops import max_min
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class DivPrune:
     """Repeatedly keep the token that is farthest from all kept ones."""
-
-    sites = Sites()
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, hidden: Tensor, count: int) -> Tensor:

@@ -3,19 +3,17 @@
 Rule: pkunlp-icler/FastV@d165972.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from prunekit import Rows, Site, Sites, hookimpl
+from prunekit import Rows, Site, Sites, hookimpl, strategy
 
 
-@dataclass(frozen=True)
+@strategy(
+    sites=Sites(default=Site(2), encoder=False, lowest=1),
+    inputs={"attention": Rows(layer="previous", queries="last", heads="mean")},
+)
 class FastV:
     """Keep the visual tokens that the last prompt token attends to most in the layer before `at`."""
-
-    sites = Sites(default=Site(2), encoder=False, lowest=1)
-    inputs = {"attention": Rows(layer="previous", queries="last", heads="mean")}
 
     @hookimpl
     def score_tokens(self, attention: Tensor) -> Tensor:

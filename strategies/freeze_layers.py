@@ -6,12 +6,10 @@ orders them by how little freezing them changes the output; this strategy takes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl
+from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl, strategy
 
 
-@dataclass(frozen=True)
+@strategy()
 class FreezeLayers:
     """Let visual tokens pass decoder layers unchanged at prefill. layers: their numbers, from 0."""
 

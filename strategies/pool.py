@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from prunekit import Selection, Sites, hookimpl
+from prunekit import Selection, hookimpl, strategy
 from prunekit.ops import grid_cells, middles
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class Pool:
     """Average the tokens of each cell of an even grid into the cell's middle token.
 
     The grid is the largest one with no more cells than `count`, so fewer tokens than asked for may be left: 16 of 17
     on a square picture. Cells that an earlier stage emptied give no token.
     """
-
-    sites = Sites()
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, coords: Tensor, hidden: Tensor, count: int) -> Selection:

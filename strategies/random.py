@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from prunekit import Sites, hookimpl
+from prunekit import hookimpl, strategy
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class Random:
     """Keep tokens uniformly at random.
 
@@ -19,9 +17,6 @@ class Random:
     """
 
     seed: int = 0
-
-    sites = Sites()
-    per_sample = True
 
     @hookimpl
     def score_tokens(self, valid: Tensor, seed: int) -> Tensor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
-from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl
+from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl, strategy
 
 ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "mlp": LayerAction.SKIP_MLP}
 
 
-@dataclass(frozen=True)
+@strategy()
 class SkipLayers:
     """Leave out decoder layers.
 

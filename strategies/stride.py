@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from prunekit import Sites, hookimpl
+from prunekit import hookimpl, strategy
 from prunekit.ops import grid_cells, middles
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class Stride:
     """Keep the middle tokens of the cells of an even grid, and spread what is left of `count` over the other tokens."""
-
-    sites = Sites()
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, coords: Tensor, count: int) -> Tensor:

@@ -5,10 +5,9 @@ Rule: lzhxmu/VTW@a3d8cfc with `keep` positions; the paper's K is 15 of 32 layers
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prunekit import Site, Sites, hookimpl
+from prunekit import Site, Sites, hookimpl, strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,13 +17,9 @@ def _half(layers: int) -> Site:
     return Site(layers // 2)
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(default=_half, encoder=False), keep="refused", drops_all=True)
 class VTW:
     """Drop every visual token before decoder layer `at`."""
-
-    sites = Sites(default=_half, encoder=False)
-    takes_keep = False
-    drops_all = True
 
     @hookimpl
     def select_tokens(self, valid: Tensor) -> Tensor:

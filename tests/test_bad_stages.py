@@ -10,8 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunekit import EncoderRows, Features, Keys, LayerAction, LayerPlan, ModelShape, Route, Rows, Site, Sites, hookimpl
-from prunekit.errors import PluginError, SpecError
+from prunekit import (
+    EncoderRows,
+    Features,
+    Keys,
+    LayerAction,
+    LayerPlan,
+    ModelShape,
+    Route,
+    Rows,
+    Site,
+    Sites,
+    hookimpl,
+    strategy,
+)
+from prunekit.errors import SpecError
 from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.strategy.sites import Keep
@@ -20,25 +33,21 @@ EVERYWHERE = Sites(tower=True, pixels=True, end=True)
 SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144, tower_layers=6)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=EVERYWHERE)
 class Score:
-    sites = EVERYWHERE
-
     @hookimpl
     def score_tokens(self, hidden: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites(decoder=False))
 class Door:
     """Acts at the decoder's door alone."""
 
-    sites = Sites(decoder=False)
-
     @hookimpl
     def score_tokens(self, hidden: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Plain:
     """Takes the usual sites: the door and decoder layers."""
 
@@ -46,85 +55,75 @@ class Plain:
     def score_tokens(self, hidden: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Previous(Score):
     @hookimpl
     def score_tokens(self, attention: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(inputs={"attention": Rows(layer="own")})
 class Own(Previous):
-    inputs = {"attention": Rows(layer="own")}
+    """Reads the layer that it stands in."""
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(inputs={"attention": Rows(layer="next")})
 class Ahead(Previous):
-    inputs = {"attention": Rows(layer="next")}
+    """Looks ahead."""
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(inputs={"attention": Rows(layer="previous"), "keys": Keys(layer="own")})
 class Twice(Score):
     """Reads two layers at once."""
-
-    inputs = {"attention": Rows(layer="previous"), "keys": Keys(layer="own")}
 
     @hookimpl
     def score_tokens(self, attention: Any, keys: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Text(Score):
     @hookimpl
     def score_tokens(self, text: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(inputs={"encoder_attention": EncoderRows(layer=3), "features": (Features(), Features(projected=True))})
 class Encoder(Score):
-    inputs = {"encoder_attention": EncoderRows(layer=3), "features": (Features(), Features(projected=True))}
-
     @hookimpl
     def score_tokens(self, encoder_attention: Any, features: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(extras=("cls",))
 class Cls(Score):
-    extras = ("cls",)
-
     @hookimpl
     def merge_tokens(self, extras: Any) -> Any: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Router:
     @hookimpl
     def route(self, embeds: Any) -> Route: ...
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(routes=("layers",))
 class LayerRouter(Router):
-    routes_tokens = False
+    """Scores layers only."""
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(routes=("tokens",))
 class TokenRouter(Router):
-    routes_layers = False
+    """Scores tokens only."""
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(keep="refused", keep_layers="refused")
 class Planner(Router):
     """Decides about layers by itself."""
 
-    takes_keep = False
 
-
-@dataclasses.dataclass(frozen=True)
+@strategy(keep_layers="refused")
 class OwnLayers(Router):
     """Decides about layers by itself, and about tokens by a budget if it is given one."""
 
-    takes_keep_layers = False
 
-
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Plan:
     skip: tuple[int, ...]
     what: str = "skip"
@@ -578,9 +577,7 @@ def test_what_just_fits(registry: Registry, name: str) -> None:
 
 
 def test_cuts_know_their_number_and_their_layer(registry: Registry) -> None:
-    bound = build.build(one("use: score, at: [encoder, 2, 2.mid, 2.after, 5], keep: 1"), registry=registry).bind(
-        SHAPE
-    )
+    bound = build.build(one("use: score, at: [encoder, 2, 2.mid, 2.after, 5], keep: 1"), registry=registry).bind(SHAPE)
     assert [cut.number for cut in bound.cuts] == [0, 1, 2, 3, 4]
     assert [cut.site.reach for cut in bound.cuts] == [0, 2, 3, 3, 5]
     assert len({id(cut.stage) for cut in bound.cuts}) == 1
@@ -621,86 +618,6 @@ def test_every_new_key_is_in_the_hash(registry: Registry) -> None:
     assert "positions: renumber\n" in built[6].resolved and built[6].positions == "renumber"
     same = build.build("positions: keep\n" + one("use: router, at: [encoder], keep: [0.5]"), registry=registry)
     assert same.sha == built[0].sha
-
-
-# Classes that cannot be strategies.
-
-
-@dataclasses.dataclass(frozen=True)
-class Both(Router):
-    @hookimpl
-    def score_tokens(self, hidden: Any) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class NoExtras(Score):
-    @hookimpl
-    def merge_tokens(self, extras: Any) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class OddExtras(Score):
-    extras = ("registers",)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextExtras(Score):
-    extras = "cls"
-
-
-@dataclasses.dataclass(frozen=True)
-class Idle(Router):
-    routes_tokens = False
-    routes_layers = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag(Score):
-    trainable = "yes"
-
-
-@dataclasses.dataclass(frozen=True)
-class OddSites(Score):
-    sites = ("encoder",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batched(Score):
-    per_sample = True
-
-    @hookimpl
-    def select_tokens(self, forward: Any) -> Any: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class OddKind(Score):
-    inputs = {"keys": Rows()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers(Router):
-    keep_layers: int = 3
-
-
-@pytest.mark.parametrize(
-    ("cls", "said"),
-    [
-        (Both, "implements route and score_tokens; a router is a strategy of its own: make it two"),
-        (NoExtras, "asks for `extras` but declares none: extras = ('cls',)"),
-        (OddExtras, "`extras` is ('registers',); it is a tuple of 'cls'"),
-        (TextExtras, "`extras` is 'cls'; it is a tuple of 'cls', such as ('cls',)"),
-        (Idle, "a router that routes neither tokens nor layers would do nothing"),
-        (Flag, "`trainable` is 'yes'; it is True or False"),
-        (OddSites, "`sites` is ('encoder',); write Sites(...) there"),
-        (Batched, "`forward` runs the whole batch; leave out per_sample"),
-        (OddKind, "inputs['keys'] is Rows("),
-        (Layers, "'keep_layers' cannot be a field (rename it)"),
-    ],
-)
-def test_a_broken_class_is_the_plugins_fault(cls: type[Any], said: str) -> None:
-    with pytest.raises(PluginError) as caught:
-        build.build(one(f"use: {cls.__name__.lower()}, keep: 0.5"), registry=registry_of(cls))
-    assert said in str(caught.value) and "stub-dist 1.0" in str(caught.value)
 
 
 PLACED = ["vision.1", "encoder", 0, 2, "2.mid", "2.after", 3, "5.mid", 9, "9.after", "prefill_end"]

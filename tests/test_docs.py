@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference_pages
 import torch
 import yaml
 from PIL import Image
 
 import prunekit
-from prunekit import hookspecs, loading, plugins
+from prunekit import loading, plugins
 from prunekit.cli import main
 from prunekit.errors import SpecError
-from prunekit.pipeline import statements
 from prunekit.spec import schema
 from prunekit.strategy import declare
 
@@ -154,24 +154,22 @@ def test_the_index_names_every_page() -> None:
     assert {name_of(page) for page in pages - linked if page.parent.name != "decisions"} == set()
 
 
-def test_every_hook_is_documented_as_it_is() -> None:
-    text = (REFERENCE / "hooks.md").read_text(encoding="utf-8")
-    shared = ", ".join(re.findall(r"^\| `(\w+)` \|", text, flags=re.M))
-    documented = [
-        (name, arguments.replace("...", shared))
-        for name, arguments in re.findall(r"^### `(\w+)\((.*?)\)`$", text, flags=re.M)
-    ]
-    assert len(documented) == len(dict(documented)), "a hook is documented twice"
-    groups = (
-        hookspecs.TokenHooks, hookspecs.LayerHooks, hookspecs.RouterHooks, hookspecs.HostHooks, hookspecs.ObserverHooks,
-    )  # fmt: skip
-    specified = {
-        name: ", ".join(parameter for parameter in inspect.signature(function).parameters if parameter != "self")
-        for group in groups
-        for name, function in vars(group).items()
-        if hasattr(function, "prunekit_spec")
-    }
-    assert dict(documented) == specified
+def test_the_page_of_hooks_is_that_of_the_code() -> None:
+    """Else: python tests/reference_pages.py."""
+    assert (REFERENCE / "hooks.md").read_text(encoding="utf-8") == reference_pages.written()
+
+
+def test_every_hook_follows_one_grammar() -> None:
+    """What it decides, its arguments if it has any, what it returns, what stops the loop."""
+    for group in reference_pages.GROUPS.values():
+        assert group.__doc__ and group.__doc__.startswith("Implemented by ")
+        for name, function in vars(group).items():
+            if hasattr(function, "prunekit_spec"):
+                text = inspect.getdoc(function) or ""
+                parts = re.findall(r"^(Arguments|Returns): ", text, flags=re.M)
+                takes = function.__code__.co_argcount > 1 or (name in declare.HOOKS and declare.HOOKS[name])
+                assert parts == (["Arguments", "Returns"] if takes else ["Returns"]), name
+                assert re.search(r"Stops at the first|Every \w+ is\s+called|Returns: None", text), name
 
 
 def test_every_strategy_is_documented_with_its_fields() -> None:
@@ -202,11 +200,10 @@ def test_every_public_name_is_documented() -> None:
     assert sorted(names) == sorted(prunekit.__all__)
 
 
-def test_every_trait_and_method_of_strategies_is_documented() -> None:
-    text = (REFERENCE / "python.md").read_text(encoding="utf-8").partition("### Traits and methods")[2]
-    told = set(re.findall(r"`(\w+)", text.partition("\n## ")[0]))
-    methods = re.findall(r"^    (\w+)\(.*\) -> ", statements.__doc__ or "", flags=re.M)
-    assert len(methods) >= 4 and {*declare.TRAITS, *methods} <= told
+def test_every_keyword_of_a_declaration_is_documented() -> None:
+    text = (REFERENCE / "python.md").read_text(encoding="utf-8").partition("### `strategy`")[2].partition("\n### ")[0]
+    keywords = re.findall(r"^\| `(\w+)` \|", text, flags=re.M)
+    assert keywords == [one.name for one in dataclasses.fields(declare.Declaration)]
 
 
 def test_every_command_and_option_is_documented() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, plugins
+from prunekit import LayerAction, LayerPlan, Route, Sites, cost, families, hookimpl, plugins, strategy
 from prunekit.pipeline import build
 from prunekit.pipeline.forecast import forecast
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -19,18 +19,16 @@ INPUTS = tiny_inputs(images=(1,), text=(10,))
 TEXT = INPUTS["input_ids"].shape[1] - 16
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites(end=True))
 class Early:
     """Keeps the first tokens, anywhere."""
-
-    sites = Sites(end=True)
 
     @hookimpl
     def score_tokens(self, valid: torch.Tensor) -> torch.Tensor:
         return -torch.arange(valid.shape[1]).expand(valid.shape).float()
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Late:
     """Routes: prefers late tokens and early layers."""
 
@@ -41,29 +39,31 @@ class Late:
         return Route(torch.arange(length).expand(rows, -1).float(), layers)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(keep="refused", keep_layers="refused")
 class Whole:
     """Plans by itself: leaves out layer 1."""
-
-    takes_keep = False
 
     @hookimpl
     def route(self, embeds: torch.Tensor) -> Route:
         return Route(plans=[LayerPlan({1: LayerAction.SKIP})] * len(embeds))
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Priced(Early):
     """Says what it costs."""
 
+    each: int = 1
+
+    @hookimpl
     def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
-        return text + visual
+        return self.each * (text + visual)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class PricedRouter(Late):
     """So does this router."""
 
+    @hookimpl
     def flops(self, shape: prunekit.ModelShape, text: int, visual: int) -> int:
         return 1000 * (text + visual)
 
@@ -157,6 +157,21 @@ def test_what_decisions_cost_by_their_own_account(model: Any) -> None:
     dense = cost.prefill_flops(shape, [16 + TEXT] * shape.layers)
     assert found is not None
     assert found.decisions == pytest.approx(((TEXT + 16) + (TEXT + 8) + 1000 * (TEXT + 8)) / dense)
+
+
+def test_two_stages_of_one_strategy_at_one_site_cost_what_each_says(model: Any) -> None:
+    """Stages are told apart by their number in the pipeline: equal names at equal sites may have other options."""
+    shape = families.find(model).shape()
+    keys = {"use": "priced", "at": "encoder"}
+    built = build.build({"stages": [{**keys, "each": 1, "keep": 0.5}, {**keys, "each": 1000, "keep": 0.25}]})
+    with prunekit.apply(model, built) as run:
+        model(**tiny_inputs((1,), TEXT - 1))
+    promised = forecast(built.bind(shape), TEXT)
+    assert promised is not None and run.report is not None
+    assert run.report.cost.decision_flops == ((TEXT + 16) + 1000 * (TEXT + 8),)
+    assert [event.index for event in run.report.events] == [0, 1]
+    dense = cost.prefill_flops(shape, [16 + TEXT] * shape.layers)
+    assert promised.decisions == pytest.approx(run.report.cost.decision_flops[0] / dense)
 
 
 def test_nothing_is_promised_where_tokens_depend_on_the_picture(model: Any) -> None:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pluggy
 import pytest
 
-from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl
+from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl, strategy
 from prunekit.errors import PluginError, SpecError
-from prunekit.hookspecs import TokenHooks
 from prunekit.pipeline import build as building
 from prunekit.registry import Registry
+from prunekit.strategy.declare import HOOKS
 from prunekit.strategy.sites import ENCODER, Keep
 
 # What the engine hands to hooks that nobody asked for is None.
-NOTHING = dict.fromkeys(set(inspect.signature(TokenHooks.select_tokens).parameters) - {"self", "valid", "count"})
+NOTHING = dict.fromkeys(set(HOOKS["select_tokens"]) - {"valid", "count"})
 SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144)
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Score:
     """Scores tokens."""
 
@@ -34,7 +33,7 @@ class Score:
         return hidden
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Select:
     """Selects tokens by itself."""
 
@@ -43,39 +42,30 @@ class Select:
         return valid
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites(default=Site(2), encoder=False, lowest=1), inputs={"attention": Rows()})
 class Attend:
     """Reads attention."""
-
-    sites = Sites(default=Site(2), encoder=False, lowest=1)
-    inputs: ClassVar[Mapping[str, Rows]] = {"attention": Rows()}
 
     @hookimpl
     def score_tokens(self, attention: Any) -> Any:
         return attention
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites())
 class Careless(Attend):
     """Reads attention but allows every site."""
 
-    sites = Sites()
 
-
-@dataclasses.dataclass(frozen=True)
+@strategy(sites=Sites(default=lambda layers: Site(layers // 2)), keep="refused", drops_all=True)
 class DropAll:
     """Drops everything, by default half-way."""
-
-    sites = Sites(default=lambda layers: Site(layers // 2))
-    takes_keep = False
-    drops_all = True
 
     @hookimpl
     def select_tokens(self, valid: Any) -> Any:
         return valid & False
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Plan:
     """Plans layers."""
 
@@ -99,7 +89,7 @@ class Plan:
         return LayerPlan({layer: LayerAction(self.what) for layer in self.layers})
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Typed:
     """Has a field of every kind that a file can hold."""
 
@@ -122,66 +112,24 @@ class Typed:
         return LayerPlan()
 
 
-class NoDataclass:
+@dataclasses.dataclass(frozen=True)
+class Undeclared:
     @hookimpl
     def plan_layers(self) -> LayerPlan:
         return LayerPlan()
 
 
-@dataclasses.dataclass(frozen=True)
-class Unmarked:
-    def score_tokens(self, hidden: Any) -> Any:
-        return hidden
-
-
-@dataclasses.dataclass(frozen=True)
-class Nothing:
-    pass
-
-
-@dataclasses.dataclass(frozen=True)
-class Misspelt:
-    @hookimpl
-    def score_tokens(self, hiden: Any) -> Any:
-        return hiden
-
-
-@dataclasses.dataclass(frozen=True)
-class UnknownHook:
-    @hookimpl
-    def plan_layers(self) -> LayerPlan:
-        return LayerPlan()
-
-    @hookimpl
-    def score_token(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class TraitField(Score):
-    takes_keep: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class KeyField(Score):
-    keep: float = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class OddField(Score):
     path: Path | bytes = b""
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class LostField(Score):
     path: "NoSuchType" = 0  # type: ignore[name-defined]  # noqa: F821, UP037
 
 
-@dataclasses.dataclass(frozen=True)
-class OddInput(Score):
-    inputs = {"hidden": Rows()}
-
-
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class NoPlan:
     @hookimpl
     def plan_layers(self) -> Any:
@@ -191,9 +139,7 @@ class NoPlan:
 @pytest.fixture
 def registry() -> Registry:
     filled = Registry("stub", "stub-dist 1.0")
-    for cls in (Score, Select, Attend, Careless, DropAll, Plan, Typed, NoDataclass, Unmarked, Nothing, Misspelt):
-        filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
-    for cls in (UnknownHook, TraitField, KeyField, OddField, LostField, OddInput, NoPlan):
+    for cls in (Score, Select, Attend, Careless, DropAll, Plan, Typed, Undeclared, OddField, LostField, NoPlan):
         filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
     return filled
 
@@ -339,28 +285,20 @@ class TestBuild:
     @pytest.mark.parametrize(
         ("use", "said"),
         [
-            ("nodataclass", "is no dataclass"),
-            ("unmarked", "score_tokens is not marked; put @hookimpl above it"),
-            ("nothing", "implements none of score_tokens, select_tokens, plan_layers, route"),
-            ("misspelt", "hiden"),
-            ("unknownhook", "score_token"),
-            ("traitfield", "'takes_keep' cannot be a field (it is a class attribute"),
-            ("keyfield", "'keep' cannot be a field (rename it)"),
+            ("undeclared", "strategy 'undeclared' (test_pipeline:Undeclared) from stub-dist 1.0 is not declared"),
             ("oddfield", "which a pipeline file cannot hold"),
             ("lostfield", "field types of LostField cannot be read"),
-            ("oddinput", "`inputs` has 'hidden', for which there is nothing to declare; it takes attention, keys"),
         ],
     )
     def test_a_broken_strategy_is_the_plugins_fault(self, registry: Registry, use: str, said: str) -> None:
-        stage = {"use": use, "path": 3} if use == "oddfield" else {"use": use}
-        keep = {} if use in ("nodataclass", "nothing", "unknownhook") else {"keep": 0.5}
+        stage = {"use": use, "keep": 0.5} | ({"path": 3} if use == "oddfield" else {})
         with pytest.raises(PluginError) as caught:
-            build(registry, {**stage, **keep})
+            build(registry, stage)
         assert said in str(caught.value)
 
     def test_an_option_check_that_crashes_is_the_plugins_fault(self, registry: Registry) -> None:
         with pytest.raises(
-            PluginError, match=r"strategy 'plan' from stub-dist 1\.0 failed on its options: RuntimeError: unlucky"
+            PluginError, match=r"strategy 'plan' .* from stub-dist 1\.0 failed on its options: RuntimeError: unlucky"
         ):
             build(registry, {"use": "plan", "layers": [13]})
 
@@ -414,7 +352,8 @@ class TestBind:
             (ENCODER, "score"), (Site(2), "attend"), (Site(5), "dropall"),
         ]  # fmt: skip
         assert dict(bound.plan.actions) == {0: LayerAction.SKIP, 4: LayerAction.SKIP_MLP}
-        assert (bound.pipeline, bound.shape) == (built, SHAPE)
+        assert (bound.name, bound.sha, bound.positions) == (built.name, built.sha, built.positions)
+        assert (bound.stages, bound.shape) == (built.stages, SHAPE)
         assert built.bind(dataclasses.replace(SHAPE, layers=32)).cuts[2].site == Site(16)
 
     @pytest.mark.parametrize(
@@ -538,7 +477,7 @@ class TestBind:
             build(registry, {"use": "noplan"}).bind(SHAPE)
 
 
-FILES = sorted((Path(__file__).parent.parent / "docs" / "pipelines").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent.parent / "strategies" / "pipelines").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -551,7 +490,7 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
         assert bound.acts is (path.stem != "dense")
     first, second = path.read_text().splitlines()[:2]
-    assert first.startswith("# ") and second.startswith(f"#   prunekit run docs/pipelines/{path.name} --model micro ")
+    assert first.startswith("# ") and second.startswith(f"#   prunekit run {path.stem} --model micro ")
 
 
 def test_what_only_decoding_leaves_out_is_not_dense() -> None:

@@ -7,12 +7,12 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
 
-from prunekit_evals.identity import model_identity
 from prunekit_evals.micro import card_tables as tables
 from prunekit_evals.micro import record
 from prunekit_evals.micro.benchmark import ITEMS, TASKS
 from prunekit_evals.micro.card_text import HEAD, TAIL
 from prunekit_evals.micro.record import Record
+from prunekit_evals.run.identity import model_identity
 
 
 def _measured(model: Path, task: str, most: int) -> record.Measured:

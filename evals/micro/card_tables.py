@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from prunekit_evals.compare.stats import Estimate, wilson
 from prunekit_evals.micro.packing import OPEN_SHARES
 from prunekit_evals.micro.record import Part, Record
-from prunekit_evals.stats import Estimate, wilson
 
 PerSeed = Callable[[Record, str], str]
 CHANCE = {"pope": 50, "mme": 50, "mmbench_en_dev_static": 25, "scienceqa_img": 25}

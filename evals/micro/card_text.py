@@ -22,9 +22,9 @@ colors, and the decoder must see the rest.
 
 ```
 pip install "prunekit[train,micro]"
-python -m prunekit_evals.micro.train --seed 2 --processes 1 --out runs/micro-seed2   # one core, about 90 minutes
-python -m prunekit_evals.micro.export --run runs/micro-seed2
-python -m prunekit_evals.micro.export --run runs/micro-seed1 --out runs/micro-seed1/model   # the same with --seed 1
+python -m prunekit_evals.studies.micro.train --seed 2 --processes 1 --out runs/micro-seed2  # 90 minutes
+python -m prunekit_evals.studies.micro.export --run runs/micro-seed2
+python -m prunekit_evals.studies.micro.export --run runs/micro-seed1 --out runs/micro-seed1/model  # seed 1
 prunekit micro card --seed 2 --other 1=runs/micro-seed1/model --curve runs/micro-seed2/curve.jsonl
 ```
 

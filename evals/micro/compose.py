@@ -11,7 +11,8 @@ from prunekit_evals.micro.sprites import sprite
 
 IMAGE_SIZE = 168  # pixels
 PATCH_SIZE = 14
-GRID = IMAGE_SIZE // PATCH_SIZE  # 12 patches a side, 144 in all
+GRID = IMAGE_SIZE // PATCH_SIZE  # patches a side
+TOKENS = GRID * GRID  # visual tokens of one image, 144
 SIZES = tuple(range(32, 53, 2))  # icon sizes in pixels
 LETTERS = tuple(range(18, 25, 2))  # heights of a sign's letters in pixels
 MARGIN = 4  # pixels of plate around the letters

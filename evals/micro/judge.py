@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 from prunekit_evals.micro import attention, prompts
 from prunekit_evals.micro.benchmark import Item
-from prunekit_evals.micro.model import TOKENS
-from prunekit_evals.micro.packing import IGNORE, Packer
+from prunekit_evals.micro.compose import TOKENS
+from prunekit_evals.micro.packing import IGNORE, Packer, pixels
 from prunekit_evals.micro.questions import Question
-from prunekit_evals.micro.see import pixels
 from prunekit_evals.micro.selections import View
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration

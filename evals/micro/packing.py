@@ -101,6 +101,12 @@ class Packer:
         )
 
 
+def pixels(scenes: list[Scene], dtype: torch.dtype) -> Tensor:
+    """Normalised images ``[B, 3, 168, 168]``, as the shipped image processor makes them (mean and std 0.5)."""
+    images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
+    return (images.float() / 127.5 - 1).to(dtype)
+
+
 def _draw(shown: Scene, rng: np.random.Generator, shares: dict[str, float], count: int) -> list[Question]:
     names, weights = list(shares), np.cumsum(list(shares.values()))
     asked: list[Question] = []

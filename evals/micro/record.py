@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunekit_evals.stats import Estimate, average, paired, wilson
+from prunekit_evals.compare.stats import Estimate, average, paired, wilson
 
 Rights = dict[str, str]
 

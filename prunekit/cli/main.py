@@ -23,9 +23,9 @@ from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
 EPILOG = """\
 examples:
   prunekit list strategies
-  prunekit show docs/pipelines/fastv-k2-r25.yaml --model micro
-  prunekit validate docs/pipelines/*.yaml
-  prunekit run docs/pipelines/fastv-k2-r25.yaml --model micro --image cat.png --prompt "Is there a cat?"
+  prunekit show fastv-k2-r25 --model micro
+  prunekit validate my.yaml
+  prunekit run fastv-k2-r25 --model micro --image cat.png --prompt "Is there a cat?"
 """
 
 Command = Callable[[argparse.Namespace], int]

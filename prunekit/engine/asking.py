@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -11,32 +10,22 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import PluginError, PrunekitError
-from prunekit.hookspecs import RouterHooks, TokenHooks
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
-
-
-def _arguments(hooks: type[Any], name: str) -> tuple[str, ...]:
-    return tuple(parameter for parameter in inspect.signature(getattr(hooks, name)).parameters if parameter != "self")
-
-
-ARGUMENTS = {name: _arguments(TokenHooks, name) for name in ("score_tokens", "select_tokens", "merge_tokens")}
-ARGUMENTS["route"] = _arguments(RouterHooks, "route")
+from prunekit.strategy.declare import HOOKS
 
 
 class View(Protocol):
     """The visual tokens that reach a stage, in the decoder or in the vision tower: what asking needs to know of them.
 
-    valid: bool (B, V), False on padding. counts: visual tokens of each sample. count: how many to keep of each, None
-    for a stage that decides by itself. sizes: float (B, V), how many original tokens each stands for.
+    valid: bool (B, V), False on padding. counts: visual tokens of each sample. sizes: float (B, V), how many original
+    tokens each stands for.
     """
 
     @property
     def valid(self) -> Tensor: ...
     @property
     def counts(self) -> tuple[int, ...]: ...
-    @property
-    def count(self) -> tuple[int, ...] | None: ...
     @property
     def sizes(self) -> Tensor: ...
 
@@ -69,11 +58,6 @@ def decide(stage: Stage, view: View) -> Selection:
     Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
     hook, for an answer that cannot be carried out.
     """
-    if view.count is None and stage.manager.has_plugin("default"):
-        raise PluginError(
-            f"{stage.label}: it has scores but no number of tokens to keep; implement select_tokens, or let the "
-            "strategy take `keep`"
-        )
     refusals = Refusals()
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
         if stage.per_sample:
@@ -217,9 +201,7 @@ def _padded(weights: Tensor | None, blank: Tensor) -> Tensor:
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:
     """Call one hook with the arguments that somebody on the stage names; the others are None and never computed."""
     wanted = stage.requests(hook)
-    arguments = {
-        name: extra[name] if name in extra else get(name) if name in wanted else None for name in ARGUMENTS[hook]
-    }
+    arguments = {name: extra[name] if name in extra else get(name) if name in wanted else None for name in HOOKS[hook]}
     try:
         return getattr(stage.hook, hook)(**arguments)
     except PrunekitError:

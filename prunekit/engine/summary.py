@@ -37,15 +37,15 @@ def summarise(
     original, prompts = counts["visual_tokens"], counts["prompt_tokens"]
     decisions = [_decisions(bound, events, b, prompts[b] - original[b], original[b]) for b in range(len(plans))]
     return RunReport(
-        pipeline=bound.pipeline.name,
-        sha=bound.pipeline.sha,
+        pipeline=bound.name,
+        sha=bound.sha,
         samples=len(plans),
         events=events,
         layer_tokens=layer_tokens,
         mlp_tokens=mlp_tokens,
         kv_tokens=kv,
         plans=tuple(plans),
-        positions=bound.pipeline.positions,
+        positions=bound.positions,
         cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions),
         **counts,
     )
@@ -53,10 +53,10 @@ def summarise(
 
 def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, text: int, original: int) -> int:
     """FLOPs of what stages decided for one sample, as far as they say: token stages at each cut, routers once."""
-    cuts = {(cut.stage.use, str(cut.site)): cut for cut in bound.cuts}
+    cuts = {(cut.stage.index, str(cut.site)): cut for cut in bound.cuts}
     total, door = 0, original
     for event in events:
-        cut = cuts[event.stage, event.site]
+        cut = cuts[event.index, event.site]
         if not cut.stage.is_router:
             total += selection_flops(cut.stage, bound.shape, text, event.entered[sample])
             door = len(event.kept[sample]) if cut.site <= ENCODER else door

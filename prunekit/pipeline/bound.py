@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from prunekit.pipeline import layer_plans
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import LayerPlan, ModelShape
-
-if TYPE_CHECKING:
-    from prunekit.pipeline.build import Pipeline
 
 
 @dataclass(frozen=True)
 class BoundPipeline:
     """A pipeline on a model.
 
+    name, sha, positions, stages: those of the `Pipeline`.
     cuts: where visual tokens leave, in the order in which the data passes them.
     plan: what becomes of each decoder layer, for every sample alike.
     protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
         because its own options say so.
     """
 
-    pipeline: Pipeline
+    name: str
+    sha: str
+    positions: Literal["keep", "renumber"]
+    stages: tuple[Stage, ...]
     shape: ModelShape
     cuts: tuple[Cut, ...]
     plan: LayerPlan
@@ -32,12 +33,12 @@ class BoundPipeline:
     @property
     def routers(self) -> tuple[Stage, ...]:
         """Stages that decide for each sample before the decoder, in the order of the file."""
-        return tuple(stage for stage in self.pipeline.stages if stage.is_router)
+        return tuple(stage for stage in self.stages if stage.is_router)
 
     @property
     def layer_budget(self) -> int | None:
         """How many decoder layers run for each sample; None when no router has a budget of layers."""
-        return layer_plans.layer_budget(self.pipeline.stages, self.shape.layers)
+        return layer_plans.layer_budget(self.stages, self.shape.layers)
 
     @property
     def acts(self) -> bool:

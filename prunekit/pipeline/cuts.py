@@ -7,20 +7,14 @@ from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy import decoder_requests
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
+from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, region_of
 from prunekit.strategy.sites import Site
-from prunekit.strategy.tower_requests import ENCODER_KINDS
 
 # What a layer may do inside which tokens leave, between its attention and its MLP.
 CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
 LET_RUN = "move it, or let that layer run"
-# Arguments of hooks that the prompt or the decoder gives; inside the tower there is neither yet.
-OF_THE_DECODER = (
-    *decoder_requests.KINDS, "previous_hidden", "text", "text_hidden", "text_valid", "text_after", "norm", "forward",
-    "extras",
-)  # fmt: skip
-OF_THE_TOWER = (*ENCODER_KINDS, "extras")
+OF_THE_TOWER = (*OF_TOWER, "extras")
 
 
 def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
@@ -33,12 +27,8 @@ def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
         unread = stage.sites_given is None and "at" in stage.names
         if unread or not stage.cuts_tokens:
             continue
-        sites = stage.known_sites
-        if sites is None and layers is not None:
-            sites = (stage.sites.resolve(layers),)
-        for number, site in enumerate(sites or ()):
-            keep = (stage.keeps[number] if len(stage.keeps) > 1 else stage.keeps[0]) if stage.keeps else None
-            found.append(Cut(site, stage, keep, number))
+        placements = stage.placements(layers) or ()
+        found += [Cut(site, stage, keep, number) for number, (site, keep) in enumerate(placements)]
     return tuple(sorted(found, key=lambda cut: (cut.site, cut.stage.index)))
 
 
@@ -82,7 +72,7 @@ def _nothing_to_read(cut: Cut, shape: ModelShape) -> tuple[str, str] | None:
     if cut.stage.extras and cut.site.place != "encoder":
         what = ", ".join(cut.stage.extras)
         return f"'{use}' takes extras ({what}), which are there at 'encoder' only", "name 'encoder'"
-    if cut.site.in_tower and (later := [name for name in OF_THE_DECODER if asks(name)]):
+    if cut.site.in_tower and (later := _absent(cut)):
         return f"'{use}' asks for {later[0]}, which is not there yet at '{cut.site}'", "name 'encoder' or a later site"
     if not tower_blocks(shape) and (of_tower := [name for name in OF_THE_TOWER if asks(name)]):
         return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"
@@ -91,6 +81,13 @@ def _nothing_to_read(cut: Cut, shape: ModelShape) -> tuple[str, str] | None:
     except ValueError as error:
         return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
     return None
+
+
+def _absent(cut: Cut) -> list[str]:
+    """Inputs that the stage asks for and that do not exist at the cut's site, in the order of their table."""
+    region = region_of(cut.site)
+    rows = (one for hook in TOKEN_HOOKS for one in inputs_of(hook) if one.name in cut.stage.requests(hook))
+    return list(dict.fromkeys(one.name for one in rows if region not in one.regions))
 
 
 def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | None) -> list[Fault]:

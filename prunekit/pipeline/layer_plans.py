@@ -79,7 +79,7 @@ def routing_faults(
         message = f"asks for {count} layers, but another stage skips {_listed(skipped)}, which leaves {most}"
         yield router.fault("keep_layers", message, "keep less here or skip less there")
     elif count < len(fixed):
-        own = "it protects, or " if hasattr(router.strategy, "protected_layers") else ""
+        own = "it protects, or " if router.states("protected_layers") else ""
         message = f"leaves {count} layers, but {own}other stages read, cut inside or plan layers {_listed(fixed)}"
         yield router.fault("keep_layers", message, f"keep at least {len(fixed)}, or move those stages")
 

@@ -10,15 +10,15 @@ import pluggy
 
 from prunekit import plugins
 from prunekit.errors import Fault, PluginError, UnknownName, Where
-from prunekit.hookspecs import LayerHooks, RouterHooks, TokenHooks
+from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
+from prunekit.spec.budget_keys import OPEN
 from prunekit.spec.schema import StageSpec
-from prunekit.spec.stage_keys import BUDGETS, OPEN, STAGE_KEYS
-from prunekit.strategy import declare, decoder_requests, options
-from prunekit.strategy.declare import TOKEN_STARTS, implements
+from prunekit.strategy import declare, options
+from prunekit.strategy import inputs as table
+from prunekit.strategy.declare import Declaration, implements
+from prunekit.strategy.options import BUDGETS, STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site, Sites
-
-__all__ = ["TOKEN_STARTS", "Cut", "Stage", "implements", "make", "named_problem"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,12 @@ class Stage:
         return self.manager.hook
 
     @property
+    def declaration(self) -> Declaration:
+        """What its strategy was declared with."""
+        declaration: Declaration = type(self.strategy).__prunekit__
+        return declaration
+
+    @property
     def is_token(self) -> bool:
         """It decides about visual tokens at its sites."""
         return declare.is_token(type(self.strategy))
@@ -78,35 +84,64 @@ class Stage:
 
     @property
     def sites(self) -> Sites:
-        """The sites that its strategy allows."""
-        return declare.sites_of(type(self.strategy))
+        """The sites that its strategy allows, with these options."""
+        return self.declaration.sites_of(self.strategy)
 
     @property
     def known_sites(self) -> tuple[Site, ...] | None:
         """Where it acts; None while that is a default that scales with the depth of a model."""
-        if self.sites_given is not None:
-            return self.sites_given
-        return (self.sites.default,) if isinstance(self.sites.default, Site) else None
+        placements = self.placements(None)
+        return None if placements is None else tuple(site for site, _ in placements)
+
+    def placements(self, layers: int | None) -> tuple[tuple[Site, Keep | None], ...] | None:
+        """Its sites in a decoder of `layers` layers, each with its budget, in the order of the data.
+
+        A budget is None where the strategy decides by itself. layers: None is a model that is not known yet; the result
+        is then None where a default scales with the depth. What the file leaves out comes from the strategy's schedule,
+        else from its default site.
+        """
+        schedule = None
+        if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
+            if layers is None and callable(self.declaration.schedule):
+                return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
+            schedule = self.declaration.schedule_of(self.strategy, layers or 0)
+        sites = self.sites_given
+        if sites is None and schedule is not None:
+            sites = tuple(site for site, _ in schedule)
+        if sites is None:
+            default = self.sites.default
+            if not isinstance(default, Site):
+                if layers is None:
+                    return None
+                default = default(layers)
+            sites = (default,)
+        keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
+        return tuple(zip(sites, keeps * len(sites) if len(keeps) == 1 else keeps, strict=True))
 
     @property
     def drops_all(self) -> bool:
         """It leaves no visual token."""
-        return bool(getattr(self.strategy, "drops_all", False))
+        return self.declaration.drops_all
 
     @property
     def per_sample(self) -> bool:
         """Its hooks are called once for each sample, without padding."""
-        return bool(getattr(self.strategy, "per_sample", False))
+        return self.declaration.per_sample
 
     @property
     def trainable(self) -> bool:
         """Its hooks run with gradients, on states that are not detached."""
-        return bool(getattr(self.strategy, "trainable", False))
+        return self.declaration.trainable
 
     @property
     def extras(self) -> tuple[str, ...]:
         """What of the tower it takes beside the visual tokens, such as `cls`."""
-        return tuple(getattr(self.strategy, "extras", ()))
+        return self.declaration.extras
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What its strategy requests, by the name of the input."""
+        return self.declaration.inputs_of(self.strategy)
 
     @property
     def label(self) -> str:
@@ -119,7 +154,11 @@ class Stage:
 
     def asks_for(self, argument: str) -> bool:
         """Any of its token or router hooks names `argument`, such as `attention`."""
-        return any(argument in self.requests(hook) for hook in (*declare.TOKEN_HOOKS, "route"))
+        return any(argument in self.requests(hook) for hook in (*table.TOKEN_HOOKS, "route"))
+
+    def states(self, statement: str) -> bool:
+        """It implements this hook among those of `StatementHooks`."""
+        return bool(getattr(self.hook, statement).get_hookimpls())
 
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
@@ -160,13 +199,12 @@ class Cut:
 
         Raises ValueError for an input that there is not at its site.
         """
-        named = frozenset(name for name in (*decoder_requests.KINDS, "previous_hidden") if self.stage.asks_for(name))
-        return decoder_requests.layers_read(self.stage.strategy, named, self.site, layers)
+        names = (*table.OF_DECODER_LAYERS, "previous_hidden")
+        asked = frozenset(name for name in names if self.stage.asks_for(name))
+        return table.layers_read(self.stage.inputs, asked, self.site, layers)
 
 
-def make(
-    index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False
-) -> Stage | None:
+def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False) -> Stage | None:
     """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
 
     budgeted: the pipeline has a budget, to which a stage may leave how much it keeps.
@@ -182,29 +220,27 @@ def make(
         faults.append(draft.fault("use", error.message, error.hint))
         return None
     cls = registry.get_strategy(spec.use)
-    declare.check_class(cls, entry)
+    if declare.declaration_of(cls) is None:
+        raise PluginError(f"{_who(entry)} is not declared: put @strategy(...) above the class")
     if budgeted and "keep" in declare.stage_keys(cls) and not {*BUDGETS} & draft.names.keys():
         draft = dataclasses.replace(draft, keeps=(OPEN,), names={**draft.names, "keep": spec.where}, open=True)
-    found = [*_key_faults(cls, draft), *_given_site_faults(cls, draft)]
+    before = len(faults)
+    faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
     values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
     strategy = None if problems else _create(cls, values, entry, problems)
-    found += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
-    faults += found
-    if found:
+    faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
+    faults += _site_faults(cls, strategy, draft)
+    if len(faults) > before:
         return None
-    _register(draft.manager, strategy, entry)
     made = dataclasses.replace(draft, strategy=strategy, origin=entry.origin)
-    if made.asks_for("extras") and not made.extras:
-        raise PluginError(f"{made.label} from {entry.origin} asks for `extras` but declares none: extras = ('cls',)")
-    if made.asks_for("forward") and made.per_sample:
-        raise PluginError(f"{made.label} from {entry.origin}: `forward` runs the whole batch; leave out per_sample")
+    _register(made.manager, strategy, entry)
     return made
 
 
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("prunekit")
-    for hooks in (TokenHooks, LayerHooks, RouterHooks):
+    for hooks in (TokenHooks, LayerHooks, RouterHooks, StatementHooks):
         manager.add_hookspecs(hooks)
     plugins.trace(manager)
     return manager
@@ -219,7 +255,7 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
     found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
     budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
-    if budgets and not declare.plans_layers_itself(cls) and not any(key in given for key in (*budgets, "keep_of")):
+    if budgets and _needs_budget(cls, draft) and not any(key in given for key in (*budgets, "keep_of")):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
         if budgets == ["keep_layers"]:
             hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
@@ -229,6 +265,15 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
         message = "says where tokens leave, but there is no `keep`"
         found.append(draft.fault("at", message, "add `keep` or `keep_tokens`, or remove it", on_name=True))
     return found
+
+
+def _needs_budget(cls: type[Any], draft: Stage) -> bool:
+    """The file has to say how much the stage keeps: of tokens, or where a router decides about them, of layers."""
+    declaration: Declaration = cls.__prunekit__
+    if declare.is_router(cls):
+        return not declare.plans_layers_itself(cls) and "required" in (declaration.keep, declaration.keep_layers)
+    scheduled = declaration.schedule is not None and draft.sites_given is None
+    return declaration.keep == "required" and not scheduled
 
 
 def _refusal(cls: type[Any], use: str, key: str) -> str:
@@ -242,11 +287,15 @@ def _refusal(cls: type[Any], use: str, key: str) -> str:
     return f"'{use}' decides {about}by itself and takes no `{key}`"
 
 
-def _given_site_faults(cls: type[Any], draft: Stage) -> list[Fault]:
-    """Sites in the file that the strategy does not allow."""
-    sites = declare.sites_of(cls)
-    if draft.sites_given is None or not (declare.is_token(cls) or declare.routes_tokens(cls)):
+def _site_faults(cls: type[Any], strategy: Any, draft: Stage) -> list[Fault]:
+    """Sites in the file that the strategy does not allow; those that its options decide, only once these are right."""
+    declaration: Declaration = cls.__prunekit__
+    chosen = callable(declaration.sites)
+    if draft.sites_given is None or (chosen and strategy is None):
         return []
+    if not (declare.is_token(cls) or declare.routes_tokens(cls)):
+        return []
+    sites = declaration.sites_of(strategy)
     listed = len(draft.sites_given) > 1
     return [
         draft.fault(f"at[{number}]" if listed else "at", f"'{draft.use}' cannot act at '{site}': it {reason}")
@@ -263,9 +312,7 @@ def _create(cls: type[Any], values: dict[str, Any], entry: Entry, problems: list
         problems.append(named_problem(cls, str(error)))
         return None
     except Exception as error:
-        raise PluginError(
-            f"strategy '{entry.name}' from {entry.origin} failed on its options: {type(error).__name__}: {error}"
-        ) from error
+        raise PluginError(f"{_who(entry)} failed on its options: {type(error).__name__}: {error}") from error
 
 
 def named_problem(cls: type[Any], text: str) -> options.Problem:
@@ -287,4 +334,8 @@ def _register(manager: pluggy.PluginManager, strategy: Any, entry: Entry) -> Non
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         reason = " ".join(str(error).split())
-        raise PluginError(f"strategy '{entry.name}' ({entry.target}) from {entry.origin}: {reason}") from error
+        raise PluginError(f"{_who(entry)}: {reason}") from error
+
+
+def _who(entry: Entry) -> str:
+    return f"strategy '{entry.name}' ({entry.target}) from {entry.origin}"

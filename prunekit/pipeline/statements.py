@@ -1,19 +1,9 @@
-"""What a strategy may say beside its hooks: files that it rests on, models that it fits, layers to run, its own cost.
-
-All are methods, and optional. Arguments: shape, the `ModelShape`; text, visual: tokens of one prompt.
-
-    files() -> paths of files whose content decides what it does, such as trained weights
-    check(shape) -> None; raises ValueError for a model that it cannot serve
-    protected_layers(shape) -> numbers of decoder layers that a router lets run for every sample
-    flops(shape, text, visual) -> what its own decision costs for one prompt that reaches it with so many tokens
-
-A ValueError that begins with the name of a field and a colon is put at that field.
-"""
+"""What the strategies of a pipeline state beside their decisions; the hooks are `StatementHooks`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +39,7 @@ def shape_faults(stages: Sequence[Stage], shape: ModelShape) -> Iterator[Fault]:
     """Strategies that do not fit a model with these numbers."""
     for stage in stages:
         try:
-            _call(stage, "check", None, shape)
+            _state(stage, "check", shape=shape)
             _protected(stage, shape)
         except ValueError as error:
             yield _fault(stage, error)
@@ -68,35 +58,36 @@ def protected_layers(stages: Sequence[Stage], shape: ModelShape) -> frozenset[in
 
 def selection_flops(stage: Stage, shape: ModelShape, text: int, visual: int) -> int:
     """What a stage's own decision costs for one prompt; 0 for a strategy that does not say."""
-    found = _call(stage, "flops", 0, shape, text, visual)
-    if not isinstance(found, int) or found < 0:
-        raise PluginError(f"{stage.label} from {stage.origin}: flops must return a whole number, not {found!r}")
-    return found
+    flops = _state(stage, "flops", shape=shape, text=text, visual=visual)
+    if flops is None:
+        return 0
+    if isinstance(flops, bool) or not isinstance(flops, int) or flops < 0:
+        raise PluginError(f"{stage.label} from {stage.origin}: flops must return a whole number, not {flops!r}")
+    return flops
 
 
 def _files(stage: Stage) -> tuple[Path, ...]:
-    return tuple(Path(path) for path in _call(stage, "files", ()))
+    return tuple(Path(path) for path in _state(stage, "files") or ())
 
 
 def _protected(stage: Stage, shape: ModelShape) -> frozenset[int]:
-    found = frozenset(_call(stage, "protected_layers", (), shape)) if stage.is_router else frozenset()
-    if any(layer not in range(shape.layers) for layer in found):
-        raise PluginError(f"{stage.label} from {stage.origin}: protected_layers gave {sorted(found)}")
-    return found
+    layers = frozenset(_state(stage, "protected_layers", shape=shape) or ()) if stage.is_router else frozenset()
+    if any(layer not in range(shape.layers) for layer in layers):
+        raise PluginError(f"{stage.label} from {stage.origin}: protected_layers gave {sorted(layers)}")
+    return layers
 
 
-def _call(stage: Stage, method: str, otherwise: Any, *arguments: Any) -> Any:
-    """What a method of the strategy says; `otherwise` where it has none."""
-    function: Callable[..., Any] | None = getattr(stage.strategy, method, None)
-    if function is None:
-        return otherwise
+def _state(stage: Stage, statement: str, **arguments: Any) -> Any:
+    """What a strategy states; None where it does not."""
+    if not stage.states(statement):
+        return None
     try:
-        return function(*arguments)
+        return getattr(stage.hook, statement)(**arguments)
     except (PrunekitError, ValueError, OSError):
         raise
     except Exception as error:
         raise PluginError(
-            f"{stage.label} from {stage.origin}: {method} failed with {type(error).__name__}: {error}"
+            f"{stage.label} from {stage.origin}: {statement} failed with {type(error).__name__}: {error}"
         ) from error
 
 

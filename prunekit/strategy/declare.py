@@ -1,25 +1,135 @@
-"""What a strategy class says about itself: its hooks and traits, and whether it can be a strategy at all."""
+"""`@strategy(...)`: a class becomes a strategy, declared once; what is not known is an error at import.
+
+    @strategy(sites=Sites(default=Site(2), encoder=False, lowest=1), inputs={"attention": Rows(queries="last")})
+    class FastV:
+        @hookimpl
+        def score_tokens(self, attention):
+            return attention
+
+The class becomes a frozen dataclass. Its annotated names are the options of a pipeline file, its public methods are
+hooks, and nothing else is public; helpers and their data begin with an underscore, constants are in capitals.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, cast, dataclass_transform, get_args
 
-from prunekit.errors import PluginError
-from prunekit.registry import Entry
-from prunekit.spec.stage_keys import STAGE_KEYS
-from prunekit.strategy import decoder_requests
-from prunekit.strategy.sites import Sites
-from prunekit.strategy.tower_requests import ENCODER_KINDS
+from prunekit.errors import PluginError, did_you_mean
+from prunekit.strategy import inputs as table
+from prunekit.strategy.options import STAGE_KEYS
+from prunekit.strategy.sites import Keep, Site, Sites
 
 TOKEN_STARTS = ("score_tokens", "select_tokens")
-TOKEN_HOOKS = (*TOKEN_STARTS, "merge_tokens")
 STARTS = (*TOKEN_STARTS, "plan_layers", "route")
-HOOKS = (*TOKEN_HOOKS, "plan_layers", "route")
-FLAGS = ("takes_keep", "takes_keep_layers", "drops_all", "per_sample", "trainable", "routes_tokens", "routes_layers")
-# What a strategy class says about itself beside its options; as dataclass fields they would become options.
-TRAITS = ("sites", "inputs", "extras", *FLAGS)
-EXTRAS = ("cls",)  # what a tower gives beside the visual tokens
+# What a strategy may say beside deciding; the hook specifications describe each.
+STATEMENTS: Mapping[str, tuple[str, ...]] = {
+    "files": (),
+    "check": ("shape",),
+    "protected_layers": ("shape",),
+    "flops": ("shape", "text", "visual"),
+    "learner": ("shape", "layers", "theta"),
+    "calibrate": ("prompts", "shape"),
+}
+HOOKS: Mapping[str, tuple[str, ...]] = {
+    **{hook: tuple(one.name for one in table.inputs_of(hook)) for hook in (*table.TOKEN_HOOKS, "route")},
+    "plan_layers": ("shape",),
+    **STATEMENTS,
+}
+EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
+Policy = Literal["required", "optional", "refused"]
+Routes = Literal["tokens", "layers"]
+Schedule = Mapping[Site, float]
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What `@strategy(...)` was given: all that a strategy says about itself beside its options and hooks.
+
+    sites: where it may act and its default; or a function of the instance, so that an option can choose.
+    inputs: requests by the name of the input; or a function of the instance.
+    keep: whether the pipeline file has to say how many tokens to leave (`keep`, `keep_tokens`), may, or must not.
+        A strategy that refuses decides by itself. keep_layers: the same for how many layers a router lets run.
+    schedule: default sites with the fraction that each keeps of the original tokens, `{Site(8): 0.5, Site(16): 0.25}`;
+        or a function of the instance and the number of decoder layers. The file may then leave out `at` and `keep`.
+    per_sample: its token and router hooks are called once for each sample, without padding.
+    drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
+    extras: what of the tower it takes beside the visual tokens, such as ("cls",). routes: what a router decides about.
+    """
+
+    sites: Sites | Callable[[Any], Sites] = field(default_factory=Sites)
+    inputs: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+    keep: Policy = "required"
+    keep_layers: Policy = "required"
+    schedule: Schedule | Callable[[Any, int], Schedule] | None = None
+    per_sample: bool = False
+    drops_all: bool = False
+    trainable: bool = False
+    extras: tuple[str, ...] = ()
+    routes: tuple[Routes, ...] = ("tokens", "layers")
+
+    def sites_of(self, instance: Any) -> Sites:
+        """The sites of an instance. Raises PluginError when the strategy's function gives something else."""
+        if isinstance(self.sites, Sites):
+            return self.sites
+        sites = self.sites(instance)
+        if not isinstance(sites, Sites):
+            raise PluginError(f"`sites` of {type(instance).__name__} gave {sites!r}; it gives Sites(...)")
+        return sites
+
+    def inputs_of(self, instance: Any) -> Mapping[str, Any]:
+        """The requests of an instance. Raises PluginError when the strategy's function gives something else."""
+        if not callable(self.inputs):
+            return self.inputs
+        requests = self.inputs(instance)
+        if (wrong := table.problem(requests)) is not None:
+            raise PluginError(f"{type(instance).__name__}: {wrong}")
+        return requests
+
+    def schedule_of(self, instance: Any, layers: int) -> tuple[tuple[Site, Keep], ...] | None:
+        """Default sites with their budgets in a decoder of `layers` layers, in the order of the data; None without one.
+
+        Raises PluginError when the strategy's function gives something else.
+        """
+        if self.schedule is None:
+            return None
+        schedule = self.schedule(instance, layers) if callable(self.schedule) else self.schedule
+        if (wrong := _schedule_problem(schedule)) is not None:
+            raise PluginError(f"`schedule` of {type(instance).__name__}: {wrong}")
+        return tuple((site, Keep(float(schedule[site]))) for site in sorted(schedule))
+
+
+@dataclass_transform(frozen_default=True)
+def strategy(**declared: Any) -> Callable[[C], C]:
+    """Declare a strategy; the keywords are the fields of `Declaration`. A subclass inherits what it does not say anew.
+
+    Raises PluginError, naming the class and the nearest right word, for keywords, methods, arguments and names that
+    are not known, and for declarations that contradict each other.
+    """
+
+    def declare(cls: C) -> C:
+        who = f"strategy {cls.__name__} ({cls.__module__})"
+        _check_keywords(declared, who)
+        inherited = next((one for base in cls.__mro__ if (one := declaration_of(base)) is not None), Declaration())
+        declaration = dataclasses.replace(inherited, **declared)
+        _check_body(cls, who)
+        made: Any = dataclass(frozen=True)(cls)
+        made.__prunekit__ = declaration
+        _check_fields(made, who)
+        _check_hooks(made, declaration, who)
+        return cast("C", made)
+
+    return declare
+
+
+def declaration_of(cls: type[Any]) -> Declaration | None:
+    """What the class was declared with; None for one that is no strategy."""
+    declaration: Declaration | None = cls.__dict__.get("__prunekit__")
+    return declaration
 
 
 def implements(cls: type[Any], hook: str) -> bool:
@@ -39,28 +149,23 @@ def is_router(cls: type[Any]) -> bool:
 
 def routes_tokens(cls: type[Any]) -> bool:
     """It is a router that scores tokens."""
-    return is_router(cls) and bool(getattr(cls, "routes_tokens", True))
+    return is_router(cls) and "tokens" in cls.__prunekit__.routes
 
 
 def routes_layers(cls: type[Any]) -> bool:
     """It is a router that scores or plans layers."""
-    return is_router(cls) and bool(getattr(cls, "routes_layers", True))
+    return is_router(cls) and "layers" in cls.__prunekit__.routes
 
 
 def plans_layers_itself(cls: type[Any]) -> bool:
     """It is a router that plans layers without a budget."""
-    own = not (getattr(cls, "takes_keep_layers", True) and takes_keep(cls))
-    return routes_layers(cls) and own
+    return routes_layers(cls) and cls.__prunekit__.keep_layers == "refused"
 
 
 def takes_keep(cls: type[Any]) -> bool:
-    """Its budgets come from the pipeline file."""
-    return bool(getattr(cls, "takes_keep", True))
-
-
-def sites_of(cls: type[Any]) -> Sites:
-    """The sites that it allows."""
-    return getattr(cls, "sites", None) or Sites()
+    """A pipeline file may say how many tokens its stages leave."""
+    policy: Policy = cls.__prunekit__.keep
+    return policy != "refused"
 
 
 def stage_keys(cls: type[Any]) -> tuple[str, ...]:
@@ -74,40 +179,133 @@ def stage_keys(cls: type[Any]) -> tuple[str, ...]:
     return STAGE_KEYS[:1]
 
 
-def check_class(cls: type[Any], entry: Entry) -> None:
-    """Raise PluginError, naming the origin, for a class that cannot be a strategy."""
-    who = f"strategy '{entry.name}' ({entry.target}) from {entry.origin}"
-    if not dataclasses.is_dataclass(cls):
-        raise PluginError(f"{who} is no dataclass; its options are dataclass fields: add @dataclass(frozen=True)")
-    unmarked = [hook for hook in HOOKS if hasattr(cls, hook) and not implements(cls, hook)]
-    if unmarked:
-        raise PluginError(f"{who}: {unmarked[0]} is not marked; put @hookimpl above it")
-    if not any(implements(cls, hook) for hook in STARTS):
+def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
+    kinds = {one.name: one for one in dataclasses.fields(Declaration)}
+    for name in declared:
+        if name not in kinds:
+            raise PluginError(f"{who}: strategy(...) takes no '{name}' ({did_you_mean(name, kinds)}{_takes(kinds)})")
+    checks: Mapping[str, Callable[[Any], str | None]] = {
+        "sites": lambda value: None if callable(value) or isinstance(value, Sites) else "write Sites(...) there",
+        "inputs": lambda value: None if callable(value) else table.problem(value),
+        "schedule": lambda value: None if value is None or callable(value) else _schedule_problem(value),
+        "extras": lambda value: _tuple_problem(value, EXTRAS),
+        "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
+        **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
+        **dict.fromkeys(("per_sample", "drops_all", "trainable"), _flag_problem),
+    }
+    for name, value in declared.items():
+        if (wrong := checks[name](value)) is not None:
+            raise PluginError(f"{who}: {wrong}" if name == "inputs" else f"{who}: `{name}` is {value!r}; {wrong}")
+
+
+def _flag_problem(value: object) -> str | None:
+    return None if isinstance(value, bool) else "it is True or False"
+
+
+def _policy_problem(value: object) -> str | None:
+    policies = get_args(Policy)
+    near = did_you_mean(value, policies) if isinstance(value, str) else ""
+    return None if value in policies else f"{near}it is {', '.join(map(repr, policies[:-1]))} or {policies[-1]!r}"
+
+
+def _tuple_problem(value: object, entries: tuple[str, ...]) -> str | None:
+    if isinstance(value, tuple) and all(one in entries for one in value):
+        return None
+    return f"it is a tuple of {', '.join(map(repr, entries))}, such as ({entries[0]!r},)"
+
+
+def _schedule_problem(schedule: object) -> str | None:
+    if not isinstance(schedule, Mapping) or not schedule:
+        return f"{schedule!r} is no dict of sites and fractions, such as {{Site(8): 0.5}}"
+    for site, keep in schedule.items():
+        if not isinstance(site, Site):
+            return f"{site!r} is no Site"
+        if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
+            return f"{keep!r} at '{site}' is no fraction in (0, 1]"
+    fractions = [schedule[site] for site in sorted(schedule)]
+    return "fractions must not rise" if fractions != sorted(fractions, reverse=True) else None
+
+
+def _takes(names: Iterable[str]) -> str:
+    return f"it takes {', '.join(names)}"
+
+
+def _public(cls: type[Any]) -> Iterator[tuple[str, Any]]:
+    """Public names of the class and its bases that are no constants and no options."""
+    options = {name for base in cls.__mro__[:-1] for name in inspect.get_annotations(base)}
+    for base in cls.__mro__[:-1]:
+        for name, value in base.__dict__.items():
+            if not (name.startswith("_") or name.isupper() or name in options):
+                yield name, value
+
+
+def _check_body(cls: type[Any], who: str) -> None:
+    """Every public name is an option or a hook; what is neither names the nearest right word."""
+    if "__dataclass_params__" in cls.__dict__:
+        raise PluginError(f"{who}: @strategy makes it a frozen dataclass; leave out @dataclass")
+    keywords = [one.name for one in dataclasses.fields(Declaration)]
+    for name, value in _public(cls):
+        if name in keywords:
+            raise PluginError(f"{who}: `{name}` is an argument of the decorator: @strategy({name}=...)")
+        if name in HOOKS:
+            if not implements(cls, name):
+                raise PluginError(f"{who}: {name} is not marked; put @hookimpl above it")
+            continue
+        near = did_you_mean(name, HOOKS if callable(value) else (*keywords, *HOOKS))
+        if callable(value):
+            rest = f"hooks are {', '.join(HOOKS)}; a helper is named _{name}"
+            raise PluginError(f"{who}: '{name}' is no hook ({near}{rest})")
+        rest = f"an option has an annotation, as in `{name}: float = 0.5`; a constant is in capitals"
+        raise PluginError(f"{who}: '{name}' is neither an option nor a keyword of @strategy ({near}{rest})")
+
+
+def _check_fields(cls: type[Any], who: str) -> None:
+    names = {one.name for one in dataclasses.fields(cls)}
+    keywords = {one.name for one in dataclasses.fields(Declaration)}
+    for name in sorted(names & keywords):
+        raise PluginError(f"{who}: '{name}' cannot be an option; it is an argument of @strategy")
+    for name in (*STAGE_KEYS, *HOOKS):
+        if name in names:
+            raise PluginError(f"{who}: '{name}' cannot be an option (rename it)")
+
+
+def _check_hooks(cls: type[Any], declaration: Declaration, who: str) -> None:
+    """Its hooks can be called, and the declaration fits them."""
+    hooks = [hook for hook in HOOKS if implements(cls, hook)]
+    if not any(hook in STARTS for hook in hooks):
         raise PluginError(f"{who} implements none of {', '.join(STARTS)}, so it would do nothing")
-    others = [hook for hook in HOOKS[:-1] if implements(cls, hook)]
+    others = [hook for hook in hooks if hook in (*table.TOKEN_HOOKS, "plan_layers")]
     if is_router(cls) and others:
         raise PluginError(f"{who} implements route and {others[0]}; a router is a strategy of its own: make it two")
-    names = {field.name for field in dataclasses.fields(cls)}
-    for name in (*STAGE_KEYS, *TRAITS):
-        if name in names:
-            hint = "it is a class attribute: leave out the annotation" if name in TRAITS else "rename it"
-            raise PluginError(f"{who}: '{name}' cannot be a field ({hint})")
-    _check_traits(cls, who)
+    asked: set[str] = set()
+    for hook in hooks:
+        names = _arguments(getattr(cls, hook))
+        for name in names:
+            if name not in HOOKS[hook]:
+                near = did_you_mean(name, HOOKS[hook])
+                raise PluginError(f"{who}: {hook} has no argument '{name}' ({near}{_takes(HOOKS[hook])})")
+        asked.update(names)
+    if asked & {"extras", "extras_valid"} and not declaration.extras:
+        raise PluginError(f"{who} asks for `extras` but declares none: @strategy(extras=('cls',))")
+    if "forward" in asked and declaration.per_sample:
+        raise PluginError(f"{who}: `forward` runs the whole batch; leave out per_sample")
+    _check_budgets(cls, declaration, who)
 
 
-def _check_traits(cls: type[Any], who: str) -> None:
-    kinds = {**decoder_requests.KINDS, **ENCODER_KINDS}
-    if (wrong := decoder_requests.problem(getattr(cls, "inputs", {}), kinds)) is not None:
-        raise PluginError(f"{who}: {wrong}")
-    sites = getattr(cls, "sites", None)
-    if sites is not None and not isinstance(sites, Sites):
-        raise PluginError(f"{who}: `sites` is {sites!r}; write Sites(...) there")
-    for flag in FLAGS:
-        if not isinstance(getattr(cls, flag, False), bool):
-            raise PluginError(f"{who}: `{flag}` is {getattr(cls, flag)!r}; it is True or False")
-    extras = getattr(cls, "extras", ())
-    if not isinstance(extras, tuple) or any(one not in EXTRAS for one in extras):
-        known = ", ".join(map(repr, EXTRAS))
-        raise PluginError(f"{who}: `extras` is {extras!r}; it is a tuple of {known}, such as ({known},)")
-    if not (getattr(cls, "routes_tokens", True) or getattr(cls, "routes_layers", True)):
-        raise PluginError(f"{who}: a router that routes neither tokens nor layers would do nothing")
+def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
+    scores_only = implements(cls, "score_tokens") and not implements(cls, "select_tokens")
+    if scores_only and declaration.keep != "required" and declaration.schedule is None:
+        raise PluginError(
+            f"{who} only scores, so how many tokens stay comes from `keep`: leave out keep={declaration.keep!r}, or "
+            "implement select_tokens"
+        )
+    if declaration.schedule is not None and (is_router(cls) or not is_token(cls)):
+        raise PluginError(f"{who}: `schedule` is for strategies with token hooks")
+    if declaration.schedule is not None and declaration.keep == "refused":
+        raise PluginError(f"{who}: `schedule` gives default budgets, which keep='refused' takes none of")
+
+
+def _arguments(method: Any) -> tuple[str, ...]:
+    """What a hook implementation asks for: its arguments without `self` and without those that have a default."""
+    parameters = list(inspect.signature(method).parameters.values())[1:]
+    return tuple(one.name for one in parameters if one.default is inspect.Parameter.empty)

@@ -1,9 +1,9 @@
-"""What strategies ask for beside their options: declared by a hook argument's name, computed when a hook names it.
+"""What a strategy may request of the decoder, and which of its layers a request means.
 
-    inputs = {"attention": Rows(layer="next", queries="text", rope=False), "keys": Keys(heads="mean")}
+    @strategy(inputs={"attention": Rows(layer="next", queries="text", rope=False), "keys": Keys(heads="mean")})
 
-An argument that a hook names without a declaration takes the default one. A tuple of declarations gives the hook a
-tuple of tensors, in that order.
+An argument that a hook names without a request takes the default one. A tuple of requests gives the hook a tuple of
+tensors, in that order.
 
 Shape letters: B batch, S sequence, V visual tokens, T text tokens, H hidden, A heads, A_kv key and value heads, Q query
 rows, D numbers of a head.
@@ -11,14 +11,14 @@ rows, D numbers of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+from prunekit.strategy.sites import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from prunekit.strategy.sites import Site
 
 Where = Literal["previous", "next", "own"]
 Queries = Literal["last", "text", "after", "visual", "all"]
@@ -115,36 +115,10 @@ class Values:
 
 
 Spec = Rows | Keys | Values
-# Inputs with something to declare, and the kind of declaration; the default one is the kind without arguments.
-KINDS: Mapping[str, type[Any]] = {"attention": Rows, "keys": Keys, "text_keys": Keys, "values": Values}
-
-
-def problem(inputs: object, kinds: Mapping[str, type[Any]] = KINDS) -> str | None:
-    """What is wrong with a strategy's `inputs`, which takes declarations of these kinds; None if nothing is."""
-    if not isinstance(inputs, Mapping):
-        return f"`inputs` is {inputs!r}; it is a dict such as {{'attention': Rows(...)}}"
-    for name, declared in inputs.items():
-        if name not in kinds:
-            return f"`inputs` has '{name}', for which there is nothing to declare; it takes {', '.join(kinds)}"
-        kind = kinds[name]
-        if not declared or not all(isinstance(one, kind) for one in _tuple(declared)):
-            return f"inputs['{name}'] is {declared!r}; it takes {kind.__name__}(...) or a tuple of them"
-    return None
-
-
-def declared(strategy: object, name: str) -> Any:
-    """The declaration of input `name`, or a tuple of them; the default one where `strategy` has none."""
-    found = (getattr(strategy, "inputs", None) or {}).get(name)
-    return KINDS[name]() if found is None else found
-
-
-def declarations(strategy: object, name: str) -> tuple[Any, ...]:
-    """The same as a tuple always; empty for an input without anything to declare."""
-    return _tuple(declared(strategy, name)) if name in KINDS else ()
 
 
 def layer_and_rope(spec: Spec) -> tuple[Where, bool]:
-    """Which call of which layer a declaration reads; values are the same with and without rotation."""
+    """Which call of which layer a request reads; values are the same with and without rotation."""
     return spec.layer, isinstance(spec, Values) or spec.rope
 
 
@@ -169,33 +143,7 @@ def layer_before(site: Site, layers: int) -> int | None:
     return layer_of("own" if site.point == "mid" else "previous", site, layers)
 
 
-def layers_read(strategy: object, names: frozenset[str], site: Site, layers: int) -> dict[int, str]:
-    """The layers whose run gives an input among `names` at `site`, with the input's name. Look-ahead is not among them:
-    it needs no run.
-
-    Raises ValueError for an input that there is not at `site`.
-    """
-    found: dict[int, str] = {}
-    for name in sorted(names & set(KINDS)):
-        for spec in declarations(strategy, name):
-            layer = layer_of(spec.layer, site, layers)
-            if layer is None:
-                raise ValueError(f"{name} of the {_SAID[spec.layer]} is not there at '{site}'")
-            if spec.layer != "next":
-                found[layer] = name
-    if "previous_hidden" in names and layer_before(site, layers) is None:
-        raise ValueError(f"previous_hidden is not there at '{site}': no layer has run")
-    return found
-
-
-_SAID = {"previous": "layer before", "next": "layer ahead", "own": "layer that the site stands in"}
-
-
-def _tuple(declared: Any) -> tuple[Any, ...]:
-    return declared if isinstance(declared, tuple) else (declared,)
-
-
-def _one_of(name: str, value: object, literal: Any) -> None:
+def _one_of(name: str, value: object, literal: object) -> None:
     if value not in get_args(literal):
         raise ValueError(f"{name} is {value!r}; it takes {', '.join(map(repr, get_args(literal)))}")
 

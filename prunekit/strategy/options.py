@@ -10,6 +10,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prunekit.errors import PluginError, did_you_mean
 
+# Keys that every stage of a pipeline file may have, whatever its strategy; no option has such a name.
+STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
+BUDGETS = ("keep", "keep_tokens", "keep_of")
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:

@@ -104,7 +104,8 @@ PREFILL_END = Site(None, "prefill_end")
 class Sites:
     """The sites that a token strategy allows, and the one it takes when the file names none.
 
-    `default` may be a callable from the number of decoder layers N to a site, for defaults that scale with depth.
+    `default` may be a function of the number of decoder layers N, for defaults that scale with depth; several default
+    sites with their budgets are a `schedule` of `@strategy`.
     encoder: the decoder's door is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
     of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
     tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.

@@ -1,6 +1,6 @@
-"""What strategies may ask of the vision tower: declared as in `prunekit.strategy.decoder_requests`.
+"""What a strategy may request of the vision tower, and which of its blocks a request means.
 
-    inputs = {"encoder_attention": EncoderRows(layer=0, heads="sum"), "encoder_keys": EncoderKeys()}
+    @strategy(inputs={"encoder_attention": EncoderRows(layer=0, heads="sum"), "encoder_keys": EncoderKeys()})
 
 Blocks of the tower are counted from 0, or from the end with negative numbers: -1 is the last. `layer=None` is the block
 that a tower site stands in or after; at `encoder` and in the decoder, the block whose output the projector gets, in
@@ -9,14 +9,13 @@ LLaVA-1.5 the last but one.
 Shape letters: B batch, V visual tokens, A heads of the tower, D numbers of a head, W width of the tower, H of the
 decoder, E CLS tokens of a sample, one for each crop. Where several patches make one visual token, it gets their mean.
 Visual tokens without a patch, such as newlines, and padding get zeros; so do patches that an earlier cut has dropped.
-At a tower site B counts pictures.
+At a tower site B counts images and videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from prunekit.strategy.sites import Site
 
@@ -114,22 +113,6 @@ class Features:
 
 
 EncoderSpec = EncoderRows | EncoderKeys | EncoderValues | EncoderQueries | Features
-# Inputs that the vision tower gives, and the kind of their declaration; the default one is the kind without arguments.
-ENCODER_KINDS: Mapping[str, type[Any]] = {
-    "encoder_attention": EncoderRows,
-    "encoder_keys": EncoderKeys,
-    "encoder_values": EncoderValues,
-    "encoder_queries": EncoderQueries,
-    "features": Features,
-}
-
-
-def encoder_declarations(strategy: object, name: str) -> tuple[Any, ...]:
-    """What `strategy` declares for encoder input `name`, as a tuple always; the default one where it has none."""
-    found = (getattr(strategy, "inputs", None) or {}).get(name)
-    if found is None:
-        return (ENCODER_KINDS[name](),)
-    return found if isinstance(found, tuple) else (found,)
 
 
 def resolved(spec: EncoderSpec, site: Site, blocks: int, feature_block: int) -> EncoderSpec:
@@ -151,6 +134,6 @@ def _layer(value: object) -> None:
         raise ValueError(f"layer is {value!r}; it takes the number of a tower block, or None")
 
 
-def _one_of(name: str, value: object, literal: Any) -> None:
+def _one_of(name: str, value: object, literal: object) -> None:
     if value not in get_args(literal):
         raise ValueError(f"{name} is {value!r}; it takes {', '.join(map(repr, get_args(literal)))}")

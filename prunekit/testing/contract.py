@@ -21,9 +21,8 @@ import torch
 
 import prunekit
 from prunekit import Pipeline, Site, families, plugins
-from prunekit.pipeline.stage import TOKEN_STARTS, implements
 from prunekit.strategy.decisions import LayerAction
-from prunekit.strategy.declare import is_router
+from prunekit.strategy.declare import TOKEN_STARTS, implements, is_router, takes_keep
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import Equivalence, assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
@@ -85,12 +84,12 @@ class StrategyContract:
     def test_is_frozen_configuration(self) -> None:
         """A frozen dataclass, so that an instance cannot remember anything between runs."""
         assert dataclasses.is_dataclass(self.cls) and self.cls.__dataclass_params__.frozen, (  # type: ignore[attr-defined]
-            f"{self.cls} must be a @dataclass(frozen=True)"
+            f"{self.cls} must be frozen"
         )
-        pipeline = self.build()
+        model, pipeline = self.model(), self.build()
         before = dict(vars(pipeline.stages[0].strategy))
-        with prunekit.apply(self.model(), pipeline):
-            generate(self.model(), tiny_inputs(), max_new_tokens=1)
+        with prunekit.apply(model, pipeline):
+            generate(model, tiny_inputs(), max_new_tokens=1)
         assert vars(pipeline.stages[0].strategy) == before
 
     def test_the_same_run_gives_the_same_result(self) -> None:
@@ -240,9 +239,9 @@ def contract(
         base = RouterContract
     elif not any(implements(cls, hook) for hook in TOKEN_STARTS):
         base = LayerContract
-    elif getattr(cls, "drops_all", False):
+    elif cls.__prunekit__.drops_all:
         base = DropAllContract
     else:
-        base = KeepContract if getattr(cls, "takes_keep", True) else TokenContract
+        base = KeepContract if takes_keep(cls) else TokenContract
     members: dict[str, Any] = {"use": use, "options": dict(options or {}), "at_most": at_most, "__doc__": base.__doc__}
     return type(f"Test_{use}", (base,), members | ({} if keep is None else {"keep": dict(keep)}))

@@ -42,11 +42,10 @@ class Learner(Protocol):
 
 def learner_of(stage: Stage, shape: ModelShape, parts: Parts) -> Learner:
     """The learner of a router stage. Raises Unsupported for a strategy that has nothing to train."""
-    make = getattr(stage.strategy, "learner", None)
-    if make is None:
-        raise Unsupported(f"{stage.label} has nothing to train: its class has no method `learner`")
+    if not stage.states("learner"):
+        raise Unsupported(f"{stage.label} has nothing to train: its class does not implement the hook `learner`")
     config: Any = parts.text.config
     rope = getattr(config, "rope_parameters", None) or {}
     theta = rope.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0
-    found: Learner = make(shape, list(parts.layers), float(theta))
-    return found
+    learner: Learner = stage.hook.learner(shape=shape, layers=list(parts.layers), theta=float(theta))
+    return learner

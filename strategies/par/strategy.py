@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,12 @@ from prunekit_strategies.par.router import Router
 from prunekit_strategies.par.starting import LayerTokens, random_router, router_of_layers
 from torch import Tensor, nn
 
-from prunekit import ModelShape, Route, Site, Sites, Unsupported, hookimpl
+from prunekit import ModelShape, Route, Site, Sites, Unsupported, hookimpl, strategy
 
 UNTRAINED = "the router is untrained: its choices are as good as random ones (`weights: null`)"
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(default=Site(2)), per_sample=True)
 class Par:
     """A small router ranks visual tokens and decoder layers for each sample; the stage's budget cuts both rankings.
 
@@ -49,9 +48,6 @@ class Par:
     eligible: Literal["all", "second_half"] | tuple[int, ...] = "all"
     protect: tuple[int, ...] = (0, 1, -1)
 
-    sites = Sites(default=Site(2))
-    per_sample = True
-
     def __post_init__(self) -> None:
         if self.weights is None and self.seed is None:
             raise ValueError("seed: an untrained router (`weights: null`) is drawn at random and needs a seed")
@@ -64,6 +60,7 @@ class Par:
         if self.init == "llm_first" and self.width != "model" and self.weights is None:
             raise ValueError("init: llm_first copies blocks of the LVLM, which needs `width: model`")
 
+    @hookimpl
     def files(self) -> Sequence[Path]:
         """What its identity depends on besides its options."""
         if self.weights is None:
@@ -71,6 +68,7 @@ class Par:
         folder = _at("weights", files.find, self.weights)
         return (folder / files.CONFIG, folder / files.WEIGHTS)
 
+    @hookimpl
     def check(self, shape: ModelShape) -> None:
         """Raise ValueError, beginning with the option's name, for a model that this router cannot serve."""
         self._config(shape)
@@ -78,6 +76,7 @@ class Par:
             _at("weights", lambda: files.check(files.find(str(self.weights))))
         self.protected_layers(shape)
 
+    @hookimpl
     def protected_layers(self, shape: ModelShape) -> frozenset[int]:
         """Layers that run for every sample."""
         total = shape.layers
@@ -93,6 +92,7 @@ class Par:
             may = {int(n) % total for n in self.eligible}
         return frozenset(set(range(total)) - may | {n % total for n in self.protect})
 
+    @hookimpl
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
         """What the router itself costs for a prompt of `text` and `visual` tokens."""
         return self._config(shape).flops(text + visual)
@@ -104,6 +104,7 @@ class Par:
         tokens, layers = router(embeds[None], visual[None], valid[None])
         return Route(tokens[0], layers[0], note=UNTRAINED if self.weights is None else None)
 
+    @hookimpl
     def learner(self, shape: ModelShape, layers: Sequence[nn.Module], theta: float) -> Learner:
         """The router as `prunekit train` starts with it, float32: that of `weights`, or a new one.
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 import prunekit
-from prunekit import Selection, Sites, hookimpl, plugins
+from prunekit import Selection, hookimpl, plugins, strategy
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
 
 # What a strategy needs beside its name; one that is missing here and cannot be built without options fails by name.
@@ -29,22 +27,18 @@ def test_the_strategies_of_this_version_are_all_here():
 # The contract has teeth: a strategy that breaks one of its rules fails the test of that rule.
 
 
-@dataclass(frozen=True)
+@strategy()
 class Batchwise:
     """A baseline gone wrong: a row's choice depends on the rows beside it."""
-
-    sites = Sites()
 
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.sum(-1) * hidden.sum((1, 2)).argsort().argsort()[:, None] * (-1) ** len(hidden)
 
 
-@dataclass(frozen=True)
+@strategy()
 class Forgetful:
     """A baseline gone wrong: another draw at every call."""
-
-    sites = Sites()
 
     @hookimpl
     def score_tokens(self, hidden):
@@ -53,11 +47,9 @@ class Forgetful:
         return torch.rand(hidden.shape[:2])
 
 
-@dataclass(frozen=True)
+@strategy()
 class Greedy:
     """A baseline gone wrong: keeps one token more than it was told to."""
-
-    sites = Sites()
 
     @hookimpl
     def select_tokens(self, valid, count):
@@ -67,12 +59,9 @@ class Greedy:
         return valid & (order < torch.tensor(count)[:, None] + 1)
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class Blurred:
     """A baseline gone wrong: merges even when everything is kept."""
-
-    sites = Sites()
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, hidden, count):
@@ -82,15 +71,15 @@ class Blurred:
         return Selection(keep, torch.full((len(hidden), len(hidden)), 1 / len(hidden), dtype=hidden.dtype))
 
 
-@dataclass
+@strategy()
 class Remembers:
-    """Nothing said about where it comes from, and it counts its calls."""
+    """Nothing said about where it comes from, and it counts its calls behind the back of its frozen fields."""
 
     calls: int = 0
 
     @hookimpl
     def score_tokens(self, hidden):
-        self.calls += 1
+        object.__setattr__(self, "calls", self.calls + 1)
         return hidden.sum(-1)
 
 

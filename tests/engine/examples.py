@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from prunekit import LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, plugins
+from prunekit import LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, plugins, strategy
 from prunekit.ops import top_k_mask
 
 EVERYWHERE = Sites(tower=True, end=True)
 
 
-@dataclass(frozen=True)
+@strategy(sites=EVERYWHERE)
 class Loud:
     """Baseline: keep the longest states, at any site."""
-
-    sites = EVERYWHERE
 
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@strategy(sites=EVERYWHERE)
 class Cropped:
     """Baseline: keep the longest states, also in the KV of the layers before."""
-
-    sites = EVERYWHERE
 
     @hookimpl
     def select_tokens(self, hidden, valid, count):
         return Selection(top_k_mask(hidden.norm(dim=-1), count, valid), crop=True)
 
 
-@dataclass(frozen=True)
+@strategy(sites=EVERYWHERE, per_sample=True)
 class Gather:
     """Baseline: every dropped token is averaged into the next kept one; sizes count along (ToMe's weighted average)."""
-
-    sites = EVERYWHERE
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, hidden, sizes, count):
@@ -52,7 +44,7 @@ class Gather:
         return Selection(keep, weights / total.clamp(min=1), torch.where(keep, total[:, 0], 1.0))
 
 
-@dataclass(frozen=True)
+@strategy()
 class Recycle:
     """Baseline: what is dropped goes, by its similarity, into all that is kept, which keeps its own state too."""
 
@@ -67,13 +59,9 @@ class Recycle:
         return torch.eye(keep.shape[1], dtype=hidden.dtype) + 0.5 * rest / rest.sum(-1, keepdim=True).clamp(min=1e-3)
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(decoder=False), extras=("cls",), per_sample=True)
 class WithCls:
     """Baseline: keep the longest states, and each picture's CLS token in the slots of the shortest (TRIM's idea)."""
-
-    sites = Sites(decoder=False)
-    extras = ("cls",)
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, hidden, extras, count):
@@ -85,7 +73,7 @@ class WithCls:
         return Selection(keep, weights)
 
 
-@dataclass(frozen=True)
+@strategy()
 class Pyramid:
     """Baseline: one stage with several cuts; each adds to the scores of those before (in `state`)."""
 
@@ -99,11 +87,9 @@ class Pyramid:
         return now
 
 
-@dataclass(frozen=True)
+@strategy(per_sample=True)
 class EachCrop:
     """Baseline: the same share of every crop or frame."""
-
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, hidden, frames, coords, count):
@@ -116,7 +102,7 @@ class EachCrop:
         return keep if keep.any() else top_k_mask(score, count)
 
 
-@dataclass(frozen=True)
+@strategy()
 class Acts:
     """Baseline: one action in some layers, in prefill and, if `decode` names one, another in decoding."""
 
@@ -130,12 +116,9 @@ class Acts:
         return LayerPlan(plan, dict.fromkeys(self.layers, LayerAction(self.decode)) if self.decode else None)
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused", keep_layers="refused", routes=("layers",))
 class Lots:
     """Baseline: every sample has a plan of its own, drawn from its seed."""
-
-    takes_keep = False
-    routes_tokens = False
 
     @hookimpl
     def route(self, shape, seed):
@@ -146,11 +129,9 @@ class Lots:
         return Route(plans=plans)
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(default=Site(1), lowest=0))
 class Par:
     """Baseline: scores for tokens and layers from the embeddings; the budgets cut both (PAR's shape)."""
-
-    sites = Sites(default=Site(1), lowest=0)
 
     @hookimpl
     def route(self, embeds, valid, shape):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from prunekit import hookimpl
+from prunekit import hookimpl, strategy
 from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.strategy.sites import Sites
@@ -33,8 +32,8 @@ def reader(names, seen, keep=None, **traits):
         f"def select_tokens(self, {', '.join(arguments)}):\n    return take({', '.join(f'{a}={a}' for a in arguments)})"
     )
     exec(text, space)
-    body = {"select_tokens": hookimpl(space["select_tokens"]), "takes_keep": False, "sites": EVERYWHERE, **traits}
-    return dataclasses.dataclass(frozen=True)(type("Reader", (), body))
+    declared = {"keep": "refused", "sites": EVERYWHERE, **traits}
+    return strategy(**declared)(type("Reader", (), {"select_tokens": hookimpl(space["select_tokens"])}))
 
 
 def piped(*stages, **options):

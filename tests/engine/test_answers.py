@@ -5,16 +5,25 @@ told.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
 
 import pytest
 import torch
 from tower_cases import ANYWHERE, piped
 
 import prunekit
-from prunekit import EncoderKeys, EncoderRows, EncoderValues, Features, Owners, Rows, Selection, Sites, hookimpl
+from prunekit import (
+    EncoderKeys,
+    EncoderRows,
+    EncoderValues,
+    Features,
+    Owners,
+    Rows,
+    Selection,
+    Sites,
+    hookimpl,
+    strategy,
+)
 from prunekit.engine.asking import decide
 from prunekit.errors import PluginError
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -24,12 +33,11 @@ model_of = cache(tiny_llava)
 RAGGED = ((1, 2, 1), (14, 6, 9))
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Scores:
     """Scores that are `what`, at valid tokens or at padding."""
 
     what: str = ""
-    sites = ANYWHERE
 
     @hookimpl
     def score_tokens(self, hidden, valid):
@@ -48,22 +56,18 @@ class Scores:
         return scores.masked_fill(first, float(self.what)) if self.what else scores
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, per_sample=True)
 class ScoresOne(Scores):
     """The same, a sample at a time."""
 
-    per_sample = True
 
-
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused")
 class Answers:
     """Keeps the first three tokens, with one thing wrong."""
 
     what: str = ""
-    sites = ANYWHERE
-    takes_keep = False
 
-    def owners(self, keep, valid):
+    def _owners(self, keep, valid):
         owner = torch.where(keep, torch.arange(valid.shape[-1]), torch.where(valid, 0, 99))
         wrong = {"beyond": 77, "below": -2, "dropped": 5}
         if self.what in wrong:
@@ -94,14 +98,12 @@ class Answers:
             "weights nan": lambda: Selection(keep, square * torch.nan),
             "weights integers": lambda: Selection(keep, square.long()),
             "only dropped": lambda: Selection(keep, square.masked_fill(~keep[..., None], torch.nan), ones / keep),
-        }.get(self.what, lambda: Selection(keep, self.owners(keep, valid)))()
+        }.get(self.what, lambda: Selection(keep, self._owners(keep, valid)))()
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", per_sample=True)
 class AnswersOne(Answers):
     """The same, a sample at a time."""
-
-    per_sample = True
 
 
 SCORES = {
@@ -156,24 +158,6 @@ def test_what_stands_on_padding_and_dropped_tokens_does_not_matter(cls, what):
     assert [len(row) for row in run.report.events[0].kept] == ([8, 16, 8] if keep else [3, 3, 3])
 
 
-@dataclass(frozen=True)
-class OnlyScores:
-    """Takes no `keep`, and says nothing about how many to keep."""
-
-    sites = ANYWHERE
-    takes_keep = False
-
-    @hookimpl
-    def score_tokens(self, hidden):
-        return hidden.norm(dim=-1)
-
-
-def test_scores_without_a_number_of_tokens():
-    message = re.escape("stages[0] s0: it has scores but no number of tokens to keep")
-    with prunekit.apply(model_of(), piped((OnlyScores, {"at": 2}))), pytest.raises(PluginError, match=message):
-        model_of()(**tiny_inputs())
-
-
 def test_the_conditions_of_a_stage_are_read_back_at_once(monkeypatch):
     """A stage that scores, sizes and merges by owners asks its device once, also sample by sample."""
     from prunekit.engine import asking
@@ -190,71 +174,63 @@ def test_the_conditions_of_a_stage_are_read_back_at_once(monkeypatch):
     assert reads == [3], "one flag for each sample, in one read"
 
 
-@dataclass(frozen=True)
-class Tuples:
-    """Asks for tuples of inputs, and takes down the shapes that it gets."""
+SHAPES: list = []
+OF_TOWER = {
+    "encoder_attention": (EncoderRows(0), EncoderRows(0, heads="none")),
+    "encoder_keys": (EncoderKeys(0), EncoderKeys(0, of="cls")),
+    "encoder_values": (EncoderValues(0, of="cls"),),
+    "features": (Features(0), Features(0, of="cls")),
+}
 
-    one: bool = False
-    sites = Sites(tower=True)
-    takes_keep = False
-    per_sample = True
-    shapes: ClassVar[list] = []
-    inputs: ClassVar = {
-        "encoder_attention": (EncoderRows(0), EncoderRows(0, heads="none")),
-        "encoder_keys": (EncoderKeys(0), EncoderKeys(0, of="cls")),
-        "encoder_values": (EncoderValues(0, of="cls"),),
-        "features": (Features(0), Features(0, of="cls")),
-    }
+
+@strategy(sites=Sites(tower=True), inputs=OF_TOWER, keep="refused", per_sample=True)
+class Tuples:
+    """Asks for tuples of inputs, and records the shapes that it gets."""
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, encoder_values, features, valid):
         asked = (encoder_attention, encoder_keys, encoder_values, features)
         assert all(isinstance(value, tuple) for value in asked)
-        self.shapes.append(((len(valid),), [tuple(x.shape) for value in asked for x in value]))
+        SHAPES.append(((len(valid),), [tuple(x.shape) for value in asked for x in value]))
         return valid & (torch.arange(len(valid)) % 2 == 0)
 
 
-@dataclass(frozen=True)
+OF_DECODER = {"attention": (Rows(queries="text", over="none"), Rows(), Rows(heads="none", over="none"))}
+
+
+@strategy(sites=Sites(lowest=1), inputs=OF_DECODER, keep="refused", per_sample=True)
 class DecoderTuples:
     """The same of the decoder, with rows of every query."""
 
-    sites = Sites(lowest=1)
-    takes_keep = False
-    per_sample = True
-    shapes: ClassVar[list] = []
-    inputs: ClassVar = {"attention": (Rows(queries="text", over="none"), Rows(), Rows(heads="none", over="none"))}
-
     @hookimpl
     def select_tokens(self, attention, valid):
-        self.shapes.append([tuple(x.shape) for x in attention])
+        SHAPES.append([tuple(x.shape) for x in attention])
         return valid
 
 
 @pytest.mark.parametrize("at", ["vision.0", "encoder", 2])
 def test_tuples_of_inputs_of_the_tower_sample_by_sample(at):
-    Tuples.shapes.clear()
+    SHAPES.clear()
     with Float64Throughout(), torch.no_grad(), prunekit.apply(model_of(), piped((Tuples, {"at": at}))):
         model_of()(**tiny_inputs(*RAGGED))
-    assert len(Tuples.shapes) == (4 if at == "vision.0" else 3)
-    for ((count,), shapes), crops in zip(Tuples.shapes, (1, 2, 1), strict=False):
+    assert len(SHAPES) == (4 if at == "vision.0" else 3)
+    for ((count,), shapes), crops in zip(SHAPES, (1, 2, 1), strict=False):
         crops = 1 if at == "vision.0" else crops
         assert [shape[0] for shape in shapes] == [count, count, count, crops, crops, count, crops]
 
 
 def test_tuples_of_inputs_of_the_decoder_sample_by_sample():
-    DecoderTuples.shapes.clear()
+    SHAPES.clear()
     with Float64Throughout(), torch.no_grad(), prunekit.apply(model_of(), piped((DecoderTuples, {"at": 2}))):
         model_of()(**tiny_inputs(*RAGGED))
-    assert [shapes[1] for shapes in DecoderTuples.shapes] == [(16,), (32,), (16,)]
-    assert len({shapes[0][-1] for shapes in DecoderTuples.shapes}) == 3, "as many rows as the sample has text tokens"
-    assert all(len(shapes[2]) == 3 for shapes in DecoderTuples.shapes)
+    assert [shapes[1] for shapes in SHAPES] == [(16,), (32,), (16,)]
+    assert len({shapes[0][-1] for shapes in SHAPES}) == 3, "as many rows as the sample has text tokens"
+    assert all(len(shapes[2]) == 3 for shapes in SHAPES)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Less:
     """Keeps one token less than asked for."""
-
-    sites = ANYWHERE
 
     @hookimpl
     def select_tokens(self, valid, count):

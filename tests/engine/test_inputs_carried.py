@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 
 import pytest
@@ -12,7 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import AttentionInterface
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, Rows, Selection, Unsupported, hookimpl
+from prunekit import LayerAction, LayerPlan, Route, Rows, Selection, Unsupported, hookimpl, strategy
 from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
 from prunekit.verify.precision import Float64Throughout
@@ -100,12 +99,9 @@ def test_renumbered_positions_are_in_the_rows():
 
 
 def router(plans):
-    @dataclasses.dataclass(frozen=True)
+    @strategy(keep="refused", keep_layers="refused", routes=("layers",))
     class Plans:
         """One plan for each sample."""
-
-        takes_keep = False
-        routes_tokens = False
 
         @hookimpl
         def route(self, embeds):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl
+from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl, strategy
 from prunekit.engine.attention import decoder_rows, tap
 from prunekit.engine.attention.attended import Attended
 from prunekit.engine.cache import ragged
@@ -269,9 +269,8 @@ class Plans:
 
 
 def planned(action):
-    import dataclasses
 
-    @dataclasses.dataclass(frozen=True)
+    @strategy()
     class Plan:
         """Does `action` to layer 1."""
 

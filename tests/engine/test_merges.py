@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from cases import BATCHES
@@ -11,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prunekit
-from prunekit import Owners, Selection, Sites, hookimpl, plugins
+from prunekit import Owners, Selection, Sites, hookimpl, plugins, strategy
 from prunekit.engine.tokens.merges import merged
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import assert_equivalent
@@ -30,24 +28,18 @@ def odd(valid):
     return valid & (torch.arange(valid.shape[-1]) % 3 == 1)
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused")
 class InSelection:
     """Baseline: a batch at once, weights in the `Selection`."""
-
-    sites = Sites()
-    takes_keep = False
 
     @hookimpl
     def select_tokens(self, hidden, valid):
         return Selection(odd(valid), skewed(hidden))
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused")
 class InMergeHook:
     """Baseline: a batch at once, weights from `merge_tokens`, which is told what was kept."""
-
-    sites = Sites()
-    takes_keep = False
 
     @hookimpl
     def select_tokens(self, valid):
@@ -58,13 +50,9 @@ class InMergeHook:
         return skewed(hidden) + keep[..., None] + 2 * keep[..., None, :]
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused", per_sample=True)
 class OneByOne:
     """Baseline: a sample at a time."""
-
-    sites = Sites()
-    takes_keep = False
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, valid):
@@ -124,17 +112,15 @@ def amounts_of(hidden):
     return hidden[..., 0] - hidden[..., 1]
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(tower=True), keep="refused")
 class Sparse:
     """Baseline: groups by owner, or the matrix that they stand for, made the slow way."""
 
     mode: str = "mean"
     dense: bool = False
     hook: str = "select_tokens"
-    sites = Sites(tower=True)
-    takes_keep = False
 
-    def weights(self, keep, hidden, valid, sizes):
+    def _weights(self, keep, hidden, valid, sizes):
         owner = owners_of(keep, valid)
         amounts = amounts_of(hidden) if self.mode == "sum" else None
         if not self.dense:
@@ -148,21 +134,19 @@ class Sparse:
     def select_tokens(self, hidden, valid, sizes):
         keep = odd(valid)
         new = (sizes + torch.arange(keep.shape[-1]) % 3).to(hidden.dtype)
-        return Selection(keep, self.weights(keep, hidden, valid, sizes) if self.hook == "select_tokens" else None, new)
+        return Selection(keep, self._weights(keep, hidden, valid, sizes) if self.hook == "select_tokens" else None, new)
 
     @hookimpl
     def merge_tokens(self, keep, hidden, valid, sizes):
-        return self.weights(keep, hidden, valid, sizes)
+        return self._weights(keep, hidden, valid, sizes)
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(tower=True), keep="refused", per_sample=True)
 class SparseOneByOne(Sparse):
     """Baseline: the same, a sample at a time; short samples merge nothing."""
 
-    per_sample = True
-
-    def weights(self, keep, hidden, valid, sizes):
-        return super().weights(keep, hidden, valid, sizes) if len(hidden) > 5 else None
+    def _weights(self, keep, hidden, valid, sizes):
+        return super()._weights(keep, hidden, valid, sizes) if len(hidden) > 5 else None
 
 
 MERGERS |= {"sparse": Sparse, "sparse-one-by-one": SparseOneByOne}

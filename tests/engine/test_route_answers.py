@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Route, hookimpl, plugins
+from prunekit import LayerAction, LayerPlan, Route, hookimpl, plugins, strategy
 from prunekit.errors import PluginError
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
@@ -16,7 +14,7 @@ LAYERS = 6
 ANSWERS = {}
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy()
 class Says:
     """A router that answers what the test wants."""
 
@@ -27,9 +25,9 @@ class Says:
         return ANSWERS[self.answer](len(embeds), embeds.shape[1])
 
 
-@dataclasses.dataclass(frozen=True)
+@strategy(keep_layers="refused")
 class Plans(Says):
-    takes_keep_layers = False
+    pass
 
 
 class Plugin:

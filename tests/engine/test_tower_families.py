@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from tower_cases import ANYWHERE, Merging, Norms, piped
 
 import prunekit
-from prunekit import Selection, hookimpl
+from prunekit import Selection, hookimpl, strategy
 from prunekit.engine.tower.patches import Patches
 from prunekit.families import find
 from prunekit.ops import top_k_mask
@@ -60,9 +59,9 @@ def leaf_after(block):
 def units_of(model, kind, given, hidden):
     """The units that the family declares, for the tower's states in one call."""
     tower, shape = find(model).tower, hidden.shape if hidden.ndim == 3 else (1, *hidden.shape)
-    if tower.units is None:
+    if tower.patch_groups is None:
         return Patches.plain(*shape[:2], tower.leading)
-    return Patches.of(tower.units(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
+    return Patches.of(tower.patch_groups(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
 
 
 KINDS = [(name, kind) for name in tiny_names() for kind in ("image", "video") if kind == "image" or takes_video(name)]
@@ -91,12 +90,10 @@ def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
             assert torch.equal(moved, expected), (picture, token)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused")
 class Fixed:
     """Keeps at the door what a list says."""
 
-    sites = ANYWHERE
-    takes_keep = False
     kept: ClassVar[tuple] = ()
 
     @hookimpl
@@ -212,14 +209,11 @@ class Maps(TorchFunctionMode):
         return result
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", inputs={"encoder_attention": EncoderRows(-1, "mean")})
 class Rows:
     """Takes down the mean row of the last block."""
 
-    sites = ANYWHERE
-    takes_keep = False
     seen: ClassVar[list] = []
-    inputs: ClassVar = {"encoder_attention": EncoderRows(-1, "mean")}
 
     @hookimpl
     def select_tokens(self, encoder_attention, valid):
@@ -270,11 +264,10 @@ def test_videos_are_cut(name, kind):
     assert all(after[1] < after[0] for after in report.tower_tokens)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Places:
     """Takes down all that is not of the tower itself."""
 
-    sites = ANYWHERE
     seen: ClassVar[list] = []
 
     @hookimpl
@@ -297,7 +290,7 @@ def test_places_seeds_and_counts_inside_the_tower(name):
         _, given = encode(model, batch)
     units = units_of(model, "image", given, found[0])
     first, second, again, _ = Places.seen[-4:]
-    for picture, places in enumerate(modality.places(given, units.counts)):
+    for picture, places in enumerate(modality.coords(given, units.counts)):
         there = units.present[picture, : len(places)]
         made = int(there.sum())
         assert torch.equal(first[0][picture, :made, 1:], places[there][:, 1:]), "rows and columns"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from tower_cases import (
 )
 
 import prunekit
-from prunekit import Sites, hookimpl
+from prunekit import Sites, hookimpl, strategy
 from prunekit.engine.tower import encoding as tower_encoding
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
@@ -166,14 +165,11 @@ def test_rows_after_a_cut_are_over_what_is_left():
     assert (behind[0][1, :16] - row[1:][keep[1:]]).abs().max() < 1e-9
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", inputs={"encoder_attention": EncoderRows(1), "encoder_keys": EncoderKeys(1)})
 class Later:
     """Takes down rows and keys."""
 
-    sites = ANYWHERE
-    takes_keep = False
     seen: ClassVar[list] = []
-    inputs: ClassVar = {"encoder_attention": EncoderRows(1), "encoder_keys": EncoderKeys(1)}
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, valid):
@@ -199,60 +195,45 @@ def test_one_stage_with_several_cuts_remembers():
     assert run.report.events[1].kept[0] == tuple(sorted(second.topk(4).indices.tolist()))
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", extras=("cls",))
 class NoCls:
     """Asks for a token that SigLIP does not have."""
-
-    sites = ANYWHERE
-    takes_keep = False
-    extras = ("cls",)
 
     @hookimpl
     def select_tokens(self, extras, valid):
         return valid
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, inputs={"encoder_attention": EncoderRows(query="pool")})
 class Pooled:
     """Asks for the row of a pooling head."""
-
-    sites = ANYWHERE
-    inputs: ClassVar = {"encoder_attention": EncoderRows(query="pool")}
 
     @hookimpl
     def score_tokens(self, encoder_attention):
         return encoder_attention
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(pixels=True))
 class Shrink:
     """Acts on pictures before the tower."""
-
-    sites = Sites(pixels=True)
 
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, inputs={"features": Features(2)})
 class Ahead:
     """Asks for what has not run yet."""
-
-    sites = ANYWHERE
-    inputs: ClassVar = {"features": Features(2)}
 
     @hookimpl
     def score_tokens(self, features):
         return features.norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, inputs={"encoder_values": EncoderValues(7)})
 class Beyond:
     """Asks for a block that is not there."""
-
-    sites = ANYWHERE
-    inputs: ClassVar = {"encoder_values": EncoderValues(7)}
 
     @hookimpl
     def score_tokens(self, encoder_values):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 import prunekit
-from prunekit import Selection, hookimpl
+from prunekit import Selection, hookimpl, strategy
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -19,12 +18,9 @@ from prunekit.verify.precision import Float64Throughout
 GATE = torch.zeros((), dtype=torch.float64, requires_grad=True)
 
 
-@dataclass(frozen=True)
+@strategy(trainable=True, keep="refused")
 class Gated:
     """Keeps every second token, each times 1 + a weight that is learned."""
-
-    trainable = True
-    takes_keep = False
 
     @hookimpl
     def select_tokens(self, hidden: Tensor, valid: Tensor) -> Selection:
@@ -34,11 +30,9 @@ class Gated:
         return Selection(keep, weights)
 
 
-@dataclass(frozen=True)
+@strategy(keep="refused")
 class Measured(Gated):
     """The same without a claim to be trained."""
-
-    trainable = False
 
 
 def loss_at(value: float, site: str, strategy: type[Any] = Gated) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import nn
 
-from prunekit import Selection, Sites, hookimpl
+from prunekit import Selection, Sites, hookimpl, strategy
 from prunekit.ops import top_k_mask
 from prunekit.pipeline import build
 from prunekit.registry import Registry
@@ -19,37 +18,29 @@ from prunekit.testing.tiny import IMAGE
 ANYWHERE = Sites(tower=True, end=True)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class ClsTopK:
     """FasterVLM's rule: keep what the CLS token attends to."""
-
-    sites = ANYWHERE
 
     @hookimpl
     def score_tokens(self, encoder_attention):
         return encoder_attention
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE)
 class Norms:
     """Keep the longest states; `hidden` is the tower's own at a tower site."""
-
-    sites = ANYWHERE
 
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused", per_sample=True, inputs={"encoder_keys": EncoderKeys()})
 class Merging:
     """ToMe's rule: alternate tokens pair up by their keys, the `r` most similar pairs merge by their sizes."""
 
     r: int = 3
-    sites = ANYWHERE
-    takes_keep = False
-    per_sample = True
-    inputs: ClassVar = {"encoder_keys": EncoderKeys()}
 
     @hookimpl
     def select_tokens(self, encoder_keys, sizes, valid):
@@ -67,35 +58,28 @@ def tome(keys, sizes, r):
     return Selection(keep, weights / weights.sum(1, keepdim=True), weights.sum(1))
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, keep="refused")
 class Skewed:
     """Merges that are neither averages nor symmetric, and keeps a number that depends on the picture."""
 
-    sites = ANYWHERE
-    takes_keep = False
-
     @staticmethod
-    def mix(hidden):
+    def _mix(hidden):
         size = hidden.shape[-2]
         places = torch.arange(size, dtype=hidden.dtype)
         return ((places[:, None] * 3 + places * 7) % 5 / size).expand(*hidden.shape[:-2], size, size)
 
     @staticmethod
-    def choose(hidden):
+    def _choose(hidden):
         return (torch.arange(hidden.shape[-2]) % 3 == 1) & (hidden[..., 0] > 0)
 
     @hookimpl
     def select_tokens(self, hidden, valid):
-        return Selection(self.choose(hidden) & valid, self.mix(hidden))
+        return Selection(self._choose(hidden) & valid, self._mix(hidden))
 
 
-@dataclass(frozen=True)
+@strategy(sites=Sites(decoder=False), extras=("cls",), per_sample=True)
 class AppendCls:
     """VisionZip's shape: the CLS token itself goes in, in the first slot that would be dropped."""
-
-    sites = Sites(decoder=False)
-    extras = ("cls",)
-    per_sample = True
 
     @hookimpl
     def select_tokens(self, encoder_attention, extras, count):
@@ -107,12 +91,9 @@ class AppendCls:
         return Selection(keep, weights)
 
 
-@dataclass(frozen=True)
+@strategy(sites=ANYWHERE, inputs={"encoder_attention": EncoderRows(), "encoder_values": EncoderValues(heads="none")})
 class Steps:
     """FlowCut's shape: one stage with several cuts in the tower that remembers a running score in `state`."""
-
-    sites = ANYWHERE
-    inputs: ClassVar = {"encoder_attention": EncoderRows(), "encoder_values": EncoderValues(heads="none")}
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_values, count, valid, cut, state):
@@ -123,22 +104,22 @@ class Steps:
         return state["keep"]
 
 
-@dataclass(frozen=True)
+EVERYTHING = {
+    "encoder_attention": (
+        EncoderRows(), EncoderRows(0, heads="sum"), EncoderRows(1, "mean", "none"),
+        EncoderRows(-1, heads="joined"), EncoderRows(1, heads="none", domain="logits"),
+    ),
+    "encoder_keys": EncoderKeys(0, heads="none"),
+    "encoder_values": (EncoderValues(), EncoderValues(of="cls")),
+    "features": (Features(), Features(0), Features(projected=True), Features(of="cls")),
+}  # fmt: skip
+
+
+@strategy(sites=ANYWHERE, keep="refused", inputs=EVERYTHING)
 class Everything:
     """Takes down what it is given, and keeps the first half."""
 
-    sites = ANYWHERE
-    takes_keep = False
     seen: ClassVar[list] = []
-    inputs: ClassVar = {
-        "encoder_attention": (
-            EncoderRows(), EncoderRows(0, heads="sum"), EncoderRows(1, "mean", "none"),
-            EncoderRows(-1, heads="joined"), EncoderRows(1, heads="none", domain="logits"),
-        ),
-        "encoder_keys": EncoderKeys(0, heads="none"),
-        "encoder_values": (EncoderValues(), EncoderValues(of="cls")),
-        "features": (Features(), Features(0), Features(projected=True), Features(of="cls")),
-    }  # fmt: skip
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, encoder_values, encoder_queries, features, valid):

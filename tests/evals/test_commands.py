@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from prunekit_evals import arguments, commands, tasks
+from prunekit_evals.cli import arguments, commands
+from prunekit_evals.lmms import tasks
 
 from prunekit.cli.main import main
 from prunekit.errors import InputError, SpecError

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
-from prunekit_evals import answering, harness, results, runner, tasks
+from prunekit_evals import runner
+from prunekit_evals.lmms import harness, tasks
+from prunekit_evals.run import answering, results
 from prunekit_evals.runner import Plan, Runner
 
 import prunekit
@@ -259,8 +261,8 @@ def test_the_response_cache_is_refused_where_it_would_be_stale(checkpoint, data_
 
 
 def test_the_response_cache_of_a_model_object_knows_its_pipeline(loaded, checkpoint, data_root, tmp_path):
-    from prunekit_evals.asking import Settings
-    from prunekit_evals.lmms import PruneKitChat
+    from prunekit_evals.lmms.adapter import PruneKitChat
+    from prunekit_evals.lmms.requests import Settings
 
     def computed(pipeline):
         model = PruneKitChat.over(loaded, prunekit.load(pipeline), Settings(4))

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 import prunekit
 import prunekit.families
 from prunekit.errors import Unsupported
-from prunekit.families import find, generic, shape_of
+from prunekit.families import generic, shape_of
 from prunekit.plugins import manager
 from prunekit.testing.tiny_configs import CONFIGS
 from prunekit.testing.tiny_families import ROWS, tiny_batch, tiny_from_config, tiny_model, tiny_names
@@ -65,7 +65,7 @@ def test_what_was_proved_prunes_exactly(family: str) -> None:
 @pytest.mark.parametrize("family", UNGUESSED)
 def test_what_cannot_be_fed_is_refused(family: str) -> None:
     with pytest.raises(Unsupported, match=r"runs on none of the inputs.*Video features and video tokens do not match"):
-        find(tiny_model(family, dtype=torch.float32))
+        proof.proved_parts(tiny_model(family, dtype=torch.float32))
 
 
 def test_the_proof_runs_once_for_each_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +77,7 @@ def test_the_proof_runs_once_for_each_config(monkeypatch: pytest.MonkeyPatch) ->
     ]
     before = torch.random.get_rng_state()
     for model in models:
-        find(model)
+        proof.proved_parts(model)
     assert len(made) == 2
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -109,7 +109,7 @@ def test_coordinates_are_refused() -> None:
     pool = {"name": "pool", "stages": [{"use": "pool", "keep": 0.25}]}
     inputs = tiny_batch(model, recipe=RECIPES["llava"])
     with (
-        pytest.raises(Unsupported, match="where visual tokens are in their pictures is not known"),
+        pytest.raises(Unsupported, match="where visual tokens are in their images is not known"),
         prunekit.apply(model, pool),
     ):
         model(**inputs)
@@ -153,7 +153,7 @@ def _mixes(text: Any) -> None:
         ("scales", "changes hidden states between all layers"),
         ("tuples", "return more than the hidden states|runs on none"),
         ("leaves out", "called 4 layers of 5"),
-        ("mixes", r"is not pruned exactly.*tokens dropped at the door.*differ from the masked reference"),
+        ("mixes", r"is not pruned exactly.*tokens dropped at the decoder input.*differ from the masked reference"),
     ],
 )
 def test_odd_models_are_refused(oddity: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

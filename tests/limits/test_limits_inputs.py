@@ -43,8 +43,8 @@ def said(phrase):
 
 def strategy(hook, **traits):
     """A strategy class with one hook, given as a function of self and what it asks for."""
-    body = {hook.__name__: hookimpl(hook), "takes_keep": False, "sites": EVERYWHERE, **traits}
-    return dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+    declared = {"keep": "refused", "keep_layers": "refused", "sites": EVERYWHERE, **traits}
+    return prunekit.strategy(**declared)(type("Strategy", (), {hook.__name__: hookimpl(hook)}))
 
 
 def piped(*stages):
@@ -100,7 +100,7 @@ def test_layers_that_a_router_skips():
 def test_forward_of_single_samples():
     """The strategy's check tells it first; the engine would too."""
     view = SimpleNamespace(get=lambda name: None, place=SimpleNamespace(label="stage 0"))
-    with said("and a strategy with per_sample = True sees one sample"):
+    with said("and a strategy with per_sample=True sees one sample"):
         View.of_sample(view, "forward", 0)
 
 
@@ -193,7 +193,7 @@ def test_freezing_under_flash_attention(flash):
     def plan_layers(self, shape):
         return LayerPlan({1: LayerAction.FREEZE})
 
-    plan = dataclasses.dataclass(frozen=True)(type("Strategy", (), {"plan_layers": hookimpl(plan_layers)}))
+    plan = prunekit.strategy()(type("Strategy", (), {"plan_layers": hookimpl(plan_layers)}))
     with prunekit.apply(flash, piped((plan, {}))):
         with refused("frozen visual tokens need a mask that flash kernels do not take", flash, after=1):
             flash(**inputs_of())
@@ -205,7 +205,7 @@ def test_plans_that_differ_on_a_static_cache(model):
     def route(self, shape):
         return Route(plans=[LayerPlan(), LayerPlan({1: LayerAction.SKIP})])
 
-    router = strategy(route, routes_tokens=False, sites=Sites())
+    router = strategy(route, routes=("layers",), sites=Sites())
     with prunekit.apply(model, piped((router, {}))):
         with refused("on a static cache all samples of a batch must run the same layers", model, after=1):
             model.generate(**inputs_of((1, 1), (9, 9)), max_new_tokens=2, cache_implementation="static")

@@ -35,15 +35,15 @@ def strategy(argument="hidden", spec=None, **traits):
     space: dict = {}
     exec(f"def score_tokens(self, {argument}):\n    return {argument}.flatten(2).norm(dim=-1)", space)
     inputs = {} if spec is None else {"inputs": {argument: spec}}
-    body = {"score_tokens": hookimpl(space["score_tokens"]), "sites": EVERYWHERE, **inputs, **traits}
-    return dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+    body = {"score_tokens": hookimpl(space["score_tokens"])}
+    return prunekit.strategy(**{"sites": EVERYWHERE, **inputs, **traits})(type("Strategy", (), body))
 
 
 def piped(cls, **keys):
     globals()["Chosen"] = cls
     registry = Registry()
     registry.strategy("s", f"{__name__}:Chosen")
-    keep = {} if getattr(cls, "takes_keep", True) is False else {"keep": 0.5}
+    keep = {} if cls.__prunekit__.keep == "refused" else {"keep": 0.5}
     return build.build({"name": "tower", "stages": [{"use": "s", **keep, **keys}]}, registry=registry)
 
 
@@ -162,8 +162,8 @@ def test_a_decision_about_a_cache_that_is_not_there(llava):
     def select_tokens(self, valid):
         return Selection(valid, crop=True)
 
-    body = {"select_tokens": hookimpl(select_tokens), "sites": EVERYWHERE, "takes_keep": False}
-    crops = dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+    body = {"select_tokens": hookimpl(select_tokens)}
+    crops = prunekit.strategy(sites=EVERYWHERE, keep="refused")(type("Strategy", (), body))
     with prunekit.apply(llava, piped(crops, at="vision.0")):
         with refused(": crop=True is about the KV cache; there is none at 'vision.0'", llava):
             llava(**inputs_of())
@@ -175,8 +175,8 @@ def test_sizes_in_a_tower_that_attends_picture_by_picture():
     def select_tokens(self, valid):
         return Selection(valid, sizes=1.0 + valid)
 
-    body = {"select_tokens": hookimpl(select_tokens), "sites": EVERYWHERE, "takes_keep": False}
-    sized = dataclasses.dataclass(frozen=True)(type("Strategy", (), body))
+    body = {"select_tokens": hookimpl(select_tokens)}
+    sized = prunekit.strategy(sites=EVERYWHERE, keep="refused")(type("Strategy", (), body))
     with prunekit.apply(own, piped(sized, at="vision.0")):
         with refused(": sizes add to attention logits, and this vision tower takes no masks for them", own):
             own(**tiny_batch(own))
@@ -214,7 +214,7 @@ def test_visual_tokens_that_the_family_does_not_expect(llava, monkeypatch):
 
     plan = piped(strategy(), at="vision.0")
     with prunekit.apply(llava, plan) as run:
-        changed = dataclasses.replace(run._tower.tower, units=wrong)
+        changed = dataclasses.replace(run._tower.tower, patch_groups=wrong)
         monkeypatch.setattr(run, "_tower", dataclasses.replace(run._tower, tower=changed))
         phrase = "of this tower; use stages that neither cut nor read the vision tower"
         with refused(phrase, llava):

@@ -38,5 +38,5 @@ def test_where_a_router_that_is_trained_cuts():
 
 
 def test_a_strategy_that_has_nothing_to_train():
-    with said("has nothing to train: its class has no method `learner`"):
-        learner_of(SimpleNamespace(strategy=object(), label="stages[0] lots"), None, None)
+    with said("has nothing to train: its class does not implement the hook `learner`"):
+        learner_of(SimpleNamespace(states=lambda hook: hook != "learner", label="stages[0] lots"), None, None)

@@ -18,6 +18,7 @@ from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.strategy import decoder_requests
+from prunekit.strategy import inputs as table
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.decoder_requests import PromptTokens, Rows
 
@@ -60,10 +61,10 @@ class Needs:
         for cut in bound.cuts:
             names = _named(cut)
             try:
-                decoder_requests.layers_read(cut.stage.strategy, names, cut.site, layers)
+                table.layers_read(cut.stage.inputs, names, cut.site, layers)
             except ValueError as error:
                 raise Unsupported(f"{cut.label}: {error}; declare another layer for it, or move the stage") from None
-            for spec in (spec for name in names for spec in decoder_requests.declarations(cut.stage.strategy, name)):
+            for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
                 assert layer is not None
                 kernels = True
@@ -90,7 +91,7 @@ class Needs:
 
 
 def _named(cut: Cut) -> frozenset[str]:
-    names = (*decoder_requests.KINDS, "previous_hidden", "forward", "text")
+    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text")
     return frozenset(name for name in names if cut.stage.asks_for(name))
 
 

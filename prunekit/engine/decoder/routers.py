@@ -46,7 +46,7 @@ def _decided(stage: Stage, session: Session, answer: Route) -> tuple[LayerPlan, 
         if not stage.decides_layers:
             raise PluginError(
                 f"{stage.label}: route returned plans of layers, but the stage has a budget of tokens alone "
-                "(let the class decide about layers by itself with takes_keep_layers = False)"
+                "(let the class decide about layers by itself with @strategy(keep_layers='refused'))"
             )
         if stage.keep_layers is not None:
             raise PluginError(f"{stage.label}: route returned plans, but the stage has `keep_layers`: return scores")

@@ -36,8 +36,7 @@ NO_IMAGE = "no visual tokens in this batch: token stages had nothing to do, all 
 class _Decision:
     """A stage's answer, kept on its device until somebody asks for a report."""
 
-    stage: str
-    site: Site
+    cut: Cut
     entered: tuple[int, ...]
     ordinals: Tensor
     selection: Selection
@@ -46,12 +45,14 @@ class _Decision:
     def event(self) -> StageEvent:
         rows = list(zip(self.ordinals.tolist(), self.selection.keep.tolist(), strict=True))
         kept = tuple(tuple(o for o, k in zip(ordinals, keep, strict=True) if k) for ordinals, keep in rows)
-        sizes = None
+        stage, sizes = self.cut.stage, None
         if self.selection.sizes is not None:
             given = self.selection.sizes.tolist()
             pairs = zip(given, (keep for _, keep in rows), strict=True)
             sizes = tuple(tuple(s for s, k in zip(row, keep, strict=True) if k) for row, keep in pairs)
-        return StageEvent(self.stage, str(self.site), self.entered, kept, self.selection.crop, sizes, self.asked)
+        return StageEvent(
+            stage.use, stage.index, str(self.cut.site), self.entered, kept, self.selection.crop, sizes, self.asked
+        )
 
 
 class Session:
@@ -95,9 +96,9 @@ class Session:
 
     def refuse_other(self, pipeline: Pipeline, parts: Parts) -> None:
         """Raise Unsupported when another pipeline or model goes on with this session's cache."""
-        if pipeline.sha != self.bound.pipeline.sha or parts.base is not self.parts.base:
+        if pipeline.sha != self.bound.sha or parts.base is not self.parts.base:
             raise Unsupported(
-                f"this KV cache was pruned by pipeline '{self.bound.pipeline.name}' ({self.bound.pipeline.sha}); "
+                f"this KV cache was pruned by pipeline '{self.bound.name}' ({self.bound.sha}); "
                 "continue under the same pipeline and model, or start with a new cache"
             )
 
@@ -193,7 +194,7 @@ class Session:
         selection = by_scores(cut.stage, self.scores[cut.stage.index], view) if routed else decide(cut.stage, view)
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
-        self.decisions.append(_Decision(cut.stage.use, cut.site, self.counts, view.ordinals, selection, wanted))
+        self.decisions.append(_Decision(cut, self.counts, view.ordinals, selection, wanted))
         if selection.weights is not None:
             hidden = _merge(hidden, view, selection)
         if selection.sizes is not None:

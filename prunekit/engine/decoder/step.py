@@ -104,7 +104,7 @@ class Step:
 
     def localised(self, layout: Layout | None, kwargs: Mapping[str, Any]) -> Layout | None:
         """The layout with what its rotary positions moved by, where the pipeline renumbers positions."""
-        if layout is None or self.session.bound.pipeline.positions == "keep":
+        if layout is None or self.session.bound.positions == "keep":
             return layout
         rotary = kwargs["position_embeddings"]
         shifted: Layout = self.once((layout, rotary, "shift"), lambda: self.rotations.shifted(rotary, layout))

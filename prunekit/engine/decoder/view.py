@@ -20,7 +20,7 @@ from prunekit.engine.tower import record
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
-from prunekit.strategy.tower_requests import ENCODER_KINDS
+from prunekit.strategy import inputs as table
 
 if TYPE_CHECKING:
     from prunekit.engine.decoder.session import Session
@@ -150,7 +150,7 @@ class View:
 
     def _declared(self, name: str, make: Callable[[Any], Tensor]) -> Any:
         """One tensor for one declaration, a tuple for a tuple."""
-        declared = decoder_requests.declared(self.place.stage.strategy, name)
+        declared = table.request(self.place.stage.inputs, name)
         return tuple(map(make, declared)) if isinstance(declared, tuple) else make(declared)
 
     def _rows(self, spec: decoder_requests.Rows) -> Tensor:
@@ -247,7 +247,7 @@ class View:
 
     def get(self, name: str) -> Any:
         """The input of hooks with this name."""
-        if name not in ENCODER_KINDS:
+        if name not in table.OF_TOWER:
             return getattr(self, name)
         if name not in self._of_tower:
             tower = self.session.parts.tower
@@ -261,7 +261,7 @@ class View:
             return value.setdefault(b, {})
         if name == "forward":
             raise Unsupported(
-                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample = True sees one "
+                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample=True sees one "
                 "sample; leave out per_sample, or forward"
             )
         if value is None or name in SHARED:
@@ -270,11 +270,11 @@ class View:
             return value[b]
         if name == "extras":
             return value[b, : record.crops(self.prompt)[b]]
-        if name in ENCODER_KINDS:
+        if name in table.OF_TOWER:
             crops = record.crops(self.prompt)[b]
-            return record.row_of_declared(self.place.stage.strategy, name, value, b, self.counts[b], crops)
-        if name in decoder_requests.KINDS:
-            declared = decoder_requests.declarations(self.place.stage.strategy, name)
+            return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
+        if name in table.OF_DECODER_LAYERS:
+            declared = table.requests(self.place.stage.inputs, name)
             parts = value if isinstance(value, tuple) else (value,)
             found = tuple(self._one(name, part, spec, b) for part, spec in zip(parts, declared, strict=True))
             return found if isinstance(value, tuple) else found[0]

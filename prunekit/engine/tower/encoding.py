@@ -50,9 +50,9 @@ class Encoding:
             raise Unsupported("the vision tower's blocks have not run, so there is nothing to read of it or to cut")
         rows, tokens = self.shape
         tower = self.needs.tower
-        if tower.units is None:
+        if tower.patch_groups is None:
             return Patches.plain(rows, tokens, tower.leading).to(self.device)
-        tables = tower.units(self.modality.name, self.arguments, rows, tokens - tower.leading)
+        tables = tower.patch_groups(self.modality.name, self.arguments, rows, tokens - tower.leading)
         return Patches.of(tables, tokens, tower.leading).to(self.device)
 
     @property

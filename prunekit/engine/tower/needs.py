@@ -8,27 +8,23 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from prunekit.engine.asking import ARGUMENTS as HOOK_ARGUMENTS
 from prunekit.engine.tokens.masks import Kind, kind_of
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts, Tower
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.stage import Cut
+from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, requests
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import (
-    ENCODER_KINDS,
     POOL,
     EncoderRows,
     EncoderSpec,
     Features,
-    encoder_declarations,
     resolved,
 )
 
 # What hooks get at a tower site; everything else belongs to the prompt or the decoder.
-ARGUMENTS = frozenset(
-    {"scores", "keep", "hidden", "coords", "frames", "sizes", "valid", "count", "cut", "seed", "state", *ENCODER_KINDS}
-)
+ARGUMENTS = frozenset(one.name for hook in TOKEN_HOOKS for one in inputs_of(hook) if "tower" in one.regions)
 
 
 @dataclass(frozen=True)
@@ -54,31 +50,31 @@ class TowerNeeds:
         Raises Unsupported, naming the stage, for what this tower cannot give.
         """
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
-        requests = [
+        reading = [
             (cut, name, spec)
             for cut in bound.cuts
-            for name in ENCODER_KINDS
+            for name in OF_TOWER
             if cut.stage.asks_for(name)
-            for spec in encoder_declarations(cut.stage.strategy, name)
+            for spec in requests(cut.stage.inputs, name)
         ]
         extras = [cut for cut in bound.cuts if cut.stage.extras]
-        if not (cuts or requests or extras):
+        if not (cuts or reading or extras):
             return None
         tower = parts.tower
         if tower is None:
-            first = min([*cuts, *(cut for cut, _, _ in requests), *extras], key=lambda cut: cut.site)
+            first = min([*cuts, *(cut for cut, _, _ in reading), *extras], key=lambda cut: cut.site)
             raise Unsupported(
                 f"{first.label} needs the vision tower, which for {parts.family} can neither be cut nor read: its "
                 "family file declares no `tower`; use sites from 'encoder' on, and inputs that are not of the tower"
             )
         for cut in cuts:
             _check_cut(cut, tower)
-        for cut, name, spec in requests:
+        for cut, name, spec in reading:
             _check_spec(cut, name, spec, tower, bool(cuts))
         for cut in extras:
             _check_extras(cut, tower)
         blocks, feature_block = len(tower.layers), tower.feature_block
-        specs = [(cut.site, resolved(spec, cut.site, blocks, feature_block)) for cut, _, spec in requests]
+        specs = [(cut.site, resolved(spec, cut.site, blocks, feature_block)) for cut, _, spec in reading]
         reads: dict[int, tuple[EncoderSpec, ...]] = {}
         states = {feature_block} if extras else set()
         for spec in dict.fromkeys(spec for _, spec in specs if spec.layer is not None):
@@ -145,7 +141,7 @@ def _check_cut(cut: Cut, tower: Tower) -> None:
     elif any(site.place != "vision" for site in cut.stage.known_sites or ()):
         reason = "inside the tower a sample is an image, later it is a row of the prompt: split the stage in two"
     else:
-        wrong = sorted({name for hook in HOOK_ARGUMENTS for name in cut.stage.requests(hook)} - ARGUMENTS)
+        wrong = sorted({name for hook in TOKEN_HOOKS for name in cut.stage.requests(hook)} - ARGUMENTS)
         if wrong:
             reason = f"it asks for {', '.join(wrong)}, which the prompt or the decoder has, and not the vision tower"
     if reason:

@@ -5,7 +5,7 @@ Visual tokens that were dropped inside the tower leave the sequence at the decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Tower
 from prunekit.pipeline.stage import Cut
 from prunekit.records import StageEvent
-from prunekit.strategy.tower_requests import EncoderSpec, encoder_declarations, resolved
+from prunekit.strategy.inputs import request, requests
+from prunekit.strategy.tower_requests import EncoderSpec, resolved
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,15 @@ class TowerRecord:
     block_tokens: tuple[tuple[int, ...], ...] = ()
 
 
-def of_declared(strategy: object, name: str, make: Callable[[Any], Tensor]) -> Any:
-    """Input `name` of the tower as a strategy declares it: one tensor for one declaration, a tuple for a tuple."""
-    values = tuple(map(make, encoder_declarations(strategy, name)))
-    several = isinstance((getattr(strategy, "inputs", None) or {}).get(name), tuple)
-    return values if several else values[0]
+def of_declared(inputs: Mapping[str, Any], name: str, make: Callable[[Any], Tensor]) -> Any:
+    """Input `name` of the tower as a strategy requests it: one tensor for one request, a tuple for a tuple."""
+    declared = request(inputs, name)
+    return tuple(map(make, declared)) if isinstance(declared, tuple) else make(declared)
 
 
-def row_of_declared(strategy: object, name: str, value: Any, b: int, count: int, crops: int) -> Any:
+def row_of_declared(inputs: Mapping[str, Any], name: str, value: Any, b: int, count: int, crops: int) -> Any:
     """Sample b of such an input, without padding: of its `count` visual tokens, or of its CLS tokens, one a crop."""
-    parts = zip(value if isinstance(value, tuple) else (value,), encoder_declarations(strategy, name), strict=True)
+    parts = zip(value if isinstance(value, tuple) else (value,), requests(inputs, name), strict=True)
     rows = tuple(part[b, : crops if getattr(spec, "of", "patches") == "cls" else count] for part, spec in parts)
     return rows if isinstance(value, tuple) else rows[0]
 
@@ -85,7 +85,7 @@ def encoder_input(prompt: Prompt, tower: Tower | None, cut: Cut, name: str, ordi
             return _per_crop([[record.inputs[key][one.at] for one, record in row] for row in _by_row(prompt)])
         return blank(take(_of_visual(prompt, key), ordinals, 1), valid)
 
-    return of_declared(cut.stage.strategy, name, make)
+    return of_declared(cut.stage.inputs, name, make)
 
 
 def extras(prompt: Prompt) -> Tensor:
@@ -186,7 +186,8 @@ def _event(prompt: Prompt, number: int, like: Decision) -> StageEvent:
         asked.append(wanted)
         kept.append(tuple(after))
         sizes.append(tuple(of_row))
+    cut, of_each = like.cut, tuple(sizes) if like.sizes is not None else None
     return StageEvent(
-        like.cut.stage.use, str(like.cut.site), tuple(entered), tuple(kept),
-        sizes=tuple(sizes) if like.sizes is not None else None, asked=None if like.asked is None else tuple(asked),
+        cut.stage.use, cut.stage.index, str(cut.site), tuple(entered), tuple(kept), False, of_each,
+        None if like.asked is None else tuple(asked),
     )  # fmt: skip

@@ -19,7 +19,8 @@ from prunekit.engine.tower.needs import ARGUMENTS
 from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.tower_requests import ENCODER_KINDS, EncoderSpec
+from prunekit.strategy.inputs import OF_TOWER
+from prunekit.strategy.tower_requests import EncoderSpec
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,17 @@ class TowerView:
         return coords
 
     @property
+    def index(self) -> Tensor:
+        """int64 (B, V), -1 on padding."""
+        return self.ordinals.masked_fill(~self.valid, -1)
+
+    @property
     def frames(self) -> Tensor:
         return self._places[..., 0]
 
     @cached_property
     def _places(self) -> Tensor:
-        """As `Modality.places`, int64 (B, V, 5)."""
+        """As `Modality.coords`, int64 (B, V, 5)."""
         tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.places, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
@@ -99,10 +105,10 @@ class TowerView:
         """The input of hooks with this name. Raises Unsupported for those that need a prompt."""
         if name not in ARGUMENTS:
             raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
-        if name not in ENCODER_KINDS:
+        if name not in OF_TOWER:
             return getattr(self, name)
         if name not in self._of_tower:
-            self._of_tower[name] = of_declared(self.place.stage.strategy, name, self._declared)
+            self._of_tower[name] = of_declared(self.place.stage.inputs, name, self._declared)
         return self._of_tower[name]
 
     def of_sample(self, name: str, b: int) -> Any:
@@ -114,8 +120,8 @@ class TowerView:
             return value
         if name in ("count", "seed"):
             return value[b]
-        if name in ENCODER_KINDS:
-            return row_of_declared(self.place.stage.strategy, name, value, b, count, len(self.encoding.patches.rows[b]))
+        if name in OF_TOWER:
+            return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
         return value[b, :count]
 
     def _declared(self, spec: EncoderSpec) -> Tensor:

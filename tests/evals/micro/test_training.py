@@ -3,20 +3,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from prunekit_evals.micro import attention, depth, drop, export, spelling
-from prunekit_evals.micro import train as training
-from prunekit_evals.micro.glance import Gist, Glance, begins
+from prunekit_evals.micro import attention, drop
+from prunekit_evals.micro.compose import TOKENS
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
-from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
-from prunekit_evals.micro.optim import Masters, schedule
-from prunekit_evals.micro.packing import IGNORE, Packer
-from prunekit_evals.micro.pointing import Pointing, Words, scaffold
+from prunekit_evals.micro.packing import IGNORE, Packer, pixels
 from prunekit_evals.micro.question import Question
-from prunekit_evals.micro.read import FOREIGN_EVERY, Cut, Read, answer_states, everything, new_model
 from prunekit_evals.micro.scenes import ask, patch_owner, scene
-from prunekit_evals.micro.see import SeeLoss, pixels, shown
-from prunekit_evals.micro.stages import See
-from prunekit_evals.micro.tokenizer import train
+from prunekit_evals.studies.micro import depth, export, spelling
+from prunekit_evals.studies.micro import train as training
+from prunekit_evals.studies.micro.glance import Gist, Glance, begins
+from prunekit_evals.studies.micro.model import NAMES, SEEING, word_vectors
+from prunekit_evals.studies.micro.optim import Masters, schedule
+from prunekit_evals.studies.micro.pointing import Pointing, Words, scaffold
+from prunekit_evals.studies.micro.read import FOREIGN_EVERY, Cut, Read, answer_states, everything, new_model
+from prunekit_evals.studies.micro.see import SeeLoss, shown
+from prunekit_evals.studies.micro.stages import See
+from prunekit_evals.studies.micro.tokenizer import train
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,17 @@
 """Baseline: keep the tokens nearest to one corner of the picture."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from prunekit import Sites, hookimpl
+from prunekit import hookimpl, strategy
 
 
-@dataclass(frozen=True)
+@strategy()
 class Corner:
     """A score that falls with the distance, in rows plus columns, from a corner of the token's image."""
 
     corner: Literal["top-left", "bottom-right"] = "top-left"
-
-    sites = Sites()
 
     @hookimpl
     def score_tokens(self, coords: Tensor) -> Tensor:
