@@ -27,14 +27,6 @@ ORDER = (
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
 EVALS_ORDER = ("run", "compare", "micro", "lmms", "bench", "runner", "cli", "plugin", "studies")
-# Edges that still go down.
-EXCEPTIONS = {
-    ("prunekit.verify.proof", "prunekit.testing.tiny_families"),
-    ("prunekit.verify.twin", "prunekit.testing"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_pictures"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_configs"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_families"),
-}
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
 MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two
@@ -137,7 +129,7 @@ def test_the_core_imports_only_upwards(source: Source) -> None:
     for name in imports(source):
         assert name.split(".")[0] not in ("prunekit_strategies", "prunekit_evals", "lmms_eval"), name
         there = module_of(name)
-        if not there.startswith("prunekit.") or (source.module, there) in EXCEPTIONS:
+        if not there.startswith("prunekit."):
             continue
         assert here is not None, f"prunekit/__init__.py imports {name} at once; its names are lazy"
         assert room(there) == here or LEVEL[str(room(there))] < LEVEL[here], f"{source} must not import {there}"

@@ -1,7 +1,7 @@
-"""Random pictures and videos for the tiny models, as each family's processor would hand them over.
+"""Random images and videos for tiny models, as processors would hand them over.
 
-One function a kind of input, from a config and a generator to the tensors of one picture, whose first dimension is
-concatenated over the pictures of a batch. Sizes are drawn, so that pictures of one batch differ where they may.
+One function a kind of input, from a config and a generator to the tensors of one image or video, whose first dimension
+is concatenated over those of a batch. Sizes are drawn, so that the inputs of one batch differ where they may.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-Picture = dict[str, Tensor]
-Draw = Callable[[Any, Generator], Picture]
+VisualInput = dict[str, Tensor]
+Draw = Callable[[Any, Generator], VisualInput]
 
 
 def choose(generator: Generator, *choices: Any) -> Any:
@@ -22,36 +22,36 @@ def choose(generator: Generator, *choices: Any) -> Any:
     return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
 
-def square(config: Any, generator: Generator) -> Picture:
-    """One picture of the tower's own size: `pixel_values` (1, 3, side, side)."""
+def square(config: Any, generator: Generator) -> VisualInput:
+    """One image of the tower's own size: `pixel_values` (1, 3, side, side)."""
     side = config.vision_config.image_size
     side = side if isinstance(side, int) else side[0]
     return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
-def tiles(config: Any, generator: Generator) -> Picture:
-    """A picture cut into one to three tiles of the tower's size, each a picture of its own to the model."""
+def tiles(config: Any, generator: Generator) -> VisualInput:
+    """An image cut into one to three tiles of the tower's size, each an image of its own to the model."""
     count = choose(generator, 1, 2, 3)
     return {"pixel_values": torch.cat([square(config, generator)["pixel_values"] for _ in range(count)])}
 
 
-def masked_tiles(config: Any, generator: Generator) -> Picture:
+def masked_tiles(config: Any, generator: Generator) -> VisualInput:
     """As `tiles`, the last with empty columns at its right: also `pixel_attention_mask` (tiles, side, side)."""
-    picture = tiles(config, generator)["pixel_values"]
-    mask = torch.ones(len(picture), *picture.shape[-2:], dtype=torch.int64)
+    pixels = tiles(config, generator)["pixel_values"]
+    mask = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.int64)
     mask[-1, :, mask.shape[-1] * 3 // 5 :] = 0
-    return {"pixel_values": picture * mask[:, None], "pixel_attention_mask": mask}
+    return {"pixel_values": pixels * mask[:, None], "pixel_attention_mask": mask}
 
 
-def any_size(config: Any, generator: Generator) -> Picture:
-    """A picture of its own size: `pixel_values` (1, 3, height, width), `image_sizes` (1, 2)."""
+def any_size(config: Any, generator: Generator) -> VisualInput:
+    """An image of its own size: `pixel_values` (1, 3, height, width), `image_sizes` (1, 2)."""
     height, width = choose(generator, (56, 56), (56, 112), (112, 56), (84, 112), (112, 84), (28, 112))
     pixels = torch.randn(1, 3, height, width, generator=generator)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
 
 
-def anyres(config: Any, generator: Generator) -> Picture:
-    """A picture of any size as the whole and as tiles: `pixel_values` (1, 1 + tiles, 3, side, side), `image_sizes`."""
+def anyres(config: Any, generator: Generator) -> VisualInput:
+    """An image of any size as the whole and as tiles: `pixel_values` (1, 1 + tiles, 3, side, side), `image_sizes`."""
     side = config.vision_config.image_size
     height, width = size = choose(generator, (56, 112), (100, 40), (50, 112), (112, 112), (90, 112), (30, 112))
     best = _best(size, config.image_grid_pinpoints)
@@ -63,7 +63,7 @@ def anyres(config: Any, generator: Generator) -> Picture:
 
 
 def _best(size: tuple[int, int], choices: list[list[int]]) -> list[int]:
-    """The size among `choices` that keeps most of a picture's pixels, then the one that wastes least."""
+    """The size among `choices` that keeps most of an image's pixels, then the one that wastes least."""
 
     def merit(choice: list[int]) -> tuple[int, int]:
         scale = min(choice[0] / size[0], choice[1] / size[1])
@@ -73,20 +73,20 @@ def _best(size: tuple[int, int], choices: list[list[int]]) -> list[int]:
     return max(choices, key=merit)
 
 
-def frames(config: Any, generator: Generator) -> Picture:
+def frames(config: Any, generator: Generator) -> VisualInput:
     """A video of three frames of the tower's size: `pixel_values_videos` (1, 3, 3, side, side)."""
     side = config.vision_config.image_size
     return {"pixel_values_videos": torch.randn(1, 3, 3, side, side, generator=generator)}
 
 
-def patches(config: Any, generator: Generator) -> Picture:
-    """A picture as a list of patches: `pixel_values` (h * w, channels * pixels), `image_grid_thw` (1, 3)."""
+def patches(config: Any, generator: Generator) -> VisualInput:
+    """An image as a list of patches: `pixel_values` (h * w, channels * pixels), `image_grid_thw` (1, 3)."""
     height, width = choose(generator, (4, 4), (4, 8), (8, 4), (4, 6), (6, 6), (8, 6))
     pixels = _patches(config, 1 * height * width, generator)
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
 
 
-def video_patches(config: Any, generator: Generator) -> Picture:
+def video_patches(config: Any, generator: Generator) -> VisualInput:
     """A video as a list of patches: `pixel_values_videos` (t * h * w, ...), `video_grid_thw` (1, 3)."""
     time, height, width = choose(generator, (2, 4, 4), (3, 4, 6), (2, 6, 4))
     pixels = _patches(config, time * height * width, generator)
