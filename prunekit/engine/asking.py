@@ -233,3 +233,11 @@ def scores(stage: Stage, hook: str, value: Any, valid: Tensor, refusals: Refusal
     floats = _floats(stage, hook, value, valid.shape).to(valid.device)
     refusals.add(valid & ~torch.isfinite(floats), f"{stage.label}: {hook} returned NaN or infinity")
     return floats
+
+
+def finite(stage: Stage, hook: str, value: Any, valid: Tensor) -> Tensor:
+    """The same, read back from the device at once."""
+    refusals = Refusals()
+    floats = scores(stage, hook, value, valid, refusals)
+    refusals.settle()
+    return floats

@@ -241,7 +241,7 @@ def test_two_threads_read_their_own():
     [({"attention": Rows("own")}, "2", "own|stands in"), ({"attention": Rows()}, "0", "layer before"),
      ({"attention": Rows()}, "encoder", "layer before"), ({"keys": Keys("next")}, "2.mid", "layer ahead"),
      ({"keys": Keys("next")}, "5.after", "layer ahead"), ({"values": Keys()}, "2", "Values"),
-     ({"hidden": Rows()}, "2", "nothing to declare"), ({"attention": "last"}, "2", "Rows"),
+     ({"hidden": Rows()}, "2", "nothing can be requested"), ({"attention": "last"}, "2", "Rows"),
      ({"attention": ()}, "2", "Rows"), (("attention",), "2", "dict")],
     ids=str,
 )  # fmt: skip

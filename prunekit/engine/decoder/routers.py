@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import call, checked
+from prunekit.engine.asking import call, finite
 from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
@@ -29,13 +29,14 @@ def route(stage: Stage, session: Session, embeds: Tensor) -> tuple[Tensor | None
         answer = _ask(stage, session, embeds)
     if answer.note is not None:
         session.notes.append(f"{stage.label}: {answer.note}")
-    if answer.tokens is not None:
-        checked(stage, "route (tokens)", answer.tokens, session.prompt.ids.shape)
+    tokens = answer.tokens
+    if tokens is not None:
+        tokens = finite(stage, "route (tokens)", tokens, session.alive_visual())
     own = _decided(stage, session, answer)
     if own is None:
-        return answer.tokens, session.plans
+        return tokens, session.plans
     try:
-        return answer.tokens, tuple(mine.merge(plan) for mine, plan in zip(session.plans, own, strict=True))
+        return tokens, tuple(mine.merge(plan) for mine, plan in zip(session.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
 
@@ -52,8 +53,10 @@ def _decided(stage: Stage, session: Session, answer: Route) -> tuple[LayerPlan, 
             raise PluginError(f"{stage.label}: route returned plans, but the stage has `keep_layers`: return scores")
         return _checked_plans(stage, session, tuple(answer.plans))
     if answer.layers is not None and stage.keep_layers is not None:
-        shape = (len(session.lengths), session.bound.shape.layers)
-        return _plans(stage, session, checked(stage, "route (layers)", answer.layers, shape))
+        every = torch.ones(
+            len(session.lengths), session.bound.shape.layers, dtype=torch.bool, device=session.prompt.ids.device
+        )
+        return _plans(stage, session, finite(stage, "route (layers)", answer.layers, every))
     if stage.keep_layers is not None:
         raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
     return None
