@@ -24,8 +24,9 @@ from prunekit.engine.prompt.call import CALL, Call
 from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
-from prunekit.engine.tower.notes import tower_events, tower_tokens
-from prunekit.engine.tower.plan import TowerPlan
+from prunekit.engine.tower import blocks
+from prunekit.engine.tower.needs import TowerNeeds
+from prunekit.engine.tower.record import tower_events, tower_tokens
 from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
@@ -58,7 +59,7 @@ class Attached:
         self._report: tuple[BatchState, RunReport] | None = None
         self._overrides = Overrides()
         self._left = False
-        self._tower = TowerPlan.of(self.bound, self.parts)
+        self._tower = TowerNeeds.of(self.bound, self.parts)
 
     def __enter__(self) -> Self:
         self.attach()
@@ -105,7 +106,7 @@ class Attached:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
-                self._tower.attach(self._overrides)
+                blocks.override(self._overrides, self._tower)
             self.needs.attach(self._overrides)
 
     @property
@@ -162,14 +163,12 @@ class Attached:
                 if self._tower is None:
                     output, seen = original(*args, **kwargs), None
                 else:
-                    with self._tower.encoding(modality, given) as seen:
+                    with blocks.encoding(self._tower, modality, given) as seen:
                         output = original(*args, **kwargs)
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
-                    pictures = Pictures(modality, given, counts_of(features))
-                    if self._tower is not None and seen is not None:
-                        pictures.tower["notes"] = self._tower.notes(seen, features)
-                    note(output, pictures)
+                    record = None if seen is None else seen.record(features)
+                    note(output, Pictures(modality, given, counts_of(features), record))
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
                 return output

@@ -18,7 +18,7 @@ from torch import nn
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl
 from prunekit.engine.attention import tap
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.aside import _unrotated
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs, Readings
@@ -99,7 +99,7 @@ def test_layers_that_a_router_skips():
 
 def test_forward_of_single_samples():
     """The strategy's check tells it first; the engine would too."""
-    view = SimpleNamespace(forward=None, place=SimpleNamespace(label="stage 0"))
+    view = SimpleNamespace(get=lambda name: None, place=SimpleNamespace(label="stage 0"))
     with said("and a strategy with per_sample=True sees one sample"):
         View.of_sample(view, "forward", 0)
 
@@ -132,7 +132,7 @@ def test_attention_that_is_not_known():
         with said(f"attention rows and keys are not available where attention has {extra}"):
             Attended.of(module, one, one, one, None, {extra: one})
     with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
-        _ = tap.Watch(module).result
+        _ = tap.Record(module).result
     with said("rope=False is not available for this model"):
         _unrotated({"position_embeddings": one})
 

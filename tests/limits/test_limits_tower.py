@@ -13,8 +13,8 @@ from refusing import inputs_of, model_of, refused
 
 import prunekit
 from prunekit import Selection, Site, Sites, hookimpl
-from prunekit.engine.tower.plan import TowerPlan
-from prunekit.engine.tower.run import TowerRun
+from prunekit.engine.tower.encoding import Encoding
+from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.view import TowerView
 from prunekit.families import find
 from prunekit.families.base import Modality
@@ -56,7 +56,7 @@ def plan_of(model, cls, at="encoder", site=None, **tower):
         there = Site.parse(site)
         cut = dataclasses.replace(cut, site=there, stage=dataclasses.replace(cut.stage, sites_given=(there,)))
     changed = None if tower == {"none": True} else dataclasses.replace(parts.tower, **tower)
-    return TowerPlan.of(SimpleNamespace(cuts=[cut]), dataclasses.replace(parts, tower=changed))
+    return TowerNeeds.of(SimpleNamespace(cuts=[cut]), dataclasses.replace(parts, tower=changed))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_a_tower_on_other_kernels():
 
 
 def test_one_stage_in_the_tower_and_behind_it(llava):
-    with refused("inside the tower a sample is a picture, later it is a row of the prompt: split the stage", llava):
+    with refused("inside the tower a sample is an image, later it is a row of the prompt: split the stage", llava):
         with prunekit.apply(llava, piped(strategy(), at=["vision.0", 2])):
             pass
 
@@ -98,7 +98,7 @@ def test_what_the_prompt_has(llava):
     with said(", which the prompt or the decoder has, and not the vision tower"):
         plan_of(llava, strategy("text_hidden"), site="vision.0")
     with said(": inside the tower there is no prompt yet"):
-        TowerView(None, SimpleNamespace(site="vision.0"), None, None, (), None).__getattr__("text_hidden")
+        TowerView(None, SimpleNamespace(site="vision.0"), None, None, (), None).get("text_hidden")
 
 
 def test_cls_tokens_of_a_tower_without():
@@ -184,14 +184,14 @@ def test_sizes_in_a_tower_that_attends_picture_by_picture():
 
 def run_of(model, spec):
     plan = plan_of(model, strategy("encoder_attention", spec), pool=torch.nn.Identity())
-    return TowerRun(plan, find(model).modalities[0], {})
+    return Encoding(plan, find(model).modalities[0], {})
 
 
 def test_a_tower_that_did_not_run(llava):
     """No family has it: an encoding method that goes around the blocks, kernels from elsewhere, or an unused head."""
     run = run_of(llava, EncoderRows(query="pool"))
     with said("the vision tower's blocks have not run, so there is nothing to read of it or to cut"):
-        _ = run.units
+        _ = run.patches
     with said("the pooling head of the vision tower did not run, so there is no row of its query"):
         run.tokens(EncoderRows(query="pool"))
     with said("could not be read: the block's attention did not ask transformers' AttentionInterface"):
@@ -201,7 +201,7 @@ def test_a_tower_that_did_not_run(llava):
 def test_pixels_that_cannot_be_told_apart(llava):
     run = run_of(llava, EncoderRows(query="pool"))
     modality: Modality = find(llava).modalities[0]
-    run.pictures = SimpleNamespace(modality=modality, checksums=None)
+    run.visual = SimpleNamespace(modality=modality, checksums=None)
     with said("the pixels of each picture cannot be told apart, so a stage in the tower has no `seed`"):
         _ = run.seeds
 
@@ -214,7 +214,8 @@ def test_visual_tokens_that_the_family_does_not_expect(llava, monkeypatch):
 
     plan = piped(strategy(), at="vision.0")
     with prunekit.apply(llava, plan) as run:
-        monkeypatch.setattr(run._tower, "tower", dataclasses.replace(run._tower.tower, patch_groups=wrong))
+        changed = dataclasses.replace(run._tower.tower, patch_groups=wrong)
+        monkeypatch.setattr(run, "_tower", dataclasses.replace(run._tower, tower=changed))
         phrase = "of this tower; use stages that neither cut nor read the vision tower"
         with refused(phrase, llava):
             llava(**inputs_of())

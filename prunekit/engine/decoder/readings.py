@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended, attention
-from prunekit.engine.attention.tap import Watch, patch, watching
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.decoder_rows import attention
+from prunekit.engine.attention.tap import Record, patch, recorded
 from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.aside import Aside
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.tokens.layout import Layout, leftmost
+from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
@@ -105,7 +106,7 @@ class Run:
     hidden: Tensor
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    watch: Watch | None = None
+    record: Record | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -157,7 +158,7 @@ class Readings:
         if number not in self.needs.watched or len(actions) > 1 or not actions <= WHOLE:
             yield
             return
-        with watching(Watch(self.attention_of(number))) as run.watch:
+        with recorded(Record(self.attention_of(number))) as run.record:
             yield
 
     def _check_plans(self) -> None:
@@ -206,9 +207,9 @@ class Readings:
         else:
             run = self.runs[number]
         _, rope = decoder_requests.layer_and_rope(spec)
-        if run.watch is not None and rope:
+        if run.record is not None and rope:
             # A cache of fixed size gives all its keys; the empty ones stand behind those that ran.
-            return run.watch.result.narrowed(run.hidden.shape[1]), run
+            return run.record.result.narrowed(run.hidden.shape[1]), run
         return aside.attended(run.aside, parts.layers[number], self.attention_of(number), run.hidden, rope), run
 
     def prompt_tokens(self) -> PromptTokens:
@@ -270,10 +271,4 @@ def _differences(lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int
 
 def taken(states: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
     """Entries of states (B, K, H) at `slots`, int64 (B, V), zeros where not `valid`: (B, V, H)."""
-    index = slots.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-    return blank(states.gather(1, index), valid)
-
-
-def blank(x: Tensor, valid: Tensor) -> Tensor:
-    """`x`, (B, V, ...), with zeros where not `valid`, bool (B, V)."""
-    return x.masked_fill(~valid.to(x.device).view(*valid.shape, *[1] * (x.ndim - 2)), 0.0)
+    return blank(take(states, slots, 1), valid)

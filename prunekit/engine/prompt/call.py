@@ -98,4 +98,5 @@ class Call:
         return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), self.pictures())
 
 
+# Not a field of what is attached: threads may call the model at once under one block, each in a context of its own.
 CALL: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)

@@ -7,7 +7,7 @@ encoder's output object, which survives that; they are in the order of the pictu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,14 +26,14 @@ _FACTORS = (7919, 104729, 1299709, 15485863)
 class Pictures:
     """The pictures of one kind that one call encoded.
 
-    arguments: of the encoding method, by name. counts: visual tokens of each picture. tower: what the vision side took
-    down, by name, one entry per picture.
+    arguments: of the encoding method, by name. counts: visual tokens of each picture. tower: the record of the vision
+    tower; None where nobody wanted one.
     """
 
     modality: Modality
     arguments: Mapping[str, Any]
     counts: tuple[int, ...]
-    tower: dict[str, Any] = field(default_factory=dict)
+    tower: Any = None
 
     @cached_property
     def places(self) -> list[Tensor]:
