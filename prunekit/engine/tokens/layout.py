@@ -42,7 +42,7 @@ class Layout:
 
     @property
     def present(self) -> Tensor:
-        """`valid`, with None spelled out."""
+        """`valid`, with None made explicit."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -63,6 +63,11 @@ class Layout:
         if self.valid is not None:  # a filling stands for a dropped token, whose entry keeps what it had
             x = torch.where(per_token(self.valid.to(x.device), x), x, take(into, index, 1))
         return into.scatter(1, per_token(index, x).expand_as(x), x)
+
+    def slot_of(self) -> Tensor:
+        """For each logical position the slot that holds it, int64 (B, S); meaningless for those that none holds."""
+        slots = torch.zeros(self.index.shape[0], self.length, dtype=torch.int64, device=self.index.device)
+        return slots.scatter_(1, self.index, torch.arange(self.width, device=self.index.device).expand_as(self.index))
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of batch rows `rows`, int64 (B',)."""
