@@ -21,7 +21,7 @@ from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.prompt import generate
 from prunekit.engine.prompt.call import CALL, Call
-from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
+from prunekit.engine.prompt.visual_inputs import VisualInputs, counts_of, record_on
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
@@ -168,7 +168,7 @@ class Attached:
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
                     record = None if seen is None else seen.record(features)
-                    note(output, Pictures(modality, given, counts_of(features), record))
+                    record_on(output, VisualInputs(modality, given, counts_of(features), record))
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
                 return output

@@ -202,7 +202,7 @@ def test_pixels_that_cannot_be_told_apart(llava):
     run = run_of(llava, EncoderRows(query="pool"))
     modality: Modality = find(llava).modalities[0]
     run.visual = SimpleNamespace(modality=modality, checksums=None)
-    with said("the pixels of each picture cannot be told apart, so a stage in the tower has no `seed`"):
+    with said("the pixels of each image cannot be told apart, so a stage in the tower has no `seed`"):
         _ = run.seeds
 
 

@@ -35,13 +35,13 @@ WHOLE = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
 class Needs:
     """What the stages of a pipeline read, by decoder layer.
 
-    watched: layers whose queries, keys and values are noted while they run. read: those, and layers that are called
+    recorded: layers whose queries, keys and values are recorded while they run. read: those, and layers that are called
     again for queries and keys without rotation. entered: layers whose input is kept.
     behind: layers inside which a cut reads the layer before.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
     """
 
-    watched: frozenset[int] = frozenset()
+    recorded: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
     entered: frozenset[int] = frozenset()
     behind: frozenset[int] = frozenset()
@@ -51,7 +51,7 @@ class Needs:
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
         """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
-        watched: set[int] = set()
+        record: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
         behind: set[int] = set()
@@ -72,7 +72,7 @@ class Needs:
                     read.add(layer)
                     behind |= {layer + 1} if cut.site.layer == layer + 1 and cut.site.point == "mid" else set()
                     if decoder_requests.layer_and_rope(spec)[1]:
-                        watched.add(layer)
+                        record.add(layer)
             before = decoder_requests.layer_before(cut.site, layers)
             if "previous_hidden" in names and before is not None:
                 entered.add(before)
@@ -80,7 +80,7 @@ class Needs:
                 raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
+        return cls(frozenset(record), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -155,7 +155,7 @@ class Readings:
             return
         run = self.runs[number] = Run(Aside(here, state.layout), number, hidden, state.counts, state.lengths)
         actions = set(state.actions(number))
-        if number not in self.needs.watched or len(actions) > 1 or not actions <= WHOLE:
+        if number not in self.needs.recorded or len(actions) > 1 or not actions <= WHOLE:
             yield
             return
         with recorded(Record(self.attention_of(number))) as run.record:

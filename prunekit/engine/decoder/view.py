@@ -91,18 +91,17 @@ class View:
         return states if self.place.stage.trainable else states.detach()
 
     @cached_property
-    def places(self) -> Tensor:
-        """As `Prompt.places`, of the tokens that reach the site: int64 (B, V, 6)."""
-        index = self.ordinals[..., None].expand(-1, -1, 6)
-        return self.prompt.places.gather(1, index).masked_fill(~self.valid[..., None], -1)
+    def _coords(self) -> Tensor:
+        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
+        return blank(take(self.prompt.coords, self.ordinals, 1), self.valid, -1)
 
     @property
     def coords(self) -> Tensor:
-        return self.places[..., [0, 2, 3, 4, 5]]
+        return self._coords[..., [0, 2, 3, 4, 5]]
 
     @property
     def frames(self) -> Tensor:
-        return self.places[..., 1]
+        return self._coords[..., 1].clone()
 
     @property
     def sizes(self) -> Tensor:

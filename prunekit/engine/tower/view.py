@@ -86,7 +86,7 @@ class TowerView:
     @cached_property
     def _places(self) -> Tensor:
         """As `Modality.coords`, int64 (B, V, 5)."""
-        tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.places, batch_first=True, padding_value=-1)
+        tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
     @property
@@ -106,6 +106,8 @@ class TowerView:
         """The input of hooks with this name. Raises Unsupported for those that need a prompt."""
         if name not in ARGUMENTS:
             raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
+        if name == "valid":
+            return self.valid.clone()  # a hook that writes to it harms nobody
         if name not in OF_TOWER:
             return getattr(self, name)
         if name not in self._of_tower:
