@@ -16,6 +16,10 @@ STUDY_ARGS ?=
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2
+# The order of the tests of `make test-full`, which it prints; an order that failed is run again by SEED=that number.
+ifndef SEED
+SEED := $(shell date +%s)
+endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 LOCKED := $(PIP) install -c constraints.txt
@@ -43,11 +47,12 @@ lint: $(STAMP) ## ruff and mypy
 test: lint ## ruff, mypy and the test suite
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-full: lint ## the same with the full exactness matrix, whose table goes into docs/exactness.md
+test-full: lint ## the same, shuffled, with the full exactness matrix, whose table goes into docs/exactness.md
 	mkdir -p build && rm -f build/exactness.jsonl
 	PRUNEKIT_EXACTNESS=$(CURDIR)/build/exactness.jsonl $(PYTEST) tests/engine/test_matrix.py::test_cell
 	$(BIN)/python tests/engine/exactness_table.py build/exactness.jsonl
-	$(PYTEST) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
+	@echo "shuffled tests: SEED=$(SEED)"
+	$(PYTEST) -p randomly --randomly-seed=$(SEED) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) ## the tests of exactness on several versions of transformers; minutes for each
 	$(BIN)/python tests/versions.py $(VERSIONS)

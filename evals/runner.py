@@ -16,18 +16,22 @@ from prunekit_evals.lmms.tasks import Built, Data, Named
 from prunekit_evals.run import results
 from prunekit_evals.run.answering import Loaded, Tally, device_type
 from prunekit_evals.run.generation import HonorUntil
-from prunekit_evals.run.identity import code_identity, model_identity, versions
+from prunekit_evals.run.identity import code_identity, versions
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 
 from prunekit import loading
 from prunekit.errors import InputError
+from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 from prunekit.strategy.decisions import ModelShape
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate. data: where task data is. limit: questions a task, None for all. force: also what is there."""
+    """What to evaluate. data: where task data is. limit: questions a task, None for all. force: also what is there.
+
+    Raises InputError for two pipelines of one name, which results and tables could not tell apart.
+    """
 
     model: str
     pipelines: tuple[Pipeline, ...]
@@ -46,6 +50,14 @@ class Plan:
     download: bool = False
     force: bool = False
     timing: bool = True
+
+    def __post_init__(self) -> None:
+        by_name: dict[str, Pipeline] = {}
+        for pipeline in self.pipelines:
+            other = by_name.setdefault(pipeline.name, pipeline)
+            if other is not pipeline:
+                both = f"{other.source} and {pipeline.source}"
+                raise InputError(f"two pipelines are called '{pipeline.name}': {both} (give one another `name`)")
 
 
 class Progress(Protocol):
@@ -210,13 +222,13 @@ class Runner:
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance
         with model.journal:
-            found = harness.evaluate(model, built, path.with_suffix(".files"))
-        done = scoring.questions(built.name, found["samples"][built.name])
+            evaluated = harness.evaluate(model, built, path.with_suffix(".files"))
+        done = scoring.questions(built.name, evaluated["samples"][built.name])
         return replace(
             cell,
             status="done",
-            task_version=str(found["versions"].get(built.name, "")),
-            metrics=harness.metrics_of(found["results"][built.name]),
+            task_version=str(evaluated["versions"].get(built.name, "")),
+            metrics=harness.metrics_of(evaluated["results"][built.name]),
             questions=done,
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),

@@ -140,7 +140,8 @@ def test_from_a_folder(tmp_path):
 
 def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path):
     from prunekit_evals.micro import model_path
-    from prunekit_evals.run.identity import model_identity
+
+    from prunekit.loading import model_identity
 
     now = dataclasses.replace(CONDITIONS, identity=model_identity(model_path()))
     other = dataclasses.replace(CONDITIONS, model="org/model")

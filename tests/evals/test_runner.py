@@ -61,6 +61,15 @@ def by_name(outcome):
     return {(cell.task, cell.pipeline.name): cell for cell in outcome.cells}
 
 
+def test_two_of_one_name_are_refused_wherever_they_come_from(plan, pipeline_file):
+    """A table would show one as the older version of the other."""
+    file = pipeline_file("fastv", {**FASTV["stages"][0], "keep": 0.5})
+    with pytest.raises(InputError, match=r"two pipelines are called 'fastv': <dict> and .*fastv\.yaml"):
+        plan("pope", FASTV, str(file))
+    with pytest.raises(InputError, match="two pipelines are called 'inline': <dict> and <dict>"):
+        plan("pope", {"stages": FASTV["stages"]}, {"stages": BLIND["stages"]})
+
+
 def test_cells_hold_what_lmms_eval_found(plan):
     outcome, told = go(plan("pope,mme,mmbench_en_dev_static,scienceqa_img", DENSE, FASTV, timing=True))
     assert (outcome.computed, outcome.skipped, outcome.failed, told.cells) == (8, 0, (), 8)

@@ -3,6 +3,8 @@
 Any layer may be hit, the same one for the whole batch; nothing is learned about which.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

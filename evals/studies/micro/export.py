@@ -1,4 +1,6 @@
-"""Write a trained run as an ordinary checkpoint: ``python -m prunekit_evals.studies.micro.export --run runs/micro``."""
+"""Write a trained run as an ordinary checkpoint: `python -m prunekit_evals.studies.micro.export --run runs/micro`."""
+
+from __future__ import annotations
 
 import argparse
 from pathlib import Path
@@ -26,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def processor() -> LlavaProcessor:
-    """Tokenizer and image processor; pictures of any size are scaled and cropped to 168 x 168."""
+    """Tokenizer and image processor; images of any size are scaled and cropped to 168 x 168."""
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
@@ -46,7 +48,7 @@ def trained_model(run: Path) -> LlavaForConditionalGeneration:
 
 
 def export(run: Path, out: Path) -> None:
-    """Save model (float16), tokenizer, processor and generation settings into ``out``."""
+    """Save model (float16), tokenizer, processor and generation settings into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     model, parts = trained_model(run).to(torch.float16), processor()
     ids = parts.tokenizer

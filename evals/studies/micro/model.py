@@ -1,5 +1,7 @@
 """The model: an ordinary LLaVA of transformers, small; and the word vectors that vision is aligned to."""
 
+from __future__ import annotations
+
 import torch
 from prunekit_evals.micro.compose import IMAGE_SIZE, PATCH_SIZE, TOKENS
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES, SIGNS
@@ -36,10 +38,10 @@ def config(vocabulary: int, image_token: int, bos: int, eos: int, pad: int, laye
 
 
 def word_vectors(seed: int = 0) -> Tensor:
-    """One orthonormal vector for each of ``WORDS``; float32 ``[66, 160]``.
+    """One orthonormal vector for each of `WORDS`; float32 `[66, 160]`.
 
     They start as the language model's embedding rows of these words and are what the first stage teaches the
-    visual states to spell, so that the decoder's later layers can read the picture from their first step.
+    visual states to name, so that the decoder's later layers can read the image from their first step.
     """
     noise = torch.randn(WIDTH, len(WORDS), generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(noise).Q.T.contiguous()

@@ -1,5 +1,7 @@
 """AdamW over float32 masters while the model computes in bfloat16, averaged over processes."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +38,7 @@ class Masters:
     def step(self, lr: float, pace: float = 1.0, clip: float = 1.0) -> float:
         """Average the gradients over processes, clip, step, refresh the working copies; returns the norm.
 
-        The ``slow`` parameters take ``pace`` times the rate.
+        The `slow` parameters take `pace` times the rate.
         """
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.working]
         torch.cat([g.float().reshape(-1) for g in grads], out=self.flat)
@@ -96,8 +98,8 @@ def schedule(progress: float, peak: float, warmup: float = 0.025, decay: float =
 def load_masters(model: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
     """Put the saved float32 masters of a stage into a model; other entries of the file are ignored."""
     masters = {k.removeprefix("master."): v for k, v in tensors.items() if k.startswith("master.")}
-    known = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in masters.items():
-            if name in known:
-                known[name].copy_(value)
+            if name in parameters:
+                parameters[name].copy_(value)

@@ -1,4 +1,6 @@
-"""What the training stages train, on what, and how they are watched."""
+"""What the training stages train, on what, and how their progress is measured."""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path

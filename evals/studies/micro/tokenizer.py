@@ -1,5 +1,7 @@
 """The tokenizer: byte-level BPE, so that no text is ever unknown, with the scenes' words as single tokens."""
 
+from __future__ import annotations
+
 import random
 
 import numpy as np
@@ -14,7 +16,7 @@ BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 SIZE = 1024
 
 # Instructions that end most prompts of the standard tasks are one token each: they carry no information
-# about the picture, and at this size ten tokens of them would be half of every question.
+# about the image, and at this size ten tokens of them would be half of every question.
 PHRASES = (prompts.WORD, prompts.LETTER, prompts.YES_NO)
 
 ENGLISH = """

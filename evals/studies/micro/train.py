@@ -1,8 +1,10 @@
-"""Train prunekit-micro from nothing: ``python -m prunekit_evals.studies.micro.train --stage all --out runs/micro``.
+"""Train prunekit-micro from nothing: `python -m prunekit_evals.studies.micro.train --stage all --out runs/micro`.
 
-Two single-thread processes share the work over gloo. A run writes ``<stage>.safetensors`` (float32 masters
-and optimizer state, replaced at every checkpoint) and ``curve.jsonl`` into ``--out``; ``--resume`` continues.
+Two single-thread processes share the work over gloo. A run writes `<stage>.safetensors` (float32 masters
+and optimizer state, replaced at every checkpoint) and `curve.jsonl` into `--out`; `--resume` continues.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -48,7 +50,7 @@ class Run:
 
 
 def worker(rank: int, run: Run) -> None:
-    """Train one stage in one process of ``run.world``."""
+    """Train one stage in one process of `run.world`."""
     import torch
     import torch.distributed as dist
     from prunekit_evals.studies.micro.optim import Masters, schedule

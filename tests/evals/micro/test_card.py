@@ -11,7 +11,8 @@ from prunekit_evals.micro import model_path
 from prunekit_evals.micro.card_tables import shown
 from prunekit_evals.micro.measure import measure
 from prunekit_evals.micro.record import known, load, packed, save
-from prunekit_evals.run.identity import model_identity
+
+from prunekit.loading import model_identity
 
 
 def test_the_card_holds_what_was_measured():
