@@ -261,7 +261,7 @@ PROBES = (
     ),
     Probe(
         "decoder layers",
-        {"engine/decoder/actions.py": "position_embeddings", "verify/stock.py": "position_embeddings"},
+        {"engine/decoder/layer_call.py": "position_embeddings", "verify/stock.py": "position_embeddings"},
         "how a layer is called, what it returns",
         _layer_call,
     ),
@@ -281,7 +281,6 @@ PROBES = (
         "config._attn_implementation",
         {
             "families/base.py": "_attn_implementation",
-            "engine/tower/plan.py": "_attn_implementation",
             "verify/stock.py": "_attn_implementation",
         },
         "which attention is used",

@@ -213,8 +213,11 @@ def test_the_core_knows_no_family() -> None:
 
     names = {name.casefold() for family in families() for name in (family.name, *family.model_types)}
     assert "llava" in names
-    core = [source for source in CORE if room(source.module) not in OF_FAMILIES]
-    assert [(str(source), name) for source in core for name in names if name in _text(source)] == []
+    for source in CORE:
+        if room(source.module) == "engine":
+            assert [name for name in names if name in _text(source)] == [], source
+        elif room(source.module) not in OF_FAMILIES:  # papers may carry a family's name in their own
+            assert _named(names, _text(source)) == [], source
 
 
 def test_the_core_knows_no_strategy() -> None:
