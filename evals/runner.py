@@ -222,13 +222,13 @@ class Runner:
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance
         with model.journal:
-            found = harness.evaluate(model, built, path.with_suffix(".files"))
-        done = scoring.questions(built.name, found["samples"][built.name])
+            evaluated = harness.evaluate(model, built, path.with_suffix(".files"))
+        done = scoring.questions(built.name, evaluated["samples"][built.name])
         return replace(
             cell,
             status="done",
-            task_version=str(found["versions"].get(built.name, "")),
-            metrics=harness.metrics_of(found["results"][built.name]),
+            task_version=str(evaluated["versions"].get(built.name, "")),
+            metrics=harness.metrics_of(evaluated["results"][built.name]),
             questions=done,
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),

@@ -136,13 +136,13 @@ def _load(built: Host, point: EntryPoint) -> None:
 
 
 def _register(built: Host, plugin: object, name: str | None, source: str) -> str | None:
-    known = built.is_registered(plugin)
+    already = built.is_registered(plugin)
     try:
         registered = built.register(plugin, name)
         built.check_pending()
     except (ValueError, pluggy.PluginValidationError) as error:
         shown = name or str(getattr(plugin, "__name__", plugin))
-        if not known and built.is_registered(plugin):
+        if not already and built.is_registered(plugin):
             built.unregister(plugin)
         reason = " ".join(str(error).split())
         raise PluginError(f"plugin '{shown}' of {source} is refused: {reason} ({_blocking(shown)})") from error

@@ -47,8 +47,8 @@ def measure(section: str, rounds: int, tiny: bool) -> Any:
         "batch": lambda: sections.batch_rows(TINY if tiny else BATCH, max(rounds // 3, 1)),
         "memory": lambda: sections.memory_rows(size),
     }
-    found = run[section]()
-    return [asdict(row) for row in found] if isinstance(found, list) else found
+    rows = run[section]()
+    return [asdict(row) for row in rows] if isinstance(rows, list) else rows
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,30 @@ class Target:
 
 def targets(figures: Mapping[str, Any]) -> list[Target]:
     """Every target whose section was measured, by its worst row."""
-    found = []
+    listed = []
     if rows := figures.get("prefill"):
         idle = max(row["cpu_ratio"] for row in rows if row["pipeline"] in PRUNES_NOTHING)
-        found.append(Target("prefill of a pipeline that prunes nothing / dense", idle, 1.01))
+        listed.append(Target("prefill of a pipeline that prunes nothing / dense", idle, 1.01))
         saved = min(row["saved_of_promised"] for row in rows if row["saved_of_promised"] is not None)
-        found.append(Target("time saved / FLOPs saved, the worst of four pipelines", saved, 0.97, above=True))
+        listed.append(Target("time saved / FLOPs saved, the worst of four pipelines", saved, 0.97, above=True))
     if "par" in figures:
         whole = figures["par"][0]
         kept = whole["speedup"] / whole["promised_speedup"]
-        found.append(Target("PAR's speed-up, measured / promised by its FLOPs", kept, 0.9, above=True))
+        listed.append(Target("PAR's speed-up, measured / promised by its FLOPs", kept, 0.9, above=True))
     if "decode" in figures:
         slowest = max(row["ratio"] for row in figures["decode"] if row["pipeline"] != "dense")
-        found.append(Target("decoding step, pruned / dense, the slowest of four", slowest, 1.0))
+        listed.append(Target("decoding step, pruned / dense, the slowest of four", slowest, 1.0))
     if "scoring" in figures:
-        found.append(Target("FastV's scoring under sdpa / dense prefill", figures["scoring"], 0.01))
+        listed.append(Target("FastV's scoring under sdpa / dense prefill", figures["scoring"], 0.01))
     if "batch" in figures:
         lowest = min(row["ratio"] for row in figures["batch"])
-        found.append(Target("tokens a second, ragged batch of 8 / all rows as the longest", lowest, 0.9, above=True))
+        listed.append(Target("tokens a second, ragged batch of 8 / all rows as the longest", lowest, 0.9, above=True))
     if "memory" in figures:
         off = max(abs(row["kv"] / row["kv_stated"] - 1) for row in figures["memory"])
-        found.append(Target("KV bytes held / KV bytes of the report, less one", off, 0.0))
+        listed.append(Target("KV bytes held / KV bytes of the report, less one", off, 0.0))
         peak = max(row["peak_ratio"] for row in figures["memory"] if row["pipeline"] not in ("dense", *PRUNES_NOTHING))
-        found.append(Target("peak memory of a prefill that prunes / dense, the highest of four", peak, 1.0))
-    return found
+        listed.append(Target("peak memory of a prefill that prunes / dense, the highest of four", peak, 1.0))
+    return listed
 
 
 def table(head: str, rows: Sequence[Sequence[str]]) -> str:

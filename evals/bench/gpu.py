@@ -63,18 +63,18 @@ def pipelines(decoder: Decoder) -> dict[str, Stages | None]:
     kept = min(128, decoder.visual // 4)
     start, gone = decoder.layers // 4, decoder.layers // 4
     skipped = [start + 3 * number * (decoder.layers - start) // (3 * gone) for number in range(gone)]
-    left = decoder.layers - gone
+    running = decoder.layers - gone
     return {
         "dense": None,
         "a stage keeps all": [{"use": "random", "at": "encoder", "keep": 1.0}],
         f"FastV, layer 2, T={kept}": [{"use": "fastv", "at": 2, "keep_tokens": kept}],
         f"random, encoder, T={kept}": [{"use": "random", "at": "encoder", "keep_tokens": kept}],
-        f"random, layer 2, T={kept}, L={left}": [
+        f"random, layer 2, T={kept}, L={running}": [
             {"use": "random", "at": 2, "keep_tokens": kept},
             {"use": "skip_layers", "layers": skipped},
         ],
-        f"PAR, layer 2, T={kept}, L={left}": [
-            {"use": "par", "at": 2, "keep_tokens": kept, "keep_layers": left, "weights": None, "seed": 0}
+        f"PAR, layer 2, T={kept}, L={running}": [
+            {"use": "par", "at": 2, "keep_tokens": kept, "keep_layers": running, "weights": None, "seed": 0}
         ],
     }
 
@@ -123,7 +123,7 @@ class Found:
 
 
 @torch.inference_mode()
-def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock, found: Found | None) -> Found:
+def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock, before: Found | None) -> Found:
     """One prefill and a few decoding steps; the first call of a pipeline also measures its memory, and no time."""
     context = nullcontext() if stages is None else prunekit.apply(model, {"name": "bench", "stages": stages})
     with context as run:
@@ -132,25 +132,25 @@ def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock
         def prefill() -> None:
             box[:] = [model(**inputs, use_cache=True).past_key_values]
 
-        if found is None:
+        if before is None:
             memory = clock.memory(prefill)
             report = None if run is None else run.report
             return Found([], [], memory, 1.0 if report is None else 1 / report.cost.flops_fraction)
-        found.prefills.append(clock(prefill))
+        before.prefills.append(clock(prefill))
         ids = inputs["input_ids"]
         token = ids.new_full((len(ids), 1), 20)
         for number in range(STEPS):
-            given = {"input_ids": token, "past_key_values": box[0]}  # no row is padded, so that no mask is needed
-            taken = clock(lambda given=given: model(**given))
-            found.steps += [taken] * (number > 0)  # the first one allocates
-    return found
+            step = {"input_ids": token, "past_key_values": box[0]}  # no row is padded, so that no mask is needed
+            taken = clock(lambda step=step: model(**step))
+            before.steps += [taken] * (number > 0)  # the first one allocates
+    return before
 
 
 def measure(model: Any, name: str, decoder: Decoder, batch: int, rounds: int, clock: Clock, share: float) -> list[Row]:
     """Every pipeline on one model and batch size, interleaved, for at most `share` seconds (but one round)."""
     dtype = next(model.parameters()).dtype
     inputs, chosen = inputs_of(model, decoder, batch, dtype), pipelines(decoder)
-    found = {one: once(model, stages, inputs, clock, None) for one, stages in chosen.items()}
+    results = {one: once(model, stages, inputs, clock, None) for one, stages in chosen.items()}
     end = clock.left - share
     order = list(chosen)
     for number in range(rounds):
@@ -159,10 +159,10 @@ def measure(model: Any, name: str, decoder: Decoder, batch: int, rounds: int, cl
         random.Random(number).shuffle(order)
         for one in order:
             gc.collect()
-            once(model, chosen[one], inputs, clock, found[one])
-    base = statistics.median(found["dense"].prefills), statistics.median(found["dense"].steps)
+            once(model, chosen[one], inputs, clock, results[one])
+    base = statistics.median(results["dense"].prefills), statistics.median(results["dense"].steps)
     rows = []
-    for one, seen in found.items():
+    for one, seen in results.items():
         prefill, step = statistics.median(seen.prefills), statistics.median(seen.steps)
         speedup = base[0] / prefill
         fraction = speedup / seen.promised
@@ -187,14 +187,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def misses(rows: Sequence[Row]) -> list[str]:
     """The targets that were not reached."""
-    found = []
+    missed = []
     for row in rows:
         where = f"{row.model}, batch {row.batch}, {row.pipeline}"
         if row.fraction < 0.9:
-            found.append(f"{where}: {row.fraction:.2f} of the promise")
+            missed.append(f"{where}: {row.fraction:.2f} of the promise")
         if row.model == MODELS[0].name and "L=24" in row.pipeline and row.speedup < 3:
-            found.append(f"{where}: {row.speedup:.2f} times faster")
-    return found
+            missed.append(f"{where}: {row.speedup:.2f} times faster")
+    return missed
 
 
 def run_model(model: Model, batches: Sequence[int], arguments: argparse.Namespace, clock: Clock) -> list[Row]:

@@ -1,7 +1,7 @@
 """The three models of the GPU benchmark at their real sizes, with random weights made on the device.
 
 LLaVA-1.5-7B (https://arxiv.org/abs/2310.03744): Vicuna-7B, 576 visual tokens. LLaVA-NeXT (LLaVA-1.6, Mistral-7B): five
-crops, 2880. Qwen2.5-VL-7B (https://arxiv.org/abs/2502.13923): a picture of 1036 x 1036 pixels, 1369. The vision towers
+crops, 2880. Qwen2.5-VL-7B (https://arxiv.org/abs/2502.13923): an image of 1036 x 1036 pixels, 1369. The vision towers
 are shrunk, because they do not run: features are given.
 """
 
@@ -121,21 +121,21 @@ def build(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def inputs_of(model: Any, decoder: Decoder, batch: int, dtype: torch.dtype) -> dict[str, Any]:
-    """`batch` rows: eight text tokens, one picture, the rest of the text; its features are given."""
+    """`batch` rows: eight text tokens, one image, the rest of the text; its features are given."""
     device = model.device
     words = torch.randint(10, VOCABULARY, (batch, decoder.text), device=device)
-    pictures = words.new_full((batch, decoder.visual), IMAGE)
-    ids = torch.cat([words[:, :8], pictures, words[:, 8:]], dim=1)
+    images = words.new_full((batch, decoder.visual), IMAGE)
+    ids = torch.cat([words[:, :8], images, words[:, 8:]], dim=1)
     features = tuple(torch.randn(decoder.visual, decoder.hidden, device=device, dtype=dtype) for _ in range(batch))
-    given: dict[str, Any] = {
+    inputs: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)},
         "logits_to_keep": 1,
     }
     if hasattr(model.config, "vision_start_token_id"):
-        given |= _places(ids, decoder.visual)
-    return given
+        inputs |= _places(ids, decoder.visual)
+    return inputs
 
 
 def _places(ids: Tensor, visual: int) -> dict[str, Tensor]:

@@ -113,14 +113,14 @@ def cumulative(case: AbstractContextManager[Any], function: tuple[str, str] | No
     statistics = pstats.Stats(profiler)
     if function is None:
         return float(statistics.total_tt)  # type: ignore[attr-defined]
-    found = [
+    entries = [
         timing[3]
         for (file, _, name), timing in statistics.stats.items()  # type: ignore[attr-defined]
         if file.replace("\\", "/").endswith(function[0]) and name == function[1]
     ]
-    if not found:
+    if not entries:
         raise LookupError(f"{function[1]} of {function[0]} did not run: the benchmark looks for it under another name")
-    return float(sum(found))
+    return float(sum(entries))
 
 
 def peers(size: Size, rounds: int) -> list[Row]:
@@ -155,8 +155,8 @@ def masked(model: Any, inputs: dict[str, Any], layer: int, keep: float) -> Itera
     size = ids.shape[1]
     mask = (torch.ones(size, size, dtype=torch.bool).tril() & hidden | torch.eye(size, dtype=torch.bool))[None, None]
 
-    def edit(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return given, named | {"attention_mask": mask}
+    def edit(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, named | {"attention_mask": mask}
 
     with ExitStack() as stack:
         for one in model.get_decoder().layers[layer:]:
@@ -178,7 +178,7 @@ def decode_rows(size: Size, rounds: int, steps: int = 8) -> list[Decode]:
     model, inputs = model_of(size), inputs_of(size)
     chosen: dict[str, list[Any] | None] = {"dense": None, **PRUNES}
     cases = {name: partial(decoding, model, stages, inputs, steps) for name, stages in chosen.items()}
-    times = {name: median(found).cpu / steps for name, found in interleaved(cases, rounds, "decode").items()}
+    times = {name: median(taken).cpu / steps for name, taken in interleaved(cases, rounds, "decode").items()}
     return [Decode(name, step, step / times["dense"]) for name, step in times.items()]
 
 
@@ -222,7 +222,7 @@ def batch_rows(size: Size, rounds: int, texts: Sequence[int] = RAGGED) -> list[B
         cases[name, True] = partial(prefill, model, stages, even)
         cases[name, False] = partial(prefill, model, stages, ragged)
     labelled = {f"{name}{' even' * same}": case for (name, same), case in cases.items()}
-    times = {name: median(found).cpu for name, found in interleaved(labelled, rounds, "batch").items()}
+    times = {name: median(taken).cpu for name, taken in interleaved(labelled, rounds, "batch").items()}
     rows = []
     for name, stages in chosen.items():
         speed = int(ragged["attention_mask"].sum()) / times[name]
@@ -252,9 +252,9 @@ class Memory:
 def memory_rows(size: Size) -> list[Memory]:
     """Every pipeline, once: these figures do not vary."""
     model, inputs = model_of(size), inputs_of(size)
-    found = {name: memory_of(model, stages, inputs) for name, stages in PIPELINES.items()}
-    peak, held, _ = found["dense"]
-    return [Memory(name, p, p / peak, kv, kv / held, stated) for name, (p, kv, stated) in found.items()]
+    measured = {name: memory_of(model, stages, inputs) for name, stages in PIPELINES.items()}
+    peak, held, _ = measured["dense"]
+    return [Memory(name, p, p / peak, kv, kv / held, stated) for name, (p, kv, stated) in measured.items()]
 
 
 @torch.inference_mode()

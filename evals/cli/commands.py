@@ -43,14 +43,14 @@ def compare(namespace: argparse.Namespace) -> int:
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
-    found = comparing.tables(namespace.folder)
+    tables = comparing.tables(namespace.folder)
     if namespace.json:
-        print(json.dumps([one.to_json() for one in found], indent=2))
+        print(json.dumps([one.to_json() for one in tables], indent=2))
     elif namespace.markdown:
-        print("\n".join(rendering.markdown(one) for one in found))
+        print("\n".join(rendering.markdown(one) for one in tables))
     else:
         _need_rich()
-        for one in found:
+        for one in tables:
             rendering.show(one, _console())
     return 0
 
@@ -72,23 +72,23 @@ def load_all(sources: Sequence[str], overrides: Sequence[str], dense: bool) -> t
     """Every pipeline once, dense first if wanted. Raises SpecError with all files' faults; InputError when there is
     none, or for another pipeline that calls itself dense.
     """
-    found: list[Pipeline] = []
+    loaded: list[Pipeline] = []
     faults: list[Fault] = []
     for source in sources:
         try:
-            found.append(prunekit.load(source, overrides))
+            loaded.append(prunekit.load(source, overrides))
         except SpecError as error:
             faults += error.faults
     if faults:
         raise SpecError(faults)
-    if dense and not any(all(stage.use == "dense" for stage in pipeline.stages) for pipeline in found):
-        if namesake := next((pipeline for pipeline in found if pipeline.name == DENSE["name"]), None):
+    if dense and not any(all(stage.use == "dense" for stage in pipeline.stages) for pipeline in loaded):
+        if namesake := next((pipeline for pipeline in loaded if pipeline.name == DENSE["name"]), None):
             raise InputError(
                 f"{namesake.source} is called '{namesake.name}', which is the name of the unpruned model beside it "
                 "(give it another `name`, or leave that model out by --no-dense)"
             )
-        found.insert(0, prunekit.load(DENSE))
-    by_sha = {pipeline.sha: pipeline for pipeline in found}
+        loaded.insert(0, prunekit.load(DENSE))
+    by_sha = {pipeline.sha: pipeline for pipeline in loaded}
     if not by_sha:
         raise InputError("nothing to evaluate: name a pipeline file, or leave --no-dense out")
     return tuple(by_sha.values())
@@ -128,13 +128,13 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
     micro = namespace.model == tasks.MICRO or all(name.startswith(f"{tasks.MICRO}/") for name in names)
-    found = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
-    given = vars(namespace)
+    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
+    arguments = vars(namespace)
     options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
-        tasks=tuple(found),
+        tasks=tuple(named),
         data=_data(namespace, micro, names),
         out=namespace.out,
         limit=namespace.limit,
@@ -142,7 +142,7 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
         download=namespace.download,
         force=namespace.force,
         timing=not namespace.no_timing,
-        **{name: given[name] for name in options if name in given},
+        **{name: arguments[name] for name in options if name in arguments},
     )
 
 
@@ -158,8 +158,8 @@ def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> A
 
     for name in names:
         if name.removeprefix(f"{tasks.MICRO}/") not in benchmark.TASKS:
-            known = ", ".join(benchmark.TASKS)
-            raise InputError(f"the bundled benchmark has no task '{name}' (it has {known}; else give --data-root)")
+            listed = ", ".join(benchmark.TASKS)
+            raise InputError(f"the bundled benchmark has no task '{name}' (it has {listed}; else give --data-root)")
     return tasks.micro_data(namespace.out / "data" / tasks.MICRO)
 
 
@@ -177,7 +177,7 @@ def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
     from prunekit_evals.compare import tables as comparing
     from prunekit_evals.run import results
 
-    found = comparing.of_cells(outcome.cells)
+    tables = comparing.of_cells(outcome.cells)
     if as_json:
         cells = [
             {"task": cell.label, "pipeline": cell.pipeline.name, "sha": cell.pipeline.sha, "status": cell.status,
@@ -185,9 +185,9 @@ def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
             for cell in outcome.cells
         ]  # fmt: skip
         summary = {"computed": outcome.computed, "there_before": outcome.skipped, "failed": len(outcome.failed)}
-        print(json.dumps({**summary, "cells": cells, "tables": [one.to_json() for one in found]}, indent=2))
+        print(json.dumps({**summary, "cells": cells, "tables": [one.to_json() for one in tables]}, indent=2))
         return
-    for one in found:
+    for one in tables:
         if one.rows:
             rendering.show(one, _console())
     counts = f"{outcome.computed} cells computed, {outcome.skipped} were there"

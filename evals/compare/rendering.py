@@ -26,7 +26,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
     """
     rows = table.rows
     timed = any(row.prefill_ratio is not None for row in rows)
-    found = {
+    filled = {
         "Pipeline": [row.pipeline for row in rows],
         **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
         "Average": [_estimate(row.average, True) for row in rows],
@@ -36,7 +36,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "KV": [_percent(row.kv_fraction) for row in rows],
         "Time": [_time(row) if timed else "" for row in rows],
     }
-    return {name: texts for name, texts in found.items() if any(texts)}
+    return {name: texts for name, texts in filled.items() if any(texts)}
 
 
 def show(table: Table, console: Console) -> None:

@@ -47,7 +47,7 @@ def paired(
 ) -> Estimate | None:
     """Mean of ours minus dense over the questions that both answered; None when there is no such question.
 
-    ours, dense: question number -> score. groups: questions of one group (two about one picture) count as one draw.
+    ours, dense: question number -> score. groups: questions of one group (two about one image) count as one draw.
     The interval is normal, with half a made-up win and half a made-up loss in the variance and two made-up draws in
     the count (Agresti and Min 2005), so that two pipelines that never differ in 50 questions are not called equal.
     """

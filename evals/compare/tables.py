@@ -73,10 +73,10 @@ def tables(folder: Path) -> tuple[Table, ...]:
     """Tables of all cells under `folder`, the newest conditions last. Raises InputError when there are none."""
     if not folder.is_dir():
         raise InputError(f"no results folder '{folder}' (make one with `prunekit eval`, or name another)")
-    found = list(results.cells(folder))
-    if not found:
+    cells = list(results.cells(folder))
+    if not cells:
         raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return tuple(_marked(table) for table in of_cells(found))
+    return tuple(_marked(table) for table in of_cells(cells))
 
 
 def _marked(table: Table) -> Table:
@@ -163,5 +163,5 @@ def _row(cells: dict[str, Cell], dense: dict[str, Cell] | None, shared: Sequence
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    measured = [value for value in values if value is not None]
+    return statistics.fmean(measured) if measured else None

@@ -158,10 +158,10 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers: dict[int, Answer] = {}
         before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
         for batch in self._batches(requests, answers):
-            found = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
-            self.tally.add(found, journaled=False)
-            self.journal.add((one.key, each) for one, each in zip(batch, found, strict=True))
-            answers |= {one.place: each for one, each in zip(batch, found, strict=True)}
+            answered = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
+            self.tally.add(answered, journaled=False)
+            self.journal.add((one.key, each) for one, each in zip(batch, answered, strict=True))
+            answers |= {one.place: each for one, each in zip(batch, answered, strict=True)}
             self.progress(len(batch))
         self._log(*before)
         results = (answers[place] for place in range(len(requests)))
@@ -195,10 +195,10 @@ class PruneKit(lmms):  # type: ignore[misc]
             question = read(place, request, self, seen)
             if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
                 self.tally.first_prompts.append(question.prompt)
-            known = self.journal.get(question.key)
-            if known is not None:
-                answers[place] = known
-                self.tally.add([known], journaled=True)
+            journaled = self.journal.get(question.key)
+            if journaled is not None:
+                answers[place] = journaled
+                self.tally.add([journaled], journaled=True)
                 self.progress(1)
                 continue
             batch = waiting.setdefault(question.kind, [])
@@ -208,7 +208,7 @@ class PruneKit(lmms):  # type: ignore[misc]
         yield from waiting.values()
 
     def doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
-        """A row of a task's data, pictures not yet decoded."""
+        """A row of a task's data, images not yet decoded."""
         return cast("dict[str, Any]", self.task_dict[task][split][doc_id])
 
     def _log(self, computed: int, seconds: float, tokens: int) -> None:

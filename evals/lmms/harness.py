@@ -23,7 +23,7 @@ def evaluate(model: Any, built: Built, files: Path) -> dict[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
 
     with quiet.harness():
-        found = simple_evaluate(
+        results = simple_evaluate(
             model=model,
             tasks=[built.task],
             task_manager=built.manager,
@@ -37,9 +37,9 @@ def evaluate(model: Any, built: Built, files: Path) -> dict[str, Any]:
                 output_path=str(files), process_with_media=False, reasoning_tags=REASONING_TAGS
             ),
         )
-    if not isinstance(found, dict):
+    if not isinstance(results, dict):
         raise PrunekitError("lmms-eval gave no results")
-    return found
+    return results
 
 
 def metrics_of(reported: dict[str, Any]) -> dict[str, float]:

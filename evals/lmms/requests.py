@@ -37,7 +37,7 @@ class Question:
 
     @property
     def kind(self) -> tuple[bool, Decoding]:
-        """Questions of one kind may share a batch: all with pictures or all without, decoded alike."""
+        """Questions of one kind may share a batch: all with images or all without, decoded alike."""
         return bool(self.prompt.images), self.how
 
 

@@ -19,13 +19,13 @@ def questions(task: str, samples: Sequence[Mapping[str, Any]]) -> tuple[Question
     """The questions of one task, by number, with their answers and scores; `samples` as `simple_evaluate` logs them."""
     ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     mmbench = _mmbench(ordered) if task.startswith("mmbench") else None
-    found: dict[int, Question] = {}
+    by_number: dict[int, Question] = {}
     for sample in ordered:
         number = int(sample["doc_id"])
         score = mmbench.get(number) if mmbench is not None else _score(task, sample)
         # Several filters log a question several times; the last word is that of the last filter, as in the table.
-        found[number] = Question(number, _text(sample.get("filtered_resps")), score, _group(sample))
-    return tuple(found.values())
+        by_number[number] = Question(number, _text(sample.get("filtered_resps")), score, _group(sample))
+    return tuple(by_number.values())
 
 
 def _score(task: str, sample: Mapping[str, Any]) -> float | None:
@@ -77,7 +77,7 @@ def _mmbench(samples: Sequence[Mapping[str, Any]]) -> dict[int, float]:
 
 
 def _group(sample: Mapping[str, Any]) -> str | None:
-    """MME asks twice about each picture; the two answers are no independent draws."""
+    """MME asks twice about each image; the two answers are no independent draws."""
     for name in ("mme_perception_score", "mme_cognition_score"):
         if isinstance(sample.get(name), Mapping):
             return str(sample[name].get("question_id"))

@@ -23,7 +23,7 @@ NAMED = re.compile(r"^(task|group|tag)\s*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILIN
 MICRO = "micro"
 STAMP = "prunekit-micro.json"
 HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
-PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about a picture
+PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about an image
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ def check_installed() -> None:
 def find(names: Sequence[str]) -> list[Named]:
     """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group."""
     check_installed()
-    known = _index()
-    found = []
+    index = _index()
+    named = []
     for name in dict.fromkeys(names):
-        if name not in known:
-            raise UnknownName("task", name, (one.name for one in known.values() if one.kind == "task"))
-        if known[name].kind != "task":
-            raise InputError(f"'{name}' is a {known[name].kind} of tasks; name its tasks, see {known[name].file}")
-        found.append(known[name])
-    return found
+        if name not in index:
+            raise UnknownName("task", name, (one.name for one in index.values() if one.kind == "task"))
+        if index[name].kind != "task":
+            raise InputError(f"'{name}' is a {index[name].kind} of tasks; name its tasks, see {index[name].file}")
+        named.append(index[name])
+    return named
 
 
 def data_at(root: Path | None) -> Data:
@@ -126,15 +126,15 @@ def build(named: Named, data: Data, limit: int | None, prompt_profile: str | Non
 
 def whole_groups(groups: Sequence[str], limit: int) -> int:
     """The smallest number of leading questions, at least `limit`, that splits no group."""
-    left = Counter(groups)
+    remaining = Counter(groups)
     open_groups = 0
     begun: set[str] = set()
     for place, group in enumerate(groups):
         if group not in begun:
             begun.add(group)
             open_groups += 1
-        left[group] -= 1
-        open_groups -= left[group] == 0
+        remaining[group] -= 1
+        open_groups -= remaining[group] == 0
         if place + 1 >= limit and not open_groups:
             return place + 1
     return len(groups)
@@ -155,23 +155,23 @@ def _index() -> dict[str, Named]:
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(INSTALL)
-    known: dict[str, Named] = {}
+    index: dict[str, Named] = {}
     for folder, _, files in os.walk(Path(spec.submodule_search_locations[0]) / "tasks"):
         for file in sorted(files):
             if file.endswith(".yaml"):
                 path = Path(folder, file)
                 for kind, name in NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
-                    if name not in known or known[name].kind == "tag":
-                        known[name] = Named(name, kind, path)
-    return known
+                    if name not in index or index[name].kind == "tag":
+                        index[name] = Named(name, kind, path)
+    return index
 
 
 def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
     wanted = config.get("dataset_path")
     if data.root is None or not wanted or (data.root / wanted).exists():
         return
-    there = sorted(path.relative_to(data.root).as_posix() for path in data.root.glob("*/*") if path.is_dir())
-    listed = ", ".join(there) or "nothing"
+    present = sorted(path.relative_to(data.root).as_posix() for path in data.root.glob("*/*") if path.is_dir())
+    listed = ", ".join(present) or "nothing"
     raise InputError(f"task '{name}' needs '{data.root / wanted}', which is not there (there is: {listed})")
 
 

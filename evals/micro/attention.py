@@ -17,8 +17,8 @@ from transformers import AttentionInterface
 
 NAME = "prunekit_micro_training"
 
-# Called with the layer, the group and the attention `[B, H, count * L, prefix]` that its questions pay.
-Watcher = Callable[[int, int, Tensor], None]
+# Called with the layer, the group and the attention `[B, H, count * L, prefix]` of its questions.
+AttentionObserver = Callable[[int, int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def shared_prefix_attention(
     attention_mask: Tensor | None,
     scaling: float,
     layout: Layout | None = None,
-    watch: Watcher | None = None,
+    observe: AttentionObserver | None = None,
     cut: tuple[int, Tensor] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
@@ -86,8 +86,8 @@ def shared_prefix_attention(
         parts = (q[i].contiguous(), k[i].contiguous(), v[i].contiguous())
         out, seen = _questions(*parts, k[0], v[0], count, hidden)
         outs.append(out)
-        if watch is not None:
-            watch(module.layer_idx, i - 1, seen)
+        if observe is not None:
+            observe(module.layer_idx, i - 1, seen)
     return torch.cat(outs, 2).transpose(1, 2), None
 
 

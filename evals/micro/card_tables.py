@@ -148,7 +148,7 @@ def foreign(record: Record) -> str:
 
 
 def curve(path: Path) -> str:
-    """Held-out accuracy of the watched families as the stages that learn answers went on."""
+    """Held-out accuracy of the measured families as the stages that learn answers went on."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     read = [line for line in lines if "existence" in line]
     names = [*OPEN_SHARES, "same_color", "kind_by_color", "where_same", "kind_same", "choice_color", "hint_color",

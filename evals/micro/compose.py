@@ -19,8 +19,8 @@ SIZES = tuple(range(32, 53, 2))  # icon sizes in pixels
 LETTERS = tuple(range(18, 25, 2))  # heights of a sign's letters in pixels
 MARGIN = 4  # pixels of plate around the letters
 GAP = 2  # pixels between two things
-CLEAR = 8  # pixels between a thing's middle and the picture's, for its side to be beyond doubt
-CHECK_SEEDS = 1 << 30  # scenes that only watch the training; the benchmark's and the training's are elsewhere
+CLEAR = 8  # pixels between a thing's middle and the image's, for its side to be beyond doubt
+CHECK_SEEDS = 1 << 30  # scenes that measure progress; the benchmark's and the training's are elsewhere
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Thing:
 
     @property
     def clear(self) -> bool:
-        """Whether the place is beyond doubt: the middle lies well off both axes of the picture."""
+        """Whether the place is beyond doubt: the middle lies well off both axes of the image."""
         return all(abs(m - IMAGE_SIZE / 2) >= CLEAR for m in self.middle)
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (uint8 `[168, 168, 3]`), its icons (of distinct nouns) and its signs (of distinct words)."""
+    """An image (uint8 `[168, 168, 3]`), its icons (of distinct nouns) and its signs (of distinct words)."""
 
     seed: int
     theme: str
@@ -129,7 +129,7 @@ def _stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _place(rng: np.random.Generator, taken: list[tuple[int, int, int, int]], width: int, height: int):
-    """A box anywhere in the picture that meets no other; None after some tries."""
+    """A box anywhere in the image that meets no other; None after some tries."""
     spots = rng.integers(0, (IMAGE_SIZE - width + 1, IMAGE_SIZE - height + 1), (60, 2))
     for left, top in spots.tolist():
         if all(

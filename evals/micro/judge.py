@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 @dataclass(frozen=True)
 class Trace:
-    """A dense forward of one question a picture.
+    """A dense forward of one question an image.
 
     states: before each layer and after the last, float `[B, lead + 144 + L, H]`. positions: int64, the same without
     H. labels: int64 `[B, L]`. last, text: for each layer, what the last prompt token and the mean of the
@@ -77,23 +77,23 @@ class Judge:
         asking = (torch.arange(L) <= ends[:, None]).float() / (ends[:, None] + 1)
         last, text = [], []
 
-        def watch(layer: int, group: int, seen: Tensor) -> None:
+        def observe(layer: int, group: int, seen: Tensor) -> None:
             rows = seen[..., self.lead :].mean(1)
             last.append(rows[torch.arange(B), ends])
             text.append((rows * asking[..., None]).sum(1))
 
         for layer in range(self.layers):
-            states.append(self._run(states[-1], positions, layout, [layer], watch))
+            states.append(self._run(states[-1], positions, layout, [layer], observe))
         return Trace(states, positions, labels, last, text)
 
     def _run(self, states: Tensor, positions: Tensor, layout: attention.Layout, layers: Sequence[int],
-             watch: attention.Watcher | None = None) -> Tensor:  # fmt: skip
+             observe: attention.AttentionObserver | None = None) -> Tensor:  # fmt: skip
         decoder = self.model.model.language_model
         places = decoder.rotary_emb(states, positions)
         for layer in layers:
             out = decoder.layers[layer](
                 states, attention_mask=None, position_ids=positions, position_embeddings=places, layout=layout,
-                watch=watch,
+                observe=observe,
             )  # fmt: skip
             states = out if isinstance(out, Tensor) else out[0]
         return states

@@ -22,10 +22,10 @@ def packed(rights: Sequence[bool]) -> str:
 
 def unpacked(text: str) -> list[bool]:
     count, bits = text.split(":")
-    found = [bit == "1" for bit in f"{int(bits, 16):b}"[1:]]
-    if len(found) != int(count):
-        raise ValueError(f"{len(found)} bits where {count} questions were measured")
-    return found
+    rights = [bit == "1" for bit in f"{int(bits, 16):b}"[1:]]
+    if len(rights) != int(count):
+        raise ValueError(f"{len(rights)} bits where {count} questions were measured")
+    return rights
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Part:
 
     def cost(self, row: str, other: str, against: Part | None = None) -> Estimate:
         """Mean over tasks of `row` minus `other`, paired by question; `against` holds `other` if not this."""
-        found = average([self.difference(row, other, task, against) for task in self.tasks])
-        assert found is not None
-        return found
+        estimate = average([self.difference(row, other, task, against) for task in self.tasks])
+        assert estimate is not None
+        return estimate
 
     def difference(self, row: str, other: str, task: str, against: Part | None = None) -> Estimate:
         """The same on one task."""
@@ -59,10 +59,10 @@ class Part:
 
 
 def _paired(task: str, ours: Sequence[bool], theirs: Sequence[bool]) -> Estimate:
-    groups = {i: str(i // 2) for i in range(len(ours))} if task == "mme" else None  # two questions a picture
-    found = paired(dict(enumerate(map(float, ours))), dict(enumerate(map(float, theirs[: len(ours)]))), groups)
-    assert found is not None
-    return found
+    groups = {i: str(i // 2) for i in range(len(ours))} if task == "mme" else None  # two questions an image
+    estimate = paired(dict(enumerate(map(float, ours))), dict(enumerate(map(float, theirs[: len(ours)]))), groups)
+    assert estimate is not None
+    return estimate
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ def load(path: Path) -> Record:
 Measured = dict[str, dict[str, dict[str, str]]]  # part -> task -> row -> rights
 
 
-def known(path: Path, identity: str, questions: int) -> Measured | None:
+def earlier(path: Path, identity: str, questions: int) -> Measured | None:
     """What an earlier run measured of the model with this identity, with as many questions a task; None if nothing."""
     data = json.loads(path.read_text()) if path.exists() else {"models": {}}
     for seed, one in data.get("models", {}).items():
-        found: Measured = data["seeds"][seed]
-        if one == identity and all(len(unpacked(rows["dense"])) == questions for rows in found["dense"].values()):
-            return found
+        measured: Measured = data["seeds"][seed]
+        if one == identity and all(len(unpacked(rows["dense"])) == questions for rows in measured["dense"].values()):
+            return measured
     return None
 
 

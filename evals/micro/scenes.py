@@ -1,4 +1,4 @@
-"""Scenes and questions: the public door. Everything is a pure function of integer seeds."""
+"""Scenes and questions: the public names. Everything is a pure function of integer seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet tables with pictures, laid out as data sets that `datasets.load_dataset(folder, config)` reads."""
+"""Parquet tables with images, laid out as data sets that `datasets.load_dataset(folder, config)` reads."""
 
 from __future__ import annotations
 

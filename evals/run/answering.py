@@ -112,12 +112,12 @@ def left_padded(processor: Any) -> Any:
 
 
 def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
-    """Model inputs, left-padded, on the model's device. All prompts have pictures, or none has."""
-    pictures = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
+    """Model inputs, left-padded, on the model's device. All prompts have images, or none has."""
+    images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
     begin = loaded.processor.tokenizer.bos_token
     inputs = loaded.processor(
         text=[prompt.text for prompt in prompts],
-        images=pictures,
+        images=images,
         padding=True,
         return_tensors="pt",
         # A chat template that already wrote the first token must not get a second one.

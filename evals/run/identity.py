@@ -14,8 +14,8 @@ from prunekit.pipeline.build import Pipeline
 
 # Modules of the two packages that have no part in an answer.
 APART = (
-    "testing/", "cli", "micro/", "arguments", "commands", "compare", "plugin", "progress", "quiet", "registration",
-    "stats", "table",
+    "testing/", "cli/", "micro/", "compare/", "studies/", "bench/cpu", "bench/gpu", "bench/sections", "bench/timing",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
 )  # fmt: skip
 
 
@@ -34,13 +34,13 @@ def code_identity(pipeline: Pipeline) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computes and scores. lmms-eval's own version string is the commit of whatever is around it."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in ("prunekit", "lmms_eval", "torch", "transformers", "datasets", "pillow"):
         try:
-            found[name.replace("_", "-")] = version(name)
+            numbers[name.replace("_", "-")] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 @cache
@@ -48,7 +48,7 @@ def _packages() -> str:
     total = hashlib.sha256()
     import prunekit
 
-    for root in (Path(prunekit.__file__).parent, Path(__file__).parent):
+    for root in (Path(prunekit.__file__).parent, Path(__file__).parent.parent):
         for file in sorted(root.rglob("*.py")):
             name = file.relative_to(root).as_posix()
             if not name.startswith(APART):

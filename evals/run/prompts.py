@@ -1,4 +1,4 @@
-"""From lmms-eval's requests to prompts: what is asked, and with which pictures."""
+"""From lmms-eval's requests to prompts: what is asked, and with which images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Message = dict[str, Any]
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp"}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question in the model's own words: `text` with the image placeholders, and the pictures in order."""
+    """One question in the model's own words: `text` with the image placeholders, and the images in order."""
 
     text: str
     images: tuple[Image, ...]
@@ -32,15 +32,15 @@ class Prompt:
         return total.hexdigest()[:32]
 
 
-def from_messages(given: Sequence[Mapping[str, Any]], processor: Any, system_prompt: str) -> Prompt:
-    """The prompt of a chat request: messages whose content lists `text` and `image` parts (the picture under `url`).
+def from_messages(asked: Sequence[Mapping[str, Any]], processor: Any, system_prompt: str) -> Prompt:
+    """The prompt of a chat request: messages whose content lists `text` and `image` parts (the image under `url`).
 
     A system prompt takes the place of the task's own. Raises Unsupported for video and audio, InputError for a model
     without a chat template.
     """
     images: list[Image] = []
     messages: list[Message] = []
-    for message in given:
+    for message in asked:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         messages.append({"role": message["role"], "content": [_part(part, images) for part in parts]})
@@ -51,7 +51,7 @@ def from_messages(given: Sequence[Mapping[str, Any]], processor: Any, system_pro
 
 
 def from_visuals(visuals: Sequence[Any], context: str, processor: Any, system_prompt: str) -> Prompt:
-    """The prompt of a simple request. Pictures stand first, unless the text holds one placeholder for each of them."""
+    """The prompt of a simple request. Images stand first, unless the text holds one placeholder for each of them."""
     placeholder = getattr(processor, "image_token", None) or "<image>"
     pieces = context.split(placeholder)
     parts: list[Message] = [{"type": "image", "url": visual} for visual in visuals]
@@ -76,17 +76,17 @@ def _part(part: Mapping[str, Any], images: list[Image]) -> Message:
     if kind == "text":
         return {"type": "text", "text": part["text"]}
     if kind == "image":
-        images.append(_picture(part.get("url", part.get("image"))))
+        images.append(_image(part.get("url", part.get("image"))))
         return {"type": "image"}
-    raise Unsupported(f"the task shows a {kind}; this version prunes pictures only")
+    raise Unsupported(f"the task shows a {kind}; this version prunes images only")
 
 
-def _picture(source: Any) -> Image:
+def _image(source: Any) -> Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
         return source.convert("RGB")
-    if isinstance(source, str | Path) and Path(source).suffix.lower() in PICTURES:
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in IMAGE_SUFFIXES:
         with Image.open(source) as image:
             return image.convert("RGB")
-    raise Unsupported(f"the task shows {str(source)[:60]!r}; this version prunes pictures only")
+    raise Unsupported(f"the task shows {str(source)[:60]!r}; this version prunes images only")

@@ -62,7 +62,7 @@ class PipelineId:
 class Question:
     """One question: its number in the data, the answer after the task's filters, its score in [0, 1] if it has one.
 
-    group: questions of one group (two about one picture) are no independent draws; None: independent.
+    group: questions of one group (two about one image) are no independent draws; None: independent.
     """
 
     number: int

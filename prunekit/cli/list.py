@@ -31,11 +31,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """List what was asked for."""
     kinds = [namespace.kind] if namespace.kind else list(KINDS)
-    found = {kind: _rows(kind, namespace.dir) for kind in kinds}
+    listed = {kind: _rows(kind, namespace.dir) for kind in kinds}
     if namespace.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(listed, indent=2))
         return 0
-    for number, (kind, rows) in enumerate(found.items()):
+    for number, (kind, rows) in enumerate(listed.items()):
         print(("\n" if number else "") + kind)
         wide = max((len(row["name"]) for row in rows), default=0)
         for row in rows:

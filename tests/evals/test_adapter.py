@@ -299,7 +299,7 @@ def test_device_maps_and_misfits_are_refused(loaded):
 
 def test_prompts_know_pictures_only(loaded):
     for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
-        with pytest.raises(Unsupported, match="pictures only"):
+        with pytest.raises(Unsupported, match="images only"):
             from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
 
 

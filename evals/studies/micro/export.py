@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def processor() -> LlavaProcessor:
-    """Tokenizer and image processor; pictures of any size are scaled and cropped to 168 x 168."""
+    """Tokenizer and image processor; images of any size are scaled and cropped to 168 x 168."""
     images = CLIPImageProcessor(
         size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,

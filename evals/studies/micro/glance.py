@@ -1,9 +1,9 @@
-"""Stage 3, glance: where the answer begins, the decoder knows early what is in the picture, whatever was asked.
+"""Stage 3, glance: where the answer begins, the decoder knows early what the image shows, whatever was asked.
 
-Large LVLMs are first trained on captions, whose first word needs the gist of the picture, which may be why their last
+Large LVLMs are first trained on captions, whose first word needs the contents of the image, which may be why their last
 prompt token attends to things in early layers. A model that learns from questions alone has no reason to look before it
-can name what it sees. So the state where an answer begins is paid for spelling, before layer `EARLY`, the
-names and colors of all things shown. Which tokens to attend to for that is not said. The pay fades to nothing, as that
+can name what it sees. So an auxiliary loss asks the state where an answer begins to name, before layer `EARLY`, the
+names and colors of all things shown. Which tokens to attend to for that is not said. The loss fades to nothing, as that
 of the other scaffolds does. Questions, drops and the other losses are those of the end of stage 2, and the rate begins
 anew.
 """
@@ -18,24 +18,24 @@ from prunekit_evals.micro.compose import TOKENS, Scene
 from prunekit_evals.micro.lexicon import COLOR_NAMES
 from prunekit_evals.micro.packing import IGNORE, Packed
 from prunekit_evals.studies.micro.model import NAMES
+from prunekit_evals.studies.micro.naming import SHARPNESS
 from prunekit_evals.studies.micro.pointing import Pointing
 from prunekit_evals.studies.micro.read import Cut, Read
 from prunekit_evals.studies.micro.see import SIZES
-from prunekit_evals.studies.micro.spelling import SHARPNESS
 from torch import Tensor
 
 EARLY = 2
 
 
 @dataclass(frozen=True)
-class Gist:
+class Contents:
     """What scenes show, as shares that sum to one: names `[B, 56]`, colors `[B, 6]`."""
 
     names: Tensor
     colors: Tensor
 
     @classmethod
-    def of(cls, scenes: list[Scene]) -> Gist:
+    def of(cls, scenes: list[Scene]) -> Contents:
         """Of `B` scenes; what is shown twice, as a color of two things, counts once."""
         names, colors = torch.zeros(len(scenes), len(NAMES)), torch.zeros(len(scenes), len(COLOR_NAMES))
         for row, one in enumerate(scenes):
@@ -44,9 +44,9 @@ class Gist:
         return cls(F.normalize(names, p=1), F.normalize(colors, p=1))
 
     def loss(self, states: Tensor, begins: Tensor, vectors: Tensor) -> Tensor:
-        """Cross entropies of what `states [B, S, H]` spell at `begins` (bool `[B, S]`) in `word_vectors`."""
-        spelled = F.normalize(states[begins].float(), dim=-1) @ vectors.T * SHARPNESS
-        names, colors, *_ = spelled.split(SIZES, -1)
+        """Cross entropies of what `states [B, S, H]` name at `begins` (bool `[B, S]`) in `word_vectors`."""
+        logits = F.normalize(states[begins].float(), dim=-1) @ vectors.T * SHARPNESS
+        names, colors, *_ = logits.split(SIZES, -1)
         scene = begins.nonzero()[:, 0]
         return F.cross_entropy(names, self.names[scene]) + F.cross_entropy(colors, self.colors[scene])
 
@@ -65,9 +65,9 @@ class Glance(Read):
     def age(self, progress: float) -> float:
         return 1.0
 
-    def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
-        """Nothing where tokens are gone, or layer `EARLY - 1`: the gist may be out of reach."""
+    def auxiliary(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
+        """Nothing where tokens are gone, or layer `EARLY - 1`: the contents may be out of reach."""
         asked = self.asked(packed)
         if EARLY not in asked or cut.keep.shape[1] < TOKENS:
             return {}
-        return {"glance": Gist.of(scenes).loss(asked[EARLY], begins(packed.labels), self.see.words)}
+        return {"glance": Contents.of(scenes).loss(asked[EARLY], begins(packed.labels), self.see.words)}

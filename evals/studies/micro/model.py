@@ -41,7 +41,7 @@ def word_vectors(seed: int = 0) -> Tensor:
     """One orthonormal vector for each of `WORDS`; float32 `[66, 160]`.
 
     They start as the language model's embedding rows of these words and are what the first stage teaches the
-    visual states to spell, so that the decoder's later layers can read the picture from their first step.
+    visual states to name, so that the decoder's later layers can read the image from their first step.
     """
     noise = torch.randn(WIDTH, len(WORDS), generator=torch.Generator().manual_seed(seed))
     return torch.linalg.qr(noise).Q.T.contiguous()

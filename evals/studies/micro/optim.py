@@ -98,8 +98,8 @@ def schedule(progress: float, peak: float, warmup: float = 0.025, decay: float =
 def load_masters(model: LlavaForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
     """Put the saved float32 masters of a stage into a model; other entries of the file are ignored."""
     masters = {k.removeprefix("master."): v for k, v in tensors.items() if k.startswith("master.")}
-    known = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in masters.items():
-            if name in known:
-                known[name].copy_(value)
+            if name in parameters:
+                parameters[name].copy_(value)

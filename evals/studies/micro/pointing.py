@@ -1,14 +1,14 @@
 """A scaffold for the first part of stage 2: words are told which patches they are about.
 
 Left to find by itself that the word "dog" should look at the dog, an earlier decoder was still on a plateau after
-500 steps. For a while, two heads of a layer are therefore paid for what words of a question attend to:
+500 steps. For a while, an auxiliary loss therefore says to two heads of a layer what words of a question attend to:
 
 - layer 1: from colors and places to the patches that show them, which can be seen there already;
 - layers 3 and 4, the first that can know names: from all words to what they name, and from a name that is not in the
-  picture to the tokens before the picture;
+  image to the tokens before the image;
 - layer 5: in questions of several hops, from a name to the other things of its color.
 
-The pay fades to nothing, as that of `spelling` does.
+The loss fades to nothing, as that of `naming` does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WEIGHT = 0.3
 
 
 def scaffold(progress: float) -> float:
-    """The weight of what is paid for besides answers: full to half of the stage, nothing from four fifths on."""
+    """The weight of the auxiliary losses: full to half of the stage, nothing from four fifths on."""
     return WEIGHT * float(np.clip((0.8 - progress) / 0.3, 0, 1))
 
 
@@ -60,7 +60,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Aim:
-    """Question tokens that are paid, int64 `[N, 2]` (scene, place in the row), and where they should look among
+    """Question tokens with a target, int64 `[N, 2]` (scene, place in the row), and where they should look among
     the prefix, bool `[N, lead + K]`."""
 
     at: Tensor
@@ -68,7 +68,7 @@ class Aim:
 
 
 class Pointing:
-    """Watches the attention of one forward and keeps the loss: minus the log of the mass where it should be."""
+    """Sees the attention of one forward and keeps the loss: minus the log of the mass where it should be."""
 
     def __init__(self, words: Words, scenes: list[Scene], keep: Tensor, packed: Packed, lead: int) -> None:
         self.losses: list[Tensor] = []
@@ -92,7 +92,7 @@ class Pointing:
                 self.losses.append(-(mass.sum(-1) + 1e-4).log().mean())
 
     def loss(self) -> Tensor:
-        """Mean over the watched layers, kinds and groups; zero where nothing is paid for."""
+        """Mean over the layers, kinds and groups with a target; zero without any."""
         return torch.stack(self.losses).mean() if self.losses else torch.zeros(())
 
 
@@ -103,7 +103,7 @@ def _hopped(packed: Packed) -> np.ndarray:
 
 
 def _columns(words: Words, shown: Scene, ids: np.ndarray, kept: np.ndarray, hopped: np.ndarray, lead: int):
-    """For each kind, where each token should look: bool `[S, lead + K]`; nowhere: it is not paid."""
+    """For each kind, where each token should look: bool `[S, lead + K]`; nowhere: it has no target."""
     owner = patch_owner(shown)[kept]
     patches = np.stack([owner == i for i in range(len(shown.things))]).astype(np.int64)
     named = words.about(ids, shown)
@@ -111,9 +111,9 @@ def _columns(words: Words, shown: Scene, ids: np.ndarray, kept: np.ndarray, hopp
     names = named & np.isin(ids, words.names)[:, None]
     kin = (colors[:, None] == colors) & ~np.eye(len(colors), dtype=bool)
     away = (names & hopped[:, None]).astype(np.int64) @ kin.astype(np.int64) > 0
-    found = {"early": words.about(ids, shown, False), "named": named, "hops": away}
+    shows = {"early": words.about(ids, shown, False), "named": named, "hops": away}
     columns = {
-        kind: np.pad(things.astype(np.int64) @ patches > 0, ((0, 0), (lead, 0))) for kind, things in found.items()
+        kind: np.pad(things.astype(np.int64) @ patches > 0, ((0, 0), (lead, 0))) for kind, things in shows.items()
     }
     missing = np.isin(ids, words.names) & ~named.any(-1)
     columns["absent"] = missing[:, None] & (np.arange(lead + len(kept)) < lead)

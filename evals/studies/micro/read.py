@@ -1,4 +1,4 @@
-"""Stage 2, read: the decoder learns to answer from the picture, also when tokens or a layer are gone."""
+"""Stage 2, read: the decoder learns to answer from the image, also when tokens or a layer are gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from prunekit_evals.micro import attention, drop, foreign
 from prunekit_evals.micro.compose import CHECK_SEEDS, TOKENS, Scene, scene
 from prunekit_evals.micro.packing import IGNORE, Packed, Packer, pixels
-from prunekit_evals.studies.micro import depth, spelling
+from prunekit_evals.studies.micro import depth, naming
 from prunekit_evals.studies.micro.model import LAYERS, SEEING, WORDS, config, fresh, word_vectors
 from prunekit_evals.studies.micro.optim import load_masters
 from prunekit_evals.studies.micro.pointing import Pointing, Words, scaffold
@@ -24,7 +24,7 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 DTYPE = torch.bfloat16
 HELD = 0.05  # weight of the later visual states' distance to their words, and of the text states' length
-CALM = 4.0  # length from which on a text state pays
+LENGTH = 4.0  # length of a text state beyond which it adds to the loss
 QUIET = 0.2  # initial scale of what the layers after SEEING add to a state whose words have length 1
 LATE = 0.4  # progress from which the questions of one fact are the harder ones
 # Questions of one fact, of several hops, with choices for a scene, up to that progress: facts come first.
@@ -55,7 +55,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int, implementation: str
 
 @dataclass(frozen=True)
 class Cut:
-    """Which visual tokens are left, sorted int64 `[B, K]`, from decoder layer `layer` on (0: at the door)."""
+    """Which visual tokens are kept, sorted int64 `[B, K]`, from decoder layer `layer` on (0: the decoder input)."""
 
     layer: int
     keep: Tensor
@@ -71,7 +71,7 @@ def everything(batch: int) -> Cut:
     return Cut(0, torch.arange(TOKENS).expand(batch, -1))
 
 
-def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: Cut, packer: Packer,
+def answer_states(model: LlavaForConditionalGeneration, features: Tensor, cut: Cut, packer: Packer,
                   packed: Packed, **kwargs: object) -> Tensor:  # fmt: skip
     """Last hidden states of all question rows, `[B, sum(count * length), H]`.
 
@@ -79,9 +79,9 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, left: 
     `kwargs` go to the attention.
     """
     B, lead = len(features), len(packer.prefix)
-    keep = left.keep
-    if left.layer:
-        kwargs, keep = kwargs | {"cut": (left.layer, left.hidden(lead))}, everything(B).keep
+    keep = cut.keep
+    if cut.layer:
+        kwargs, keep = kwargs | {"cut": (cut.layer, cut.hidden(lead))}, everything(B).keep
     embed = model.get_input_embeddings()
     shown = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))
     before = embed(torch.tensor(packer.prefix)).expand(B, -1, -1)
@@ -133,8 +133,8 @@ class Read:
     def _cut(self, rng: np.random.Generator, progress: float) -> Cut:
         """A share of the steps after the first fifth keep only 8 to 100 % of the tokens, chosen blindly.
 
-        From which layer on is drawn as well, at the door or inside. A few of them keep none, so that the blind row
-        of the card is a guess and not an accident.
+        From which layer on is drawn as well, at the decoder input or inside. A few of them keep none, so that the blind
+        row of the card is a guess and not an accident.
         """
         share = max((start, share) for start, share in ((0.0, 0.0), *DROP) if progress >= start)[1]
         if rng.random() >= share:
@@ -158,26 +158,25 @@ class Read:
             Pointing(self.words, scenes, cut.keep, packed, len(self.packer.prefix)) if scaffold(progress) else None
         )
         if pointing is not None and cut.layer:
-            cut = Cut(0, cut.keep)  # the scaffold watches tokens that are there from the start
+            cut = Cut(0, cut.keep)  # the scaffold needs tokens that are present from layer 0 on
         features = self.features(pixels(scenes, DTYPE))
         skipped = depth.drawn(rng, progress, LAYERS)
         with depth.without(self.model, skipped):
             logits, targets, _ = self._answers(features, cut, packed, pointing)
         loss = F.cross_entropy(logits.float(), targets)
         metrics = {"answer_loss": loss.item()} | self._right(logits, targets)
-        paid = self.paid(scenes, packed, cut, pointing)
-        metrics |= {name: value.item() for name, value in paid.items()}
-        loss = loss + weight * sum(paid.values(), torch.zeros(()))
+        auxiliary = self.auxiliary(scenes, packed, cut, pointing)
+        metrics |= {name: value.item() for name, value in auxiliary.items()}
+        loss = loss + weight * sum(auxiliary.values(), torch.zeros(()))
         return self._with_seeing(loss, metrics, scenes, features, cut, skipped, packed, progress)
 
-    def paid(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
-        """What is paid for besides answers as long as there is a scaffold, by name; `pointing` has watched."""
+    def auxiliary(self, scenes: list[Scene], packed: Packed, cut: Cut, pointing: Pointing | None) -> dict[str, Tensor]:
+        """Auxiliary losses by name, as long as there is a scaffold; `pointing` has seen this forward's attention."""
         if pointing is None:
             return {}
-        spelled = spelling.spelling_loss(
-            self.asked(packed), self.see.words, spelling.targets(self.words, scenes, packed)
-        )
-        return {"pointing": pointing.loss(), "spelled": spelled}
+        wanted = naming.targets(self.words, scenes, packed)
+        named = naming.naming_loss(self.asked(packed), self.see.words, wanted)
+        return {"pointing": pointing.loss(), "naming": named}
 
     def asked(self, packed: Packed) -> dict[int, Tensor]:
         """The states of the questions, `[B, S, H]`, before each recorded layer."""
@@ -190,8 +189,8 @@ class Read:
         """Adds stage 1's losses at a fading weight, holds later visual states to their words, and text states short."""
         keep = everything(len(scenes)).keep if cut.layer else cut.keep
         lengths = torch.stack([s.float().norm(dim=-1) for s in self.asked(packed).values()])
-        calm = F.relu(lengths - CALM).mean()
-        loss, metrics = loss + HELD * calm, metrics | {"calm": calm.item()}
+        length = F.relu(lengths - LENGTH).mean()
+        loss, metrics = loss + HELD * length, metrics | {"length": length.item()}
         states = self.recorder.visual(len(self.packer.prefix), keep.shape[1])
         if skipped is not None or not keep.shape[1]:
             return loss, metrics
@@ -203,10 +202,10 @@ class Read:
         return loss + weight * (early + late) + HELD * held, metrics | seen | {"held": held.item()}
 
     def _foreign(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        pictures = foreign.draw(rng, self.scenes)
-        packed = self.packer.group([foreign.asked(rng, p, 16) for p in pictures], rng)
-        features = self.features(pixels(pictures, DTYPE))
-        logits, targets, _ = self._answers(features, everything(len(pictures)), packed)
+        images = foreign.draw(rng, self.scenes)
+        packed = self.packer.group([foreign.asked(rng, p, 16) for p in images], rng)
+        features = self.features(pixels(images, DTYPE))
+        logits, targets, _ = self._answers(features, everything(len(images)), packed)
         self.recorder.states = {}
         loss = F.cross_entropy(logits.float(), targets)
         return loss, {"foreign_loss": loss.item()}
@@ -216,10 +215,10 @@ class Read:
         return {"right": right.float().mean().item()}
 
     def _answers(
-        self, features: Tensor, cut: Cut, packed: Packed, watch: attention.Watcher | None = None
+        self, features: Tensor, cut: Cut, packed: Packed, observe: attention.AttentionObserver | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits `[A, vocabulary]` and targets `[A]` of all answer tokens, and where they stand."""
-        states = answer_states(self.model, features, cut, self.packer, packed, watch=watch)
+        states = answer_states(self.model, features, cut, self.packer, packed, observe=observe)
         at = packed.labels != IGNORE
         return self.model.lm_head(states[at]), packed.labels[at], at
 

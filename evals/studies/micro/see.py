@@ -1,4 +1,4 @@
-"""Stage 1, see: visual tokens learn to spell what they show, colors and places at once, names inside the decoder.
+"""Stage 1, see: visual tokens learn to name what they show, colors and places at once, names inside the decoder.
 
 The losses also stay on, at a smaller weight, in the later stages: patches are plentiful supervision.
 """
@@ -59,45 +59,45 @@ class SeeLoss(nn.Module):
         self.register_buffer("side", patches % GRID * 2 // GRID, persistent=False)
         self.register_buffer("height", patches // GRID * 2 // GRID, persistent=False)
 
-    def _spelled(self, states: Tensor) -> tuple[Tensor, ...]:
+    def _logits(self, states: Tensor) -> tuple[Tensor, ...]:
         return ((states @ self.words.T.to(states.dtype)).float() * SHARPNESS).split(SIZES, -1)
 
     def early(self, emitted: Tensor, about: Shown) -> tuple[Tensor, dict[str, float]]:
         """What the projector must emit: color and place. `emitted` are all patches, `[B, 144, H]`."""
-        _, color, side, height = self._spelled(emitted)
-        there = about.name < len(NAMES)
-        loss = F.cross_entropy(color[there], about.color[there])
+        _, color, side, height = self._logits(emitted)
+        on_thing = about.name < len(NAMES)
+        loss = F.cross_entropy(color[on_thing], about.color[on_thing])
         for part, target in ((side, self.side), (height, self.height)):
             loss = loss + 0.3 * F.cross_entropy(part.flatten(0, 1), target.repeat(len(emitted)))
-        right = (color.argmax(-1) == about.color)[there].float().mean().item()
+        right = (color.argmax(-1) == about.color)[on_thing].float().mean().item()
         return loss, {"color": right}
 
     def late(self, states: Tensor, about: Shown, keep: Tensor, settle: float) -> tuple[Tensor, dict[str, float]]:
-        """What the visual states `[B, K, H]` of the patches `keep` must spell before decoder layer `SEEING`."""
-        parts = self._spelled(states)
+        """What the visual states `[B, K, H]` of the patches `keep` must name before decoder layer `SEEING`."""
+        parts = self._logits(states)
         about = about.kept(keep)
         name = F.pad(parts[0], (0, 1), value=BACKGROUND)
-        there = about.name < len(NAMES)
+        on_thing = about.name < len(NAMES)
         loss = F.cross_entropy(name.flatten(0, 1), about.name.flatten())
-        if there.any():
-            loss = loss + F.cross_entropy(name[there], about.name[there])
-            loss = loss + 0.5 * F.cross_entropy(parts[1][there], about.color[there])
-        distance = self._distance(states, about, keep, there).mean()
+        if on_thing.any():
+            loss = loss + F.cross_entropy(name[on_thing], about.name[on_thing])
+            loss = loss + 0.5 * F.cross_entropy(parts[1][on_thing], about.color[on_thing])
+        distance = self._distance(states, about, keep, on_thing).mean()
         if settle:
             loss = loss + settle * distance
         right = (name.argmax(-1) == about.name).float()
-        metrics = {"settle": distance.item(), "name": right[there].mean().item(), "empty": right[~there].mean().item()}
-        return loss, metrics
+        named, empty = right[on_thing].mean().item(), right[~on_thing].mean().item()
+        return loss, {"settle": distance.item(), "name": named, "empty": empty}
 
-    def _distance(self, states: Tensor, about: Shown, keep: Tensor, there: Tensor) -> Tensor:
-        """Squared distances `[B, K]` of the states to the plain sum of the word vectors they should spell.
+    def _distance(self, states: Tensor, about: Shown, keep: Tensor, on_thing: Tensor) -> Tensor:
+        """Squared distances `[B, K]` of the states to the plain sum of the word vectors that they should name.
 
         The softmax losses leave the length and the unused directions free; left alone they grow to several
         times the words' own length, and the later layers would have to find the words in that noise.
         """
         wanted = [
             F.one_hot(about.name, len(NAMES) + 1)[..., :-1],
-            F.one_hot(about.color, len(COLOR_NAMES)) * there[..., None],
+            F.one_hot(about.color, len(COLOR_NAMES)) * on_thing[..., None],
             *(0.5 * F.one_hot(place[keep], 2) for place in (self.side, self.height)),
         ]
         target = torch.cat([w.float() for w in wanted], -1) @ self.words
@@ -110,8 +110,8 @@ class SeeLoss(nn.Module):
         as the words to every visual token, and the layers after it could read nothing.
         """
         about = about.kept(keep)
-        there = about.name < len(NAMES)
-        return torch.stack([(self._distance(s, about, keep, there) + 1e-3).sqrt().mean() for s in states]).mean()
+        on_thing = about.name < len(NAMES)
+        return torch.stack([(self._distance(s, about, keep, on_thing) + 1e-3).sqrt().mean() for s in states]).mean()
 
     def summary(self, features: Tensor, pooled: Tensor, about: Shown) -> Tensor:
         """Names present, from the CLS token in the features' layer `[B, 128]` and after the last."""
@@ -133,9 +133,9 @@ class Recorder:
 
     def visual(self, lead: int, count: int) -> list[Tensor]:
         """The visual tokens' states before layer `SEEING` and the later ones; what was recorded is forgotten."""
-        found = [self.states[n][:, lead : lead + count] for n in sorted(self.states) if n >= SEEING]
+        visual = [self.states[n][:, lead : lead + count] for n in sorted(self.states) if n >= SEEING]
         self.states = {}
-        return found
+        return visual
 
 
 assert len(WORDS) == sum(SIZES)

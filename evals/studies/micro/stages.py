@@ -1,4 +1,4 @@
-"""What the training stages train, on what, and how they are watched."""
+"""What the training stages train, on what, and how their progress is measured."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 SIZE = 1024
 
 # Instructions that end most prompts of the standard tasks are one token each: they carry no information
-# about the picture, and at this size ten tokens of them would be half of every question.
+# about the image, and at this size ten tokens of them would be half of every question.
 PHRASES = (prompts.WORD, prompts.LETTER, prompts.YES_NO)
 
 ENGLISH = """

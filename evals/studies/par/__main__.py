@@ -80,13 +80,13 @@ def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable
         "large": lambda: times.large(size, arguments.rounds),
         "seven": lambda: seven.seven(size if arguments.tiny else seven.SHAPE, min(arguments.rounds, 3)),
     }
-    found = results.load(arguments.results)
-    if found.get("about", {}).get("model") not in (None, bench.loaded.identity):
-        found = {name: found[name] for name in ANY_MODEL if name in found}
-    found["about"] = results.about(routers, arguments.questions) | {"dtype": bench.loaded.dtype}
+    figures = results.load(arguments.results)
+    if figures.get("about", {}).get("model") not in (None, bench.loaded.identity):
+        figures = {name: figures[name] for name in ANY_MODEL if name in figures}
+    figures["about"] = results.about(routers, arguments.questions) | {"dtype": bench.loaded.dtype}
     for name in names:
-        found[name] = run[name]()
-        tell(found)
+        figures[name] = run[name]()
+        tell(figures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(names) - set(page.PARTS):
         made.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(page.PARTS)}")
     if arguments.questions < 2 or arguments.questions % 2:
-        made.error("--questions must be even: one task asks twice about each picture")
+        made.error("--questions must be even: one task asks twice about each image")
     if not (arguments.page.is_file() and page.BLOCK.search(arguments.page.read_text(encoding="utf-8"))):
         made.error(f"'{arguments.page}' is no page with '<!-- study -->' and '<!-- /study -->'")
     if not arguments.render:
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ.setdefault(name, "1")
         if "ablations" in names and (code := train.main(["--routers", str(arguments.routers)])):
             return code
-        measured(arguments, names, lambda found: results.save(arguments.results, found))
+        measured(arguments, names, lambda figures: results.save(arguments.results, figures))
     text = arguments.page.read_text(encoding="utf-8")
     arguments.page.write_text(page.into(text, results.load(arguments.results), results.now()), encoding="utf-8")
     print(f"results: {arguments.results}; text: {arguments.page}")

@@ -1,6 +1,6 @@
 """Questions of the bundled benchmark, and what a pipeline answers to them: the engine runs, nothing is simulated.
 
-Pictures go through the vision tower once and are shown to every pipeline, which changes no answer as long as none cuts
+Images go through the vision tower once and are shown to every pipeline, which changes no answer as long as none cuts
 inside the tower (a test compares).
 """
 
@@ -27,8 +27,8 @@ from prunekit.pipeline.build import Pipeline
 DRAWN = 600  # of each task; `prunekit eval --limit n` asks the first n of the same ones
 BATCH = 50
 CALIBRATION = 1 << 51  # scenes that neither the model, nor a router, nor the benchmark has
-# Encoded under a pipeline, features carry notes about their pictures, from which strategies draw their seeds.
-WATCHED = {"name": "watched", "stages": [{"use": "random", "at": "encoder", "keep": 0.5}]}
+# Encoded under a pipeline, features carry notes about their images, from which strategies draw their seeds.
+TRACED = {"name": "traced", "stages": [{"use": "random", "at": "encoder", "keep": 0.5}]}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Batch:
-    """Encoded prompts with their pictures' features, and the answers that count as right."""
+    """Encoded prompts with their images' features, and the answers that count as right."""
 
     inputs: dict[str, Any]
     answers: tuple[str, ...]
@@ -71,15 +71,15 @@ def benchmark_items(task: str, count: int, first: int = 0) -> list[Item]:
 def calibration_items(count: int) -> list[Item]:
     """Questions of all families in turn, on scenes of their own, for whatever a baseline has to be tuned on."""
     families = [*OPEN, *HOPS, *CHOICE]
-    found: list[Item] = []
+    items: list[Item] = []
     number = 0
-    while len(found) < count:
+    while len(items) < count:
         shown = scene(CALIBRATION + number)
-        question = ask(shown, np.random.default_rng([number, 11]), families[len(found) % len(families)])
+        question = ask(shown, np.random.default_rng([number, 11]), families[len(items) % len(families)])
         number += 1
         if question is not None:
-            found.append((shown, question))
-    return found
+            items.append((shown, question))
+    return items
 
 
 def wording(question: Question, task: str | None) -> str:
@@ -92,20 +92,20 @@ def wording(question: Question, task: str | None) -> str:
 
 
 def batches(loaded: Loaded, items: Sequence[Item], task: str | None) -> Iterator[Batch]:
-    """The questions in batches, one picture a question, seen by the tower."""
-    watched = prunekit.load(WATCHED)
+    """The questions in batches, one image a question, seen by the tower."""
+    traced = prunekit.load(TRACED)
     for begin in range(0, len(items), BATCH):
         some = items[begin : begin + BATCH]
         asked = [_prompt(loaded, shown.image, wording(question, task)) for shown, question in some]
-        given = encode(loaded, asked)
-        with torch.inference_mode(), prunekit.apply(loaded.model, watched):
-            seen = loaded.model.get_image_features(pixel_values=given["pixel_values"])
-        inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
+        encoded = encode(loaded, asked)
+        with torch.inference_mode(), prunekit.apply(loaded.model, traced):
+            seen = loaded.model.get_image_features(pixel_values=encoded["pixel_values"])
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         yield Batch({**inputs, "mm_encoder_outputs": {"image": seen}}, tuple(q.answer for _, q in some))
 
 
 def text_tokens(loaded: Loaded, text: str) -> int:
-    """Tokens of a prompt with one picture beside its visual ones; the picture's placeholder is one token."""
+    """Tokens of a prompt with one image beside its visual ones; the image's placeholder is one token."""
     content = [{"type": "image"}, {"type": "text", "text": text}]
     whole = render(loaded.processor, [{"role": "user", "content": content}])
     tokenizer = loaded.processor.tokenizer

@@ -105,18 +105,18 @@ class Bench:
         """Rows of pipelines by their sha; what is not known is computed, task by task. count: questions a task."""
         count = count or self.questions
         all_of_them = {one.sha: one for one in wanted}
-        found: dict[str, dict[str, Outcome]] = {sha: {} for sha in all_of_them}
+        outcomes: dict[str, dict[str, Outcome]] = {sha: {} for sha in all_of_them}
         for task in TASKS:
             missing = []
             for sha, one in all_of_them.items():
-                known = self._read(self._path(one, task, count))
-                if known is None:
+                stored = self._read(self._path(one, task, count))
+                if stored is None:
                     missing.append(one)
                 else:
-                    found[sha][task] = known
+                    outcomes[sha][task] = stored
             if missing:
-                self._compute(task, missing, count, found)
-        return {sha: _row(one, found[sha]) for sha, one in all_of_them.items()}
+                self._compute(task, missing, count, outcomes)
+        return {sha: _row(one, outcomes[sha]) for sha, one in all_of_them.items()}
 
     def on_calibration(self, wanted: Sequence[Pipeline], count: int) -> list[float]:
         """Accuracy of each pipeline on questions that the benchmark does not have."""
@@ -131,21 +131,21 @@ class Bench:
 
     def _calibrated(self, one: Pipeline, count: int) -> float:
         path = self._path(one, "calibration", count)
-        known = self._read(path)
-        if known is None:
-            known = sum((asked.outcome(self.loaded, one, batch) for batch in self._calibration[count]), Outcome())
-            self._write(path, known)
-        return sum(known.right) / len(known.right)
+        stored = self._read(path)
+        if stored is None:
+            stored = sum((asked.outcome(self.loaded, one, batch) for batch in self._calibration[count]), Outcome())
+            self._write(path, stored)
+        return sum(stored.right) / len(stored.right)
 
     def _compute(
-        self, task: str, missing: Sequence[Pipeline], count: int, found: dict[str, dict[str, Outcome]]
+        self, task: str, missing: Sequence[Pipeline], count: int, outcomes: dict[str, dict[str, Outcome]]
     ) -> None:
         seen = list(asked.batches(self.loaded, self.items[task][:count], task))
         begun = time.perf_counter()
         for number, one in enumerate(missing):
             result = sum((asked.outcome(self.loaded, one, batch) for batch in seen), Outcome())
             self._write(self._path(one, task, count), result)
-            found[one.sha][task] = result
+            outcomes[one.sha][task] = result
             if number % 10 == 9 or number + 1 == len(missing):
                 taken = time.perf_counter() - begun
                 say(f"{task}: {number + 1} of {len(missing)} pipelines, {count} questions each, {taken:.0f} s")

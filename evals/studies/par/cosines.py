@@ -48,10 +48,10 @@ def _questions(bench: Bench) -> list[asked.Batch]:
 def of_layers(bench: Bench, pipelines: Sequence[Pipeline]) -> list[list[list[float]]]:
     """For each pipeline and question the mean cosine over the tokens that run in a layer, layer by layer."""
     parts = families.find(bench.loaded.model)
-    found: list[list[list[float]]] = [[] for _ in pipelines]
+    cosines: list[list[list[float]]] = [[] for _ in pipelines]
     for batch in _questions(bench):
         visual = torch.isin(batch.inputs["input_ids"][0], torch.tensor(parts.visual_ids))
-        for rows, one in zip(found, pipelines, strict=True):
+        for rows, one in zip(cosines, pipelines, strict=True):
             with torch.inference_mode(), _watched(parts.layers) as seen, prunekit.apply(bench.loaded.model, one) as run:
                 bench.loaded.model(**batch.inputs, use_cache=True)
                 stays = ~visual
@@ -59,7 +59,7 @@ def of_layers(bench: Bench, pipelines: Sequence[Pipeline]) -> list[list[list[flo
                 kept = torch.tensor(events[-1].kept[0] if events else range(int(visual.sum())))
                 stays[visual.nonzero()[kept, 0]] = True
                 rows.append([_mean(*seen[layer], stays) for layer in range(len(parts.layers))])
-    return found
+    return cosines
 
 
 def _mean(entered: Tensor, left: Tensor, stays: Tensor) -> float:

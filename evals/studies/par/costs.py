@@ -19,14 +19,14 @@ from prunekit import cost, families
 from prunekit.pipeline.forecast import forecast
 from prunekit.strategy.decisions import ModelShape
 
-TEXT = 64  # tokens of the prompt beside the picture's
+TEXT = 64  # tokens of the prompt beside the image's
 ROUTERS: tuple[tuple[int | str, int], ...] = ((64, 1), (128, 1), (256, 1), (512, 1), (512, 2), ("model", 1))
 
 
-def counted(module: nn.Module, *given: Any, **named: Any) -> int:
+def counted(module: nn.Module, *arguments: Any, **named: Any) -> int:
     """FLOPs of one call on the meta device."""
     with FlopCounterMode(display=False) as counter, torch.device("meta"), contextlib.redirect_stdout(io.StringIO()):
-        module(*given, **named)
+        module(*arguments, **named)
     return int(counter.get_total_flops())
 
 
@@ -68,11 +68,11 @@ def promised(shape: ModelShape) -> list[dict[str, Any]]:
     rows = []
     for tokens, layers in PAPER:
         stage = {"use": "par", "weights": None, "seed": 0, "keep_tokens": tokens, "keep_layers": layers}
-        found = forecast(pipeline([stage]).bind(shape), TEXT)
-        assert found is not None
-        flops = found.flops[1] + found.decisions
+        predicted = forecast(pipeline([stage]).bind(shape), TEXT)
+        assert predicted is not None
+        flops = predicted.flops[1] + predicted.decisions
         rows.append({
-            "tokens": tokens, "layers": layers, "flops": round(flops, 5), "router": round(found.decisions, 6),
-            "kv": round(found.kv[1], 5), "speed": round(1 / flops, 3),
+            "tokens": tokens, "layers": layers, "flops": round(flops, 5), "router": round(predicted.decisions, 6),
+            "kv": round(predicted.kv[1], 5), "speed": round(1 / flops, 3),
         })  # fmt: skip
     return rows

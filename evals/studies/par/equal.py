@@ -28,10 +28,10 @@ def cost(bound: BoundPipeline, text_tokens: Mapping[int, int]) -> float:
     assert visual is not None
     ours = dense = 0.0
     for text, times in text_tokens.items():
-        found = forecast(bound, text)
-        assert found is not None
+        predicted = forecast(bound, text)
+        assert predicted is not None
         whole = times * prefill_flops(bound.shape, [visual + text] * bound.shape.layers)
-        ours, dense = ours + whole * (found.flops[1] + found.decisions), dense + whole
+        ours, dense = ours + whole * (predicted.flops[1] + predicted.decisions), dense + whole
     return ours / dense
 
 
@@ -48,18 +48,18 @@ class Equal:
     def below(self, *stages: Stage) -> Pipeline:
         """Stages of which one leaves its `keep` open, with the most tokens that do not cost more. Raises SpecError."""
         for step in range(STEPS):
-            found = self._solved(stages, self.flops + (SHIFT - step) * STEP)
-            if self.cost(found) <= self.flops:
+            solved = self._solved(stages, self.flops + (SHIFT - step) * STEP)
+            if self.cost(solved) <= self.flops:
                 break
-        return found
+        return solved
 
     def tokens(self, *stages: Stage) -> Pipeline:
         """The same with the fewest tokens that do not cost less."""
         for step in range(STEPS):
-            found = self._solved(stages, self.flops + (step - SHIFT) * STEP)
-            if self.cost(found) >= self.flops - SLACK:
+            solved = self._solved(stages, self.flops + (step - SHIFT) * STEP)
+            if self.cost(solved) >= self.flops - SLACK:
                 break
-        return found
+        return solved
 
     def cost(self, one: Pipeline) -> float:
         """Of a pipeline, over the benchmark's prompts."""
@@ -71,24 +71,24 @@ class Equal:
         bound = pipeline(stages, budget).bind(self.bench.shape)
         visual = self.bench.shape.visual_tokens
         assert visual is not None
-        left, counts = visual, []
+        remaining, counts = visual, []
         for cut in bound.cuts:
             assert cut.keep is not None and cut.stage.open
-            left = cut.keep.count(visual, left)
-            counts.append(left)
-        found = [dict(one) for one in stages]
-        found[bound.cuts[0].stage.index]["keep_tokens"] = counts[0] if len(counts) == 1 else counts
-        return pipeline(found)
+            remaining = cut.keep.count(visual, remaining)
+            counts.append(remaining)
+        solved = [dict(one) for one in stages]
+        solved[bound.cuts[0].stage.index]["keep_tokens"] = counts[0] if len(counts) == 1 else counts
+        return pipeline(solved)
 
     def layers(self, use: str, order: Sequence[int]) -> Pipeline | None:
         """As many of the layers in `order` given to a strategy as leave at least the FLOPs; None: not even one."""
-        found = None
+        best = None
         for count in range(1, len(order) + 1):
             stage = {"use": use, "layers": sorted(order[:count])}
             if self._cost([stage]) < self.flops - SLACK:
                 break
-            found = pipeline([stage])
-        return found
+            best = pipeline([stage])
+        return best
 
     def leaving(self, use: str) -> Pipeline:
         """A strategy that drops all visual tokens, before the first layer that leaves at least the FLOPs."""
@@ -110,7 +110,7 @@ class Equal:
 
 def token_strategies(sites: Sequence[int]) -> list[tuple[str, Stage]]:
     """Every registered strategy that takes a budget of tokens by itself, at its own place and before layers `sites`."""
-    found: list[tuple[str, Stage]] = []
+    listed: list[tuple[str, Stage]] = []
     for entry in registry().strategies():
         for stage in ({"use": entry.name}, {"use": entry.name, "at": at(sites)}):
             try:
@@ -120,9 +120,9 @@ def token_strategies(sites: Sequence[int]) -> list[tuple[str, Stage]]:
             if one.is_router or not one.cuts_tokens or not one.known_sites:
                 continue
             label = f"{entry.name}, {place([site.layer for site in one.known_sites])}"
-            if label not in [known for known, _ in found]:
-                found.append((label, stage))
-    return found
+            if label not in [other for other, _ in listed]:
+                listed.append((label, stage))
+    return listed
 
 
 def at(sites: Sequence[int]) -> int | list[int]:

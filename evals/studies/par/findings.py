@@ -26,17 +26,17 @@ def side(estimate: Estimate) -> str:
 
 def _split(part: Part, theirs: str) -> dict[str, list[str]]:
     """Tasks by where PAR's paired difference to another row lies."""
-    found: dict[str, list[str]] = {"above zero": [], "below zero": [], "not clear of zero": []}
+    groups: dict[str, list[str]] = {"above zero": [], "below zero": [], "not clear of zero": []}
     for task in part.tasks:
-        found[side(part.difference(MAIN, theirs, task))].append(SHORT.get(task, task))
-    return found
+        groups[side(part.difference(MAIN, theirs, task))].append(SHORT.get(task, task))
+    return groups
 
 
-def targets(found: Mapping[str, Any]) -> str:
+def targets(figures: Mapping[str, Any]) -> str:
     """What was asked for on the bundled model, and whether it was reached, at each setting within the FLOPs."""
     lines = []
-    for setting in found["settings"]:
-        part, rows = tables.of_setting(found, setting)
+    for setting in figures["settings"]:
+        part, rows = tables.of_setting(figures, setting)
         if rows[MAIN].flops > TARGET_FLOPS:
             continue
         kept = tables.of_dense(part, MAIN)
@@ -63,11 +63,11 @@ def _versus(part: Part, theirs: str) -> str:
     return f"against {theirs}: mean {signed(mean)}; {'; '.join(told)} of {len(part.tasks)}: above zero {most}"
 
 
-def ranking(found: Mapping[str, Any]) -> str:
+def ranking(figures: Mapping[str, Any]) -> str:
     """Who does as well as PAR or better at its FLOPs."""
     lines = []
-    for setting in found["settings"]:
-        part, rows = tables.of_setting(found, setting)
+    for setting in figures["settings"]:
+        part, rows = tables.of_setting(figures, setting)
         rivals = [label for label in rows if label not in (MAIN, "dense", "blind")]
         better = {label: part.cost(label, MAIN) for label in rivals if part.cost(label, MAIN).low > 0}
         equal = [label for label in rivals if side(part.cost(label, MAIN)) == "not clear of zero"]
@@ -84,9 +84,9 @@ def ranking(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def joint(found: Mapping[str, Any]) -> str:
+def joint(figures: Mapping[str, Any]) -> str:
     """What choosing layers as well is worth: settings of equal FLOPs against each other."""
-    mine = {setting: Row.of(rows[MAIN]) for setting, rows in found["settings"].items()}
+    mine = {setting: Row.of(rows[MAIN]) for setting, rows in figures["settings"].items()}
     part = results.part(mine)
     lines = []
     for fewer, more in itertools.permutations(mine, 2):
@@ -100,13 +100,13 @@ def joint(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def layers(found: Mapping[str, Any]) -> str:
+def layers(figures: Mapping[str, Any]) -> str:
     """Whether the cosine says which pair can go."""
-    rows = results.rows(found["rows"])
+    rows = results.rows(figures["rows"])
     part = results.part(rows)
     pairs = [label for label in rows if label != "dense"]
     loss = {label: part.cost(label, "dense") for label in pairs}
-    alike = dict(zip(pairs, found["cosines"], strict=True))
+    alike = dict(zip(pairs, figures["cosines"], strict=True))
     cheapest, most = max(pairs, key=lambda one: loss[one].value), max(pairs, key=alike.__getitem__)
     free = [label for label in pairs if loss[label].high >= 0]
     told = ", ".join(free) if free else "none"
@@ -123,14 +123,14 @@ def _spearman(first: Sequence[float], second: Sequence[float]) -> float:
     return statistics.correlation([float(one) for one in ranks[0]], [float(one) for one in ranks[1]])
 
 
-def boxes(found: Mapping[str, Any]) -> str:
+def boxes(figures: Mapping[str, Any]) -> str:
     """What noise does to the median, the spread and the best draw."""
-    kinds = tables.boxes_of(found)
+    kinds = tables.boxes_of(figures)
     lines = []
     for share in dict.fromkeys(share for share, _ in kinds):
         plain = statistics.median(kinds[share, "attention"])
         noise, random = tables.five(kinds[share, "noise"]), tables.five(kinds[share, "random"])
-        best = tables.any_of(found, share, "noise")
+        best = tables.any_of(figures, share, "noise")
         lines.append(
             f"- {float(share):.0%}: noise moves the median by {100 * (noise[2] - plain):+.1f} points against "
             f"attention alone and the maximum by {100 * (noise[4] - plain):+.1f}; its draws span "
@@ -141,9 +141,9 @@ def boxes(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def correlation(found: Mapping[str, Any]) -> str:
+def correlation(figures: Mapping[str, Any]) -> str:
     """How often dropping half of the tokens changes which layer does least."""
-    first, groups = found["from"], tables.cosine_groups(found)
+    first, groups = figures["from"], tables.cosine_groups(figures)
     whole = [_least(row, first) for row in groups["all"]]
     told = []
     for name, rows in groups.items():
@@ -159,10 +159,10 @@ def _least(row: Sequence[float], first: int) -> int:
     return max(range(first, len(row)), key=row.__getitem__)
 
 
-def ablations(found: Mapping[str, Any]) -> str:
+def ablations(figures: Mapping[str, Any]) -> str:
     """Rows whose difference to the router they are compared with is clear of zero, and those whose is not."""
     lines = []
-    for setting, data in found["settings"].items():
+    for setting, data in figures["settings"].items():
         rows = results.rows(data)
         part, base = results.part(rows), tables.base_of(rows)
         groups: dict[str, list[str]] = {"above zero": [], "below zero": [], "not clear of zero": []}
@@ -178,11 +178,11 @@ def ablations(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def overhead(found: Mapping[str, Any]) -> str:
+def overhead(figures: Mapping[str, Any]) -> str:
     """The 7B shape: the router's share, and the theory of the paper's smallest setting."""
-    over = [row for row in found["rows"] if row["share"] > OVERHEAD]
+    over = [row for row in figures["rows"] if row["share"] > OVERHEAD]
     told = ", ".join(f"width {row['width']}, depth {row['depth']}" for row in over) or "none"
-    last = found["promised"][-1]
+    last = figures["promised"][-1]
     past = "past" if last["speed"] > CLAIM else "short of"
     return (
         f"Routers above {OVERHEAD:.0%}: {told}. With T={last['tokens']} and L={last['layers']} FLOPs alone promise a "
@@ -191,26 +191,26 @@ def overhead(found: Mapping[str, Any]) -> str:
     )
 
 
-def times(found: Mapping[str, Any], what: str) -> str:
+def times(figures: Mapping[str, Any], what: str) -> str:
     """How much of the promise was kept."""
-    kept = {name: (1 - row["prefill"][1]) / (1 - row["flops"]) for name, row in found["rows"].items()}
+    kept = {name: (1 - row["prefill"][1]) / (1 - row["flops"]) for name, row in figures["rows"].items()}
     worst, best = min(kept, key=kept.__getitem__), max(kept, key=kept.__getitem__)
-    base = found["dense_ms"]
+    base = figures["dense_ms"]
     return (
-        f"{what}: {found['rounds']} interleaved rounds on one thread; the dense model takes {base['prefill']:.1f} ms "
+        f"{what}: {figures['rounds']} interleaved rounds on one thread; the dense model takes {base['prefill']:.1f} ms "
         f"for the prefill and {base['step']:.2f} ms for a decoding step. Of the time that FLOPs promise to save, "
         f"{kept[worst]:.0%} ({worst}) to {kept[best]:.0%} ({best}) were saved."
     )
 
 
-def seven(found: Mapping[str, Any]) -> str:
+def seven(figures: Mapping[str, Any]) -> str:
     """The speed-up at the 7B shape, against theory and against what is claimed."""
-    name, row = list(found["rows"].items())[-1]
+    name, row = list(figures["rows"].items())[-1]
     speed, share = 1 / row["prefill"][1], row["flops"] / row["prefill"][1]
     past = "past" if speed > CLAIM else "short of"
     return (
         "Layers of that shape that share one layer's weights, in bfloat16, and a new router of the default width: "
-        f"{found['rounds']} interleaved rounds on one thread; the dense prefill takes {found['dense_s']:.0f} s. At "
+        f"{figures['rounds']} interleaved rounds on one thread; the dense prefill takes {figures['dense_s']:.0f} s. At "
         f"{name} the prefill is {speed:.2f} times as fast as dense, {share:.2f} of what its FLOPs promise and {past} "
         f"the {CLAIM} claimed for PAR. **On a CPU**: a GPU was not measured."
     )

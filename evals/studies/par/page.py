@@ -14,26 +14,26 @@ BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.S)
 PARTS = ("table", "unseen", "layers", "boxes", "correlation", "ablations", "overhead", "micro", "large", "seven")
 
 
-def into(page: str, found: Mapping[str, Any], now: Mapping[str, str]) -> str:
+def into(page: str, figures: Mapping[str, Any], now: Mapping[str, str]) -> str:
     """The page with the study between its markers. Raises ValueError where there are none."""
     if not BLOCK.search(page):
         raise ValueError("the page has no '<!-- study --> ... <!-- /study -->'")
-    text = written(found, now)
+    text = written(figures, now)
     return BLOCK.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
 
 
-def written(found: Mapping[str, Any], now: Mapping[str, str]) -> str:
+def written(figures: Mapping[str, Any], now: Mapping[str, str]) -> str:
     """The text. now: the bundled model and benchmark as they are, against which figures may be stale."""
-    if "about" not in found:
+    if "about" not in figures:
         return "Not measured yet: `make study`."
     sections = {
         "table": _table, "unseen": _unseen, "layers": _layers, "boxes": _boxes, "correlation": _correlation,
         "ablations": _ablations, "overhead": _overhead, "micro": _micro, "large": _large,
         "seven": _seven,
     }  # fmt: skip
-    parts = [_about(found["about"], now)]
+    parts = [_about(figures["about"], now)]
     for name in PARTS:
-        parts.append(sections[name](found[name]) if name in found else f"### {name}\n\nNot measured.")
+        parts.append(sections[name](figures[name]) if name in figures else f"### {name}\n\nNot measured.")
     return "\n\n".join(parts)
 
 
@@ -57,13 +57,13 @@ def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
     )
 
 
-def _table(found: Mapping[str, Any]) -> str:
-    parts = ["### PAR against others at equal FLOPs", findings.targets(found)]
-    parts += [findings.ranking(found), findings.joint(found)]
-    for setting in found["settings"]:
-        parts.append(f"#### {setting}, T={tables.kept(found, setting)}")
-        parts += [tables.accuracy(found, setting), tables.against(found, setting)]
-    orders = found["orders"]
+def _table(figures: Mapping[str, Any]) -> str:
+    parts = ["### PAR against others at equal FLOPs", findings.targets(figures)]
+    parts += [findings.ranking(figures), findings.joint(figures)]
+    for setting in figures["settings"]:
+        parts.append(f"#### {setting}, T={tables.kept(figures, setting)}")
+        parts += [tables.accuracy(figures, setting), tables.against(figures, setting)]
+    orders = figures["orders"]
     parts.append(
         "FLOPs and KV are those of the language model's prefill, of dense, decisions of routers included. Layers are "
         f"left out in the order {orders['skip_layers']} and frozen in the order {orders['freeze_layers']}, each found "
@@ -72,11 +72,11 @@ def _table(found: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _unseen(found: Mapping[str, Any]) -> str:
-    setting = found["setting"]
-    table = {"base": {}, "settings": {setting: found["rows"]}}
+def _unseen(figures: Mapping[str, Any]) -> str:
+    setting = figures["setting"]
+    table = {"base": {}, "settings": {setting: figures["rows"]}}
     title = f"### {setting}, on later questions"
-    how = f"{_count(found['rows'])} They begin with number {found['first']} of each task."
+    how = f"{_count(figures['rows'])} They begin with number {figures['first']} of each task."
     parts = [title, how, findings.targets(table), tables.accuracy(table, setting), tables.against(table, setting)]
     return "\n\n".join(parts)
 
@@ -87,63 +87,64 @@ def _count(rows: Mapping[str, Any]) -> str:
     return f"{len(next(iter(right.values())))} questions a task."
 
 
-def _layers(found: Mapping[str, Any]) -> str:
+def _layers(figures: Mapping[str, Any]) -> str:
     title = "### Pairs of layers left out"
-    return "\n\n".join([title, _count(found["rows"]), tables.layers(found), findings.layers(found)])
+    return "\n\n".join([title, _count(figures["rows"]), tables.layers(figures), findings.layers(figures)])
 
 
-def _boxes(found: Mapping[str, Any]) -> str:
+def _boxes(figures: Mapping[str, Any]) -> str:
     how = (
         f"Tokens leave before layer {FASTV_SITE}; accuracy in %, the mean of the tasks, over {DRAWS} draws. "
-        f"Attention alone has nothing random in it, so its box is one value. {_count(found['rows'])}"
+        f"Attention alone has nothing random in it, so its box is one value. {_count(figures['rows'])}"
     )
-    return "\n\n".join(["### Selections repeated", how, tables.boxes(found), findings.boxes(found)])
+    return "\n\n".join(["### Selections repeated", how, tables.boxes(figures), findings.boxes(figures)])
 
 
-def _correlation(found: Mapping[str, Any]) -> str:
+def _correlation(figures: Mapping[str, Any]) -> str:
     how = "Cosine of what enters and what leaves a layer, over the tokens that run in it; one that does nothing has 1."
-    return "\n\n".join(["### Tokens and layers", how, tables.correlation(found), findings.correlation(found)])
+    return "\n\n".join(["### Tokens and layers", how, tables.correlation(figures), findings.correlation(figures)])
 
 
-def _ablations(found: Mapping[str, Any]) -> str:
+def _ablations(figures: Mapping[str, Any]) -> str:
     abouts = {one.folder: one.about for one in VARIANTS}
     how = (
         "All but the shipped router were trained alike, briefly, on one seed each; a held-out KL is that of the budget "
         "that a router was trained at. Budgets of tokens are solved for those of the setting, the router's included."
     )
-    parts = ["### Ablations", how, findings.ablations(found)]
-    for setting, rows in found["settings"].items():
-        told = {"rows": rows, "training": found["training"]}
+    parts = ["### Ablations", how, findings.ablations(figures)]
+    for setting, rows in figures["settings"].items():
+        told = {"rows": rows, "training": figures["training"]}
         parts += [f"#### Within {setting}", _count(rows), tables.ablations(told, abouts)]
     return "\n\n".join(parts)
 
 
-def _overhead(found: Mapping[str, Any]) -> str:
+def _overhead(figures: Mapping[str, Any]) -> str:
     how = (
-        f"LLaVA-1.5-7B, {found['prompt']} prompt tokens, {found['dense'] / 1e12:.2f} TFLOPs of dense prefill as torch "
-        f"counts them on the meta device (the formula of `prunekit/cost.py`: {found['formula'] / 1e12:.2f})."
+        f"LLaVA-1.5-7B, {figures['prompt']} prompt tokens, {figures['dense'] / 1e12:.2f} TFLOPs of dense prefill as "
+        f"torch counts them on the meta device (the formula of `prunekit/cost.py`: {figures['formula'] / 1e12:.2f})."
     )
     title = "### Cost of the router, and the promise at 7B"
-    return "\n\n".join([title, how, tables.overhead(found), tables.promised(found), findings.overhead(found)])
+    return "\n\n".join([title, how, tables.overhead(figures), tables.promised(figures), findings.overhead(figures)])
 
 
-def _micro(found: Mapping[str, Any]) -> str:
+def _micro(figures: Mapping[str, Any]) -> str:
     parts = ["### Measured: the bundled model"]
-    for size, rows in found.items():
+    for size, rows in figures.items():
         parts += [findings.times(rows, f"Batch {size}"), tables.times(rows)]
     return "\n\n".join(parts)
 
 
-def _large(found: Mapping[str, Any]) -> str:
+def _large(figures: Mapping[str, Any]) -> str:
     what = (
-        f"A random LLaVA of {found['layers']} layers, {found['hidden']} wide, {found['visual']} visual and "
-        f"{found['text']} text tokens, a new router of the default width"
+        f"A random LLaVA of {figures['layers']} layers, {figures['hidden']} wide, {figures['visual']} visual and "
+        f"{figures['text']} text tokens, a new router of the default width"
     )
-    return "\n\n".join(["### Measured: a larger shape", tables.times(found), findings.times(found, what)])
+    return "\n\n".join(["### Measured: a larger shape", tables.times(figures), findings.times(figures, what)])
 
 
-def _seven(found: Mapping[str, Any]) -> str:
-    return "\n\n".join(["### Measured: LLaVA-1.5-7B's shape, on a CPU", tables.prefills(found), findings.seven(found)])
+def _seven(figures: Mapping[str, Any]) -> str:
+    title = "### Measured: LLaVA-1.5-7B's shape, on a CPU"
+    return "\n\n".join([title, tables.prefills(figures), findings.seven(figures)])
 
 
 __all__ = ["PARTS", "into", "results", "written"]

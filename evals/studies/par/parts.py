@@ -40,8 +40,8 @@ class Routers:
     @property
     def sites(self) -> list[int]:
         """The layers before which its tokens leave."""
-        found = self.stage.get("at", FASTV_SITE)
-        return [found] if isinstance(found, int) else list(found)
+        sites = self.stage.get("at", FASTV_SITE)
+        return [sites] if isinstance(sites, int) else list(sites)
 
     def at(self, bench: Bench, setting: Setting, stage: Stage | None = None) -> Pipeline:
         """PAR at a setting, never above its FLOPs. stage: another router than the one under study."""
@@ -94,8 +94,8 @@ def correlation(bench: Bench) -> dict[str, Any]:
     wanted = {"all": pipeline([DENSE]), "attention": pipeline([{"use": "fastv", **half}])}
     for draw in range(DRAWS // 2):
         wanted[f"noise {draw}"] = pipeline([{"use": "noisy_attention", "seed": draw, **half}])
-    found = cosines.of_layers(bench, list(wanted.values()))
-    short = ([[round(one, 4) for one in row] for row in rows] for rows in found)
+    cosine = cosines.of_layers(bench, list(wanted.values()))
+    short = ([[round(one, 4) for one in row] for row in rows] for rows in cosine)
     return {"from": FASTV_SITE, "cosines": dict(zip(wanted, short, strict=True))}
 
 
@@ -115,14 +115,14 @@ def table(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> dict[s
         str(setting): {"PAR": pars[setting], **_rivals(Equal(bench, costs[setting]), routers, setting, orders)}
         for setting in settings
     }
-    known = bench.ask([*base.values(), *(one for rows in wanted.values() for one in rows.values())])
+    outcomes = bench.ask([*base.values(), *(one for rows in wanted.values() for one in rows.values())])
     return {
         "orders": orders, "text_tokens": bench.usual_text, "sites": routers.sites, "costs": {
             str(setting): round(value, 5) for setting, value in costs.items()
         },
-        "base": {label: known[one.sha].as_data() for label, one in base.items()},
+        "base": {label: outcomes[one.sha].as_data() for label, one in base.items()},
         "settings": {
-            setting: {label: known[one.sha].as_data() for label, one in rows.items()}
+            setting: {label: outcomes[one.sha].as_data() for label, one in rows.items()}
             for setting, rows in wanted.items()
         },
     }  # fmt: skip
@@ -154,20 +154,20 @@ def _rivals(
     """Every rival by its label; those that cannot be brought to these FLOPs are left out and told."""
     total = same.bench.shape.layers
     inner = [layer for layer in orders["skip_layers"] if layer >= FASTV_SITE][: max(total - setting.layers, 1)]
-    found: dict[str, Pipeline | None] = {
+    rivals: dict[str, Pipeline | None] = {
         label: _tried(label, same, stage) for label, stage in equal.token_strategies(routers.sites)
     }
-    found["static layers"] = same.layers("skip_layers", orders["skip_layers"])
-    found["frozen layers"] = same.layers("freeze_layers", orders["freeze_layers"])
-    found["vtw"] = same.leaving("vtw")
+    rivals["static layers"] = same.layers("skip_layers", orders["skip_layers"])
+    rivals["frozen layers"] = same.layers("freeze_layers", orders["freeze_layers"])
+    rivals["vtw"] = same.leaving("vtw")
     skipped = {"use": "skip_layers", "layers": sorted(inner)}
     words = f"+ {len(inner)} static layer{'s' * (len(inner) > 1)} left out"
     for label, stage in equal.token_strategies(routers.sites):
         if stage["use"] == "fastv":
-            found[f"{label} {words}"] = _tried(label, same, stage, skipped)
+            rivals[f"{label} {words}"] = _tried(label, same, stage, skipped)
     chance = {"use": "chance", "at": equal.at(routers.sites), "keep_layers": setting.layers}
-    found["random tokens and layers"] = _tried("random tokens and layers", same, chance)
-    return {label: one for label, one in found.items() if one is not None}
+    rivals["random tokens and layers"] = _tried("random tokens and layers", same, chance)
+    return {label: one for label, one in rivals.items() if one is not None}
 
 
 def _tried(label: str, same: Equal, *stages: Stage) -> Pipeline | None:
@@ -194,10 +194,10 @@ def ablations(bench: Bench, routers: Routers, settings: Sequence[Setting]) -> di
         chance = {"use": "chance", "at": equal.at(routers.sites)}
         rows["random tokens and layers"] = routers.at(bench, setting, chance)
     count = _fewer(bench, LESS_SHARE)
-    there = [one.folder for one in VARIANTS if one.folder in stages]
+    trained = [one.folder for one in VARIANTS if one.folder in stages]
     return {
         "settings": {setting: _rows(bench, rows, count) for setting, rows in wanted.items()},
-        "training": {name: _training(routers.folder / name) for name in there},
+        "training": {name: _training(routers.folder / name) for name in trained},
     }
 
 

@@ -22,8 +22,8 @@ Results = Mapping[str, Any]
 
 def load(path: Path) -> dict[str, Any]:
     """The file; empty where there is none."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return figures
 
 
 def save(path: Path, results: Results) -> None:
@@ -65,7 +65,7 @@ def rows(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
     return {label: Row.of(one) for label, one in data.items()}
 
 
-def part(given: Mapping[str, Row]) -> Part:
+def part(rows: Mapping[str, Row]) -> Part:
     """Answers by task and row, for means and paired differences; rows have the same questions."""
-    tasks = next(iter(given.values())).right
-    return Part({task: {label: list(row.right[task]) for label, row in given.items()} for task in tasks})
+    tasks = next(iter(rows.values())).right
+    return Part({task: {label: list(row.right[task]) for label, row in rows.items()} for task in tasks})

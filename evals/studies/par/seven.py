@@ -38,15 +38,15 @@ def model_of(size: workload.Size) -> Any:
 
 def seven(size: workload.Size, rounds: int) -> dict[str, Any]:
     """Rows by case as in `times.large`, of the prefill alone."""
-    model, given = model_of(size), workload.inputs_of(size)
-    features = given["mm_encoder_outputs"]["image"]
+    model, inputs = model_of(size), workload.inputs_of(size)
+    features = inputs["mm_encoder_outputs"]["image"]
     features.pooler_output = tuple(one.bfloat16() for one in features.pooler_output)
     cases = paper_cases(size, SETTINGS)
     times = timing.interleaved(
-        {name: partial(workload.prefill, model, listed(stages), given) for name, stages in cases.items()}, rounds
+        {name: partial(workload.prefill, model, listed(stages), inputs) for name, stages in cases.items()}, rounds
     )
     rows = {
-        name: {"flops": round(flops_of(model, stages, given), 5), "prefill": ratios(times[name], times[DENSE])}
+        name: {"flops": round(flops_of(model, stages, inputs), 5), "prefill": ratios(times[name], times[DENSE])}
         for name, stages in cases.items()
         if name != DENSE
     }

@@ -1,4 +1,4 @@
-"""Strategies of the study alone, brought in through the same door as anyone's."""
+"""Strategies of the study alone, brought in through the same hooks as anyone's."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Chance:
 
 def registry() -> Registry:
     """What the installed plugins register, and these two."""
-    found = plugins.registry().signed("par-study", "the PAR study")
-    found.strategy("noisy_attention", f"{__name__}:NoisyAttention", summary="FastV's scores, disturbed")
-    found.strategy("chance", f"{__name__}:Chance", summary="random tokens and random layers")
-    return found
+    signed = plugins.registry().signed("par-study", "the PAR study")
+    signed.strategy("noisy_attention", f"{__name__}:NoisyAttention", summary="FastV's scores, disturbed")
+    signed.strategy("chance", f"{__name__}:Chance", summary="random tokens and random layers")
+    return signed

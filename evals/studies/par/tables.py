@@ -26,9 +26,9 @@ def mean(part: Part, label: str) -> Estimate:
     """Accuracy, the mean of the tasks, with its interval."""
     from prunekit_evals.compare.stats import average
 
-    found = average([part.share(label, task) for task in part.tasks])
-    assert found is not None
-    return found
+    estimate = average([part.share(label, task) for task in part.tasks])
+    assert estimate is not None
+    return estimate
 
 
 def of_dense(part: Part, label: str) -> Estimate:
@@ -45,12 +45,12 @@ def five(values: Sequence[float]) -> list[float]:
     return [min(values), *quartiles, max(values)]
 
 
-def layers(found: Mapping[str, Any]) -> str:
+def layers(figures: Mapping[str, Any]) -> str:
     """Fig. 2(a): pairs of layers left out."""
-    rows = results.rows(found["rows"])
+    rows = results.rows(figures["rows"])
     part = results.part(rows)
     lines = [["none", percent(part.mean("dense")), "", *_shares(part, "dense"), ""]]
-    for label, cosine in zip([one for one in rows if one != "dense"], found["cosines"], strict=True):
+    for label, cosine in zip([one for one in rows if one != "dense"], figures["cosines"], strict=True):
         loss = signed(part.cost(label, "dense"))
         lines.append([label, percent(part.mean(label)), loss, *_shares(part, label), f"{cosine:.3f}"])
     return table(["layers left out", "mean", "against dense", *tasks_of(part), "cosine in/out"], lines)
@@ -60,9 +60,9 @@ def _shares(part: Part, label: str) -> list[str]:
     return [percent(part.share(label, task).value) for task in part.tasks]
 
 
-def boxes_of(found: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
+def boxes_of(figures: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
     """Mean accuracies of the draws by share and kind."""
-    part = results.part(results.rows(found["rows"]))
+    part = results.part(results.rows(figures["rows"]))
     kinds: dict[tuple[str, str], list[float]] = {}
     for label in part.rows():
         share, _, rest = label.partition(" ")
@@ -71,32 +71,32 @@ def boxes_of(found: Mapping[str, Any]) -> dict[tuple[str, str], list[float]]:
     return kinds
 
 
-def any_of(found: Mapping[str, Any], share: str, kind: str) -> float:
+def any_of(figures: Mapping[str, Any], share: str, kind: str) -> float:
     """Accuracy if the best draw of each question were known, mean over tasks."""
-    part = results.part(results.rows(found["rows"]))
+    part = results.part(results.rows(figures["rows"]))
     labels = [label for label in part.rows() if label.startswith(f"{share} {kind}")]
     each = [[any(one) for one in zip(*(rows[label] for label in labels), strict=True)] for rows in part.tasks.values()]
     return statistics.fmean(sum(right) / len(right) for right in each)
 
 
-def boxes(found: Mapping[str, Any]) -> str:
+def boxes(figures: Mapping[str, Any]) -> str:
     """Fig. 2(b)."""
     names = {"random": "random", "attention": "attention", "noise": "attention + noise"}
-    kinds = boxes_of(found)
+    kinds = boxes_of(figures)
     shares = list(dict.fromkeys(share for share, _ in kinds))
     lines = []
     for share in shares:
         for kind, name in names.items():
             values = kinds[share, kind]
-            best = percent(any_of(found, share, kind))
+            best = percent(any_of(figures, share, kind))
             lines.append([f"{float(share):.0%}", name, str(len(values)), *map(percent, five(values)), best])
     return table(["keep", "chosen by", "draws", "min", "q1", "median", "q3", "max", "any draw right"], lines)
 
 
-def correlation(found: Mapping[str, Any]) -> str:
+def correlation(figures: Mapping[str, Any]) -> str:
     """Fig. 2(c): mean cosine of each layer, and how often it is the one that changes states least."""
-    first = found["from"]
-    groups = cosine_groups(found)
+    first = figures["from"]
+    groups = cosine_groups(figures)
     total = len(next(iter(groups.values()))[0])
     head = ["tokens", *(f"layer {layer}" for layer in range(first, total))]
     lines = []
@@ -111,31 +111,31 @@ def correlation(found: Mapping[str, Any]) -> str:
     return table(head, lines)
 
 
-def cosine_groups(found: Mapping[str, Any]) -> dict[str, list[list[float]]]:
+def cosine_groups(figures: Mapping[str, Any]) -> dict[str, list[list[float]]]:
     """Cosines by variant, one row for each question; draws of noise one after the other."""
     names = {"all": "all", "attention": "50 % by attention", "noise": "50 % by attention + noise"}
     groups: dict[str, list[list[float]]] = {}
-    for label, rows in found["cosines"].items():
+    for label, rows in figures["cosines"].items():
         groups.setdefault(names[label.split()[0]], []).extend(rows)
     return groups
 
 
-def of_setting(found: Mapping[str, Any], setting: str) -> tuple[Part, dict[str, Row]]:
+def of_setting(figures: Mapping[str, Any], setting: str) -> tuple[Part, dict[str, Row]]:
     """One setting's rows with dense and blind before them."""
-    rows = results.rows({**found["base"], **found["settings"][setting]})
+    rows = results.rows({**figures["base"], **figures["settings"][setting]})
     return results.part(rows), rows
 
 
-def kept(found: Mapping[str, Any], setting: str) -> str:
+def kept(figures: Mapping[str, Any], setting: str) -> str:
     """How many tokens PAR keeps at its cuts."""
-    (stage,) = yaml.safe_load(found["settings"][setting][MAIN]["stages"])
+    (stage,) = yaml.safe_load(figures["settings"][setting][MAIN]["stages"])
     counts = stage["keep_tokens"]
     return str(counts) if isinstance(counts, int) else ", then ".join(map(str, counts))
 
 
-def accuracy(found: Mapping[str, Any], setting: str) -> str:
+def accuracy(figures: Mapping[str, Any], setting: str) -> str:
     """Our Table 1 at one setting: every row, best first."""
-    part, rows = of_setting(found, setting)
+    part, rows = of_setting(figures, setting)
     ordered = sorted(rows, key=lambda one: (one != "dense", -part.mean(one)))
     lines = []
     for label in ordered:
@@ -148,9 +148,9 @@ def accuracy(found: Mapping[str, Any], setting: str) -> str:
     return table(head, lines)
 
 
-def against(found: Mapping[str, Any], setting: str) -> str:
+def against(figures: Mapping[str, Any], setting: str) -> str:
     """PAR minus each other row, paired by question."""
-    part, rows = of_setting(found, setting)
+    part, rows = of_setting(figures, setting)
     lines = []
     for label in sorted((one for one in rows if one != MAIN), key=lambda one: -part.mean(one)):
         each = [signed(part.difference(MAIN, label, task)) for task in part.tasks]
@@ -163,13 +163,13 @@ def base_of(rows: Mapping[str, Any]) -> str:
     return "plain" if "plain" in rows else "shipped"
 
 
-def ablations(found: Mapping[str, Any], abouts: Mapping[str, str]) -> str:
+def ablations(figures: Mapping[str, Any], abouts: Mapping[str, str]) -> str:
     """Routers trained otherwise, and other uses of one."""
-    rows = results.rows(found["rows"])
+    rows = results.rows(figures["rows"])
     part, base = results.part(rows), base_of(rows)
     lines = []
     for label, row in rows.items():
-        told = found["training"].get(label)
+        told = figures["training"].get(label)
         name = f"`{label}`: {abouts[label]}" if label in abouts else label
         kl = f"{told['start']:.3f} / {told['random']:.3f} / {told['end']:.3f}" if told else ""
         steps = [str(told["steps"]), f"{told['difference']:g}"] if told else ["", ""]
@@ -181,26 +181,26 @@ def ablations(found: Mapping[str, Any], abouts: Mapping[str, str]) -> str:
     return table(head, lines)
 
 
-def overhead(found: Mapping[str, Any]) -> str:
+def overhead(figures: Mapping[str, Any]) -> str:
     """Routers at the 7B shape."""
-    lines = [[str(row["width"]), str(row["depth"]), f"{100 * row['share']:.3f}"] for row in found["rows"]]
+    lines = [[str(row["width"]), str(row["depth"]), f"{100 * row['share']:.3f}"] for row in figures["rows"]]
     return table(["width", "depth", "% of dense prefill"], lines)
 
 
-def promised(found: Mapping[str, Any]) -> str:
+def promised(figures: Mapping[str, Any]) -> str:
     """What FLOPs and KV promise at the 7B shape."""
     lines = [
         [str(row["tokens"]), str(row["layers"]), f"{100 * row['flops']:.1f}", f"{100 * row['router']:.2f}",
          f"{100 * row['kv']:.1f}", f"{row['speed']:.2f}"]
-        for row in found["promised"]
+        for row in figures["promised"]
     ]  # fmt: skip
     return table(["T", "L", "FLOPs %", "of these the router", "KV %", "prefill speed-up by FLOPs"], lines)
 
 
-def times(found: Mapping[str, Any]) -> str:
+def times(figures: Mapping[str, Any]) -> str:
     """Measured fractions of dense, beside the FLOPs."""
     lines = []
-    for name, row in found["rows"].items():
+    for name, row in figures["rows"].items():
         low, middle, high = row["prefill"]
         slow = row["decode"]
         kept = (1 - middle) / (1 - row["flops"]) if row["flops"] < 1 else 0.0
@@ -214,10 +214,10 @@ def times(found: Mapping[str, Any]) -> str:
     return table(head, lines)
 
 
-def prefills(found: Mapping[str, Any]) -> str:
+def prefills(figures: Mapping[str, Any]) -> str:
     """Measured prefill beside what its FLOPs promise; both as times as fast as dense."""
     lines = []
-    for name, row in found["rows"].items():
+    for name, row in figures["rows"].items():
         low, middle, high = row["prefill"]
         lines.append([
             name, f"{100 * row['flops']:.1f}", f"{100 * middle:.1f} ({100 * low:.1f} to {100 * high:.1f})",

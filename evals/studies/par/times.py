@@ -28,17 +28,18 @@ DENSE = "dense"
 def micro(bench: Bench, routers: Routers, settings: Sequence[Setting], rounds: int) -> dict[str, Any]:
     """The bundled model with its router, by number of questions at a time."""
     cases: dict[str, Any] = {DENSE: None, **{str(one): _stages(routers.at(bench, one)) for one in settings}}
-    found = {}
+    measured = {}
     for size, times in ((1, 3), (BATCH, 1)):
         batch = next(asked.batches(bench.loaded, bench.items[TASKS[0]][:size], TASKS[0]))
-        found[str(size)] = _measured(bench.loaded.model, cases, {**batch.inputs, "logits_to_keep": 1}, times * rounds)
-    return found
+        one_token = {**batch.inputs, "logits_to_keep": 1}
+        measured[str(size)] = _measured(bench.loaded.model, cases, one_token, times * rounds)
+    return measured
 
 
 def large(size: workload.Size, rounds: int) -> dict[str, Any]:
     """The benchmark's model with a new router, at the paper's shares of tokens and layers."""
-    found = _measured(workload.model_of(size), paper_cases(size, PAPER), workload.inputs_of(size), rounds)
-    return {"layers": size.layers, "hidden": size.hidden, "visual": size.side**2, "text": size.text, **found}
+    measured = _measured(workload.model_of(size), paper_cases(size, PAPER), workload.inputs_of(size), rounds)
+    return {"layers": size.layers, "hidden": size.hidden, "visual": size.side**2, "text": size.text, **measured}
 
 
 def paper_cases(size: workload.Size, settings: Sequence[tuple[int, int]]) -> dict[str, Stages | None]:
@@ -55,21 +56,21 @@ def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[st
 
     KV is counted from the cache itself.
     """
-    given: Any = dict(inputs)
+    arguments: Any = dict(inputs)
     prefill = timing.interleaved(
-        {name: partial(workload.prefill, model, listed(stages), given) for name, stages in cases.items()}, rounds
+        {name: partial(workload.prefill, model, listed(stages), arguments) for name, stages in cases.items()}, rounds
     )
     decode = timing.interleaved(
-        {name: partial(sections.decoding, model, listed(stages), given, STEPS) for name, stages in cases.items()},
+        {name: partial(sections.decoding, model, listed(stages), arguments, STEPS) for name, stages in cases.items()},
         rounds,
     )
-    held = {name: sections.memory_of(model, listed(stages), given)[1] for name, stages in cases.items()}
+    held = {name: sections.memory_of(model, listed(stages), arguments)[1] for name, stages in cases.items()}
     rows = {}
     for name, stages in cases.items():
         if name == DENSE:
             continue
         rows[name] = {
-            "flops": round(flops_of(model, stages, given), 5), "prefill": ratios(prefill[name], prefill[DENSE]),
+            "flops": round(flops_of(model, stages, arguments), 5), "prefill": ratios(prefill[name], prefill[DENSE]),
             "decode": ratios(decode[name], decode[DENSE]), "kv": round(held[name] / held[DENSE], 5),
         }  # fmt: skip
         say(f"timed {name}: {rows[name]}")
@@ -78,8 +79,8 @@ def _measured(model: Any, cases: Mapping[str, Stages | None], inputs: Mapping[st
 
 
 def _stages(one: Pipeline) -> list[Any]:
-    found: list[Any] = yaml.safe_load(one.resolved)["stages"]
-    return found
+    stages: list[Any] = yaml.safe_load(one.resolved)["stages"]
+    return stages
 
 
 def listed(stages: Stages | None) -> list[Any] | None:

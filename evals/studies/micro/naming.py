@@ -1,9 +1,9 @@
 """Another scaffold of stage 2: what a word has found out must stand in its own state.
 
 The decoder learned to look from a name to its patches, and to take a color from there, long before it took a place; and
-to look from a name to the other thing of its color without saying which that was. So the state of a name in a question
-is paid for spelling the color and place of what it names before layer 5, and, in questions of several hops, the name of
-the other thing of its color before layer 7, with its place where that is asked for.
+to look from a name to the other thing of its color without saying which that was. So an auxiliary loss asks the state
+of a name in a question to name the color and place of its thing before layer 5, and, in questions of several hops, the
+other thing of its color before layer 7, with its place where that is asked for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 SHARPNESS = 20.0
 NOTHING = -100
-SPELLED = ("name", "color", "side", "height", "other", "there", "level")
+KINDS = ("name", "color", "side", "height", "other", "there", "level")
 FACTS, HOPS = 5, 7  # before these layers
 
 
@@ -32,30 +32,30 @@ def families(packed: Packed) -> np.ndarray:
 
 
 def targets(words: Words, scenes: list[Scene], packed: Packed) -> dict[str, Tensor]:
-    """For every token and kind the class to spell, int64 `[B, S]`, or `NOTHING`."""
+    """For every token and kind the class to name, int64 `[B, S]`, or `NOTHING`."""
     ids, asked = packed.ids.numpy(), families(packed)
-    found = {kind: np.full(ids.shape, NOTHING) for kind in ("color", "side", "height", "other", "there", "level")}
+    classes = {kind: np.full(ids.shape, NOTHING) for kind in ("color", "side", "height", "other", "there", "level")}
     for b, shown in enumerate(scenes):
         for thing in shown.things:
             at = ids[b] == words.names[NAMES.index(thing.noun)]
-            found["color"][b, at] = COLOR_NAMES.index(thing.color)
+            classes["color"][b, at] = COLOR_NAMES.index(thing.color)
             if thing.clear:
-                found["side"][b, at] = SIDES.index(thing.side)
-                found["height"][b, at] = HEIGHTS.index(thing.height)
+                classes["side"][b, at] = SIDES.index(thing.side)
+                classes["height"][b, at] = HEIGHTS.index(thing.height)
             for wanted, hops in ((shown.signs, ("read_like",)), (shown.objects, HOPPED)):
                 kin = [t for t in wanted if t.color == thing.color and t is not thing]
                 here = at & np.isin(asked[b], hops) & ((asked[b] == "read_like") == (wanted is shown.signs))
                 if len(kin) != 1:
                     continue
-                found["other"][b, here] = NAMES.index(kin[0].noun)
+                classes["other"][b, here] = NAMES.index(kin[0].noun)
                 if kin[0].clear:
                     here = here & (asked[b] == "where_same")
-                    found["there"][b, here] = SIDES.index(kin[0].side)
-                    found["level"][b, here] = HEIGHTS.index(kin[0].height)
-    return {kind: torch.from_numpy(t) for kind, t in found.items()}
+                    classes["there"][b, here] = SIDES.index(kin[0].side)
+                    classes["level"][b, here] = HEIGHTS.index(kin[0].height)
+    return {kind: torch.from_numpy(t) for kind, t in classes.items()}
 
 
-def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, Tensor]) -> Tensor:
+def naming_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     """`states` of the questions by layer, `[B, S, H]`; `vectors` as of `word_vectors`."""
     losses = []
     for layer, kinds in ((FACTS, ("color", "side", "height")), (HOPS, ("other", "there", "level"))):
@@ -64,9 +64,9 @@ def spelling_loss(states: dict[int, Tensor], vectors: Tensor, wanted: dict[str, 
         for kind in kinds:
             at = wanted[kind] != NOTHING
             if at.any():
-                unit = F.normalize(states[layer][at].float(), dim=-1)
-                split = (unit @ vectors.T).split(SIZES, -1)
+                direction = F.normalize(states[layer][at].float(), dim=-1)
+                split = (direction @ vectors.T).split(SIZES, -1)
                 name, _, side, height = split
-                parts = dict(zip(SPELLED, (*split, name, side, height), strict=True))
+                parts = dict(zip(KINDS, (*split, name, side, height), strict=True))
                 losses.append(F.cross_entropy(parts[kind] * SHARPNESS, wanted[kind][at]))
     return torch.stack(losses).sum() if losses else torch.zeros(())
