@@ -22,23 +22,25 @@ from prunekit import families, upstream
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
+from prunekit.registry import Registry
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.strategies import ATTENDED, DRAWN, WITHOUT, with_own
 from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
 CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "nothing pruned": (),
+    "nothing pruned": ({"use": DRAWN, "keep": 1.0},),
     "tokens dropped at the decoder input and before layer 1": (
-        {"use": "random", "at": "encoder", "keep": 0.6},
-        {"use": "random", "at": 1, "keep": 0.5},
+        {"use": DRAWN, "at": "encoder", "keep": 0.6},
+        {"use": DRAWN, "at": 1, "keep": 0.5},
     ),
-    "tokens dropped by attention before layer 2": ({"use": "fastv", "at": 2, "keep": 0.5},),
-    "layers skipped": ({"use": "random", "at": "encoder", "keep": 0.5}, {"use": "skip_layers", "layers": [0, 3]}),
-    "attention skipped": ({"use": "skip_layers", "layers": [2], "what": "attention"},),
-    "MLP skipped": ({"use": "skip_layers", "layers": [2], "what": "mlp"},),
+    "tokens dropped by attention before layer 2": ({"use": ATTENDED, "at": 2, "keep": 0.5},),
+    "layers skipped": ({"use": DRAWN, "at": "encoder", "keep": 0.5}, {"use": WITHOUT, "layers": [0, 3]}),
+    "attention skipped": ({"use": WITHOUT, "layers": [2], "what": "attention"},),
+    "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
 
 
@@ -150,11 +152,13 @@ def _run(
     inputs: Mapping[str, Tensor],
     stock_run: StockRun,
 ) -> Case:
-    data = {"name": name.replace(" ", "-"), "stages": list(stages or [{"use": "random", "keep": 1.0}])}
+    data = {"name": name.replace(" ", "-"), "stages": list(stages)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrunekitWarning)
-            result = compared(twin, parts, build(data), inputs, STEPS, ALLOWED, stock_run=stock_run)
+            result = compared(
+                twin, parts, build(data, registry=with_own(Registry())), inputs, STEPS, ALLOWED, stock_run=stock_run
+            )
     except PrunekitError as error:
         return Case(name, None, f"{error}")
     except Exception as error:  # code that was never seen may fail in any way
