@@ -216,7 +216,7 @@ class Attached:
             state: BatchState | None = ragged.owner_of(cache)
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
-                call.refuse_new_pictures()
+                call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())

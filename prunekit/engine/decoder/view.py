@@ -16,7 +16,7 @@ from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings, Run, taken
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.prompt.prompt import Prompt
-from prunekit.engine.tokens.layout import blank
+from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tower import record
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
@@ -93,7 +93,7 @@ class View:
     @cached_property
     def _coords(self) -> Tensor:
         """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
-        return blank(take(self.prompt.coords, self.ordinals, 1), self.valid, -1)
+        return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
     def coords(self) -> Tensor:
