@@ -26,7 +26,7 @@ from prunekit.engine.prompt.call import CALL, Call
 from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower.plan import TowerPlan
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, build, combine
 from prunekit.records import RunReport
@@ -90,9 +90,8 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        """Put the overrides in."""
         parts, base = self.parts, self.parts.base
-        self._check_attention()
         if self.outer is not None:
             self.outer._overrides.restore()
         try:
@@ -138,13 +137,6 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
-
-    def _check_attention(self) -> None:
-        if self.active and self._kind is None:
-            raise Unsupported(
-                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
-                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
-            )
 
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
@@ -257,7 +249,6 @@ class Attached:
 
 
 def _rotary(parts: Parts) -> nn.Module:
-    if parts.rotary is None:
-        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    assert parts.rotary is not None, "checked when the pipeline was bound"
     module: nn.Module = getattr(parts.text, parts.rotary)
     return module

@@ -51,7 +51,7 @@ class Needs:
 
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
-        """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
+        """Of all cuts of a bound pipeline, whose inputs `bind` has found to exist at their sites."""
         watched: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
@@ -60,10 +60,6 @@ class Needs:
         layers = bound.shape.layers
         for cut in bound.cuts:
             names = _named(cut)
-            try:
-                table.layers_read(cut.stage.inputs, names, cut.site, layers)
-            except ValueError as error:
-                raise Unsupported(f"{cut.label}: {error}; declare another layer for it, or move the stage") from None
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
                 assert layer is not None
@@ -77,8 +73,6 @@ class Needs:
             before = decoder_requests.layer_before(cut.site, layers)
             if "previous_hidden" in names and before is not None:
                 entered.add(before)
-            if "forward" in names and (cut.site.point == "mid" or cut.site.place == "prefill_end"):
-                raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
         return cls(frozenset(watched), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)

@@ -16,11 +16,10 @@ from prunekit.engine.attention.tower_rows import TowerWatch
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tower.notes import TowerNotes
 from prunekit.engine.tower.run import TowerRun
-from prunekit.engine.tower.view import ARGUMENTS
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts, Tower
 from prunekit.pipeline.build import BoundPipeline
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, requests
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import (
@@ -32,8 +31,6 @@ from prunekit.strategy.tower_requests import (
 )
 
 _RUN: ContextVar[TowerRun | None] = ContextVar("prunekit_tower", default=None)
-# Hooks that may ask for inputs.
-HOOKS = ("score_tokens", "select_tokens", "merge_tokens", "route")
 
 
 class TowerPlan:
@@ -63,29 +60,14 @@ class TowerPlan:
 
     @classmethod
     def of(cls, bound: BoundPipeline, parts: Parts) -> TowerPlan | None:
-        """What `bound` wants of the tower of `parts`; None: nothing.
-
-        Raises Unsupported, naming the stage, for what this tower cannot give.
-        """
+        """What `bound` wants of the tower of `parts`; None: nothing. What a tower cannot give, `bind` has refused."""
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
         asked = [(cut, name) for cut in bound.cuts for name in OF_TOWER if cut.stage.asks_for(name)]
-        extras = [cut for cut in bound.cuts if cut.stage.extras]
+        extras = any(cut.stage.extras for cut in bound.cuts)
         if not (cuts or asked or extras):
             return None
-        first = min([*cuts, *(cut for cut, _ in asked), *extras], key=lambda cut: cut.site)
-        if parts.tower is None:
-            raise Unsupported(
-                f"{first.label} needs the vision tower, which for {parts.family} can neither be cut nor read: its "
-                "family file declares no `tower`; use sites from 'encoder' on, and inputs that are not of the tower"
-            )
-        for cut in cuts:
-            _check_cut(cut, parts.tower)
-        for cut, name in asked:
-            for spec in requests(cut.stage.inputs, name):
-                _check_spec(cut, name, spec, parts.tower, bool(cuts))
-        for cut in extras:
-            _check_extras(cut, parts.tower)
-        return cls(parts.tower, cuts, asked, bool(extras))
+        assert parts.tower is not None, "checked when the pipeline was bound"
+        return cls(parts.tower, cuts, asked, extras)
 
     def resolve(self, spec: EncoderSpec, site: Site) -> EncoderSpec:
         """`spec` with the number of its block; without one where it is of no block."""
@@ -149,70 +131,6 @@ class TowerPlan:
     def notes(self, run: TowerRun, features: Sequence[Tensor]) -> TowerNotes:
         """What goes along with the pictures, after the call. features: its `pooler_output`, one entry for each."""
         return TowerNotes.of(run, self, features)
-
-
-def _check_cut(cut: Cut, tower: Tower) -> None:
-    """Raise Unsupported for a cut that this tower does not allow."""
-    blocks, number, used = len(tower.layers), cut.site.layer or 0, _implementation(tower)
-    reason = None
-    if number >= blocks:
-        reason = f"the vision tower ends with block {blocks - 1}"
-    elif number > tower.feature_block:
-        reason = (
-            f"image features are taken after block {tower.feature_block}, so a later cut changes nothing that the "
-            "decoder sees; cut earlier, or at 'encoder'"
-        )
-    elif used not in ("sdpa", "eager"):
-        reason = f"the vision tower runs on '{used}', which takes no masks of single tokens; use sdpa or eager"
-    elif any(site.place != "vision" for site in cut.stage.known_sites or ()):
-        reason = "inside the tower a sample is a picture, later it is a row of the prompt: split the stage in two"
-    else:
-        wrong = sorted(_asked(cut.stage) - ARGUMENTS)
-        if wrong:
-            reason = f"it asks for {', '.join(wrong)}, which the prompt or the decoder has, and not the vision tower"
-    if reason:
-        raise Unsupported(f"{cut.label} cannot act at '{cut.site}': {reason}")
-
-
-def _asked(stage: Stage) -> set[str]:
-    return {name for hook in HOOKS for name in stage.requests(hook)}
-
-
-def _check_spec(cut: Cut, name: str, spec: EncoderSpec, tower: Tower, cuts: bool) -> None:
-    """Raise Unsupported for an input that this tower does not have."""
-    blocks, inside = len(tower.layers), cut.site.place == "vision"
-    found = resolved(spec, cut.site, blocks, tower.feature_block)
-    cls = getattr(spec, "of", "") == "cls" or getattr(spec, "query", "") == "cls"
-    reason = None
-    if cls and not tower.leading:
-        reason = "this vision tower has no CLS token; use query='mean', or inputs of the patches"
-    elif isinstance(spec, EncoderRows) and spec.query == POOL:
-        if tower.pool is None:
-            reason = "this vision tower has no pooling head; use query='cls' or 'mean'"
-        elif cuts:
-            reason = "the pooling head would also attend to what cuts in the tower have dropped"
-    elif isinstance(spec, Features) and spec.projected:
-        reason = "inside the tower nothing has been projected yet" if inside else None
-    elif found.layer not in range(blocks):
-        reason = f"there is no block {spec.layer}: the vision tower has blocks 0 to {blocks - 1}"
-    elif inside and (found.layer, "after") > (cut.site.layer, "after"):
-        reason = f"block {found.layer} has not run yet at '{cut.site}'"
-    elif inside and isinstance(spec, Features) and cut.site.point == "mid" and found.layer == cut.site.layer:
-        reason = f"block {found.layer} has not run to its end at '{cut.site}'; ask for `hidden`"
-    if reason:
-        raise Unsupported(f"{cut.label} asks for {name}, {spec}: {reason}")
-
-
-def _check_extras(cut: Cut, tower: Tower) -> None:
-    reason = None
-    if not tower.leading:
-        reason = "there is no CLS token in this vision tower"
-    elif tower.projector is None:
-        reason = "the projector of this model does not map single tokens, so its CLS token cannot be projected"
-    elif tower.feature_block < 0:
-        reason = "the projector gets the tower's input"
-    if reason:
-        raise Unsupported(f"{cut.label} takes extras {cut.stage.extras}: {reason}")
 
 
 def _check_call(arguments: Mapping[str, Any], tower: Tower) -> None:

@@ -21,12 +21,6 @@ from prunekit.strategy.inputs import OF_TOWER, requests
 if TYPE_CHECKING:
     from prunekit.engine.tower.run import TowerRun
 
-# What hooks get at a tower site; everything else belongs to the prompt or the decoder.
-ARGUMENTS = frozenset(
-    {"scores", "keep", "hidden", "coords", "frames", "sizes", "valid", "count", "cut", "seed", "state", *OF_TOWER}
-)
-
-
 @dataclass(frozen=True)
 class TowerView:
     """The visual tokens that reach one cut in the tower. B counts pictures, V is without tokens that have no patch.
