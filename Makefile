@@ -16,6 +16,10 @@ STUDY_ARGS ?=
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2
+# The order of the tests of `make test-full`, which it prints; an order that failed is run again by SEED=that number.
+ifndef SEED
+SEED := $(shell date +%s)
+endif
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 LOCKED := $(PIP) install -c constraints.txt
@@ -43,20 +47,21 @@ lint: $(STAMP) ## ruff and mypy
 test: lint ## ruff, mypy and the test suite
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-full: lint ## the same with the full exactness matrix, whose table goes into docs/exactness.md
+test-full: lint ## the same, shuffled, with the full exactness matrix, whose table goes into docs/exactness.md
 	mkdir -p build && rm -f build/exactness.jsonl
 	PRUNEKIT_EXACTNESS=$(CURDIR)/build/exactness.jsonl $(PYTEST) tests/engine/test_matrix.py::test_cell
 	$(BIN)/python tests/engine/exactness_table.py build/exactness.jsonl
-	$(PYTEST) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
+	@echo "shuffled tests: SEED=$(SEED)"
+	$(PYTEST) -p randomly --randomly-seed=$(SEED) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) ## the tests of exactness on several versions of transformers; minutes for each
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python benchmarks/cpu.py $(BENCH_ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.bench.cpu $(BENCH_ARGS)
 
 study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
-	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m studies.par $(STUDY_ARGS)
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.par $(STUDY_ARGS)
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

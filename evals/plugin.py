@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from prunekit_evals import arguments
-from prunekit_evals.micro import command
+from prunekit_evals.cli import arguments, micro
 
 from prunekit.hookspecs import hookimpl
 
@@ -14,7 +13,7 @@ from prunekit.hookspecs import hookimpl
 def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """`prunekit eval`, `prunekit compare`, `prunekit demo` and `prunekit micro`."""
     arguments.add(subparsers)
-    command.add(subparsers)
+    micro.add(subparsers)
 
 
 @hookimpl
@@ -26,4 +25,4 @@ def prunekit_models() -> dict[str, str]:
 @hookimpl
 def prunekit_data() -> dict[str, str]:
     """The bundled model's own scenes, with questions."""
-    return {"micro-scenes": "prunekit_evals.scene_prompts:source"}
+    return {"micro-scenes": "prunekit_evals.micro.scene_prompts:source"}

@@ -10,23 +10,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from prunekit_evals import harness, quiet, results, scoring, tasks
-from prunekit_evals.answering import Loaded, Tally, device_type
-from prunekit_evals.generation import HonorUntil
-from prunekit_evals.identity import code_identity, model_identity, versions
-from prunekit_evals.results import Cell, Conditions, PipelineId, Timing
-from prunekit_evals.tasks import Built, Data, Named
-from prunekit_evals.timing import measure_prefill
+from prunekit_evals.bench.prefill import measure_prefill
+from prunekit_evals.lmms import harness, quiet, scoring, tasks
+from prunekit_evals.lmms.tasks import Built, Data, Named
+from prunekit_evals.run import results
+from prunekit_evals.run.answering import Loaded, Tally, device_type
+from prunekit_evals.run.generation import HonorUntil
+from prunekit_evals.run.identity import code_identity, versions
+from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 
 from prunekit import loading
 from prunekit.errors import InputError
+from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 from prunekit.strategy.decisions import ModelShape
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate. data: where task data is. limit: questions a task, None for all. force: also what is there."""
+    """What to evaluate. data: where task data is. limit: questions a task, None for all. force: also what is there.
+
+    Raises InputError for two pipelines of one name, which results and tables could not tell apart.
+    """
 
     model: str
     pipelines: tuple[Pipeline, ...]
@@ -45,6 +50,14 @@ class Plan:
     download: bool = False
     force: bool = False
     timing: bool = True
+
+    def __post_init__(self) -> None:
+        by_name: dict[str, Pipeline] = {}
+        for pipeline in self.pipelines:
+            other = by_name.setdefault(pipeline.name, pipeline)
+            if other is not pipeline:
+                both = f"{other.source} and {pipeline.source}"
+                raise InputError(f"two pipelines are called '{pipeline.name}': {both} (give one another `name`)")
 
 
 class Progress(Protocol):
@@ -196,8 +209,8 @@ class Runner:
         return path.with_suffix(".journal.jsonl")
 
     def _compute(self, cell: Cell, built: Built, pipeline: Pipeline) -> Cell:
-        from prunekit_evals.asking import Settings
-        from prunekit_evals.lmms import PruneKitChat, PruneKitSimple
+        from prunekit_evals.lmms.adapter import PruneKitChat, PruneKitSimple
+        from prunekit_evals.lmms.requests import Settings
 
         plan = self.plan
         path = self.path(built.name, pipeline)
@@ -209,13 +222,13 @@ class Runner:
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance
         with model.journal:
-            found = harness.evaluate(model, built, path.with_suffix(".files"))
-        done = scoring.questions(built.name, found["samples"][built.name])
+            evaluated = harness.evaluate(model, built, path.with_suffix(".files"))
+        done = scoring.questions(built.name, evaluated["samples"][built.name])
         return replace(
             cell,
             status="done",
-            task_version=str(found["versions"].get(built.name, "")),
-            metrics=harness.metrics_of(found["results"][built.name]),
+            task_version=str(evaluated["versions"].get(built.name, "")),
+            metrics=harness.metrics_of(evaluated["results"][built.name]),
             questions=done,
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),

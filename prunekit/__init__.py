@@ -11,17 +11,19 @@ torch.
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunekit.engine.attach import apply
+    from prunekit.apply import apply
     from prunekit.errors import PrunekitError, PrunekitWarning, SpecError, Unsupported
     from prunekit.hookspecs import hookimpl
     from prunekit.pipeline.build import Pipeline
     from prunekit.pipeline.build import build as load
     from prunekit.records import RunReport, StageEvent
     from prunekit.strategy.artefact import Artefact, CalibrationPrompt, read_artefact
-    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Owners, Route, Selection
     from prunekit.strategy.declare import strategy
     from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
     from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
@@ -30,11 +32,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
-    "apply": ("engine.attach", "apply"),
+    "apply": ("apply", "apply"),
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),
     "Pipeline": ("pipeline.build", "Pipeline"),
-    **{name: ("strategy.decisions", name) for name in ("LayerAction", "LayerPlan", "ModelShape", "Route", "Selection")},
+    **{
+        name: ("strategy.decisions", name)
+        for name in ("LayerAction", "LayerPlan", "ModelShape", "Owners", "Route", "Selection")
+    },
     **{name: ("strategy.decoder_requests", name) for name in ("Keys", "PromptTokens", "Rows", "Values")},
     **{
         name: ("strategy.tower_requests", name)
@@ -49,17 +54,27 @@ _WHERE = {
 
 __all__ = [
     "ENCODER", "PREFILL_END", "Artefact", "CalibrationPrompt", "EncoderKeys", "EncoderQueries", "EncoderRows",
-    "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Pipeline",
+    "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Owners", "Pipeline",
     "PromptTokens", "PrunekitError", "PrunekitWarning", "Route", "Rows", "RunReport", "Selection", "Site", "Sites",
     "SpecError", "StageEvent", "Unsupported", "Values", "apply", "hookimpl", "load", "read_artefact", "strategy",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
-    module, attribute = _WHERE[name]
-    return getattr(importlib.import_module(f"prunekit.{module}"), attribute)
+class _Public(ModuleType):
+    """The package; its public names win over submodules of the same name (`apply.py`, `strategy/`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):  # importing a submodule binds it to its package
+            super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'prunekit' has no attribute {name!r}")
+        module, attribute = _WHERE[name]
+        return getattr(importlib.import_module(f"prunekit.{module}"), attribute)
+
+
+sys.modules[__name__].__class__ = _Public
 
 
 def __dir__() -> list[str]:

@@ -209,6 +209,15 @@ class HostHooks:
         raise NotImplementedError
 
     @hookspec
+    def prunekit_pipelines(self) -> dict[str, str | PathLike[str]]:
+        """Bring named pipelines.
+
+        Returns: {"fastv-k2-r25": absolute path of the YAML file}; `prunekit show fastv-k2-r25` then works anywhere.
+        Every plugin is called.
+        """
+        raise NotImplementedError
+
+    @hookspec
     def prunekit_data(self) -> dict[str, str]:
         """Bring named prompts to train and calibrate on.
 

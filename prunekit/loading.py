@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
     from prunekit.strategy.decisions import ModelShape
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Files of a model folder that can change an answer: weights, configs, tokenizer, processor, chat template.
+MATTERS = {".json", ".jinja", ".safetensors", ".bin", ".model", ".txt"}
+WHOLE = 256 * 2**20
+BLOCK, BLOCKS = 2**20, 64
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -100,6 +106,20 @@ def load_skeleton(name: str | Path, download: bool = False) -> PreTrainedModel:
     return model
 
 
+def model_identity(where: Path | str) -> str | None:
+    """Names the weights at `where`: 12 hex digits of a folder's files, the revision of a hub id in the local cache.
+
+    A file of more than 256 MiB counts by its size and 64 evenly spread blocks of 1 MiB. None for a hub id that is not
+    in the local cache yet.
+    """
+    if isinstance(where, Path):
+        return _folder(where.resolve())
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(where, "config.json")
+    return Path(config).parent.name[:12] if isinstance(config, str) else None
+
+
 @contextmanager
 def _explained(path: Path | str, download: bool) -> Iterator[None]:
     """Turn what transformers raises for a missing or unsuitable model into an InputError that says what to do."""
@@ -146,3 +166,26 @@ def _dtype(dtype: torch.dtype | str) -> Any:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}' ({did_you_mean(dtype, DTYPES)}known: {', '.join(DTYPES)})")
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+@cache
+def _folder(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file.suffix in MATTERS and not any(part.startswith(".") for part in file.parts[-2:]):
+            total.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+            for block in _blocks(file):
+                total.update(block)
+    return total.hexdigest()[:12]
+
+
+def _blocks(file: Path) -> Iterator[bytes]:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        if size <= WHOLE:
+            while block := stream.read(BLOCK):
+                yield block
+            return
+        for number in range(BLOCKS):
+            stream.seek((size - BLOCK) * number // (BLOCKS - 1))
+            yield stream.read(BLOCK)

@@ -72,7 +72,10 @@ def registry() -> Registry:
         # A hook caller for this plugin alone: so we know who registers what.
         others = [other for other, _ in _named(manager()) if other is not plugin]
         _guarded(signed, manager().subset_hook_caller("prunekit_register", others), registry=signed)
-        for hook, add in (("prunekit_models", signed.model), ("prunekit_data", signed.source)):
+        tables = {
+            "prunekit_models": signed.model, "prunekit_data": signed.source, "prunekit_pipelines": signed.pipeline,
+        }  # fmt: skip
+        for hook, add in tables.items():
             for named in _guarded(signed, manager().subset_hook_caller(hook, others)):
                 if not isinstance(named, Mapping):
                     raise PluginError(f"plugin '{name}' of {signed.origin}: {hook} gave {named!r}, not a dict")
@@ -133,13 +136,13 @@ def _load(built: Host, point: EntryPoint) -> None:
 
 
 def _register(built: Host, plugin: object, name: str | None, source: str) -> str | None:
-    known = built.is_registered(plugin)
+    already = built.is_registered(plugin)
     try:
         registered = built.register(plugin, name)
         built.check_pending()
     except (ValueError, pluggy.PluginValidationError) as error:
         shown = name or str(getattr(plugin, "__name__", plugin))
-        if not known and built.is_registered(plugin):
+        if not already and built.is_registered(plugin):
             built.unregister(plugin)
         reason = " ".join(str(error).split())
         raise PluginError(f"plugin '{shown}' of {source} is refused: {reason} ({_blocking(shown)})") from error

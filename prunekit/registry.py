@@ -1,4 +1,7 @@
-"""Names to lazy targets: strategies and short model names, each with its origin. Nothing is imported before `get_*`."""
+"""Names to lazy targets: strategies, models, data and pipelines, each with its origin.
+
+Nothing is imported before `get_*`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
+from os.path import isabs
 from typing import Any
 
 from prunekit.errors import DuplicateName, PluginError, UnknownName
@@ -19,7 +23,7 @@ TARGET = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 class Entry:
     """One registered name.
 
-    target: `package.module:Attr`, imported when asked for.
+    target: `package.module:Attr`, imported when asked for; of a pipeline, the path of its file.
     origin: the distribution and version that brought it, such as `prunekit 0.1.0`.
     plugin: the name of the plugin that registered it, as PRUNEKIT_DISABLE_PLUGINS takes it.
     """
@@ -54,22 +58,27 @@ class Registry:
     _strategies: dict[str, Entry] = field(default_factory=dict)
     _models: dict[str, Entry] = field(default_factory=dict)
     _sources: dict[str, Entry] = field(default_factory=dict)
+    _pipelines: dict[str, Entry] = field(default_factory=dict)
 
     def signed(self, plugin: str, origin: str) -> Registry:
         """The same registry, signing what is registered through it with another plugin and origin."""
-        return Registry(plugin, origin, self._strategies, self._models, self._sources)
+        return Registry(plugin, origin, self._strategies, self._models, self._sources, self._pipelines)
 
     def strategy(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
         """Register a strategy class: `target` is `package.module:Class`. Raises DuplicateName, PluginError."""
-        self._add("strategy", self._strategies, name, target, summary, origin)
+        self._add("strategy", self._strategies, name, _importable, target, summary, origin)
 
     def model(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
         """Register a short model name: `target` is a function without arguments that returns the model's folder."""
-        self._add("model", self._models, name, target, summary, origin)
+        self._add("model", self._models, name, _importable, target, summary, origin)
 
     def source(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
         """Register prompts to train on: `target` is a function without arguments that returns a `Source`."""
-        self._add("data", self._sources, name, target, summary, origin)
+        self._add("data", self._sources, name, _importable, target, summary, origin)
+
+    def pipeline(self, name: str, file: str | PathLike[str], *, summary: str = "", origin: str | None = None) -> None:
+        """Register a pipeline: `file` is the absolute path of its YAML file. Raises DuplicateName, PluginError."""
+        self._add("pipeline", self._pipelines, name, _absolute, file, summary, origin)
 
     def strategies(self) -> tuple[Entry, ...]:
         """Every strategy, by name."""
@@ -82,6 +91,10 @@ class Registry:
     def sources(self) -> tuple[Entry, ...]:
         """Every name of data, by name."""
         return tuple(sorted(self._sources.values(), key=lambda entry: entry.name))
+
+    def pipelines(self) -> tuple[Entry, ...]:
+        """Every named pipeline, by name."""
+        return tuple(sorted(self._pipelines.values(), key=lambda entry: entry.name))
 
     def strategy_entry(self, name: str) -> Entry:
         """The entry of a strategy, without importing it. Raises UnknownName."""
@@ -103,19 +116,36 @@ class Registry:
         """The function that returns the data of this name. Raises UnknownName."""
         return _function("data", _find("data", self._sources, name))  # type: ignore[no-any-return]
 
+    def get_pipeline(self, name: str) -> str:
+        """The path of the file of a pipeline. Raises UnknownName."""
+        return _find("pipeline", self._pipelines, name).target
+
     def _add(
-        self, kind: str, table: dict[str, Entry], name: str, target: str, summary: str, origin: str | None
-    ) -> None:
-        entry = Entry(name, target, summary, origin or self.origin, self.plugin)
+        self, kind: str, table: dict[str, Entry], name: str, check: Callable[[Any], str | None], target: Any,
+        summary: str, origin: str | None,
+    ) -> None:  # fmt: skip
+        entry = Entry(name, str(target), summary, origin or self.origin, self.plugin)
         who = f"plugin '{entry.plugin}' of {entry.origin}"
         if not isinstance(name, str) or not NAME.fullmatch(name):
             raise PluginError(f"{who}: {kind} name {name!r} must be lower-case letters, digits, '_', '-' or '.'")
-        if not isinstance(target, str) or not TARGET.fullmatch(target):
-            raise PluginError(f"{who}: target {target!r} of {kind} '{name}' must be written 'package.module:Attribute'")
+        if wrong := check(target):
+            raise PluginError(f"{who}: target {target!r} of {kind} '{name}' {wrong}")
         if name in table:
             first = table[name]
             raise DuplicateName(kind, name, f"plugin '{first.plugin}' of {first.origin}", who)
         table[name] = entry
+
+
+def _importable(target: Any) -> str | None:
+    if isinstance(target, str) and TARGET.fullmatch(target):
+        return None
+    return "must be written 'package.module:Attribute'"
+
+
+def _absolute(target: Any) -> str | None:
+    if isinstance(target, str | PathLike) and isabs(target):
+        return None
+    return "must be the absolute path of a YAML file"
 
 
 def _function(kind: str, entry: Entry) -> Any:

@@ -245,6 +245,6 @@ PROBES = (
         _picture_features,
     ),
     Probe("mm_encoder_outputs", "engine/prompt/call.py: pictures that generate has encoded", _encoded_first),
-    Probe("models.llava_next.modeling_llava_next", "families/grids.py: places in any-resolution pictures", _anyres),
+    Probe("models.llava_next.modeling_llava_next", "families/grids.py: coords in any-resolution images", _anyres),
     Probe("torch.nn.Module.__call__", "engine/overrides.py: overrides of instances", _module_forward),
 )

@@ -1,6 +1,8 @@
-"""Registers the built-in strategies, through the same entry-point group as anyone's."""
+"""Registers the built-in strategies and pipelines, through the same entry-point group as anyone's."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from prunekit import hookimpl
 from prunekit.registry import Registry
@@ -16,6 +18,7 @@ STRATEGIES = {
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
+    "shortgpt": ("shortgpt:ShortGPT", "layers that a calibration found to change least (ShortGPT)"),
     "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens stand still in listed layers (ShortV, ICCV 2025)"),
 }
 
@@ -25,3 +28,10 @@ def prunekit_register(registry: Registry) -> None:
     """Names and lazy targets; nothing is imported until a pipeline uses it."""
     for name, (target, summary) in STRATEGIES.items():
         registry.strategy(name, f"prunekit_strategies.{target}", summary=summary)
+
+
+@hookimpl
+def prunekit_pipelines() -> dict[str, Path]:
+    """The files of `pipelines/`, each under its name without the ending."""
+    folder = Path(__file__).resolve().parent / "pipelines"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml"))}

@@ -278,7 +278,7 @@ def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 class TestModels:
     """Models that are not there, not whole, or not of the right kind."""
 
-    PIPELINE = Path(__file__).parent.parent / "docs" / "pipelines" / "fastv-k2-r25.yaml"
+    PIPELINE = Path(__file__).parent.parent / "strategies" / "pipelines" / "fastv-k2-r25.yaml"
 
     def refused(self, capsys: pytest.CaptureFixture[str], model: object, *more: object) -> str:
         return refused(capsys, "run", self.PIPELINE, "--prompt", "x", "--model", model, *more)

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from prunekit_evals.bench import cpu, gpu, gpu_models, sections, timing, workload
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ROOT / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Any]:
-    """`scripts(name)` imports a file of benchmarks/."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield import_module
-    sys.path.remove(str(SCRIPTS))
-
-
-def test_the_documented_figures_are_the_measured_ones(scripts: Any) -> None:
-    cpu = scripts("cpu")
-    figures = json.loads((SCRIPTS / "cpu.json").read_text(encoding="utf-8"))
-    assert figures["about"]["size"] == dataclasses.asdict(scripts("workload").FULL)
+def test_the_documented_figures_are_the_measured_ones() -> None:
+    figures = json.loads((ROOT / "docs" / "performance.json").read_text(encoding="utf-8"))
+    assert figures["about"]["size"] == dataclasses.asdict(workload.FULL)
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert cpu.into(text, cpu.rendered(figures)) == text
 
 
 def test_prints_every_table_and_writes_the_figures(
-    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cpu, out = scripts("cpu"), tmp_path / "deep" / "figures.json"
+    out = tmp_path / "deep" / "figures.json"
     assert cpu.main(["--tiny", "--rounds", "1", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())
     assert set(figures) == {"about", *cpu.SECTIONS}
@@ -53,8 +42,8 @@ def test_prints_every_table_and_writes_the_figures(
     assert peaks["stride, at the encoder, keep 25 %"] < peaks["FastV, before layer 2, keep 25 %"] < peaks["dense"] == 1
 
 
-def test_one_section_leaves_the_others(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu, out = scripts("cpu"), tmp_path / "figures.json"
+def test_one_section_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "figures.json"
     out.write_text('{"scoring": 0.5}')
     monkeypatch.setattr(cpu, "measure", lambda section, rounds, tiny: 0.25)
     cpu.main(["--only", "scoring", "--out", str(out)])
@@ -68,8 +57,7 @@ def test_one_section_leaves_the_others(scripts: Any, tmp_path: Path, monkeypatch
         cpu.main(["--only", "speed", "--out", str(out)])
 
 
-def test_flops_fractions_are_those_of_the_stages(scripts: Any) -> None:
-    workload, sections = scripts("workload"), scripts("sections")
+def test_flops_fractions_are_those_of_the_stages() -> None:
     model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
 
     def fraction(stages: list[Any] | None) -> float:
@@ -80,9 +68,8 @@ def test_flops_fractions_are_those_of_the_stages(scripts: Any) -> None:
     assert fraction(workload.PRUNES["FastV, before layer 2, keep 25 %"]) < 0.6
 
 
-def test_par_is_measured_at_the_counts_of_its_paper_with_its_router(scripts: Any) -> None:
+def test_par_is_measured_at_the_counts_of_its_paper_with_its_router() -> None:
     """128 of 576 visual tokens and three of four layers; what the router costs is in the FLOPs that time is held to."""
-    workload, sections = scripts("workload"), scripts("sections")
     whole, *parts = workload.par_of(workload.FULL)
     assert whole == "PAR, T=128 of 576, L=12 of 16" and len(parts) == 3
     model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
@@ -93,8 +80,8 @@ def test_par_is_measured_at_the_counts_of_its_paper_with_its_router(scripts: Any
     assert shares[0] < min(shares[1:3]) and shares[3] > 1, "the router alone saves nothing"
 
 
-def test_ratios_are_of_medians(scripts: Any) -> None:
-    sections, time = scripts("sections"), scripts("timing").Time
+def test_ratios_are_of_medians() -> None:
+    time = timing.Time
     dense = [time(4.0, 8.0), time(2.0, 4.0), time(3.0, 9.0)]
     row = sections.row("half", [time(1.5, 4.0), time(1.0, 4.0), time(9.0, 9.0)], dense, 0.4)
     assert (row.cpu, row.wall, row.cpu_ratio, row.wall_ratio) == (1.5, 4.0, 0.5, 0.5)
@@ -103,9 +90,8 @@ def test_ratios_are_of_medians(scripts: Any) -> None:
     assert sections.row("dense", dense, dense, 1.0).saved_of_promised is None
 
 
-def test_the_masking_peer_really_masks(scripts: Any) -> None:
+def test_the_masking_peer_really_masks() -> None:
     """What is forbidden to be seen changes the logits, and nothing else does: with all kept they are the dense ones."""
-    workload, sections = scripts("workload"), scripts("sections")
     model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
 
     @contextmanager
@@ -119,9 +105,9 @@ def test_the_masking_peer_really_masks(scripts: Any) -> None:
         assert (dense - quarter).abs().max() > 1e-4
 
 
-def test_peak_memory_counts_what_is_held_at_once(scripts: Any) -> None:
+def test_peak_memory_counts_what_is_held_at_once() -> None:
     given = torch.zeros(1000)
-    with scripts("timing").PeakMemory() as memory:
+    with timing.PeakMemory() as memory:
         first = given + 1
         second = first * 2
         assert memory.now == 8000
@@ -135,22 +121,21 @@ def test_peak_memory_counts_what_is_held_at_once(scripts: Any) -> None:
         assert (memory.now, memory.peak) == (0, 8000)
 
 
-def test_what_is_profiled_must_exist(scripts: Any) -> None:
-    workload, sections = scripts("workload"), scripts("sections")
+def test_what_is_profiled_must_exist() -> None:
     model, inputs = workload.model_of(workload.TINY), workload.inputs_of(workload.TINY)
     with pytest.raises(LookupError, match="did not run"):
         sections.cumulative(workload.prefill(model, None, inputs), sections.SCORING)
 
 
 def test_the_gpu_script_runs_on_toys(
-    scripts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu, out = scripts("gpu"), tmp_path / "gpu.json"
+    out = tmp_path / "gpu.json"
     assert gpu.main(["--tiny", "--rounds", "1", "--batches", "1,2", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert len(rows) == 3 * 2 * 6
     printed = capsys.readouterr().out
-    assert all(f"| {model.name} | 2 | dense |" in printed for model in scripts("gpu_models").MODELS)
+    assert all(f"| {model.name} | 2 | dense |" in printed for model in gpu_models.MODELS)
     promised = {
         row["pipeline"]: row["promised"] for row in rows if row["model"] == "LLaVA-1.5-7B" and row["batch"] == 2
     }
@@ -161,15 +146,14 @@ def test_the_gpu_script_runs_on_toys(
     assert gpu.main([]) == 1
 
 
-def test_the_promise_at_7b_is_that_of_the_paper_setting(scripts: Any) -> None:
+def test_the_promise_at_7b_is_that_of_the_paper_setting() -> None:
     """128 visual tokens from layer 2 on in 24 of 32 layers, beside 64 text tokens: about 30 % of the FLOPs."""
     from prunekit import cost, families
     from prunekit.strategy.decisions import LayerAction, LayerPlan
 
-    models, gpu = scripts("gpu_models"), scripts("gpu")
-    model = models.MODELS[0]
+    model = gpu_models.MODELS[0]
     with torch.device("meta"):
-        live = models.transformers.AutoModelForImageTextToText.from_config(model.config(model.decoder))
+        live = gpu_models.transformers.AutoModelForImageTextToText.from_config(model.config(model.decoder))
     shape = families.find(live).shape()
     (stages,) = [
         stages for name, stages in gpu.pipelines(model.decoder).items() if name == "random, layer 2, T=128, L=24"

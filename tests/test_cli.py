@@ -21,12 +21,12 @@ from prunekit import hookimpl, loading, plugins
 from prunekit.cli import list as listing
 from prunekit.cli import main
 from prunekit.cli import run as running
-from prunekit.errors import PrunekitWarning
+from prunekit.errors import PrunekitWarning, SpecError
 from prunekit.pipeline import build
 from prunekit.strategy.decisions import ModelShape
 
 ROOT = Path(__file__).parent.parent
-PIPELINES = ROOT / "docs" / "pipelines"
+PIPELINES = ROOT / "strategies" / "pipelines"
 PROGRAM = [sys.executable, "-m", "prunekit.cli.main"]
 
 
@@ -89,11 +89,43 @@ class TestList:
         assert out[1:3] == [f"  a  First line.  [{tmp_path / 'a.yaml'}]", f"  b  Said inside.  [{tmp_path / 'b.yml'}]"]
         assert "broken: must be a list, not 3; see `prunekit validate" in out[3] and len(out) == 4
 
-    def test_pipeline_files_are_found_from_anywhere(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_shipped_pipelines_are_listed_by_name_from_anywhere(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         monkeypatch.chdir(tmp_path)
-        assert [path.parent for path in listing.pipeline_files()] == [PIPELINES] * len(list(PIPELINES.glob("*.yaml")))
-        (tmp_path / "docs" / "pipelines").mkdir(parents=True)
-        assert listing.pipeline_files() == []
+        rows = json.loads(run(capsys, "list", "pipelines", "--json"))["pipelines"]
+        assert [row["name"] for row in rows] == sorted(file.stem for file in PIPELINES.glob("*.yaml"))
+        row = next(row for row in rows if row["name"] == "dense")
+        assert row["summary"] == "The model as it is: the row that every other pipeline is compared with."
+        assert (row["origin"], row["plugin"], row["faults"]) == ("prunekit 0.1.0", "strategies", 0)
+        assert Path(row["file"]) == PIPELINES / "dense.yaml"
+
+
+class TestNames:
+    """A registered pipeline goes by its name, in every command; a file of that name goes first."""
+
+    def test_a_name_is_its_file(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        shown = run(capsys, "show", "compose")
+        assert shown == run(capsys, "show", PIPELINES / "compose.yaml")
+        assert run(capsys, "validate", "compose", "--syntax") == "compose: ok\n"
+        assert build.build("compose").sha == build.build(PIPELINES / "compose.yaml").sha
+        Path("compose").write_text("name: mine\nstages: [{use: dense}]\n")
+        assert build.build("compose").name == "mine"
+
+    def test_an_unknown_name_gets_suggestions_and_hides_no_other_fault(
+        self, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        with pytest.raises(SpecError, match=r"'compos', and no pipeline .*did you mean 'compose'"):
+            build.build("compos")
+        with pytest.raises(SpecError, match=r"^no such file: 'compos\.yaml'"):
+            build.build("compos.yaml")
+        (tmp_path / "bad.yaml").write_text("stages: 3\n")
+        assert main.main(["validate", "compos", str(tmp_path / "bad.yaml")]) == 2
+        stderr = capsys.readouterr().err
+        assert "did you mean 'compose'?" in stderr and "bad.yaml:1:9: stages: must be a list" in stderr
 
 
 class TestShow:

@@ -74,6 +74,12 @@ def test_a_proof_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_videos_behind_the_id_of_images_are_proved() -> None:
+    """That both share an id stands in the family's file, and prompts of the twin follow it."""
+    data = examine(tiny_model("glm4v", dtype=torch.float32).to("meta"))
+    assert data["ok"], data
+
+
 @pytest.mark.parametrize("family", tiny_names())
 def test_every_family_is_recognised(family: str) -> None:
     data = examine(tiny_model(family, dtype=torch.float32).to("meta"), proof=False)

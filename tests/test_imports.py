@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,11 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
     "errors", "ops", "registry", "upstream", "strategy", "cost", "records", "hookspecs", "plugins", "spec", "families",
-    "pipeline", "loading", "engine", "verify", "training", "testing", "cli",
+    "pipeline", "loading", "engine", "verify", "training", "apply", "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
-# Edges that still go down.
-EXCEPTIONS = {
-    ("prunekit.families.generic", "prunekit.verify.proof"),
-    ("prunekit.verify.proof", "prunekit.testing.tiny_families"),
-    ("prunekit.verify.twin", "prunekit.testing"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_pictures"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_configs"),
-    ("prunekit.verify.twin", "prunekit.testing.tiny_families"),
-}
+# The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
+EVALS_ORDER = ("run", "compare", "micro", "lmms", "bench", "runner", "cli", "plugin", "studies")
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
 MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two
@@ -73,6 +67,15 @@ def imports(source: Source) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{source}: relative imports hide who imports whom"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def every_import(source: Source) -> Iterator[str]:
+    """As `imports`, with those for type checkers."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -126,10 +129,34 @@ def test_the_core_imports_only_upwards(source: Source) -> None:
     for name in imports(source):
         assert name.split(".")[0] not in ("prunekit_strategies", "prunekit_evals", "lmms_eval"), name
         there = module_of(name)
-        if not there.startswith("prunekit.") or (source.module, there) in EXCEPTIONS:
+        if not there.startswith("prunekit."):
             continue
         assert here is not None, f"prunekit/__init__.py imports {name} at once; its names are lazy"
         assert room(there) == here or LEVEL[str(room(there))] < LEVEL[here], f"{source} must not import {there}"
+
+
+@pytest.mark.parametrize("source", sources("prunekit_evals"), ids=str)
+def test_evals_import_only_upwards(source: Source) -> None:
+    own = room(source.module)
+    level = {name: number for number, name in enumerate(EVALS_ORDER)}
+    assert own is None or own in level, "give the new room a place in EVALS_ORDER and in docs/architecture.md"
+    for name in every_import(source):
+        assert own == "lmms" or name.split(".")[0] != "lmms_eval", f"only evals/lmms imports lmms_eval, not {source}"
+        imported = module_of(name)
+        if imported.startswith("prunekit_evals."):
+            assert own is not None, f"prunekit_evals/__init__.py imports {name}"
+            assert level[str(room(imported))] <= level[own], f"{source} must not import {imported}"
+
+
+def test_the_order_of_evals_is_the_documented_one() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert " < ".join(EVALS_ORDER) in " ".join(text.split())
+
+
+def test_evals_has_no_circles() -> None:
+    edges = {source.module: {module_of(name) for name in every_import(source)} for source in sources("prunekit_evals")}
+    graph = {module: {one for one in targets if one in edges and one != module} for module, targets in edges.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
 
 
 @pytest.mark.parametrize("source", sources("prunekit_strategies"), ids=str)

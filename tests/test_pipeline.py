@@ -477,7 +477,7 @@ class TestBind:
             build(registry, {"use": "noplan"}).bind(SHAPE)
 
 
-FILES = sorted((Path(__file__).parent.parent / "docs" / "pipelines").glob("*.yaml"))
+FILES = sorted((Path(__file__).parent.parent / "strategies" / "pipelines").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -490,7 +490,7 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
         bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
         assert bound.acts is (path.stem != "dense")
     first, second = path.read_text().splitlines()[:2]
-    assert first.startswith("# ") and second.startswith(f"#   prunekit run docs/pipelines/{path.name} --model micro ")
+    assert first.startswith("# ") and second.startswith(f"#   prunekit run {path.stem} --model micro ")
 
 
 def test_what_only_decoding_leaves_out_is_not_dense() -> None:

@@ -130,6 +130,22 @@ def test_two_plugins_with_one_strategy_name(fresh: None) -> None:
         plugins.registry()
 
 
+def test_pipelines_are_collected_by_absolute_path(fresh: None, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    plugins.register(module("more", prunekit_pipelines=lambda: {"mine": file}), "more")
+    registry = plugins.registry()
+    assert registry.get_pipeline("mine") == str(file)
+    assert ("mine", "more") in [(entry.name, entry.plugin) for entry in registry.pipelines()]
+    with pytest.raises(UnknownName, match=r"unknown pipeline 'min' \(did you mean 'mine'\?"):
+        registry.get_pipeline("min")
+    for wrong in ("mine.yaml", 3):
+        with pytest.raises(PluginError, match="must be the absolute path of a YAML file"):
+            registry.pipeline("other", wrong)  # type: ignore[arg-type]
+    plugins.register(module("again", prunekit_pipelines=lambda: {"mine": str(file)}), "again")
+    with pytest.raises(DuplicateName, match="pipeline 'mine' is registered twice"):
+        plugins.registry()
+
+
 def test_models_are_collected(fresh: None) -> None:
     plugins.register(module("more", prunekit_models=lambda: {"small": f"{__name__}:Target"}), "more")
     assert plugins.registry().get_model("small") is Target
@@ -212,7 +228,7 @@ def test_tracing_tells_every_call(
 
 
 def test_described_says_who_implements_what(fresh: None) -> None:
-    assert ("strategies", f"prunekit {_version()}", ("prunekit_register",)) in plugins.described()
+    assert ("strategies", f"prunekit {_version()}", ("prunekit_pipelines", "prunekit_register")) in plugins.described()
 
 
 def _version() -> str:

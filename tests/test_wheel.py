@@ -1,4 +1,4 @@
-"""The wheel holds everything that the checkout has, and works without it."""
+"""The wheel holds all that a user needs, which is everything but studies and tests, and works without a checkout."""
 
 from __future__ import annotations
 
@@ -61,14 +61,15 @@ def outside(site: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     )
 
 
-def test_holds_every_file_and_nothing_else(wheel: Path) -> None:
+def test_holds_every_file_but_the_studies(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, package in PACKAGES.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "studies"} & set(path.parts)
     }
+    assert "prunekit_strategies/pipelines/fastv-k2-r25.yaml" in names
     assert names == expected, "list packages and package-data in pyproject.toml"
     assert wheel.stat().st_size < MAX_MIB * 2**20
 
@@ -92,6 +93,18 @@ def test_lists_what_is_registered(site: Path, tmp_path: Path) -> None:
     assert "micro" in names["models"]
 
 
+def test_lists_and_shows_the_shipped_pipelines_by_name(site: Path, tmp_path: Path) -> None:
+    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "list", "pipelines", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["name"]: row for row in json.loads(done.stdout)["pipelines"]}
+    assert set(rows) == {file.stem for file in (ROOT / "strategies" / "pipelines").glob("*.yaml")}
+    assert all(row["summary"] and not row["faults"] for row in rows.values())
+    assert Path(rows["fastv-k2-r25"]["file"]).is_relative_to(site)
+    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "show", "fastv-k2-r25")
+    assert done.returncode == 0, done.stderr
+    assert "use: fastv" in done.stdout and str(site) in done.stdout
+
+
 def test_prunes(site: Path, tmp_path: Path) -> None:
     done = outside(site, tmp_path, "-c", PRUNE)
     assert done.returncode == 0, done.stderr
@@ -101,7 +114,6 @@ def test_prunes(site: Path, tmp_path: Path) -> None:
 
 
 def test_finds_the_bundled_model(site: Path, tmp_path: Path) -> None:
-    pipeline = str(ROOT / "docs" / "pipelines" / "fastv-k2-r25.yaml")
-    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "show", pipeline, "--model", "micro")
+    done = outside(site, tmp_path, "-m", "prunekit.cli.main", "show", "fastv-k2-r25", "--model", "micro")
     assert done.returncode == 0, done.stderr
     assert "on micro" in done.stdout

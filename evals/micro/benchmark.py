@@ -1,8 +1,10 @@
 """The held-out benchmark, written in the schemas of the standard tasks for lmms-eval's own task files.
 
-``write(data_root)`` lays out ``data_root/lmms-lab-encoder/<dataset>/`` so that the unmodified tasks load it
-when datasets are looked up relative to ``data_root``. Scenes are disjoint from all that training saw.
+`write(data_root)` lays out `data_root/lmms-lab-encoder/<dataset>/` so that the unmodified tasks load it
+when datasets are looked up relative to `data_root`. Scenes are disjoint from all that training saw.
 """
+
+from __future__ import annotations
 
 import hashlib
 import itertools
@@ -22,7 +24,7 @@ TASKS: tuple[str, ...] = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienc
 ORGANISATION = "lmms-lab-encoder"
 STAMP = "prunekit-micro.json"
 # Names what is asked and shown. A test holds it against `digest`, which takes seconds: whoever changes a question or a
-# picture writes the new one here, and older results stand apart from newer ones.
+# image writes the new one here, and older results stand apart from newer ones.
 VERSION = "89d73a83f128"
 SAMPLED = 12
 BENCHMARK_SEEDS = 1 << 20  # each task has a range of its own above; training scenes start at 1 << 40
@@ -58,21 +60,21 @@ def _rng(shown: Scene) -> np.random.Generator:
 
 
 def _balanced(seeds: Iterator[int], family: str, count: int) -> list[Item]:
-    """``count`` questions, one a scene; no answer takes more than its even share (nouns: twice that)."""
+    """`count` questions, one a scene; no answer takes more than its even share (nouns: twice that)."""
     most = -(-count // ANSWER_CAPS.get(family, 4))
-    given: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
     items: list[Item] = []
     while len(items) < count:
         shown = scene(next(seeds))
         question = ask(shown, _rng(shown), family)
-        if question is not None and given[question.answer] < most:
-            given[question.answer] += 1
+        if question is not None and drawn[question.answer] < most:
+            drawn[question.answer] += 1
             items.append((shown, question))
     return items
 
 
 def _shares(count: int, shares: dict[str, float]) -> dict[str, int]:
-    """Whole numbers that add up to ``count``; the first family takes what rounding leaves."""
+    """Whole numbers that add up to `count`; the first family takes what rounding leaves."""
     counts = {family: int(count * share) for family, share in shares.items()}
     counts[next(iter(counts))] += count - sum(counts.values())
     return counts
@@ -104,7 +106,7 @@ def _first(seeds: Iterator[int], ask: Callable[[Scene, np.random.Generator], Que
 
 
 def mme_items(count: int) -> list[Item]:
-    """Pairs on one picture, yes then no, about existence, color, position and written words in turn."""
+    """Pairs on one image, yes then no, about existence, color, position and written words in turn."""
     seeds = _seeds("mme")
     kinds = (facts.existence, facts.verify_color, facts.verify_place, facts.verify_word)
     items = []
@@ -128,7 +130,7 @@ def mmbench_items(count: int) -> list[Item]:
 
 
 def scienceqa_items(count: int) -> list[Item]:
-    """Four choices that only the picture and the context together decide between."""
+    """Four choices that only the image and the context together decide between."""
     return _mixed("scienceqa_img", count, SCIENCE_SHARES)
 
 
@@ -180,9 +182,9 @@ def _gqa(root: Path, items: list[Item]) -> None:
         "isBalanced": Column("bool", [True] * len(items)),
         "semanticStr": Column("string", [q.family for _, q in items]),
     }
-    pictures = {"id": Column("string", ids), "image": Column("image", [s.image for s, _ in items])}
+    images = {"id": Column("string", ids), "image": Column("image", [s.image for s, _ in items])}
     write_table(root / "GQA", "testdev_balanced_instructions", "testdev", asked)
-    write_table(root / "GQA", "testdev_balanced_images", "testdev", pictures)
+    write_table(root / "GQA", "testdev_balanced_images", "testdev", images)
 
 
 def _mmbench(root: Path, items: list[Item]) -> None:
@@ -245,7 +247,7 @@ WRITERS = {
 
 
 def digest(count: int = SAMPLED) -> str:
-    """12 hex digits of the first ``count`` questions of each task with their pictures: of the content, not the code."""
+    """12 hex digits of the first `count` questions of each task with their images: of the content, not the code."""
     total = hashlib.sha256()
     for task in TASKS:
         for shown, question in ITEMS[task](count):
@@ -254,7 +256,7 @@ def digest(count: int = SAMPLED) -> str:
 
 
 def write(data_root: str | Path, questions_per_task: int = 600) -> None:
-    """Write every task's data set below ``data_root``; does nothing where the same version lies already."""
+    """Write every task's data set below `data_root`; does nothing where the same version lies already."""
     root = Path(data_root)
     stamp = root / STAMP
     wanted = json.dumps({"version": VERSION, "questions_per_task": questions_per_task, "tasks": TASKS}, indent=1)

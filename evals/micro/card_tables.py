@@ -1,13 +1,15 @@
 """The tables of the model card, from what was measured."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from prunekit_evals.compare.stats import Estimate, wilson
 from prunekit_evals.micro.packing import OPEN_SHARES
 from prunekit_evals.micro.record import Part, Record
-from prunekit_evals.stats import Estimate, wilson
 
 PerSeed = Callable[[Record, str], str]
 CHANCE = {"pope": 50, "mme": 50, "mmbench_en_dev_static": 25, "scienceqa_img": 25}
@@ -62,7 +64,7 @@ def families(record: Record) -> str:
 
 
 def _lines(part: Part, rows: Sequence[str], base: str, against: Part | None = None) -> list[list[str]]:
-    """For each row its mean, its paired difference to ``base`` and its tasks."""
+    """For each row its mean, its paired difference to `base` and its tasks."""
     lines = []
     for row in rows:
         each = [percent(part.share(row, task).value) for task in part.tasks]
@@ -146,7 +148,7 @@ def foreign(record: Record) -> str:
 
 
 def curve(path: Path) -> str:
-    """Held-out accuracy of the watched families as the stages that learn answers went on."""
+    """Held-out accuracy of the measured families as the stages that learn answers went on."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     read = [line for line in lines if "existence" in line]
     names = [*OPEN_SHARES, "same_color", "kind_by_color", "where_same", "kind_same", "choice_color", "hint_color",

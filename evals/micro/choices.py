@@ -1,5 +1,7 @@
 """Questions with four choices, without and with a context that says which thing is wanted."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,9 +38,9 @@ def choice_where(shown: Scene, rng: np.random.Generator) -> Question | None:
 def choice_word(shown: Scene, rng: np.random.Generator) -> Question | None:
     if not shown.signs:
         return None
-    there = [t.noun for t in shown.signs]
-    wrong = some(rng, [w for w in SIGNS if w not in there], 3)
-    return choice(rng, "choice_word", "reading", "Which word is in the image?", pick(rng, there), wrong)
+    present = [t.noun for t in shown.signs]
+    wrong = some(rng, [w for w in SIGNS if w not in present], 3)
+    return choice(rng, "choice_word", "reading", "Which word is in the image?", pick(rng, present), wrong)
 
 
 def _among(shown: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> tuple[Thing, list[str]] | None:
@@ -51,28 +53,28 @@ def _among(shown: Scene, rng: np.random.Generator, things: Sequence[Thing]) -> t
 
 
 def choice_object(shown: Scene, rng: np.random.Generator) -> Question | None:
-    found = _among(shown, rng, unique(shown.objects, lambda t: t.color))
-    if found is None:
+    choices = _among(shown, rng, unique(shown.objects, lambda t: t.color))
+    if choices is None:
         return None
-    thing, wrong = found
+    thing, wrong = choices
     return choice(rng, "choice_object", "attribute", f"Which object is {thing.color}?", thing.noun, wrong)
 
 
 def hint_color(shown: Scene, rng: np.random.Generator) -> Question | None:
     """The context names the color that is wanted; without it the question has no answer."""
-    found = _among(shown, rng, unique(shown.objects, lambda t: t.color))
-    if found is None:
+    choices = _among(shown, rng, unique(shown.objects, lambda t: t.color))
+    if choices is None:
         return None
-    who, (thing, wrong) = pick(rng, NAMES), found
+    who, (thing, wrong) = pick(rng, NAMES), choices
     hint = f"{who} is looking for something {thing.color}."
     return choice(rng, "hint_color", "color", f"Which object does {who} want?", thing.noun, wrong, hint)
 
 
 def hint_place(shown: Scene, rng: np.random.Generator) -> Question | None:
-    found = _among(shown, rng, alone(shown))
-    if found is None:
+    choices = _among(shown, rng, alone(shown))
+    if choices is None:
         return None
-    who, (thing, wrong) = pick(rng, NAMES), found
+    who, (thing, wrong) = pick(rng, NAMES), choices
     hint = f"{who} is looking for something in the {thing.place}."
     return choice(rng, "hint_place", "place", f"Which object does {who} want?", thing.noun, wrong, hint)
 

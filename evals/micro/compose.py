@@ -1,5 +1,7 @@
 """Compose scenes: icons and signs of many sizes, placed freely over a cluttered procedural background."""
 
+from __future__ import annotations
+
 import functools
 from dataclasses import dataclass
 
@@ -11,18 +13,19 @@ from prunekit_evals.micro.sprites import sprite
 
 IMAGE_SIZE = 168  # pixels
 PATCH_SIZE = 14
-GRID = IMAGE_SIZE // PATCH_SIZE  # 12 patches a side, 144 in all
+GRID = IMAGE_SIZE // PATCH_SIZE  # patches a side
+TOKENS = GRID * GRID  # visual tokens of one image, 144
 SIZES = tuple(range(32, 53, 2))  # icon sizes in pixels
 LETTERS = tuple(range(18, 25, 2))  # heights of a sign's letters in pixels
 MARGIN = 4  # pixels of plate around the letters
 GAP = 2  # pixels between two things
-CLEAR = 8  # pixels between a thing's middle and the picture's, for its side to be beyond doubt
-CHECK_SEEDS = 1 << 30  # scenes that only watch the training; the benchmark's and the training's are elsewhere
+CLEAR = 8  # pixels between a thing's middle and the image's, for its side to be beyond doubt
+CHECK_SEEDS = 1 << 30  # scenes that measure progress; the benchmark's and the training's are elsewhere
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One icon or sign: its noun (a sign's word), its color, and its box ``(left, top, width, height)`` in pixels."""
+    """One icon or sign: its noun (a sign's word), its color, and its box `(left, top, width, height)` in pixels."""
 
     noun: str
     color: str
@@ -47,13 +50,13 @@ class Thing:
 
     @property
     def clear(self) -> bool:
-        """Whether the place is beyond doubt: the middle lies well off both axes of the picture."""
+        """Whether the place is beyond doubt: the middle lies well off both axes of the image."""
         return all(abs(m - IMAGE_SIZE / 2) >= CLEAR for m in self.middle)
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A picture (uint8 ``[168, 168, 3]``), its icons (of distinct nouns) and its signs (of distinct words)."""
+    """An image (uint8 `[168, 168, 3]`), its icons (of distinct nouns) and its signs (of distinct words)."""
 
     seed: int
     theme: str
@@ -100,7 +103,7 @@ def draw_colors(rng: np.random.Generator, objects: int, signs: int) -> list[str]
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
-    """Muted clutter: two scales of smooth noise and a few grey slabs; float32 ``[168, 168, 3]``."""
+    """Muted clutter: two scales of smooth noise and a few grey slabs; float32 `[168, 168, 3]`."""
     base = rng.uniform(50, 165) + rng.uniform(-22, 22, 3)
     coarse = base + rng.normal(0, 20, (7, 7, 1)) + rng.normal(0, 7, (7, 7, 3))
     image = np.array(
@@ -116,7 +119,7 @@ def _background(rng: np.random.Generator) -> np.ndarray:
 
 
 def _stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
-    """Premultiplied color ``[h, w, 3]`` and the share of the background that stays ``[h, w, 1]``."""
+    """Premultiplied color `[h, w, 3]` and the share of the background that stays `[h, w, 1]`."""
     _, _, width, height = thing.box
     if thing.noun not in SIGNS:
         return sprite(thing.noun, thing.color, width)
@@ -126,7 +129,7 @@ def _stamp(thing: Thing) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _place(rng: np.random.Generator, taken: list[tuple[int, int, int, int]], width: int, height: int):
-    """A box anywhere in the picture that meets no other; None after some tries."""
+    """A box anywhere in the image that meets no other; None after some tries."""
     spots = rng.integers(0, (IMAGE_SIZE - width + 1, IMAGE_SIZE - height + 1), (60, 2))
     for left, top in spots.tolist():
         if all(
@@ -178,9 +181,9 @@ def scene(seed: int) -> Scene:
 
 
 def patch_owner(shown: Scene, least: float = 0.15) -> np.ndarray:
-    """Which thing each patch shows: int64 ``[144]``, an index into ``things``, or -1 for background.
+    """Which thing each patch shows: int64 `[144]`, an index into `things`, or -1 for background.
 
-    A patch counts as a thing's own when it covers at least ``least`` of it, and more of it than any other.
+    A patch counts as a thing's own when it covers at least `least` of it, and more of it than any other.
     """
     cover = np.zeros((len(shown.things) + 1, IMAGE_SIZE, IMAGE_SIZE), np.float32)
     for i, thing in enumerate(shown.things, 1):

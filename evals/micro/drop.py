@@ -1,4 +1,6 @@
-"""Which visual tokens a training step keeps: patterns that know nothing of the picture."""
+"""Which visual tokens a training step keeps: patterns that know nothing of the image."""
+
+from __future__ import annotations
 
 import numpy as np
 from prunekit_evals.micro.compose import GRID
@@ -7,9 +9,9 @@ PATTERNS = ("random", "blocks", "stride")
 
 
 def kept(rng: np.random.Generator, batch: int, count: int, pattern: str) -> np.ndarray:
-    """Sorted indices of ``count`` of the 144 patches for every picture; int64 ``[batch, count]``.
+    """Sorted indices of `count` of the 144 patches for every image; int64 `[batch, count]`.
 
-    ``blocks`` keeps whole 2x2 to 4x4 blocks of patches, ``stride`` every n-th token from a random phase.
+    `blocks` keeps whole 2x2 to 4x4 blocks of patches, `stride` every n-th token from a random phase.
     """
     total = GRID * GRID
     if pattern == "stride":

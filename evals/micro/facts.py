@@ -1,5 +1,7 @@
 """Open questions about one fact of a scene (two for a relation), balanced so that a blind guess earns little."""
 
+from __future__ import annotations
+
 import numpy as np
 from prunekit_evals.micro.compose import Scene, Thing
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, SIDES, SIGNS, with_article
@@ -92,8 +94,8 @@ def verify_word(shown: Scene, rng: np.random.Generator, yes: bool | None = None)
     yes = bool(rng.integers(2)) if yes is None else yes
     if not shown.signs:
         return None
-    there = [t.noun for t in shown.signs]
-    word = pick(rng, there) if yes else pick(rng, [w for w in SIGNS if w not in there])
+    present = [t.noun for t in shown.signs]
+    word = pick(rng, present) if yes else pick(rng, [w for w in SIGNS if w not in present])
     return Question("verify_word", "OCR", f"Is the word {word} in the image?", "Yes" if yes else "No")
 
 

@@ -1,5 +1,7 @@
 """Open questions of two and three hops: each answer goes through a thing that the question does not name."""
 
+from __future__ import annotations
+
 import numpy as np
 from prunekit_evals.micro.compose import Scene
 from prunekit_evals.micro.lexicon import THEME_OF

@@ -5,6 +5,8 @@ one after the tokens before; one forward over prompt and answer tells. Kept apar
 purpose: the card vouches for the model, whatever happens to a strategy.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,9 @@ from pathlib import Path
 import torch
 from prunekit_evals.micro import attention, prompts
 from prunekit_evals.micro.benchmark import Item
-from prunekit_evals.micro.model import TOKENS
-from prunekit_evals.micro.packing import IGNORE, Packer
+from prunekit_evals.micro.compose import TOKENS
+from prunekit_evals.micro.packing import IGNORE, Packer, pixels
 from prunekit_evals.micro.questions import Question
-from prunekit_evals.micro.see import pixels
 from prunekit_evals.micro.selections import View
 from torch import Tensor
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
@@ -23,11 +24,11 @@ from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 @dataclass(frozen=True)
 class Trace:
-    """A dense forward of one question a picture.
+    """A dense forward of one question an image.
 
-    states: before each layer and after the last, float ``[B, lead + 144 + L, H]``. positions: int64, the same without
-    H. labels: int64 ``[B, L]``. last, text: for each layer, what the last prompt token and the mean of the
-    question's tokens attend to among the visual tokens, mean over heads, float ``[B, 144]``.
+    states: before each layer and after the last, float `[B, lead + 144 + L, H]`. positions: int64, the same without
+    H. labels: int64 `[B, L]`. last, text: for each layer, what the last prompt token and the mean of the
+    question's tokens attend to among the visual tokens, mean over heads, float `[B, 144]`.
     """
 
     states: list[Tensor]
@@ -38,7 +39,7 @@ class Trace:
 
 
 class Judge:
-    """Loads a folder; raises what ``from_pretrained`` raises where it is no checkpoint."""
+    """Loads a folder; raises what `from_pretrained` raises where it is no checkpoint."""
 
     def __init__(self, folder: Path) -> None:
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
@@ -76,23 +77,23 @@ class Judge:
         asking = (torch.arange(L) <= ends[:, None]).float() / (ends[:, None] + 1)
         last, text = [], []
 
-        def watch(layer: int, group: int, seen: Tensor) -> None:
+        def observe(layer: int, group: int, seen: Tensor) -> None:
             rows = seen[..., self.lead :].mean(1)
             last.append(rows[torch.arange(B), ends])
             text.append((rows * asking[..., None]).sum(1))
 
         for layer in range(self.layers):
-            states.append(self._run(states[-1], positions, layout, [layer], watch))
+            states.append(self._run(states[-1], positions, layout, [layer], observe))
         return Trace(states, positions, labels, last, text)
 
     def _run(self, states: Tensor, positions: Tensor, layout: attention.Layout, layers: Sequence[int],
-             watch: attention.Watcher | None = None) -> Tensor:  # fmt: skip
+             observe: attention.AttentionObserver | None = None) -> Tensor:  # fmt: skip
         decoder = self.model.model.language_model
         places = decoder.rotary_emb(states, positions)
         for layer in layers:
             out = decoder.layers[layer](
                 states, attention_mask=None, position_ids=positions, position_embeddings=places, layout=layout,
-                watch=watch,
+                observe=observe,
             )  # fmt: skip
             states = out if isinstance(out, Tensor) else out[0]
         return states
@@ -101,8 +102,8 @@ class Judge:
     def right(self, trace: Trace, layer: int = 0, keep: Tensor | None = None, skip: Sequence[int] = ()) -> list[bool]:
         """Whether each question is answered exactly right.
 
-        From ``layer`` on only the visual tokens ``keep`` (sorted int64 ``[B, K]``; None: all) are there, at their
-        original positions, and the layers ``skip`` are left out.
+        From `layer` on only the visual tokens `keep` (sorted int64 `[B, K]`; None: all) are there, at their
+        original positions, and the layers `skip` are left out.
         """
         first = min([layer, *skip]) if keep is None else layer
         states, positions = trace.states[first], trace.positions

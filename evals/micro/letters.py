@@ -1,5 +1,7 @@
 """Letters for signs: one small sheet that ships, drawn once, so that a word is the same pixels on every machine."""
 
+from __future__ import annotations
+
 import functools
 import string
 from pathlib import Path
@@ -30,7 +32,7 @@ def _sheet() -> Image.Image:
 
 @functools.cache
 def ink(word: str, height: int) -> np.ndarray:
-    """How much of each pixel the letters of a word cover; float32 ``[height, width]`` in 0..1."""
+    """How much of each pixel the letters of a word cover; float32 `[height, width]` in 0..1."""
     strip = Image.new("L", (len(word) * WIDTH, HEIGHT))
     for i, letter in enumerate(word.upper()):
         x = string.ascii_uppercase.index(letter) * WIDTH

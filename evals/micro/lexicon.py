@@ -47,5 +47,5 @@ PLACES: tuple[str, ...] = tuple(f"{height} {side}" for height in HEIGHTS for sid
 
 
 def with_article(noun: str) -> str:
-    """``"an apple"``, ``"a dog"``."""
+    """`"an apple"`, `"a dog"`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

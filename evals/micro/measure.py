@@ -1,4 +1,6 @@
-"""Measure a checkpoint on the held-out benchmark: tokens removed at the door and inside, layers skipped, controls."""
+"""Measure a checkpoint on the held-out benchmark: fewer tokens before or inside the decoder, layers left out."""
+
+from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -9,9 +11,8 @@ import numpy as np
 import torch
 from prunekit_evals.micro import foreign
 from prunekit_evals.micro.benchmark import ITEMS, TASKS, Item
-from prunekit_evals.micro.compose import Scene
+from prunekit_evals.micro.compose import TOKENS, Scene
 from prunekit_evals.micro.judge import Judge, Trace
-from prunekit_evals.micro.model import TOKENS
 from prunekit_evals.micro.question import Question, pick
 from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
 from prunekit_evals.micro.selections import SELECTIONS, View, most
@@ -26,7 +27,7 @@ Rights = dict[str, list[bool]]  # row -> whether each question is answered right
 
 @dataclass(frozen=True)
 class Batch:
-    """Some questions, one a picture, and their dense forward."""
+    """Some questions, one an image, and their dense forward."""
 
     judge: Judge
     view: View
@@ -58,7 +59,7 @@ def removed(batch: Batch) -> Rights:
 def _chosen(batch: Batch, share: float) -> Rights:
     count, rows = round(share * TOKENS), {}
     kept = {name: choose(batch.view, count) for name, choose in SELECTIONS.items()}
-    for site, layer in (("door", 0), ("layer 2", 2)):
+    for site, layer in (("decoder input", 0), ("layer 2", 2)):
         if layer:
             kept["FastV"] = most(batch.trace.last[layer - 1], count)
         rows |= {f"{site} {share:.0%} {name}": batch.right(layer, keep) for name, keep in kept.items()}
@@ -66,7 +67,7 @@ def _chosen(batch: Batch, share: float) -> Rights:
 
 
 def chosen(batch: Batch) -> Rights:
-    """Few tokens, chosen in many ways, at the door and before layer 2."""
+    """Few tokens, chosen in many ways, at the decoder input and before layer 2."""
     return _chosen(batch, FEW)
 
 
@@ -76,7 +77,7 @@ def more(batch: Batch) -> Rights:
 
 
 def control(batch: Batch) -> Rights:
-    """Few tokens by what a question or its last token attends to: this one's scores, and another's on the picture.
+    """Few tokens by what a question or its last token attends to: this one's scores, and another's on the image.
 
     The attention is that of the layer before (it ran), or that of the layer itself (it is looked ahead at).
     """
@@ -106,14 +107,14 @@ def pairs(batch: Batch) -> Rights:
 
 
 def _another(shown: Scene, question: Question) -> Question:
-    """Another question about the picture, of the same family if there is one."""
+    """Another question about the image, of the same family if there is one."""
     rng = np.random.default_rng([shown.seed, 9])
     kind = CHOICE if question.choices else OPEN | HOPS  # prompts with choices need a question that has some
     names = [question.family] * 12 + list(rng.permutation(list(kind)))
     for family in names:
-        found = ask(shown, rng, str(family))
-        if found is not None and (found.text, found.hint) != (question.text, question.hint):
-            return found
+        candidate = ask(shown, rng, str(family))
+        if candidate is not None and (candidate.text, candidate.hint) != (question.text, question.hint):
+            return candidate
     raise ValueError(f"scene {shown.seed} admits no second question")
 
 
@@ -124,7 +125,7 @@ PARTS: dict[str, tuple[Measure, int]] = {  # the part and on how many questions 
 
 
 def measure(folder: Path, parts: Iterable[str] = PARTS, tasks: Iterable[str] = TASKS, most: int = QUESTIONS):
-    """``{part: {task: {row: [right, ...]}}}`` on at most ``most`` questions of each task."""
+    """`{part: {task: {row: [right, ...]}}}` on at most `most` questions of each task."""
     judge = Judge(folder)
     table: dict[str, dict[str, Rights]] = {}
     for task in tasks:
@@ -134,29 +135,29 @@ def measure(folder: Path, parts: Iterable[str] = PARTS, tasks: Iterable[str] = T
 
 
 def _all(judge: Judge, parts: Iterable[str], items: list[Item], task: str) -> dict[str, Rights]:
-    found: dict[str, Rights] = {part: {} for part in parts}
+    by_part: dict[str, Rights] = {part: {} for part in parts}
     for begin in range(0, len(items), BATCH):
         some = items[begin : begin + BATCH]
         view = judge.view(some)
         batch = Batch(judge, view, judge.trace(view, [q for _, q in some], task), some, task)
-        for part, rows in found.items():
+        for part, rows in by_part.items():
             run, count = PARTS[part]
             if begin < count:
                 for name, rights in run(batch).items():
                     rows.setdefault(name, []).extend(rights)
-    return found
+    return by_part
 
 
 def foreign_items(count: int) -> list[Item]:
-    """Questions of easy-vqa's own test split, one a picture and evenly over its pictures."""
-    known = foreign.questions("test")
-    ids = sorted(known)
+    """Questions of easy-vqa's own test split, one an image and evenly over its images."""
+    by_image = foreign.questions("test")
+    ids = sorted(by_image)
     rng = np.random.default_rng(0)
-    found = []
+    items = []
     for i in range(count):
-        shown = foreign.picture("test", ids[i * len(ids) // count])
-        found.append((Scene(i, "", shown.image, ()), pick(rng, shown.questions)))
-    return found
+        shown = foreign.image("test", ids[i * len(ids) // count])
+        items.append((Scene(i, "", shown.image, ()), pick(rng, shown.questions)))
+    return items
 
 
 def measure_foreign(folder: Path, most: int = QUESTIONS) -> Rights:

@@ -1,5 +1,7 @@
 """Question rows as token ids: many questions of many scenes packed after their shared image prefixes."""
 
+from __future__ import annotations
+
 import functools
 import itertools
 from collections.abc import Sequence
@@ -38,10 +40,10 @@ Row = tuple[list[int], list[int]]  # token ids and labels of one question
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows of one batch: ``ids`` and ``labels`` int64 ``[B, sum(count * length)]``, groups as in ``Layout``.
+    """Rows of one batch: `ids` and `labels` int64 `[B, sum(count * length)]`, groups as in `Layout`.
 
-    ``labels`` hold the answer and the end token at the positions that predict them, ``IGNORE`` elsewhere.
-    ``families[b]`` names the family of every question of scene ``b``, in row order.
+    `labels` hold the answer and the end token at the positions that predict them, `IGNORE` elsewhere.
+    `families[b]` names the family of every question of scene `b`, in row order.
     """
 
     ids: Tensor
@@ -87,7 +89,7 @@ class Packer:
         return Packed(*flat, ((len(rows[0]), length),), [[q.family for q in questions] for questions in asked])
 
     def pack(self, scenes: list[Scene], rng: np.random.Generator, *counts: int, late: bool = False) -> Packed:
-        """For every scene so many questions of one fact, of several hops and with choices; ``late`` ones are harder."""
+        """For every scene so many questions of one fact, of several hops and with choices; `late` ones are harder."""
         parts = [
             self.group([_draw(shown, rng, shares, count) for shown in scenes], rng)
             for shares, count in zip(LATE_SHARES if late else SHARES, counts, strict=True)
@@ -99,6 +101,12 @@ class Packer:
             tuple(g for p in parts for g in p.groups),
             [list(itertools.chain(*rows)) for rows in zip(*(p.families for p in parts), strict=True)],
         )
+
+
+def pixels(scenes: list[Scene], dtype: torch.dtype) -> Tensor:
+    """Normalised images `[B, 3, 168, 168]`, as the shipped image processor makes them (mean and std 0.5)."""
+    images = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2)
+    return (images.float() / 127.5 - 1).to(dtype)
 
 
 def _draw(shown: Scene, rng: np.random.Generator, shares: dict[str, float], count: int) -> list[Question]:

@@ -1,5 +1,7 @@
 """The user prompts of the standard tasks, word for word as lmms-eval builds them from a document."""
 
+from __future__ import annotations
+
 from prunekit_evals.micro.questions import LETTERS, Question
 
 WORD = "Answer the question using a single word or phrase."

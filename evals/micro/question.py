@@ -1,5 +1,7 @@
 """What a question is, and how things, choices and nouns are drawn for one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -14,9 +16,9 @@ LETTERS = "ABCD"
 
 @dataclass(frozen=True)
 class Question:
-    """A bare question (no instruction, no options in ``text``) and its answer.
+    """A bare question (no instruction, no options in `text`) and its answer.
 
-    ``answer`` is ``Yes`` / ``No``, a word or two, or, where there are ``choices``, the letter of the right one.
+    `answer` is `Yes` / `No`, a word or two, or, where there are `choices`, the letter of the right one.
     """
 
     family: str
@@ -32,7 +34,7 @@ def pick(rng: np.random.Generator, items: Sequence[T]) -> T:
 
 
 def some(rng: np.random.Generator, items: Sequence[T], count: int) -> list[T]:
-    """At most ``count`` different ones."""
+    """At most `count` different ones."""
     return [items[i] for i in rng.permutation(len(items))[:count]]
 
 

@@ -1,5 +1,7 @@
 """All families of questions about a scene, by name."""
 
+from __future__ import annotations
+
 import numpy as np
 from prunekit_evals.micro import choices, facts, hops
 from prunekit_evals.micro.compose import Scene

@@ -1,4 +1,6 @@
-"""Scenes and questions: the public door. Everything is a pure function of integer seeds."""
+"""Scenes and questions: the public names. Everything is a pure function of integer seeds."""
+
+from __future__ import annotations
 
 from prunekit_evals.micro.compose import Scene, Thing, patch_owner, scene
 from prunekit_evals.micro.questions import FAMILIES, Question, ask, questions

@@ -1,8 +1,10 @@
 """Ways to choose visual tokens, for the card: blind ones, informed ones, an oracle.
 
-Each takes a ``View`` and a number of tokens and returns indices int64 ``[B, count]``, sorted. They are kept
+Each takes a `View` and a number of tokens and returns indices int64 `[B, count]`, sorted. They are kept
 apart from the strategies on purpose: the card vouches for the model, whatever happens to a strategy.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class View:
-    """A batch as the tower saw it: projected features ``[B, 144, H]``, CLS attention ``[B, 144]``, the scenes."""
+    """A batch as the tower saw it: projected features `[B, 144, H]`, CLS attention `[B, 144]`, the scenes."""
 
     features: Tensor
     cls_attention: Tensor
@@ -27,7 +29,7 @@ class View:
 
 
 def most(scores: Tensor, count: int) -> Tensor:
-    """The highest scores, ``[B, 144]``."""
+    """The highest scores, `[B, 144]`."""
     return scores.topk(count, -1).indices.sort(-1).values
 
 

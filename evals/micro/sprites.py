@@ -1,5 +1,7 @@
 """Icons: one grey sprite per noun in a small sheet that ships, tinted on demand."""
 
+from __future__ import annotations
+
 import functools
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def _sheet() -> Image.Image:
 def sprite(noun: str, color: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The tinted icon as premultiplied color and transparency.
 
-    Returns ``(color, keep)``: float32 ``[size, size, 3]`` in 0..255 times alpha, and ``[size, size, 1]``,
+    Returns `(color, keep)`: float32 `[size, size, 3]` in 0..255 times alpha, and `[size, size, 1]`,
     the share of the background that stays visible.
     """
     i = NOUNS.index(noun)

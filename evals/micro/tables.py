@@ -1,4 +1,6 @@
-"""Parquet tables with pictures, laid out as data sets that ``datasets.load_dataset(folder, config)`` reads."""
+"""Parquet tables with images, laid out as data sets that `datasets.load_dataset(folder, config)` reads."""
+
+from __future__ import annotations
 
 import io
 import json
@@ -21,7 +23,7 @@ _ARROW = {
 
 @dataclass(frozen=True)
 class Column:
-    """Values of one column; ``kind`` is a key of the table above, images are uint8 ``[H, W, 3]`` arrays."""
+    """Values of one column; `kind` is a key of the table above, images are uint8 `[H, W, 3]` arrays."""
 
     kind: str
     values: list[Any]

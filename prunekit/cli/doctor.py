@@ -54,13 +54,12 @@ def examine(model: PreTrainedModel, proof: bool = True) -> dict[str, Any]:
     """
     from prunekit import families
     from prunekit.errors import Unsupported
-    from prunekit.families import generic
 
     config: Any = model.config
     head: dict[str, Any] = {"type": config.model_type, "class": type(model).__name__}
     try:
         family = families.family_of(model)
-        parts = generic.recognise(model) if family is None else family.parts(model)
+        parts = families.find(model)
     except Unsupported as error:
         return head | {"ok": False, "refused": str(error)}
     data = head | {"ok": True, "refused": None} | _recognised(model, parts, file=family is not None)

@@ -6,7 +6,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunekit.registry import Entry
 
 KINDS = ("strategies", "models", "plugins", "pipelines")
 
@@ -15,12 +18,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
     command = commands.add_parser(
         "list",
-        help="strategies, models, plugins and pipeline files",
+        help="strategies, models, plugins and pipelines",
         description="What pipelines can be made of, and where each thing comes from. Imports no strategy.",
         epilog="example: prunekit list strategies --json",
     )
     command.add_argument("kind", nargs="?", choices=KINDS, help="only these; without it, all")
-    command.add_argument("--dir", type=Path, default=None, metavar="DIR", help="where pipeline files are looked for")
+    command.add_argument("--dir", type=Path, default=None, metavar="DIR", help="list the pipeline files of this folder")
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=run)
 
@@ -28,11 +31,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """List what was asked for."""
     kinds = [namespace.kind] if namespace.kind else list(KINDS)
-    found = {kind: _rows(kind, namespace.dir) for kind in kinds}
+    listed = {kind: _rows(kind, namespace.dir) for kind in kinds}
     if namespace.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(listed, indent=2))
         return 0
-    for number, (kind, rows) in enumerate(found.items()):
+    for number, (kind, rows) in enumerate(listed.items()):
         print(("\n" if number else "") + kind)
         wide = max((len(row["name"]) for row in rows), default=0)
         for row in rows:
@@ -45,7 +48,7 @@ def run(namespace: argparse.Namespace) -> int:
 def _rows(kind: str, folder: Path | None) -> list[dict[str, Any]]:
     from prunekit import plugins
 
-    if kind == "pipelines":
+    if kind == "pipelines" and folder is not None:
         return [_pipeline(path) for path in pipeline_files(folder)]
     if kind == "plugins":
         return [
@@ -53,23 +56,25 @@ def _rows(kind: str, folder: Path | None) -> list[dict[str, Any]]:
             for name, origin, hooks in plugins.described()
         ]
     registry = plugins.registry()
+    if kind == "pipelines":
+        return [{**_pipeline(Path(entry.target)), **_registered(entry)} for entry in registry.pipelines()]
     entries = registry.strategies() if kind == "strategies" else registry.models()
     return [{**asdict(one), "summary": one.summary or one.target} for one in entries]
 
 
-def pipeline_files(folder: Path | None = None) -> list[Path]:
-    """The pipeline files of `folder`; None: of `docs/pipelines` here, else in the checkout, else of this folder.
-
-    Raises InputError when `folder` is none.
-    """
+def pipeline_files(folder: Path) -> list[Path]:
+    """The pipeline files of `folder`. Raises InputError when it is none."""
     from prunekit.errors import InputError
 
-    if folder is not None and not folder.is_dir():
+    if not folder.is_dir():
         raise InputError(f"no such folder: '{folder}'")
-    checkout = Path(__file__).resolve().parents[2] / "docs" / "pipelines"
-    usual = [Path("docs/pipelines"), checkout, Path()]
-    chosen = folder or next(path for path in usual if path.is_dir())
-    return sorted(path for path in chosen.iterdir() if path.suffix in (".yaml", ".yml"))
+    return sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
+
+
+def _registered(entry: Entry) -> dict[str, Any]:
+    """What a registered pipeline says instead of its file: the name that finds it, and who brought it."""
+    about = {"name": entry.name, "origin": entry.origin, "plugin": entry.plugin, "file": entry.target}
+    return about | ({"summary": entry.summary} if entry.summary else {})
 
 
 def _pipeline(path: Path) -> dict[str, Any]:

@@ -16,16 +16,16 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import __version__, plugins
-from prunekit.cli import doctor, run, show, train
+from prunekit.cli import calibrate, doctor, run, show, train
 from prunekit.cli import list as listing
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
 
 EPILOG = """\
 examples:
   prunekit list strategies
-  prunekit show docs/pipelines/fastv-k2-r25.yaml --model micro
-  prunekit validate docs/pipelines/*.yaml
-  prunekit run docs/pipelines/fastv-k2-r25.yaml --model micro --image cat.png --prompt "Is there a cat?"
+  prunekit show fastv-k2-r25 --model micro
+  prunekit validate my.yaml
+  prunekit run fastv-k2-r25 --model micro --image cat.png --prompt "Is there a cat?"
 """
 
 Command = Callable[[argparse.Namespace], int]
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"prunekit {__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (listing, show, run, doctor, train):
+    for module in (listing, show, run, doctor, calibrate, train):
         module.add(commands)
     try:
         plugins.manager().hook.prunekit_commands(subparsers=commands)

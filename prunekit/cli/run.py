@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Load a model, prune it as the pipeline says, answer a prompt, and report what was kept and saved.",
         epilog='example: prunekit run fastv.yaml --model micro --image cat.png --prompt "What is it?"',
     )
-    command.add_argument("pipeline", help="a pipeline file")
+    command.add_argument("pipeline", help="a pipeline file, or a name of `prunekit list pipelines`")
     command.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be repeated")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
     add_common(command, model=True)
@@ -39,7 +39,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Answer the prompt. What can be checked without the weights is checked before they are loaded."""
     from prunekit import loading
-    from prunekit.engine.attach import apply
+    from prunekit.apply import apply
     from prunekit.errors import InputError
     from prunekit.pipeline.build import build
 

@@ -19,9 +19,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "show",
         help="a pipeline with every default filled in, and what it does to a model",
         description="The resolved pipeline and its hash; with --model also its sites, layers, tokens and FLOPs there.",
-        epilog="example: prunekit show docs/pipelines/compose.yaml --model micro --set stages[0].keep=0.3",
+        epilog="example: prunekit show compose --model micro --set stages[0].keep=0.3",
     )
-    show.add_argument("pipeline", help="a pipeline file")
+    show.add_argument("pipeline", help="a pipeline file, or a name of `prunekit list pipelines`")
     add_common(show)
     show.add_argument("--text-tokens", type=positive, default=64, metavar="N", help="prompt tokens beside the image")
     show.set_defaults(run=run_show)
@@ -29,9 +29,9 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "validate",
         help="every fault of pipeline files",
         description="Report every fault of every file with file:line:col, key and suggestion. Exit code 2 if any.",
-        epilog="example: prunekit validate docs/pipelines/*.yaml --model micro",
+        epilog="example: prunekit validate my.yaml other.yaml --model micro",
     )
-    check.add_argument("pipelines", nargs="+", metavar="pipeline", help="pipeline files")
+    check.add_argument("pipelines", nargs="+", metavar="pipeline", help="pipeline files or names")
     add_common(check)
     check.add_argument("--syntax", action="store_true", help="only the files themselves; imports no strategy")
     check.set_defaults(run=run_validate)
@@ -104,13 +104,14 @@ def run_validate(namespace: argparse.Namespace) -> int:
 
 
 def _validated(source: str, namespace: argparse.Namespace, shape: ModelShape | None) -> dict[str, Any]:
+    from prunekit import plugins
     from prunekit.errors import SpecError
-    from prunekit.pipeline.build import build
+    from prunekit.pipeline.build import build, file_of
     from prunekit.spec import schema
 
     try:
         if namespace.syntax:
-            schema.load(source, namespace.overrides)
+            schema.load(file_of(source, plugins.registry()), namespace.overrides)
             return {"source": source, "ok": True, "sha": None, "faults": []}
         pipeline = build(source, namespace.overrides)
         if shape:

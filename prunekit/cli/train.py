@@ -18,10 +18,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         help="train the router of a pipeline beside a frozen model",
         description="Train the router that a pipeline names, without labels: the dense model is the teacher. "
         "A training that was killed goes on where its last checkpoint was.",
-        epilog="example: prunekit train docs/pipelines/par.yaml --set stages[0].weights=null --model micro "
+        epilog="example: prunekit train par --set stages[0].weights=null --model micro "
         "--data micro-scenes --out runs/router; a pipeline that names a router trains that one further",
     )
-    command.add_argument("pipeline", help="a pipeline file with one router, and the budget that it is trained at")
+    command.add_argument("pipeline", help="a pipeline (file or name) with one router, and its training budget")
     command.add_argument("--data", required=True, metavar="D", help="a registered source, or a .jsonl file with images")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the router")
     add_common(command, model=True)

@@ -1,18 +1,15 @@
-"""`apply`: put a pipeline on an unmodified model for the length of a `with` block."""
+"""A pipeline on an unmodified model for the length of a `with` block."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit import families, upstream
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.decoder import layers
 from prunekit.engine.decoder.readings import Needs
@@ -28,40 +25,24 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tower.plan import TowerPlan
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
-from prunekit.pipeline.build import BoundPipeline, Pipeline, build, combine
+from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
 
 _ATTACHED = "__prunekit_attached__"
 
 
-@contextmanager
-def apply(
-    model: PreTrainedModel, pipeline: Pipeline | str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> Iterator[Attached]:
-    """Within the block, `model` really drops the tokens and skips the layers that `pipeline` says.
-
-    pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`.
-    Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
-    model is as it was, bit for bit. Inside another block on the same model, the stages of both act, as if one pipeline
-    held them all; the outer block's own pipeline is back when the inner one is left. Raises SpecError for a pipeline
-    that is wrong or does not fit the model, Unsupported for a model or a call that cannot be pruned exactly; both
-    before any compute.
-    """
-    attached = Attached(model, pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides))
-    attached.attach()
-    try:
-        yield attached
-    finally:
-        attached.detach()
-
-
 class Attached:
-    """A pipeline on a model. Made by `apply`."""
+    """A pipeline on a model, from entering this context to leaving it: `with Attached(model, pipeline, parts) as run`.
 
-    def __init__(self, model: PreTrainedModel, pipeline: Pipeline) -> None:
-        upstream.verify()
-        self.model = model
-        self.parts: Parts = families.find(model)
+    parts: those of `model`, of a known family or proved. processor: the model's, for hooks that read the prompt as
+    text; None: no hook can. observed: whether observers are told of its runs.
+    Raises SpecError for a pipeline that does not fit the model.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, pipeline: Pipeline, parts: Parts, processor: Any = None, observed: bool = True
+    ) -> None:
+        self.model, self.parts, self.processor, self.observed = model, parts, processor, observed
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
@@ -75,6 +56,13 @@ class Attached:
         self._overrides = Overrides()
         self._left = False
         self._tower = TowerPlan.of(self.bound, self.parts)
+
+    def __enter__(self) -> Self:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
 
     def __deepcopy__(self, memo: object) -> Attached:
         """What is on a model is bound to it: a copy would go on to run the modules of the original."""
@@ -244,7 +232,8 @@ class Attached:
         if self.active:
             session.end(last, Here(step, len(self.parts.layers), {}), cache)
             static.seal(cache)
-        tell(lambda: self.report or session.report())
+        if self.observed:
+            tell(lambda: self.report or session.report())
         return output
 
 

@@ -8,14 +8,11 @@ from typing import Any
 
 from prunekit import plugins
 from prunekit.errors import PrunekitWarning
-from prunekit.families.generic import TRIAL
 from prunekit.records import RunReport
 
 
 def tell(report: Callable[[], RunReport]) -> None:
     """Tell every observer of this process about a finished prefill. Without observers, no report is made."""
-    if TRIAL.get() is not None:  # a twin on trial is nobody's model
-        return
     hooks = plugins.manager().hook
     for observer in hooks.prunekit_tokens_pruned.get_hookimpls():
         for event in report().events:

@@ -20,11 +20,12 @@ def families() -> tuple[Family, ...]:
 
 
 def find(model: PreTrainedModel) -> Parts:
-    """The parts of `model`. One of no known family is recognised by its modules and proved on a tiny twin, which takes
-    seconds, once for each config. Raises Unsupported, with what is amiss, where that fails.
+    """The parts of `model`, which may live on the meta device: as the file of its family says, else as they look.
+
+    `prunekit.verify.proof.proved_parts` proves those that only look right. Raises Unsupported, with what is amiss.
     """
     family = family_of(model)
-    return generic.parts(model) if family is None else family.parts(model)
+    return generic.recognise(model) if family is None else family.parts(model)
 
 
 def family_of(model: PreTrainedModel) -> Family | None:
@@ -51,5 +52,4 @@ def shape_of(model: PreTrainedModel) -> ModelShape:
 
     Of a model of no known family as it looks, without a proof.
     """
-    family = family_of(model)
-    return (generic.recognise(model) if family is None else family.parts(model)).shape()
+    return find(model).shape()

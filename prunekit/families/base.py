@@ -17,14 +17,14 @@ from prunekit.strategy.decisions import ModelShape, TowerShape
 
 @dataclass(frozen=True)
 class Modality:
-    """One kind of picture that a family takes, `image` or `video`.
+    """One kind of visual input that a family takes, `image` or `video`.
 
     method: the method of the base model that encodes it, such as `get_image_features`; the `pooler_output` of what it
-        returns holds one entry for each picture, in the order of the prompt.
+        returns holds one entry for each image or video, in the order of the prompt.
     pixels: the argument of that method with the pixels.
-    token_ids: ids whose places in the prompt are filled with its features.
-    places: from the method's arguments by name and the number of visual tokens of each picture to int64 (n, 5) for
-        each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
+    token_ids: ids whose embeddings in the prompt are replaced by its features.
+    coords: from the method's arguments by name and the number of visual tokens of each image or video to int64 (n, 5)
+        for each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
         tokens that only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no
         grid. Called only when a strategy asks for `coords` or `frames`.
     """
@@ -33,7 +33,7 @@ class Modality:
     method: str
     pixels: str
     token_ids: tuple[int, ...]
-    places: Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+    coords: Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Tower:
     CLS. feature_layer: which hidden state the projector gets, counted as in `output_hidden_states` (-1 the last; of
     several, the latest). projector: from tower features to the decoder's width, token by token; None where it mixes or
     pools them. pool: the head behind the blocks that attends from one learned query, where there is one.
-    units: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches of a row
-    (without `leading`) to int64 (V, p) for each picture: the patches, numbered through all rows, that become each of
-    its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual tokens are not
-    made of whole patches. None: a row is a picture, and a patch a visual token.
-    packed: blocks get all pictures as one sequence, (tokens, width) or (1, tokens, width), with their rotations and
-    borders, or a mask.
+    patch_groups: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches
+    of a row (without `leading`) to int64 (V, p) for each image or video: the patches, numbered through all rows, that
+    become each of its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual
+    tokens are not made of whole patches. None: a row is an image, and a patch a visual token.
+    packed: blocks get all images or videos as one sequence, (tokens, width) or (1, tokens, width), with their rotations
+    and borders, or a mask.
     """
 
     layers: Sequence[nn.Module]
@@ -59,7 +59,7 @@ class Tower:
     mlp: str = "mlp"
     leading: int = 0
     feature_layer: int = -1
-    units: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
+    patch_groups: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
     pool: nn.Module | None = None
     packed: bool = False
 
@@ -85,9 +85,9 @@ class Tower:
 class Parts:
     """The live modules of one model, as the engine needs them.
 
-    base: receives `input_ids` and encodes pictures. text: the decoder stack whose output is `last_hidden_state`.
-    layers: its decoder layers. modalities: the kinds of picture that it takes.
-    visual_tokens: of one image, None where that depends on the picture.
+    base: receives `input_ids` and encodes images and videos. text: the decoder stack, whose output is
+        `last_hidden_state`. layers: its decoder layers. modalities: the kinds of visual input that it takes.
+    visual_tokens: of one image, None where that depends on the image.
     attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
         after attention; None where attention and MLP run side by side.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
@@ -118,16 +118,16 @@ class Parts:
 
     @property
     def visual_ids(self) -> tuple[int, ...]:
-        """Token ids whose places are filled with features of any kind of picture."""
+        """Token ids whose embeddings are replaced by features of any kind of visual input."""
         return tuple(token for modality in self.modalities for token in modality.token_ids)
 
     @property
     def final_norm(self) -> nn.Module:
         """What the decoder's output passes last. Raises Unsupported where there is no such module."""
-        found = getattr(self.text, self.norm, None)
-        if not isinstance(found, nn.Module):
+        norm = getattr(self.text, self.norm, None)
+        if not isinstance(norm, nn.Module):
             raise Unsupported(f"the {self.family} decoder has no final norm '{self.norm}', for which a hook asks")
-        return found
+        return norm
 
     @property
     def attention_implementation(self) -> str:
@@ -171,7 +171,7 @@ class Family:
 
 
 def square_grid(tokens: int) -> Tensor:
-    """Row and column, int64 (tokens, 2), of visual tokens that fill a square picture row by row.
+    """Row and column, int64 (tokens, 2), of visual tokens that fill a square image row by row.
 
     Raises Unsupported if `tokens` is no square number, as when a CLS token is among them.
     """
@@ -183,13 +183,13 @@ def square_grid(tokens: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)
 
 
-def square_places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-    """Places of pictures that each fill one square grid; as `Modality.places`."""
-    return [grid_places(square_grid(count)) for count in counts]
+def square_coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+    """Coords of images that each fill one square grid; as `Modality.coords`."""
+    return [grid_coords(square_grid(count)) for count in counts]
 
 
-def grid_places(grid: Tensor, crop: int = 0) -> Tensor:
-    """Places, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
+def grid_coords(grid: Tensor, crop: int = 0) -> Tensor:
+    """Coords, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
     size = grid.amax(0) + 1
     return torch.cat([grid.new_full((len(grid), 1), crop), grid, size.expand(len(grid), 2)], dim=1)
 

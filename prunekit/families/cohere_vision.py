@@ -1,7 +1,7 @@
 """Aya Vision (https://arxiv.org/abs/2505.08751) and Command A Vision: tiles of one size, 2 x 2 patches in one token.
 
 Their decoder runs attention and MLP side by side, and three of four layers see a window only. The model does not say
-which tiles make one image, so that every tile counts as a picture of its own.
+which tiles make one image, so that every tile counts as an image of its own.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.base import Family, Modality, Parts, square_coords
 from prunekit.families.decoders import decoder
+from prunekit.families.patch_groups import blocks
 from prunekit.families.towers import plain_tower
-from prunekit.families.units import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -22,7 +22,7 @@ def _parts(model: PreTrainedModel) -> Parts:
     return Parts(
         family="cohere_vision",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         tower=plain_tower(base.vision_tower, None, config, blocks(config.downsample_factor)),
         **decoder(base.language_model),
     )

@@ -1,6 +1,6 @@
 """Gemma 3 (https://arxiv.org/abs/2503.19786): each image pooled to one square grid, whose tokens see each other.
 
-Most layers see a window only. Crops of pan-and-scan count as pictures of their own.
+Most layers see a window only. Crops of pan-and-scan count as images of their own.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.base import Family, Modality, Parts, square_coords
 from prunekit.families.decoders import decoder
+from prunekit.families.patch_groups import blocks
 from prunekit.families.towers import plain_tower
-from prunekit.families.units import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -23,7 +23,7 @@ def _parts(model: PreTrainedModel) -> Parts:
     return Parts(
         family="gemma3",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         visual_tokens=config.mm_tokens_per_image,
         tower=plain_tower(base.vision_tower, None, config, blocks(merge)),
         **decoder(base.language_model),

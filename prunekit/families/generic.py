@@ -1,14 +1,12 @@
-"""A model of no known family: recognised by what it has, proved on a tiny twin before it prunes, or refused.
+"""A model of no known family: recognised by what it has, or refused with all that it lacks.
 
-There is no list of models here. What is missing is said; what is found is only believed after `prunekit.verify.proof`
-has run a shrunken copy of the model against the masked reference, once for each config.
+There is no list of models here. What looks right is only believed after `prunekit.verify.proof` has run a shrunken copy
+of the model against the masked reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,29 +17,6 @@ from prunekit.families.base import Modality, Parts
 from prunekit.families.decoders import decoder
 
 METHOD, VIDEO_METHOD = "get_image_features", "get_video_features"
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What only a running model shows: see `Parts.logical_until` and `Parts.token_kwargs`."""
-
-    logical_until: int = 0
-    token_kwargs: tuple[str, ...] = ()
-
-
-# Set while a twin is being proved, whose parts are then believed.
-TRIAL: ContextVar[Observed | None] = ContextVar("prunekit_trial", default=None)
-
-
-def parts(model: PreTrainedModel) -> Parts:
-    """The parts of a model of no known family, after its proof. Raises Unsupported with everything that is amiss."""
-    found = recognise(model)
-    observed = TRIAL.get()
-    if observed is None:
-        from prunekit.verify.proof import observed_and_proved
-
-        observed = observed_and_proved(model)
-    return replace(found, logical_until=observed.logical_until, token_kwargs=observed.token_kwargs)
 
 
 def recognise(model: PreTrainedModel) -> Parts:
@@ -65,10 +40,10 @@ def recognise(model: PreTrainedModel) -> Parts:
             f"no family file for models of type '{live.config.model_type}' ({type(model).__name__}), and it was not "
             f"recognised as a plain LVLM: {'; '.join(missing)}. A family is one short file: docs/families.md"
         )
-    modalities = [Modality("image", METHOD, "pixel_values", (token,), _no_places)]
+    modalities = [Modality("image", METHOD, "pixel_values", (token,), _no_coords)]
     if callable(getattr(base, VIDEO_METHOD, None)):
         ids = (_token(live.config, "video") or token,)
-        modalities.append(Modality("video", VIDEO_METHOD, "pixel_values_videos", ids, _no_places))
+        modalities.append(Modality("video", VIDEO_METHOD, "pixel_values_videos", ids, _no_coords))
     return Parts(family=f"generic:{live.config.model_type}", base=base, modalities=tuple(modalities), **stack)
 
 
@@ -99,8 +74,8 @@ def _token(config: Any, kind: str) -> int | None:
     return None
 
 
-def _no_places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+def _no_coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
     raise Unsupported(
-        "where visual tokens are in their pictures is not known for a model without a family file; strategies that ask "
+        "where visual tokens are in their images is not known of a model without a family file; strategies that ask "
         "for `coords` or `frames` cannot run on it"
     )

@@ -1,4 +1,4 @@
-"""Where visual tokens are in their pictures, after the packing that several families share; see `Modality.places`."""
+"""Where visual tokens are in their images and videos, by the packings that families share; see `Modality.coords`."""
 
 from __future__ import annotations
 
@@ -11,110 +11,110 @@ from torch.nn import functional
 from transformers.models.llava_next import modeling_llava_next
 
 from prunekit.errors import Unsupported
-from prunekit.families.base import grid_places
+from prunekit.families.base import grid_coords
 
 PACKING: Any = modeling_llava_next  # its functions are not typed
-Places = Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+Coords = Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
 
 
 def grid(rows: int, columns: int, crop: int = 0) -> Tensor:
-    """Places, int64 (rows * columns, 5), of one complete grid, row by row."""
-    return grid_places(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2), crop)
+    """Coords, int64 (rows * columns, 5), of one complete grid, row by row."""
+    return grid_coords(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).view(-1, 2), crop)
 
 
 def separator(rows: int, columns: int, crop: int) -> Tensor:
-    """The place, int64 (1, 5), of a token of that crop which shows nothing."""
+    """The coords, int64 (1, 5), of a token of that crop which shows nothing."""
     return torch.tensor([[crop, -1, -1, rows, columns]])
 
 
-def checked(places: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """`places` where they fit the visual tokens of each picture. Raises Unsupported where they do not."""
-    if list(map(len, places)) != list(counts):
+def checked(coords: list[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """`coords` if they fit the visual tokens of each image or video. Raises Unsupported if they do not."""
+    if list(map(len, coords)) != list(counts):
         raise Unsupported(
-            f"places of the visual tokens are not known: pictures of {list(map(len, places))} tokens were expected, "
+            f"coords of the visual tokens cannot be told: {list(map(len, coords))} tokens an image or video expected, "
             f"the encoder made {list(counts)}; strategies that ask for `coords` or `frames` cannot run on them"
         )
-    return places
+    return coords
 
 
-def merged(sizes: str, merge: int) -> Places:
-    """Pictures of any size in patches of which `merge` x `merge` become one token.
+def merged(sizes: str, merge: int) -> Coords:
+    """Images and videos of any size in patches of which `merge` x `merge` become one token.
 
-    sizes: the argument with frames, rows and columns of patches of each picture, int64 (pictures, 3).
+    sizes: the argument with frames, rows and columns of patches of each image or video, int64 (inputs, 3).
     """
 
-    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        shapes = torch.as_tensor(_given(arguments, sizes)).tolist()
-        found = [
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        shapes = torch.as_tensor(_argument(arguments, sizes)).tolist()
+        tables = [
             torch.cat([grid(rows // merge, columns // merge, frame) for frame in range(frames)])
             for frames, rows, columns in shapes
         ]
-        return checked(found, counts)
+        return checked(tables, counts)
 
-    return places
+    return coords
 
 
-def pixels(cell: int) -> Places:
-    """Pictures of the sizes in `image_sizes`, in pixels, of which `cell` x `cell` become one token."""
+def pixels(cell: int) -> Coords:
+    """Images of the sizes in `image_sizes`, in pixels, of which `cell` x `cell` become one token."""
 
-    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        sizes = torch.as_tensor(_given(arguments, "image_sizes")).tolist()
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        sizes = torch.as_tensor(_argument(arguments, "image_sizes")).tolist()
         return checked([grid(height // cell, width // cell) for height, width in sizes], counts)
 
-    return places
+    return coords
 
 
-def stacked(side: int) -> Places:
-    """Pictures of any number of square crops of `side` x `side` tokens, one behind the other."""
+def stacked(side: int) -> Coords:
+    """Images of any number of square crops of `side` x `side` tokens, one behind the other."""
 
-    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
         each = side * side
-        found = [[grid(side, side, crop) for crop in range(count // each)] for count in counts]
-        return checked([torch.cat([torch.empty(0, 5, dtype=torch.int64), *crops]) for crops in found], counts)
+        tables = [[grid(side, side, crop) for crop in range(count // each)] for count in counts]
+        return checked([torch.cat([torch.empty(0, 5, dtype=torch.int64), *crops]) for crops in tables], counts)
 
-    return places
+    return coords
 
 
-def frames(argument: str, side: int, newline: bool) -> Places:
+def frames(argument: str, side: int, newline: bool) -> Coords:
     """Videos (videos, frames, ...) whose frames are each pooled to `side` x `side` tokens.
 
     newline: whether one token that shows nothing stands behind the last frame.
     """
 
-    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        number = _given(arguments, argument).shape[1]
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        number = _argument(arguments, argument).shape[1]
         shown = torch.cat([grid(side, side, frame) for frame in range(number)])
         whole = torch.cat([shown, separator(side, side, number - 1)]) if newline else shown
         return checked([whole] * len(counts), counts)
 
-    return places
+    return coords
 
 
-def anyres(config: Any, limited: bool = False) -> Places:
-    """The whole picture as crop 0, then its tiles 1, 2 ... joined row by row, unpadded, with newlines.
+def anyres(config: Any, limited: bool = False) -> Coords:
+    """The whole image as crop 0, then its tiles 1, 2 ... joined row by row, unpadded, with newlines.
 
     Tiles at an edge that is unpadded have fewer rows or columns; the newline of a row of tokens belongs to the last
-    tile of that row. Pictures without tiles end with one newline. limited: large pictures are shrunken, as in
+    tile of that row. Images without tiles end with one newline. limited: large images are shrunken, as in
     LLaVA-OneVision; a token then belongs to the tile in which its centre lies.
     """
     side = config.vision_config.image_size // config.vision_config.patch_size
 
-    def places(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
         limit = _limit(arguments, config) if limited else None
-        sizes = torch.as_tensor(_given(arguments, "image_sizes")).tolist()
-        found = [
+        sizes = torch.as_tensor(_argument(arguments, "image_sizes")).tolist()
+        tables = [
             torch.cat([grid(side, side), separator(side, side, 0)])
             if count == side * side + 1
             else torch.cat([grid(side, side), _tiles(size, side, limit, config)])
             for size, count in zip(sizes, counts, strict=True)
         ]
-        return checked(found, counts)
+        return checked(tables, counts)
 
-    return places
+    return coords
 
 
 def _tiles(size: Sequence[int], side: int, limit: int | None, config: Any) -> Tensor:
-    """Places of a picture's tokens behind the whole: rows with a newline each."""
+    """Coords of an image's tokens behind the whole: rows with a newline each."""
     down, across = PACKING.get_anyres_image_grid_shape(
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
@@ -153,7 +153,7 @@ def _limit(arguments: Mapping[str, Any], config: Any) -> int:
     return int((arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
 
 
-def _given(arguments: Mapping[str, Any], name: str) -> Any:
+def _argument(arguments: Mapping[str, Any], name: str) -> Any:
     if arguments.get(name) is None:
-        raise Unsupported(f"places of the visual tokens are not known, as '{name}' did not come with the pictures")
+        raise Unsupported(f"coords of the visual tokens cannot be told, as '{name}' did not come with the pixels")
     return arguments[name]

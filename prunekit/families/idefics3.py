@@ -1,7 +1,7 @@
 """Idefics3 (https://arxiv.org/abs/2408.12637) and SmolVLM (https://arxiv.org/abs/2504.05299).
 
 Tiles of one size, 3 x 3 or 4 x 4 patches shuffled into one token. All tiles of a prompt, of whatever image, are the
-crops of one picture to prunekit, as the model encodes them together.
+crops of one image to prunekit, as the model encodes them together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families import units
+from prunekit.families import patch_groups
 from prunekit.families.base import Family, Modality, Parts, Tower
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import stacked
@@ -20,12 +20,12 @@ def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
     side = config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor
-    places = stacked(side)
+    coords = stacked(side)
     return Parts(
         family="idefics3",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
-        tower=Tower(base.vision_model.encoder.layers, None, units=units.stacked(config.scale_factor)),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
+        tower=Tower(base.vision_model.encoder.layers, None, patch_groups=patch_groups.stacked(config.scale_factor)),
         **decoder(base.text_model),
     )
 

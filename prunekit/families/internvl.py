@@ -1,6 +1,6 @@
 """InternVL 3 (https://arxiv.org/abs/2504.10479): tiles of one size, 2 x 2 patches shuffled into one token.
 
-The model does not say which tiles make one image, so that every tile counts as a picture of its own, also a frame.
+The model does not say which tiles make one image, so that every tile counts as an image of its own, also a frame.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, Tower, square_places
+from prunekit.families.base import Family, Modality, Parts, Tower, square_coords
 from prunekit.families.decoders import decoder
-from prunekit.families.units import blocks
+from prunekit.families.patch_groups import blocks
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -20,7 +20,7 @@ def _parts(model: PreTrainedModel) -> Parts:
     return Parts(
         family="internvl",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         tower=_tower(base, config),
         **decoder(base.language_model),
     )
@@ -31,7 +31,7 @@ def _tower(base: Any, config: Any) -> Tower | None:
         return None
     merge = round(1 / config.downsample_ratio)
     layers, chosen = base.vision_tower.encoder.layer, config.vision_feature_layer
-    return Tower(layers, None, "attention", leading=1, feature_layer=chosen, units=blocks(merge))
+    return Tower(layers, None, "attention", leading=1, feature_layer=chosen, patch_groups=blocks(merge))
 
 
 FAMILY = Family(name="internvl", model_types=frozenset({"internvl"}), parts=_parts)

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.base import Family, Modality, Parts, square_coords
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import pixels
 from prunekit.families.towers import LEADING_TOKENS, pixtral_tower, plain_tower
@@ -22,11 +22,11 @@ def _parts(model: PreTrainedModel) -> Parts:
     base: Any = model.model
     vision = config.vision_config
     free = vision.model_type == "pixtral"
-    places = pixels(vision.patch_size) if free else square_places
+    coords = pixels(vision.patch_size) if free else square_coords
     return Parts(
         family="llava",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
         visual_tokens=None if free else _tokens_per_image(config),
         tower=pixtral_tower(base.vision_tower, vision.patch_size)
         if free

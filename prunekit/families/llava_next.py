@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families import units as packing
+from prunekit.families import patch_groups as packing
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import anyres, frames
@@ -20,20 +20,22 @@ from prunekit.families.towers import plain_tower
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
-    units = packing.anyres(config)
+    groups = packing.anyres(config)
     modalities = [Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), anyres(config))]
     if config.model_type == "llava_next_video":
         side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
-        places = frames("pixel_values_videos", side, newline=False)
-        units = packing.either(units, packing.frames("pixel_values_videos", config.spatial_pool_stride, newline=False))
+        coords = frames("pixel_values_videos", side, newline=False)
+        groups = packing.either(
+            groups, packing.frames("pixel_values_videos", config.spatial_pool_stride, newline=False)
+        )
         modalities.append(
-            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), places)
+            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), coords)
         )
     return Parts(
         family="llava_next",
         base=base,
         modalities=tuple(modalities),
-        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, units),
+        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, groups),
         **decoder(base.language_model),
     )
 

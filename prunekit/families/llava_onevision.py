@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families import units as packing
+from prunekit.families import patch_groups as packing
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import anyres, frames
@@ -23,7 +23,9 @@ def _parts(model: PreTrainedModel) -> Parts:
     side = config.vision_config.image_size // config.vision_config.patch_size
     video = frames("pixel_values_videos", -(-side // 2), newline=True)
     images = anyres(config, limited=True)
-    units = packing.either(packing.anyres(config, limited=True), packing.frames("pixel_values_videos", 2, newline=True))
+    groups = packing.either(
+        packing.anyres(config, limited=True), packing.frames("pixel_values_videos", 2, newline=True)
+    )
     return Parts(
         family="llava_onevision",
         base=base,
@@ -31,7 +33,7 @@ def _parts(model: PreTrainedModel) -> Parts:
             Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), images),
             Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), video),
         ),
-        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, units),
+        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, groups),
         **decoder(base.language_model),
     )
 

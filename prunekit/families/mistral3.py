@@ -18,11 +18,11 @@ from prunekit.families.towers import pixtral_tower
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
-    places = pixels(config.vision_config.patch_size * config.spatial_merge_size)
+    coords = pixels(config.vision_config.patch_size * config.spatial_merge_size)
     return Parts(
         family="mistral3",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
         tower=pixtral_tower(base.vision_tower, config.vision_config.patch_size, config.spatial_merge_size),
         **decoder(base.language_model),
     )

@@ -7,19 +7,19 @@ from typing import Any
 from torch import nn
 
 from prunekit.families.base import Tower
-from prunekit.families.units import Units, by_size, merged, selected
+from prunekit.families.patch_groups import PatchGroups, by_size, merged, selected
 
-# Towers that see every picture at one size, and the tokens they put in front of the patches.
+# Towers that see every image at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def plain_tower(
-    tower: Any, projector: nn.Module | None, config: Any, units: Units | None = None, strategy: str | None = None
+    tower: Any, projector: nn.Module | None, config: Any, groups: PatchGroups | None = None, strategy: str | None = None
 ) -> Tower | None:
     """A CLIP or SigLIP tower; None for any other.
 
-    projector: as in `Tower`. units: None if every patch is a visual token. strategy: what of the tower's tokens becomes
-    visual tokens, "default" or "full"; None: as the config says.
+    projector: as in `Tower`. groups: its `patch_groups`, None if every patch is a visual token. strategy: what of the
+    tower's tokens becomes visual tokens, "default" or "full"; None: as the config says.
     """
     kind = config.vision_config.model_type
     if kind not in LEADING_TOKENS:
@@ -30,28 +30,28 @@ def plain_tower(
     states = len(inside.encoder.layers) + 1
     several = not isinstance(chosen, int)
     strategy = str(strategy or getattr(config, "vision_feature_select_strategy", "full"))
-    if units is not None and (strategy == "default") != bool(leading):
+    if groups is not None and (strategy == "default") != bool(leading):
         return None  # a patch is missing, or CLS stands among them
     return Tower(
         layers=inside.encoder.layers,
         projector=None if several else projector,
         leading=leading,
         feature_layer=max((one % states for one in chosen), default=0) if several else chosen,
-        units=units or selected(leading, strategy),
+        patch_groups=groups or selected(leading, strategy),
         pool=getattr(inside, "head", None),
     )
 
 
 def packed_tower(tower: Any, merge: int, window: int | None = None) -> Tower:
-    """A tower that takes all pictures as one sequence, in which the patches of a visual token stand together.
+    """A tower that takes all images or videos as one sequence, in which the patches of a visual token stand together.
 
-    window: as in `units.merged`.
+    window: as in `patch_groups.merged`.
     """
     sizes = {"image": "image_grid_thw", "video": "video_grid_thw"}
-    return Tower(tower.blocks, None, attention="attn", units=merged(sizes, merge, window), packed=True)
+    return Tower(tower.blocks, None, attention="attn", patch_groups=merged(sizes, merge, window), packed=True)
 
 
 def pixtral_tower(tower: Any, patch: int, merge: int = 1) -> Tower:
-    """Pixtral (https://arxiv.org/abs/2410.07073): pictures of their own sizes as one sequence, row by row."""
+    """Pixtral (https://arxiv.org/abs/2410.07073): images of their own sizes as one sequence, row by row."""
     layers = tower.transformer.layers
-    return Tower(layers, None, "attention", "feed_forward", units=by_size(patch, merge), packed=True)
+    return Tower(layers, None, "attention", "feed_forward", patch_groups=by_size(patch, merge), packed=True)

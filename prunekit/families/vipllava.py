@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, square_places
+from prunekit.families.base import Family, Modality, Parts, square_coords
 from prunekit.families.decoders import decoder
 from prunekit.families.towers import plain_tower
 
@@ -18,7 +18,7 @@ def _parts(model: PreTrainedModel) -> Parts:
     return Parts(
         family="vipllava",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_places),),
+        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         visual_tokens=(vision.image_size // vision.patch_size) ** 2,
         tower=plain_tower(base.vision_tower, None, config, strategy="default"),
         **decoder(base.language_model),

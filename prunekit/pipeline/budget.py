@@ -13,7 +13,7 @@ from prunekit.errors import Fault, SpecError
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.forecast import Forecast, forecast
 from prunekit.pipeline.stage import Cut
-from prunekit.spec.stage_keys import Budget
+from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.sites import Keep
 
 

@@ -12,18 +12,19 @@ from typing import Any, Literal
 import yaml
 
 from prunekit import plugins
-from prunekit.errors import Fault, SpecError, Unsupported
+from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, statements
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.site_faults import site_faults
 from prunekit.pipeline.stage import Cut, Stage, make
-from prunekit.registry import Registry
+from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
-from prunekit.spec.stage_keys import Budget
+from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.decisions import MASKED, ModelShape
 from prunekit.strategy.sites import Keep, Site
 
-__all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build"]
+__all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build", "file_of"]
+SUFFIXES = {".yaml", ".yml", ".json"}  # what ends so is a file, never a name
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,14 @@ class Pipeline:
 def build(
     source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), registry: Registry | None = None
 ) -> Pipeline:
-    """Read and check a pipeline: a path, a dict, or YAML or JSON text.
+    """Read and check a pipeline: a path, a registered name, a dict, or YAML or JSON text.
 
     overrides: `key=value` texts such as `stages[0].keep=0.3`. registry: None takes what the installed plugins register.
     Raises SpecError with every fault of the file, PluginError when a plugin is broken.
     """
-    read, found = schema.read(source, overrides)
-    faults = list(found)
     registry = plugins.registry() if registry is None else registry
+    read, found = schema.read(file_of(source, registry), overrides)
+    faults = list(found)
     budgeted = read.budget is not None
     made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
     stages = tuple(stage for stage in made if stage is not None)
@@ -109,6 +110,22 @@ def _check_attention(shape: ModelShape) -> None:
             f"attention implementation '{shape.attention}' is not supported by this version; "
             "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
         )
+
+
+def file_of(source: str | Path | Mapping[str, Any], registry: Registry) -> str | Path | Mapping[str, Any]:
+    """The file of the pipeline that `source` names; a source that is no name, or a file of this name, as it is.
+
+    Raises SpecError, with suggestions, for a name that is not registered.
+    """
+    if not isinstance(source, str) or not NAME.fullmatch(source) or Path(source).suffix in SUFFIXES:
+        return source
+    try:
+        return source if Path(source).exists() else registry.get_pipeline(source)
+    except OSError:
+        return source  # too long for a name; whoever reads it says so
+    except UnknownName as error:
+        message = f"no such file: '{source}', and no pipeline of that name is registered"
+        raise SpecError([Fault(None, "", message, error.hint)]) from error
 
 
 def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:

@@ -12,8 +12,8 @@ from prunekit import plugins
 from prunekit.errors import Fault, PluginError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
+from prunekit.spec.budget_keys import OPEN
 from prunekit.spec.schema import StageSpec
-from prunekit.spec.stage_keys import OPEN
 from prunekit.strategy import declare, options
 from prunekit.strategy import inputs as table
 from prunekit.strategy.declare import Declaration, implements
@@ -31,6 +31,7 @@ class Stage:
     None for a dict.
     origin: the distribution and version that registered the strategy.
     open: how much it keeps is left to the budget of the pipeline.
+    sites: those that its strategy allows, with these options. inputs: what it requests, by the name of the input.
     """
 
     index: int
@@ -45,6 +46,8 @@ class Stage:
     names: Mapping[str, Where | None] = dataclasses.field(default_factory=dict)
     origin: str = ""
     open: bool = False
+    sites: Sites = dataclasses.field(default_factory=Sites)
+    inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def hook(self) -> Any:
@@ -81,11 +84,6 @@ class Stage:
     def cuts_tokens(self) -> bool:
         """Visual tokens leave at its sites."""
         return self.is_token or (self.is_router and bool(self.keeps))
-
-    @property
-    def sites(self) -> Sites:
-        """The sites that its strategy allows, with these options."""
-        return self.declaration.sites_of(self.strategy)
 
     @property
     def known_sites(self) -> tuple[Site, ...] | None:
@@ -137,11 +135,6 @@ class Stage:
     def extras(self) -> tuple[str, ...]:
         """What of the tower it takes beside the visual tokens, such as `cls`."""
         return self.declaration.extras
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """What its strategy requests, by the name of the input."""
-        return self.declaration.inputs_of(self.strategy)
 
     @property
     def label(self) -> str:
@@ -233,13 +226,12 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
     values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
-    strategy = None if problems else _create(cls, values, entry, problems)
+    made = None if problems else _created(cls, draft, values, entry, problems)
     faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
-    faults += _site_faults(cls, strategy, draft)
-    if len(faults) > before:
+    faults += _site_faults(cls, made, draft)
+    if made is None or len(faults) > before:
         return None
-    made = dataclasses.replace(draft, strategy=strategy, origin=entry.origin)
-    _register(made.manager, strategy, entry)
+    _register(made.manager, made.strategy, entry)
     return made
 
 
@@ -292,15 +284,12 @@ def _refusal(cls: type[Any], use: str, key: str) -> str:
     return f"'{use}' decides {about}by itself and takes no `{key}`"
 
 
-def _site_faults(cls: type[Any], strategy: Any, draft: Stage) -> list[Fault]:
-    """Sites in the file that the strategy does not allow; those that its options decide, only once these are right."""
-    declaration: Declaration = cls.__prunekit__
-    chosen = callable(declaration.sites)
-    if draft.sites_given is None or (chosen and strategy is None):
+def _site_faults(cls: type[Any], made: Stage | None, draft: Stage) -> list[Fault]:
+    """Sites in the file that the strategy does not allow; where its options decide, only once these are right."""
+    declared = cls.__prunekit__.sites
+    sites = made.sites if made is not None else declared if isinstance(declared, Sites) else None
+    if sites is None or draft.sites_given is None or not (declare.is_token(cls) or declare.routes_tokens(cls)):
         return []
-    if not (declare.is_token(cls) or declare.routes_tokens(cls)):
-        return []
-    sites = declaration.sites_of(strategy)
     listed = len(draft.sites_given) > 1
     return [
         draft.fault(f"at[{number}]" if listed else "at", f"'{draft.use}' cannot act at '{site}': it {reason}")
@@ -309,10 +298,17 @@ def _site_faults(cls: type[Any], strategy: Any, draft: Stage) -> list[Fault]:
     ]
 
 
-def _create(cls: type[Any], values: dict[str, Any], entry: Entry, problems: list[options.Problem]) -> Any:
-    """The instance, or None when its own `__post_init__` refuses the values with a ValueError."""
+def _created(
+    cls: type[Any], draft: Stage, values: dict[str, Any], entry: Entry, problems: list[options.Problem]
+) -> Stage | None:
+    """The draft with its strategy; None where that refuses the values, or what follows from them, with a ValueError."""
+    declaration: Declaration = cls.__prunekit__
     try:
-        return cls(**values)
+        strategy = cls(**values)
+        sites, inputs = declaration.sites_of(strategy), declaration.inputs_of(strategy)
+        return dataclasses.replace(draft, strategy=strategy, sites=sites, inputs=inputs, origin=entry.origin)
+    except PluginError:
+        raise
     except ValueError as error:
         problems.append(named_problem(cls, str(error)))
         return None

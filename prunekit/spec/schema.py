@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
+from prunekit.spec.budget_keys import Budget, read_budget, read_keeps, read_layers
 from prunekit.spec.compose import gather
 from prunekit.spec.places import Node
-from prunekit.spec.stage_keys import Budget, read_budget, read_keeps, read_layers, read_sites
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site
 
@@ -19,6 +20,7 @@ __all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"
 
 TOP_KEYS = ("name", "description", "extends", "positions", "budget", "stages")
 POSITIONS = ("keep", "renumber")
+NAMED_SITES = ("encoder", "prefill_end", "pixels")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -120,12 +122,51 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
         faults.append(Fault(node.where, f"{path}.use", "is missing", hint or "name a strategy: see `prunekit list`"))
     else:
         use = _text(values["use"], f"{path}.use", faults) or ""
-    sites = read_sites(values.get("at"), f"{path}.at", faults)
+    sites = _sites(values.get("at"), f"{path}.at", faults)
     many = len(sites) if sites else None if "at" in values else 1
     keeps = read_keeps(values, path, many, faults)
     layers = read_layers(values.get("keep_layers"), f"{path}.keep_layers", faults)
     names = {name: value.key for name, value in values.items()}
     return StageSpec(use, sites, keeps, layers, options, node.where, keys, names)
+
+
+def _sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:
+    """The sites of `at`, one or a list in the order in which the data passes them; None when there are none to read."""
+    if node is None:
+        return None
+    if not isinstance(node.data, list):
+        site = _site(node, key, faults)
+        return None if site is None else (site,)
+    if not node.data:
+        faults.append(Fault(node.where, key, "is empty", "name at least one site, such as 2"))
+        return None
+    sites = [_site(one, f"{key}[{index}]", faults) for index, one in enumerate(node.data)]
+    good = tuple(site for site in sites if site is not None)
+    if len(good) < len(sites):
+        return None
+    for index, (before, site) in enumerate(itertools.pairwise(good), start=1):
+        if site <= before:
+            message = f"'{site}' stands after '{before}'" if site < before else f"'{site}' stands here twice"
+            place = node.data[index].where
+            faults.append(Fault(place, f"{key}[{index}]", message, "list sites in the order of the data, each once"))
+            return None
+    return good
+
+
+def _site(node: Node, key: str, faults: list[Fault]) -> Site | None:
+    if isinstance(node.data, list | dict) or node.data is None:
+        faults.append(Fault(node.where, key, f"must be a site, not {node}", "such as encoder, 2 or 2.after"))
+        return None
+    data = node.data
+    if isinstance(data, float):
+        faults.append(Fault(node.where, key, f"{node} is not a site", "layers are whole numbers, such as 2"))
+        return None
+    try:
+        return Site.parse(data)
+    except ValueError as error:
+        near = did_you_mean(str(data), NAMED_SITES).strip()
+        faults.append(Fault(node.where, key, str(error), near))
+        return None
 
 
 def _positions(node: Node | None, faults: list[Fault]) -> Literal["keep", "renumber"]:

@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prunekit.strategy.decisions import ModelShape
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -58,6 +60,14 @@ class Artefact:
         """12 hex digits of the whole content."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()[:12]
 
+    def refusal(self, shape: ModelShape) -> str | None:
+        """Why it is not of a model with these numbers; None if it may be."""
+        wanted = {"family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
+        if all(self.model.get(name) == value for name, value in wanted.items()):
+            return None
+        told = (", ".join(f"{name} {numbers.get(name)}" for name in wanted) for numbers in (self.model, wanted))
+        return "it is of a model with {}; this one has {}".format(*told)
+
     def _content(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("prunekit", "strategy", "model", "data", "result")}
 
@@ -94,14 +104,3 @@ def read_artefact(path: str | PathLike[str], strategy: str) -> Artefact:
     if artefact.digest != digest:
         raise ValueError(f"'{path}' was changed since it was written: its digest is {artefact.digest}, not {digest}")
     return artefact
-
-
-def refusal(artefact: Artefact, family: str, layers: int, hidden: int) -> str | None:
-    """Why an artefact is not of a model with these numbers; None if it may be."""
-    wanted = {"family": family, "layers": layers, "hidden": hidden}
-    model = artefact.model
-    different = [f"{name} {model.get(name)}" for name, value in wanted.items() if model.get(name) != value]
-    if not different:
-        return None
-    mine = ", ".join(f"{name} {value}" for name, value in wanted.items())
-    return f"it was calibrated on a model of {', '.join(different)}; this one has {mine}"

@@ -8,20 +8,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+Mode = Literal["mean", "size_mean", "sum"]
+MODES: tuple[Mode, ...] = ("mean", "size_mean", "sum")
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which kept token each token joins: a merge without a matrix, in O(V).
+
+    owner: int64 (B, V), for each token that entered the index (0 to V - 1) of the kept token whose group it joins. A
+        kept token owns itself; -1: the token goes nowhere; entries on padding are ignored.
+    mode: what stands in the slot of a kept token afterwards: `mean`, the mean of its group; `size_mean`, the mean
+        weighted by the current sizes (ToMe, https://arxiv.org/abs/2210.09461); `sum`, the sum of the group's tokens,
+        each times its amount.
+    amounts: float (B, V), for `sum` and only there: the factor of each token.
+
+    A merge changes no sizes by itself: what attention shall count is what `Selection.sizes` says.
+    Raises ValueError for an unknown mode, for `sum` without amounts, and for amounts without `sum`.
+    """
+
+    owner: Tensor
+    mode: Mode = "mean"
+    amounts: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; it takes {', '.join(map(repr, MODES))}")
+        if (self.mode == "sum") != (self.amounts is not None):
+            raise ValueError(f"mode is {self.mode!r}; amounts belong to mode='sum', which needs them")
+
+
 @dataclass(frozen=True)
 class Selection:
-    """Which visual tokens leave a stage, for the whole batch: a weighted assignment of inputs to output slots.
+    """Which visual tokens leave a stage, for the whole batch, and where those that leave go.
 
     keep: bool (B, V), the anchors: a kept token keeps its slot and its position.
-    weights: None when every slot simply is its anchor. Else float (B, V, V + E): row `i` of a kept token says how the
-        V tokens that entered, and after them the E declared extras, are summed into its slot; rows of dropped tokens
-        are ignored. Appending an extra is a row that takes the extra alone, in the slot of a token that would else go.
+    weights: None when every slot simply is its anchor. `Owners` where each token joins one kept token. Else float
+        (B, V, V + E): row `i` of a kept token says how the V tokens that entered, and after them the E declared extras,
+        are summed into its slot; rows of dropped tokens are ignored. Appending an extra is a row that takes the extra
+        alone, in the slot of a token that would else go.
     sizes: None leaves them as they are, 1 at first. Else float (B, V), above 0: how many tokens each kept slot stands
         for. From here on attention adds log(size) to the logits of that key, in prefill and decoding (ToMe,
         https://arxiv.org/abs/2210.09461, proportional attention).
@@ -30,7 +61,7 @@ class Selection:
     """
 
     keep: Tensor
-    weights: Tensor | None = None
+    weights: Tensor | Owners | None = None
     sizes: Tensor | None = None
     crop: bool = False
 

@@ -26,6 +26,7 @@ from prunekit.strategy.declare import TOKEN_STARTS, implements, is_router, takes
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import Equivalence, assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
+from prunekit.verify.strategies import DRAWN, with_own
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,7 +140,7 @@ class TokenContract(StrategyContract):
             assert layers[-1] == prompt - visual + kept
 
     def test_every_site_that_it_allows_is_exact(self) -> None:
-        """The decoder's door if allowed, the lowest layer that it allows, and the last one."""
+        """The decoder input if allowed, the lowest layer that it allows, and the last one."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
         tried = 0
         for site in ("encoder", 0, 1, layers - 1):
@@ -150,11 +151,12 @@ class TokenContract(StrategyContract):
         assert tried, "no site is allowed"
 
     def test_it_follows_another_stage(self) -> None:
-        """Where an earlier stage has thinned the tokens, it chooses among those that are left."""
+        """Where an earlier stage has thinned the tokens, it chooses among the kept ones."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
-        first = {"use": "random", "keep": 0.8}
+        first = {"use": DRAWN, "keep": 0.8}
         second = {"use": self.use, **self.options, **self.keep, "at": layers - 2}
-        pipeline = prunekit.load({"name": self.use, "stages": [first, second]})
+        registry = with_own(plugins.registry())
+        pipeline = prunekit.load({"name": self.use, "stages": [first, second]}, registry=registry)
         result = assert_equivalent(self.model(), pipeline, tiny_inputs(**MIXED), steps=2)
         for before, after in zip(*(event.kept for event in result.report.events), strict=True):
             assert set(after) <= set(before)

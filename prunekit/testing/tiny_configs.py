@@ -11,11 +11,9 @@ from typing import Any
 
 import transformers
 
-PAD, BOS, NEWLINE, IMAGE, VIDEO, BEGIN, END = range(7)
-FIRST_WORD, VOCABULARY = 10, 120
+from prunekit.verify.tiny_models import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW
+
 HIDDEN, PATCH = 32, 14
-# Shorter than any prompt with a picture.
-WINDOW = 12
 
 Make = Callable[[int], Any]
 
@@ -31,7 +29,7 @@ def text(layers: int, **more: Any) -> dict[str, Any]:
 
 
 def vision(kind: str, **more: Any) -> dict[str, Any]:
-    """Numbers of a small tower that sees pictures of 56 x 56 pixels in patches of 14."""
+    """Numbers of a small tower that sees images of 56 x 56 pixels in patches of 14."""
     usual: dict[str, Any] = {
         "model_type": kind, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
         "num_attention_heads": 2, "image_size": 56, "patch_size": PATCH,

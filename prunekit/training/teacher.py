@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from prunekit import families
-from prunekit.engine.attach import Attached, apply
+from prunekit.engine.attach import Attached
 from prunekit.errors import Unsupported
 from prunekit.pipeline.build import BoundPipeline, Pipeline
 from prunekit.pipeline.stage import Stage
@@ -24,6 +23,7 @@ from prunekit.training.forced import Decide, Shown, deciding, shown
 from prunekit.training.learner import Learner
 from prunekit.training.pictures import encoded_once
 from prunekit.training.recipe import Recipe
+from prunekit.verify.proof import proved_parts
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Teacher:
 
     def __init__(self, model: Any, pipeline: Pipeline, bound: BoundPipeline, recipe: Recipe) -> None:
         self.model, self.pipeline, self.bound, self.recipe = model, pipeline, bound, recipe
-        self.stage, self.parts = router_of(pipeline), families.find(model)
+        self.stage, self.parts = router_of(pipeline), proved_parts(model)
         check_cuts(bound, self.stage)
         self.alone = is_alone(pipeline, bound) and self.parts.rotary is not None
         layers = range(bound.shape.layers)
@@ -105,7 +105,7 @@ class Teacher:
 
     def decide(self, inputs: Mapping[str, Tensor], answers: Answers, by: Decide) -> tuple[Tensor, Actions, Shown]:
         """Run one decision for each sample: its KL (B,), what was decided, and what the router was shown."""
-        with apply(self.model, self.pipeline) as run:
+        with Attached(self.model, self.pipeline, self.parts) as run:
             return self._decided(run, inputs, answers, by)
 
     def _decided(
@@ -127,7 +127,7 @@ class Teacher:
 
         seeds: one for each sample; every candidate draws its noise from it and its own number.
         """
-        with apply(self.model, self.pipeline) as run:
+        with Attached(self.model, self.pipeline, self.parts) as run:
             kl, actions, seen = self._decided(run, inputs, answers, plainly(learner))
             kls, tried = [kl], [actions]
             for number in range(1, self.recipe.candidates):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import __version__, families
+from prunekit import __version__
 from prunekit.errors import InputError
 from prunekit.pipeline.build import Pipeline
 from prunekit.training import checkpoint
@@ -24,6 +24,7 @@ from prunekit.training.preference import Loss, loss_of
 from prunekit.training.processes import Processes
 from prunekit.training.recipe import Recipe, as_data
 from prunekit.training.teacher import Pairs, Teacher, at_random, plainly
+from prunekit.verify.proof import proved_parts
 
 Measured = dict[str, float]
 
@@ -47,7 +48,7 @@ class Trainer:
     processes: Processes = field(default_factory=Processes)
 
     def __post_init__(self) -> None:
-        self.parts = families.find(self.model)
+        self.parts = proved_parts(self.model)
         self.bound = self.pipeline.bind(self.parts.shape())
         self.teacher = Teacher(self.model, self.pipeline, self.bound, self.recipe)
         self.model.requires_grad_(False)

@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-import prunekit
-from prunekit import Pipeline
-from prunekit.verify.oracle import MaskedReference, Merge
-from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.recorder import recorded
-from prunekit.verify.reported import Fates
-from prunekit.verify.stock import Frame
+from prunekit.pipeline.build import Pipeline, build
+from prunekit.verify.comparison import Equivalence, Merges, compared, generate
+from prunekit.verify.proof import proved_parts
+from prunekit.verify.stock import StockRun
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from transformers import PreTrainedModel
-
-    from prunekit.records import RunReport, StageEvent
-
-Merges = Callable[["RunReport"], Mapping[int, "Merge | Sequence[Tensor]"]]
-
-
-@dataclass(frozen=True)
-class Equivalence:
-    """A pruned run beside its reference.
-
-    sequences: int64 (B, P + T), prompt and decoded tokens. logits, reference: float (B, T, vocabulary).
-    error: the largest absolute difference of the two. cache: the KV cache that the run left behind. merges: as the
-    reference was told them.
-    """
-
-    report: RunReport
-    sequences: Tensor
-    logits: Tensor
-    reference: Tensor
-    error: float
-    cache: Any
-    merges: Mapping[int, Merge | Sequence[Tensor]]
+__all__ = ["Equivalence", "assert_equivalent", "generate"]
 
 
 def assert_equivalent(
@@ -53,7 +24,7 @@ def assert_equivalent(
     steps: int = 8,
     atol: float = 1e-9,
     merges: Merges | None = None,
-    frame: Frame | None = None,
+    stock_run: StockRun | None = None,
     **options: Any,
 ) -> Equivalence:
     """Prefill and `steps` decode steps of the pruned model equal the masked reference; AssertionError if they do not.
@@ -63,138 +34,13 @@ def assert_equivalent(
     the KV that the cache really holds, and the model before and after.
 
     model: a stock model in eval mode; in float64 unless `atol` is 1e-6 or more. In float64 both sides run under
-        `Float64Throughout`, which takes out the places where such a model still rounds to float32 (RMSNorm, eager
+        `Float64Throughout`, which takes out what such a model still rounds to float32 (RMSNorm, eager
         softmax, generate's logits); without it the floor would be 1e-7.
     inputs: what `generate` takes, left-padded; `prunekit.testing.tiny_families` makes some for every family.
     merges: how events merged, from the report alone. None takes the weights that the strategy returned to the engine.
-    frame: `prunekit.testing.frame.frame_of(model, inputs, steps + 1)`, to make it once for many pipelines.
+    stock_run: `prunekit.verify.stock.stock_run_of(model, inputs, steps + 1)`, to make it once for many pipelines.
     options: for `generate`, such as `num_beams` (all beams of a row are returned and compared).
     Raises ValueError when the model is not in float64 and `atol` is below 1e-6.
     """
-    if model.dtype != torch.float64 and atol < 1e-6:
-        raise ValueError(f"the model is in {model.dtype}; equality to {atol} needs float64: model.double()")
-    built = pipeline if isinstance(pipeline, Pipeline) else prunekit.load(pipeline)
-    if (beams := options.get("num_beams", 1)) > 1:
-        options |= {"num_return_sequences": beams, "output_scores": True}
-    exact = Float64Throughout() if model.dtype == torch.float64 else nullcontext()
-    with exact, restored(model):
-        with recorded(built) as record, prunekit.apply(model, built) as run:
-            output = generate(model, inputs, max_new_tokens=steps + 1, **options)
-        if run.report is None:
-            raise AssertionError("the run left no report")
-        report = _of_prompts(run.report, beams)
-        stated = merges(report) if merges else record.merges(run.report, beams)
-        reference = MaskedReference(model, inputs, report, stated, frame)
-        tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
-        expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
-        found = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
-    error = _compare(built.name, found, expected, atol, report)
-    _check_counts(report, reference.fates, output.past_key_values, steps)
-    return Equivalence(report, output.sequences, found, expected, error, output.past_key_values, stated)
-
-
-def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Any:
-    """`model.generate`, greedy unless `options` say otherwise, to its full length, with raw logits and the cache."""
-    call: Any = model.generate
-    length = options["max_new_tokens"]
-    defaults = {"do_sample": False, "min_new_tokens": length, "return_dict_in_generate": True, "output_logits": True}
-    return call(**inputs, **(defaults | options))
-
-
-def _logits(output: Any, beams: int) -> Tensor:
-    """Raw logits along every returned sequence, (rows * beams, T, vocabulary)."""
-    if beams == 1:
-        return torch.stack(output.logits, dim=1)
-    length = len(output.logits)
-    return torch.stack([output.logits[step][output.beam_indices[:, step]] for step in range(length)], dim=1)
-
-
-def _of_prompts(report: RunReport, beams: int) -> RunReport:
-    """The report of one row for each prompt; AssertionError when the beams of a prompt were not treated alike."""
-    if beams == 1:
-        return report
-    changes: dict[str, Any] = {"samples": report.samples // beams}
-    for name in ("prompt_tokens", "visual_tokens", "kept_tokens", "layer_tokens", "mlp_tokens", "kv_tokens", "plans"):
-        changes[name] = _first(getattr(report, name), beams)
-    events = []
-    for event in report.events:
-        sizes = None if event.sizes is None else _first(event.sizes, beams)
-        events.append(replace(event, entered=_first(event.entered, beams), kept=_first(event.kept, beams), sizes=sizes))
-    return replace(report, events=tuple(events), **changes)
-
-
-def _first(rows: Sequence[Any], beams: int) -> tuple[Any, ...]:
-    for start in range(0, len(rows), beams):
-        if any(row != rows[start] for row in rows[start : start + beams]):
-            raise AssertionError(f"the {beams} beams of prompt {start // beams} differ: {rows}")
-    return tuple(rows[::beams])
-
-
-def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: RunReport) -> float:
-    difference = (logits - expected).abs().nan_to_num(torch.inf)
-    error = float(difference.max())
-    if error > atol:
-        worst = difference.amax(-1)
-        row, step = divmod(int(worst.argmax()), worst.shape[1])
-        raise AssertionError(
-            f"pipeline {name}: logits differ from the masked reference by {error:.3g} (allowed {atol:.3g}), most "
-            f"in row {row} at {'prefill' if step == 0 else f'decode step {step}'}; per row and step:\n{worst}\n{report}"
-        )
-    return error
-
-
-def _check_counts(report: RunReport, fates: Fates, cache: Any, steps: int) -> None:
-    """The report's counts follow from its decisions, and the cache holds what they say."""
-    for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
-        said, expected = getattr(report, name), getattr(fates, name)()
-        if said != expected:
-            raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
-    for number, layer in enumerate(cache.layers):
-        if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
-            continue  # the length of a buffer says nothing, a stock window holds no more than it
-        decoded = steps * any(plan.decoding(number).writes_kv for plan in report.plans)
-        least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, report.layer_tokens))
-        # Rows with plans or crops of their own may leave holes in a rectangle.
-        alike = all(plan == report.plans[0] for plan in report.plans)
-        exact = alike and (report.samples == 1 or not any(_crops(one) for one in report.events))
-        held = kv_length(cache, number)
-        if held != least if exact else not least <= held <= most:
-            raise AssertionError(f"the cache holds {held} KV entries in layer {number}, the report says {least}")
-
-
-def _crops(event: StageEvent) -> bool:
-    return event.crop or event.site == "prefill_end"
-
-
-def kv_length(cache: Any, layer: int) -> int:
-    """KV entries that one layer of a cache really holds for each row; keys and values have as many."""
-    keys, values = cache.layers[layer].keys, cache.layers[layer].values
-    if keys is None or keys.numel() == 0:
-        return 0
-    if keys.shape[:-1] != values.shape[:-1]:
-        raise AssertionError(f"layer {layer}: keys {tuple(keys.shape)}, values {tuple(values.shape)}")
-    return int(keys.shape[-2])
-
-
-@contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
-    """AssertionError unless parameters, buffers and the attributes of every module are afterwards what they were."""
-    weights = {name: tensor.clone() for name, tensor in _tensors(model)}
-    attributes = {name: _attributes(module) for name, module in model.named_modules()}
-    yield
-    for name, tensor in _tensors(model):
-        if name not in weights or not torch.equal(tensor, weights[name]):
-            raise AssertionError(f"{name} has changed")
-    for name, module in model.named_modules():
-        if _attributes(module) != attributes.get(name):
-            raise AssertionError(f"module '{name}' has other attributes: {_attributes(module)}")
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _attributes(module: nn.Module) -> dict[str, int]:
-    """The functions that stand on a module itself, over those of its class."""
-    return {name: id(value) for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
+    built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline)
+    return compared(model, proved_parts(model), built, inputs, steps, atol, merges, stock_run, **options)

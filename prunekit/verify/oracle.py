@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Fates, Move, closed, fates_of
-from prunekit.verify.stock import Frame, as_square, frame_of, parts_of, visual_places
+from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
+from prunekit.verify.stock import StockRun, as_square, parts_of, stock_run_of, visual_mask
 from prunekit.verify.tower import tower_cuts
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ class MaskedReference:
 
     model: stock, in eval mode, with no pipeline applied; the caller chooses the dtype and, of sdpa and eager, the
         attention (a flash-style kernel is replaced by sdpa). In float64 under
-        `prunekit.testing.precision.Float64Throughout` errors are below 1e-12.
+        `prunekit.verify.precision.Float64Throughout` errors are below 1e-12.
     inputs: what `generate` takes: `input_ids` and `attention_mask` int64 (B, P), pixels and what belongs to them.
     merges: event number (in `report.events`) to the merge of that event, or just its weights; events that are not named
         merge nothing.
-    frame: of these inputs, at least as long as what is asked for; None makes one when needed.
+    stock_run: of these inputs, at least as long as what is asked for; None makes one when needed.
     Raises ValueError when the report contradicts itself or the inputs.
     """
 
@@ -70,17 +70,17 @@ class MaskedReference:
         inputs: Mapping[str, Tensor],
         report: RunReport,
         merges: Mapping[int, Merge | Sequence[Tensor]] | None = None,
-        frame: Frame | None = None,
+        stock_run: StockRun | None = None,
     ) -> None:
-        self.model, self.inputs, self.report, self.frame = model, inputs, report, frame
+        self.model, self.inputs, self.report, self.stock_run = model, inputs, report, stock_run
         self.stock = cast("Any", model)  # untyped, as the methods of transformers are
         self.merges = {
             number: merge if isinstance(merge, Merge) else Merge(merge) for number, merge in (merges or {}).items()
         }
         self.layers: Sequence[Any] = self.stock.get_decoder().layers
-        self.visual = [row.nonzero()[:, 0] for row in visual_places(model, inputs["input_ids"])]
+        self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
-        self.fates: Fates = fates_of(inputs["input_ids"], self.present, self.visual, report, len(self.layers))
+        self.tables: TokenTables = tables_of(inputs["input_ids"], self.present, self.visual, report, len(self.layers))
         self.muted: set[str] = set()
 
     @torch.no_grad()
@@ -90,8 +90,8 @@ class MaskedReference:
         tokens: int64 (B, T), what the pruned run decoded. Step t sees the prompt and the first t of them, so the last
         of them is never read.
         """
-        found: Tensor = self.forward(tokens[:, :-1]).logits
-        return found[:, self.inputs["input_ids"].shape[1] - 1 :]
+        logits: Tensor = self.forward(tokens[:, :-1]).logits
+        return logits[:, self.inputs["input_ids"].shape[1] - 1 :]
 
     @torch.no_grad()
     def attention(self, layer: int) -> Tensor:
@@ -110,7 +110,7 @@ class MaskedReference:
 
         with _before(self.layers[layer], look, last=True):
             self.forward(self.inputs["input_ids"][:, :0])
-        return seen[-1]  # a frame may have been made first
+        return seen[-1]  # a stock run may have come first
 
     @torch.no_grad()
     def forward(self, tokens: Tensor, **options: Any) -> Any:
@@ -119,7 +119,7 @@ class MaskedReference:
         for key, value in self.inputs.items():
             if key == "input_ids":
                 # To `generate` a decoded id of a visual token is a word; here it would be a place to fill.
-                words = tokens.masked_fill(visual_places(self.model, tokens), 0)
+                words = tokens.masked_fill(visual_mask(self.model, tokens), 0)
                 inputs[key] = torch.cat([value, words], 1)
             elif key == "attention_mask":
                 inputs[key] = torch.cat([value, value.new_ones(tokens.shape)], 1)
@@ -135,8 +135,8 @@ class MaskedReference:
         For `model.generate(..., use_cache=False)` of up to `steps` tokens; each forward must hold the whole sequence,
         prompt included.
         """
-        if self.frame is None or self.frame.length < self.inputs["input_ids"].shape[1] + steps - 1:
-            self.frame = frame_of(self.model, self.inputs, steps)
+        if self.stock_run is None or self.stock_run.length < self.inputs["input_ids"].shape[1] + steps - 1:
+            self.stock_run = stock_run_of(self.model, self.inputs, steps)
         with ExitStack() as stack, as_square(self.model):
             stack.enter_context(tower_cuts(self.model, self.inputs, self.report, self.visual))
             for number, layer in enumerate(self.layers):
@@ -152,9 +152,9 @@ class MaskedReference:
         """While open, the decoder gets the embeddings of `tokens` behind the prompt, whatever their ids."""
         length = self.present.shape[1]
 
-        def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             words = self.stock.get_input_embeddings()(tokens)
-            named["inputs_embeds"] = torch.cat([named["inputs_embeds"][:, :length], words], 1)
+            kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :length], words], 1)
 
         handle = self.stock.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -164,21 +164,21 @@ class MaskedReference:
 
     def mask(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Who sees whom in a layer, bool (B, S, S), and what is added to the logits of each key, float64 (B, S)."""
-        assert self.frame is not None
-        length, fates = self.present.shape[1], self.fates
-        seen = self.frame.mask(layer)[:, :tokens, :tokens].clone()
-        seen[:, :length, :length] &= fates.entering[layer][:, None]
-        seen[:, length:, :length] &= fates.lasting[layer][:, None]
+        assert self.stock_run is not None
+        length, tables = self.present.shape[1], self.tables
+        seen = self.stock_run.mask(layer)[:, :tokens, :tokens].clone()
+        seen[:, :length, :length] &= tables.entering[layer][:, None]
+        seen[:, length:, :length] &= tables.lasting[layer][:, None]
         bias = torch.zeros(len(seen), tokens, dtype=torch.float64, device=seen.device)
-        bias[:, :length] = fates.sizes[layer].log()
+        bias[:, :length] = tables.sizes[layer].log()
         return seen, bias
 
     def positions(self, layer: int, tokens: int) -> Tensor | None:
         """Positions in a layer, int64 (axes, B, S); None where the model rotates nothing."""
-        assert self.frame is not None
-        positions = self.frame.positions(layer)
+        assert self.stock_run is not None
+        positions = self.stock_run.positions(layer)
         if positions is not None and self.report.positions == "renumber":
-            positions = closed(positions, self.fates.entering[layer], self.present)
+            positions = closed(positions, self.tables.entering[layer], self.present)
         return None if positions is None else positions[..., :tokens]
 
     def _entering(self, layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
@@ -186,9 +186,9 @@ class MaskedReference:
             tokens = state.shape[1]
             arguments["attention_mask"] = _additive(*self.mask(layer, tokens), state.dtype)
             positions = self.positions(layer, tokens)
-            if positions is not None and self.frame is not None:
-                arguments["position_embeddings"] = self.frame.rotate(layer, positions)
-            return self._moved(self.fates.before[layer], state)
+            if positions is not None and self.stock_run is not None:
+                arguments["position_embeddings"] = self.stock_run.rotate(layer, positions)
+            return self._moved(self.tables.before[layer], state)
 
         return edit
 
@@ -196,8 +196,8 @@ class MaskedReference:
         """The layer's output, with what moves inside it, and the input where a token passes unchanged."""
 
         def edit(state: Tensor, arguments: dict[str, Any], result: Any) -> Any:
-            runs = self.fates.switch(layer, RUNS, state.shape[1], frozen=True)[..., None]
-            if any(move.number in self.merges for move in self.fates.mid[layer]):
+            runs = self.tables.switch(layer, RUNS, state.shape[1], frozen=True)[..., None]
+            if any(move.number in self.merges for move in self.tables.mid[layer]):
                 result = self._in_two(layer, module, state, arguments)
             return torch.where(runs, result, state)
 
@@ -207,7 +207,7 @@ class MaskedReference:
         """The layer once without its MLP, then the merge, then the layer once without its attention."""
         with self._without("mlp"):
             between = module.forward(state, **arguments)
-        between = self._moved(self.fates.mid[layer], between)
+        between = self._moved(self.tables.mid[layer], between)
         with self._without("attention"):
             return cast("Tensor", module.forward(between, **arguments))
 
@@ -217,7 +217,7 @@ class MaskedReference:
 
         def edit(_: Any, arguments: dict[str, Any], result: Any) -> Any:
             first = result[0] if isinstance(result, tuple) else result
-            adds = self.fates.switch(layer, table, first.shape[1])[..., None]
+            adds = self.tables.switch(layer, table, first.shape[1])[..., None]
             if part in self.muted:
                 adds = torch.zeros_like(adds)
             first = torch.where(adds, first, torch.zeros_like(first))
@@ -259,9 +259,9 @@ def _additive(seen: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def _before(module: nn.Module, edit: Callable[[Tensor, dict[str, Any]], Tensor], last: bool = False) -> Iterator[None]:
-    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        state = edit(given[0], named)
-        return (state, *given[1:]), named
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = edit(args[0], kwargs)
+        return (state, *args[1:]), kwargs
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not last)
     try:
@@ -272,8 +272,8 @@ def _before(module: nn.Module, edit: Callable[[Tensor, dict[str, Any]], Tensor],
 
 @contextmanager
 def _after(module: nn.Module, edit: Callable[[Any, dict[str, Any], Any], Any]) -> Iterator[None]:
-    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> Any:
-        return edit(given[0] if given else None, named, result)
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        return edit(args[0] if args else None, kwargs, result)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

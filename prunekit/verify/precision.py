@@ -16,11 +16,11 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, functional.grid_sam
 class Float64Throughout(TorchFunctionMode):
     """While this is on, no float64 tensor is rounded to float32: `with Float64Throughout(): ...`.
 
-    A model in float64 still rounds in a few places, because its code casts to float32 for the sake of half precision:
+    A model in float64 still rounds at a few points, because its code casts to float32 for the sake of half precision:
     RMSNorm, the softmax of eager attention, and the logits that `generate` collects. Each of them costs an error of
     about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.type(float32)`, `x.float()` and
     `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding; a float64 matrix times a float32 one
-    (older rotary embeddings multiply frequencies by whole positions) is a float64 product, and float64 pictures are
+    (older rotary embeddings multiply frequencies by whole positions) is a float64 product, and float64 images are
     sampled at float64 coordinates. Nothing on the model is
     patched, and code under test and reference run under the very same rule.
     """

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,26 +18,42 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunekit import families, upstream
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
-from prunekit.families.generic import TRIAL, Observed
-from prunekit.testing.tiny_families import tiny_batch
-from prunekit.verify.equivalence import assert_equivalent
+from prunekit.families.base import Parts
+from prunekit.pipeline.build import build
+from prunekit.registry import Registry
+from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.stock import Frame, frame_of
+from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.strategies import ATTENDED, DRAWN, WITHOUT, with_own
+from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
 CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
-    "nothing pruned": (),
-    "tokens dropped at the door and before layer 1": (
-        {"use": "random", "at": "encoder", "keep": 0.6},
-        {"use": "random", "at": 1, "keep": 0.5},
+    "nothing pruned": ({"use": DRAWN, "keep": 1.0},),
+    "tokens dropped at the decoder input and before layer 1": (
+        {"use": DRAWN, "at": "encoder", "keep": 0.6},
+        {"use": DRAWN, "at": 1, "keep": 0.5},
     ),
-    "tokens dropped by attention before layer 2": ({"use": "fastv", "at": 2, "keep": 0.5},),
-    "layers skipped": ({"use": "random", "at": "encoder", "keep": 0.5}, {"use": "skip_layers", "layers": [0, 3]}),
-    "attention skipped": ({"use": "skip_layers", "layers": [2], "what": "attention"},),
-    "MLP skipped": ({"use": "skip_layers", "layers": [2], "what": "mlp"},),
+    "tokens dropped by attention before layer 2": ({"use": ATTENDED, "at": 2, "keep": 0.5},),
+    "layers skipped": ({"use": DRAWN, "at": "encoder", "keep": 0.5}, {"use": WITHOUT, "layers": [0, 3]}),
+    "attention skipped": ({"use": WITHOUT, "layers": [2], "what": "attention"},),
+    "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What only a running model shows: see `Parts.logical_until` and `Parts.token_kwargs`."""
+
+    logical_until: int = 0
+    token_kwargs: tuple[str, ...] = ()
+
+    def added_to(self, parts: Parts) -> Parts:
+        """The parts of a model that was only recognised, with what was observed."""
+        return replace(parts, logical_until=self.logical_until, token_kwargs=self.token_kwargs)
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,16 @@ class Proof:
         return all(case.fault is None for case in self.cases)
 
 
-def observed_and_proved(model: PreTrainedModel) -> Observed:
-    """What was observed on the twin of `model`, once all cases hold. Raises Unsupported with those that do not."""
+def proved_parts(model: PreTrainedModel) -> Parts:
+    """The parts of `model`: as the file of its family says, or recognised, and then proved on its tiny twin.
+
+    Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with all that is amiss,
+    and for a version of transformers that lacks what prunekit needs.
+    """
+    upstream.verify()
+    parts = families.find(model)
+    if families.family_of(model) is not None:
+        return parts
     proof = prove(model.config)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
     if faults:
@@ -71,7 +94,7 @@ def observed_and_proved(model: PreTrainedModel) -> Observed:
             f"{type(model).__name__} has no family file; it was recognised, but its tiny twin is not pruned exactly: "
             f"{'; '.join(faults)}"
         )
-    return proof.observed
+    return proof.observed.added_to(parts)
 
 
 def prove(config: Any) -> Proof:
@@ -105,60 +128,62 @@ def _prove(key: _Key) -> Proof:
     finally:
         torch.random.set_rng_state(state)
     try:
-        recipe = recipe_for(twin)
-        inputs = tiny_batch(twin, rows_of(recipe), recipe=recipe)
+        parts = families.find(twin)
+        recipe = recipe_for(twin, parts)
+        inputs = tiny_batch(twin, recipe, rows_of(recipe))
         observed = _observe(twin, inputs)
     except PrunekitError:
         raise
     except Exception as error:  # code that was never seen may fail in any way
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
-    with _trial(observed):
-        with Float64Throughout():
-            frame = frame_of(twin, inputs, STEPS + 1)
-        return Proof(observed, tuple(_run(name, twin, stages, inputs, frame) for name, stages in CASES.items()))
+    if families.family_of(twin) is None:
+        parts = observed.added_to(parts)
+    with Float64Throughout():
+        stock_run = stock_run_of(twin, inputs, STEPS + 1)
+    return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, stock_run) for name, stages in CASES.items()))
 
 
-@contextmanager
-def _trial(observed: Observed) -> Iterator[None]:
-    token = TRIAL.set(observed)
-    try:
-        yield
-    finally:
-        TRIAL.reset(token)
-
-
-def _run(name: str, twin: Any, stages: tuple[dict[str, Any], ...], inputs: Mapping[str, Tensor], frame: Frame) -> Case:
-    pipeline = {"name": name.replace(" ", "-"), "stages": list(stages or [{"use": "random", "keep": 1.0}])}
+def _run(
+    name: str,
+    twin: Any,
+    parts: Parts,
+    stages: Sequence[dict[str, Any]],
+    inputs: Mapping[str, Tensor],
+    stock_run: StockRun,
+) -> Case:
+    data = {"name": name.replace(" ", "-"), "stages": list(stages)}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrunekitWarning)
-            found = assert_equivalent(twin, pipeline, inputs, steps=STEPS, atol=ALLOWED, frame=frame)
+            result = compared(
+                twin, parts, build(data, registry=with_own(Registry())), inputs, STEPS, ALLOWED, stock_run=stock_run
+            )
     except PrunekitError as error:
         return Case(name, None, f"{error}")
     except Exception as error:  # code that was never seen may fail in any way
         return Case(name, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-    return Case(name, found.error)
+    return Case(name, result.error)
 
 
 @torch.no_grad()
 def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
-    """Watch the decoder loop during one prefill: which states it changes between layers, what it hands to them."""
+    """Record the decoder loop during one prefill: which states it changes between layers, what it hands to them."""
     layers = twin.get_decoder().layers
     entered: list[Tensor] = []
-    left: list[Any] = []
-    named: list[dict[str, Any]] = []
+    returned: list[Any] = []
+    arguments: list[dict[str, Any]] = []
 
-    def before(_: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if len(given) != 1:
+    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) != 1:
             raise Unsupported("its decoder layers take positional arguments beside the hidden states")
-        entered.append(given[0])
-        named.append(keywords)
+        entered.append(args[0])
+        arguments.append(kwargs)
 
-    def after(_: Any, given: Any, keywords: Any, result: Any) -> None:
+    def after(_: Any, args: Any, kwargs: Any, result: Any) -> None:
         if not isinstance(result, Tensor):
             raise Unsupported("its decoder layers return more than the hidden states")
-        left.append(result)
+        returned.append(result)
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
     handles += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
@@ -169,13 +194,13 @@ def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
             handle.remove()
     if len(entered) != len(layers):
         raise Unsupported(f"its decoder called {len(entered)} layers of {len(layers)} in one forward")
-    touched = [n for n in range(len(layers) - 1) if not torch.equal(left[n], entered[n + 1])]
+    touched = [n for n in range(len(layers) - 1) if not torch.equal(returned[n], entered[n + 1])]
     if touched and touched[-1] == len(layers) - 2:
         raise Unsupported("its decoder changes hidden states between all layers")
-    return Observed(touched[-1] + 1 if touched else 0, _per_token(named[0], entered[0]))
+    return Observed(touched[-1] + 1 if touched else 0, _per_token(arguments[0], entered[0]))
 
 
-KNOWN = frozenset({"attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_position"})
+USUAL = frozenset({"attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_position"})
 
 
 def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
@@ -183,5 +208,5 @@ def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in keywords.items()
-        if name not in KNOWN and isinstance(value, Tensor) and value.shape[:2] == state.shape[:2]
+        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[:2]
     )

@@ -41,7 +41,7 @@ class Recorder:
         beams: how many rows of the report belong to one prompt; the merges are those of the first of them.
         Raises ValueError for a merge inside the vision tower, which the reference does not know.
         """
-        found: dict[int, Merge] = {}
+        merges: dict[int, Merge] = {}
         before: tuple[Sequence[int], ...] = tuple(range(count) for count in report.visual_tokens)
         pending = list(self.calls.items())
         for number, event in enumerate(report.events):
@@ -50,9 +50,9 @@ class Recorder:
                 merge = _merge(pending.pop(0)[1], event, before)
                 if merge is not None:
                     extras = None if merge.extras is None else merge.extras[::beams]
-                    found[number] = Merge(merge.weights[::beams], extras)
+                    merges[number] = Merge(merge.weights[::beams], extras)
             before = event.kept
-        return found
+        return merges
 
     def note(self, stage: tuple[str, int], cut: int, call: Call, again: bool = False) -> None:
         """Add a call, or with `again` replace the newest."""
@@ -123,7 +123,7 @@ def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[i
 
 
 def _rows(call: Call) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-    """For each sample of a call: weights (entered, entered + E) of the tokens that are there, and extras (E, H)."""
+    """For each sample of a call: weights (entered, entered + E) of its real tokens, and extras (E, H)."""
     for row, present in enumerate(call.valid.reshape(-1, call.valid.shape[-1])):
         extras = None if call.extras is None else call.extras.reshape(-1, *call.extras.shape[-2:])[row].detach().clone()
         if call.weights is None:

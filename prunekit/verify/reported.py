@@ -38,7 +38,7 @@ class Move:
 
 
 @dataclass
-class Fates:
+class TokenTables:
     """Tables of one run.
 
     entering[l]: bool (B, P), prompt tokens that enter layer l, which its prompt queries can see.
@@ -63,13 +63,13 @@ class Fates:
         frozen: also leave out visual tokens where the action is FREEZE.
         """
         length = self.prompt.shape[1]
-        found = torch.ones(len(self.plans), tokens, dtype=torch.bool, device=self.prompt.device)
+        does = torch.ones(len(self.plans), tokens, dtype=torch.bool, device=self.prompt.device)
         for row, plan in enumerate(self.plans):
-            found[row, :length] = table[plan[layer]]
-            found[row, length:] = table[plan.decoding(layer)]
+            does[row, :length] = table[plan[layer]]
+            does[row, length:] = table[plan.decoding(layer)]
             if frozen and plan[layer] is LayerAction.FREEZE:
-                found[row, self.visual[row]] = False
-        return found
+                does[row, self.visual[row]] = False
+        return does
 
     def kv_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens decoding finds in the KV cache."""
@@ -81,7 +81,7 @@ class Fates:
 
     def mlp_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens pass the MLP: not those that a cut inside the layer drops."""
-        found = []
+        rows = []
         for row in range(len(self.plans)):
             counts = []
             for layer, entering in enumerate(self.entering):
@@ -92,11 +92,11 @@ class Fates:
                 length = len(passing)
                 passing &= self.switch(layer, RUNS, length, frozen=True)[row] & self.switch(layer, MLPS, length)[row]
                 counts.append(int(passing.sum()))
-            found.append(tuple(counts))
-        return tuple(found)
+            rows.append(tuple(counts))
+        return tuple(rows)
 
 
-def fates_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report: RunReport, layers: int) -> Fates:
+def tables_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report: RunReport, layers: int) -> TokenTables:
     """Follow the events of `report` through `layers` layers.
 
     prompt: int64 (B, P). present: bool (B, P), False on padding. visual: slots of the visual tokens of each row, int64.
@@ -106,28 +106,28 @@ def fates_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report: 
     plans = tuple(report.plans)
     moves = _moves(report, visual)
     alive, size = present.clone(), torch.ones(prompt.shape, dtype=torch.float64, device=prompt.device)
-    fates = Fates(prompt, visual, plans, [], [], [], [], [])
+    tables = TokenTables(prompt, visual, plans, [], [], [], [], [])
     for layer in range(layers):
         before = [move for site, move in moves if _moves_before(site, layer)]
         mid = [move for site, move in moves if site.in_decoder and site.point == "mid" and site.layer == layer]
         for move in before:
             _apply(move, report.events[move.number], alive, size)
-        fates.before.append(before)
-        fates.mid.append(mid)
-        fates.entering.append(alive.clone())
-        fates.sizes.append(size.clone())
+        tables.before.append(before)
+        tables.mid.append(mid)
+        tables.entering.append(alive.clone())
+        tables.sizes.append(size.clone())
         # A layer whose keys no decoding step will ask for need not hold them.
         written = [plan[layer].writes_kv and plan.decoding(layer).attends for plan in plans]
-        fates.lasting.append(alive & torch.tensor(written, device=alive.device)[:, None])
+        tables.lasting.append(alive & torch.tensor(written, device=alive.device)[:, None])
         for move in mid:
             _apply(move, report.events[move.number], alive, size)
     for site, move in moves:
         if site.place == "prefill_end" or report.events[move.number].crop:
-            for table in fates.lasting:
+            for table in tables.lasting:
                 for row, (entered, kept) in enumerate(zip(move.entered, move.kept, strict=True)):
                     gone = entered[~torch.isin(entered, kept)]
                     table[row, gone] = False
-    return fates
+    return tables
 
 
 def check(report: RunReport, visual: Sequence[Tensor]) -> None:
@@ -156,37 +156,40 @@ def _moves_before(site: Site, layer: int) -> bool:
 
 
 def _moves(report: RunReport, visual: Sequence[Tensor]) -> list[tuple[Site, Move]]:
-    left = [list(range(len(slots))) for slots in visual]
-    found = []
+    remaining = [list(range(len(slots))) for slots in visual]
+    moves = []
     for number, event in enumerate(report.events):
-        entered = tuple(slots[torch.tensor(old, dtype=torch.long)] for slots, old in zip(visual, left, strict=True))
-        left = [list(row) for row in event.kept]
-        kept = tuple(slots[torch.tensor(new, dtype=torch.long)] for slots, new in zip(visual, left, strict=True))
-        found.append((Site.parse(event.site), Move(number, entered, kept)))
-    return found
+        entered = tuple(
+            slots[torch.tensor(old, dtype=torch.long)] for slots, old in zip(visual, remaining, strict=True)
+        )
+        remaining = [list(row) for row in event.kept]
+        kept = tuple(slots[torch.tensor(new, dtype=torch.long)] for slots, new in zip(visual, remaining, strict=True))
+        moves.append((Site.parse(event.site), Move(number, entered, kept)))
+    return moves
 
 
 def _apply(move: Move, event: StageEvent, alive: Tensor, size: Tensor) -> None:
     for row, (entered, kept) in enumerate(zip(move.entered, move.kept, strict=True)):
         alive[row, entered] = False
         alive[row, kept] = True
-        if event.sizes is not None and not Site.parse(event.site).in_tower:  # tower sizes end at the decoder's door
+        if event.sizes is not None and not Site.parse(event.site).in_tower:  # sizes of a tower end with it
             size[row, kept] = torch.tensor(event.sizes[row], dtype=size.dtype, device=size.device)
 
 
-def closed(positions: Tensor, left: Tensor, present: Tensor) -> Tensor:
+def closed(positions: Tensor, remaining: Tensor, present: Tensor) -> Tensor:
     """Positions with the gaps of missing tokens closed, row by row: int64 (axes, B, S).
 
-    positions: int64 (axes, B, S). left, present: bool (B, P), prompt tokens that remain, and those that are no padding.
+    positions: int64 (axes, B, S). remaining: bool (B, P), prompt tokens that were not dropped. present: bool (B, P),
+    those that are no padding.
     A value that no remaining token has on any axis is removed, and larger ones move down.
     """
-    found = positions.clone()
-    length = left.shape[1]
-    for row in range(left.shape[0]):
+    counted = positions.clone()
+    length = remaining.shape[1]
+    for row in range(remaining.shape[0]):
         prompt = positions[:, row, :length]
-        used = sorted(set(prompt[:, left[row]].flatten().tolist()))
+        used = sorted(set(prompt[:, remaining[row]].flatten().tolist()))
         top = int(prompt[:, present[row]].max()) + 1
         below = positions[:, row, :length, None] > torch.tensor(used, device=positions.device)
-        found[:, row, :length] = below.sum(-1)
-        found[:, row, length:] -= top - len(used)
-    return found
+        counted[:, row, :length] = below.sum(-1)
+        counted[:, row, length:] -= top - len(used)
+    return counted

@@ -1,8 +1,8 @@
 """What the stock model gives its decoder layers when it generates: masks and positions, noted while it does.
 
-Families differ in who sees whom (windows, pictures that see themselves, prefixes) and in how positions count (one axis,
-three). None of that is written down here: a `Frame` watches a stock `generate` with its cache, call by call, and puts
-the pieces together into masks and positions of the whole sequence. They do not depend on what was decoded.
+Families differ in who sees whom (windows, images that see themselves, prefixes) and in how positions count (one axis,
+three). None of that is written down here: a `StockRun` records a stock `generate` with its cache, call by call, and
+puts the pieces together into masks and positions of the whole sequence. They do not depend on what was decoded.
 
 Shape letters: B batch, P padded prompt, S prompt plus decoded tokens, H hidden.
 """
@@ -30,28 +30,28 @@ class Rotation:
     """One call of a rotary module: its arguments, of which the integers `ids` (..., B, tokens) are the positions."""
 
     module: Any
-    given: tuple[Any, ...]
-    named: Mapping[str, Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     ids: Tensor
     result: Any
 
     def again(self, ids: Tensor) -> Any:
         """The same call with other positions."""
-        given = [ids if one is self.ids else one for one in self.given]
-        named = {key: ids if one is self.ids else one for key, one in self.named.items()}
-        return self.module.forward(*given, **named)
+        args = [ids if one is self.ids else one for one in self.args]
+        kwargs = {key: ids if one is self.ids else one for key, one in self.kwargs.items()}
+        return self.module.forward(*args, **kwargs)
 
 
 @dataclass
-class LayerFrame:
-    """What one layer was given over all calls. rotations: of each call; empty where the model rotates nothing."""
+class LayerInputs:
+    """What one layer got over all calls. rotations: of each call; empty where the model rotates nothing."""
 
     masks: list[Tensor] = field(default_factory=list)
     rotations: list[Rotation] = field(default_factory=list)
 
 
 @dataclass
-class Frame:
+class StockRun:
     """Masks and positions of a stock generation.
 
     prompt: int64 (B, P), the prompt that it was taken from. layers: one entry per decoder layer. length: the S tokens
@@ -60,7 +60,7 @@ class Frame:
 
     prompt: Tensor
     length: int
-    layers: Sequence[LayerFrame]
+    layers: Sequence[LayerInputs]
 
     def mask(self, layer: int) -> Tensor:
         """Who sees whom in one layer of the stock model: bool (B, S, S), queries by keys."""
@@ -73,7 +73,7 @@ class Frame:
         return square
 
     def positions(self, layer: int) -> Tensor | None:
-        """Positions as the rotary module gets them, int64 (axes, B, S); None where the layer is given no rotation."""
+        """Positions as the rotary module gets them, int64 (axes, B, S); None where the layer gets no rotation."""
         calls = self.layers[layer].rotations
         if not calls:
             return None
@@ -87,14 +87,14 @@ class Frame:
 
 
 @torch.no_grad()
-def frame_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int) -> Frame:
-    """Watch `model` generate `steps` tokens, at least 1, for a prompt batch; they cover prompt + steps - 1 tokens.
+def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int) -> StockRun:
+    """Record `model` while it generates `steps` tokens, at least 1: prompt + steps - 1 tokens of each row.
 
     model: stock, in eval mode, with no pipeline applied. inputs: as for `generate`.
     Raises ValueError when the model does not give its layers masks of all queries and keys.
     """
     decoder: Any = cast("Any", model).get_decoder()
-    layers = [LayerFrame() for _ in decoder.layers]
+    layers = [LayerInputs() for _ in decoder.layers]
     prompt = inputs["input_ids"]
     with ExitStack() as stack, as_square(model):
         calls: list[Rotation] = []
@@ -107,31 +107,31 @@ def frame_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: int) -
             **inputs, past_key_values=DynamicCache(), do_sample=False, num_beams=1, max_new_tokens=steps,
             min_new_tokens=steps,
         )  # fmt: skip
-    return Frame(prompt, prompt.shape[1] + steps - 1, layers)
+    return StockRun(prompt, prompt.shape[1] + steps - 1, layers)
 
 
-def visual_places(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Bool, like `input_ids`: places that the model fills with features of pictures and videos."""
+def visual_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Bool, like `input_ids`: positions that the model fills with features of images and videos."""
     ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
     return torch.isin(input_ids, torch.tensor([one for one in ids if one is not None], device=input_ids.device))
 
 
 def parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Attention and MLP of a decoder layer, known by the names of their classes. Raises ValueError if that fails."""
-    found = []
+    """Attention and MLP of a decoder layer, by the names of their classes. Raises ValueError if that fails."""
+    parts = []
     for words in (ATTENTION, MLP):
         named = [module for module in layer.children() if words.search(type(module).__name__)]
         if len(named) != 1:
             raise ValueError(f"{type(layer).__name__} has {len(named)} parts named {words.pattern}, not one")
-        found += named
-    return found[0], found[1]
+        parts += named
+    return parts[0], parts[1]
 
 
 @contextmanager
 def as_square(model: PreTrainedModel) -> Iterator[None]:
     """While open, a model with kernels that take other masks (flash) runs under sdpa."""
-    found = [module.config for module in model.modules() if hasattr(module, "config")]
-    configs: dict[int, Any] = {id(one): one for one in found}
+    owners = [module.config for module in model.modules() if hasattr(module, "config")]
+    configs: dict[int, Any] = {id(one): one for one in owners}
     changed = [(one, one._attn_implementation) for one in configs.values() if one._attn_implementation not in SQUARE]
     try:
         for config, _ in changed:
@@ -144,10 +144,10 @@ def as_square(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _rotations(module: nn.Module, calls: list[Rotation]) -> Iterator[None]:
-    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], result: Any) -> None:
-        for one in (*given, *named.values()):
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        for one in (*args, *kwargs.values()):
             if isinstance(one, Tensor) and not one.is_floating_point():
-                calls.append(Rotation(module, given, named, one, result))
+                calls.append(Rotation(module, args, kwargs, one, result))
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
@@ -157,14 +157,14 @@ def _rotations(module: nn.Module, calls: list[Rotation]) -> Iterator[None]:
 
 
 @contextmanager
-def _arguments(layer: nn.Module, frame: LayerFrame, rows: int, calls: list[Rotation]) -> Iterator[None]:
-    def hook(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        tokens = given[0].shape[1]
-        before = sum(mask.shape[-2] for mask in frame.masks)
-        frame.masks.append(_as_bool(named.get("attention_mask"), tokens, before + tokens).expand(rows, -1, -1))
+def _arguments(layer: nn.Module, inputs: LayerInputs, rows: int, calls: list[Rotation]) -> Iterator[None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = args[0].shape[1]
+        before = sum(mask.shape[-2] for mask in inputs.masks)
+        inputs.masks.append(_as_bool(kwargs.get("attention_mask"), tokens, before + tokens).expand(rows, -1, -1))
         for one in calls:
-            if one.result is named.get("position_embeddings"):
-                frame.rotations.append(one)
+            if one.result is kwargs.get("position_embeddings"):
+                inputs.rotations.append(one)
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:

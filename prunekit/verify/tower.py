@@ -1,4 +1,4 @@
-"""The part of the masked reference that lies inside a vision tower: patches that left are masked in the blocks after.
+"""The part of the masked reference that lies inside a vision tower: dropped patches are masked in later blocks.
 
 A visual token leaves with its patches. What a dropped patch has become in the end never reaches the decoder: its visual
 token is masked there from the first layer on. Patches of which no visual token is made stay.
@@ -43,9 +43,9 @@ def tower_cuts(
             packed = stack.enter_context(_packed(tower))
             for number, block in enumerate(tower.layers):
                 # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
-                here = [event for event in events.values() if int(Site.parse(event.site).layer or 0) < number]
+                earlier = [event for event in events.values() if int(Site.parse(event.site).layer or 0) < number]
                 attention = getattr(block, tower.attention)
-                hook = _masking(tower, inputs, here, visual, packed)
+                hook = _masking(tower, inputs, earlier, visual, packed)
                 stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
@@ -55,22 +55,22 @@ def _masking(
 ) -> Any:
     """A hook that masks in one attention what `events` have dropped."""
 
-    def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        state = given[0] if given else named["hidden_states"]
-        bare = state.ndim == 2  # all pictures as one sequence, and no mask at all
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        state = args[0] if args else kwargs["hidden_states"]
+        bare = state.ndim == 2  # all images as one sequence, and no mask at all
         rows, length = (1, state.shape[0]) if bare else state.shape[:2]
         patches = length - tower.leading
         bias = torch.zeros(rows, length, dtype=state.dtype, device=state.device)
-        units = _units(tower, inputs, rows, patches)
+        groups = _patch_groups(tower, inputs, rows, patches)
         for event in events:
-            bias[:, tower.leading :] += _bias(event, units, visual, rows * patches).view(rows, patches).to(bias)
+            bias[:, tower.leading :] += _bias(event, groups, visual, rows * patches).view(rows, patches).to(bias)
         if bare:
             packed[module] = bias[0]
-            return given, named
+            return args, kwargs
         columns = bias[:, None, None, :].expand(-1, 1, length, -1)
-        if len(given) > 1:
-            return (state, _both(given[1], columns), *given[2:]), named
-        return given, named | {"attention_mask": _both(named.get("attention_mask"), columns)}
+        if len(args) > 1:
+            return (state, _both(args[1], columns), *args[2:]), kwargs
+        return args, kwargs | {"attention_mask": _both(kwargs.get("attention_mask"), columns)}
 
     return hook
 
@@ -117,28 +117,28 @@ def _both(mask: Tensor | None, columns: Tensor) -> Tensor:
     return columns.clamp(min=torch.finfo(columns.dtype).min)
 
 
-def _units(tower: Any, inputs: Mapping[str, Tensor], rows: int, patches: int) -> Tensor:
+def _patch_groups(tower: Any, inputs: Mapping[str, Tensor], rows: int, patches: int) -> Tensor:
     """The patches of every visual token of the batch in the order of the prompts, int64 (V, p); -1 stands for none."""
-    if tower.units is None:
+    if tower.patch_groups is None:
         return torch.arange(rows * patches)[:, None]
-    return torch.cat(list(tower.units("image", inputs, rows, patches)))
+    return torch.cat(list(tower.patch_groups("image", inputs, rows, patches)))
 
 
-def _bias(event: StageEvent, units: Tensor, visual: Sequence[Tensor], patches: int) -> Tensor:
-    """What one event adds to the logits of each patch: -inf where it left, the logarithm of its new size; float64."""
-    found = torch.zeros(patches, dtype=torch.float64)
+def _bias(event: StageEvent, groups: Tensor, visual: Sequence[Tensor], patches: int) -> Tensor:
+    """What one event adds to the logits of each patch, float64: -inf if dropped, else the log of its new size."""
+    bias = torch.zeros(patches, dtype=torch.float64)
     first = 0
     for row, slots in enumerate(visual):
-        mine = units[first : first + len(slots)]
+        mine = groups[first : first + len(slots)]
         kept = torch.zeros(len(slots), dtype=torch.bool)
         kept[list(event.kept[row])] = True
         stay = mine[kept].flatten()
         gone = mine[~kept].flatten()
-        found[gone[(gone >= 0) & ~torch.isin(gone, stay)]] = -torch.inf
+        bias[gone[(gone >= 0) & ~torch.isin(gone, stay)]] = -torch.inf
         if event.sizes is not None:
-            sizes = torch.tensor(event.sizes[row], dtype=found.dtype)[:, None].expand(-1, mine.shape[1]).flatten()
-            found[stay] = sizes.log()
+            sizes = torch.tensor(event.sizes[row], dtype=bias.dtype)[:, None].expand(-1, mine.shape[1]).flatten()
+            bias[stay] = sizes.log()
         first += len(slots)
-    if first != len(units):
-        raise ValueError(f"the prompts have {first} visual tokens, the tower makes {len(units)}")
-    return found
+    if first != len(groups):
+        raise ValueError(f"the prompts have {first} visual tokens, the tower makes {len(groups)}")
+    return bias

@@ -1,6 +1,6 @@
-"""A tiny twin of any LVLM: the same classes, the same geometry of pictures, two heads, six layers, 120 words.
+"""A tiny twin of any LVLM: the same classes, the same geometry of images, two heads, six layers, 120 words.
 
-Widths shrink; sizes of pictures and patches stay, because configs count their tokens in many ways, and so does the
+Widths shrink; sizes of images and patches stay, because configs count their tokens in many ways, and so does the
 depth of a tower whose blocks a config names.
 """
 
@@ -13,12 +13,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prunekit.errors import Unsupported
-from prunekit.testing import tiny_pictures as draw
-from prunekit.testing.tiny_configs import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW
-from prunekit.testing.tiny_families import RECIPES, Recipe, tiny_batch, tiny_from_config, video_frames
+from prunekit.families.base import Parts
+from prunekit.verify import tiny_visual_inputs as draw
+from prunekit.verify.tiny_models import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
+from prunekit.verify.tiny_prompts import Recipe, image_tiles, tiny_batch, video_frames
 
 LAYERS = 6
 HEADS = ("num_attention_heads", "num_heads")
@@ -123,29 +123,26 @@ def _rename_tokens(config: Any) -> None:
     """Ids below the first word, so that the small vocabulary holds them and none is generated."""
     later = iter(range(VIDEO + 1, END + 1))
     for name, value in list(vars(config).items()):
-        known = name.replace("_token_index", "_token_id")
-        if known in TOKENS and value is not None:
-            setattr(config, name, TOKENS[known])
-        elif known.endswith("token_id") and isinstance(value, int):
+        usual = name.replace("_token_index", "_token_id")
+        if usual in TOKENS and value is not None:
+            setattr(config, name, TOKENS[usual])
+        elif usual.endswith("token_id") and isinstance(value, int):
             setattr(config, name, next(later, END))
-        elif known.endswith("token_ids") and isinstance(value, (list, tuple)):
+        elif usual.endswith("token_ids") and isinstance(value, (list, tuple)):
             setattr(config, name, [END + 1 + n % 3 for n in range(len(value))])
 
 
-def recipe_for(model: Any) -> Recipe:
-    """How prompts for `model` are made: of its own family, or the first guess that it runs on.
+def recipe_for(model: Any, parts: Parts) -> Recipe:
+    """How prompts for `model`, which has these parts, are made: the first guess that it runs on.
 
     Guesses follow what its encoders and its forward take. Raises Unsupported when it runs on none of them.
     """
-    known = RECIPES.get(model.config.model_type)
-    if known is not None:
-        return known
     errors = []
-    for recipe in _guesses(model):
+    for recipe in _guesses(model, parts):
         try:
             with torch.no_grad():
-                model(**tiny_batch(model, rows_of(recipe), recipe=recipe))
-        except Exception as error:  # a model that is given something else fails in any way
+                model(**tiny_batch(model, recipe, rows_of(recipe)))
+        except Exception as error:  # a model that is called with something else fails in any way
             video = f" and {recipe.video.__name__}" if recipe.video else ""
             errors.append(
                 f"{recipe.image.__name__}{video}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
@@ -162,34 +159,33 @@ def rows_of(recipe: Recipe) -> tuple[tuple[str, ...], ...]:
     return (("image", "image"), ("video",)) if recipe.video else (("image",), ("image", "image"))
 
 
-def _guesses(model: Any) -> Iterator[Recipe]:
+def _guesses(model: Any, parts: Parts) -> Iterator[Recipe]:
     image = _arguments(model, "get_image_features")
     video = _arguments(model, "get_video_features")
     forward = inspect.signature(type(model).forward).parameters
-    known = {"mm_token_type_ids": (0, 1, 2), "token_type_ids": (0, 1, 0)}
-    types = {name: values for name, values in known.items() if name in forward}
+    usual = {"mm_token_type_ids": (0, 1, 2), "token_type_ids": (0, 1, 0)}
+    types = {name: values for name, values in usual.items() if name in forward}
+    ids = [modality.token_ids for modality in parts.modalities]
     for one, stacked in _draws(image):
-        recipe = Recipe(one, types=types, stacked=stacked, around=((BEGIN,), (END,)))
+        recipe = Recipe(
+            one, types=types, stacked=stacked, around=((BEGIN,), (END,)), shared_id=len(set(ids)) < len(ids)
+        )
         if not video:
             yield recipe
-            yield replace(recipe, runs=_tiles)
+            yield replace(recipe, runs=image_tiles)
         else:
             moving = replace(recipe, video=draw.video_patches if "video_grid_thw" in video else draw.frames)
             yield moving
             yield replace(moving, runs=video_frames, stamped=True)
 
 
-def _tiles(kind: str, picture: Mapping[str, Tensor]) -> int:
-    return len(picture["pixel_values"])
-
-
 def _arguments(model: Any, method: str) -> Mapping[str, Any]:
-    found = getattr(model.model, method, None)
-    return inspect.signature(found).parameters if found else {}
+    encoder = getattr(model.model, method, None)
+    return inspect.signature(encoder).parameters if encoder else {}
 
 
 def _draws(arguments: Mapping[str, Any]) -> list[tuple[draw.Draw, bool]]:
-    """Kinds of pictures that an encoder with these arguments may take, and whether a row's pictures are stacked."""
+    """Kinds of images that an encoder with these arguments may take, and whether a row's images are stacked."""
     if "image_grid_thw" in arguments:
         return [(draw.patches, False)]
     if "pixel_attention_mask" in arguments:

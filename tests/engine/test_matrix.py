@@ -24,7 +24,7 @@ from prunekit.errors import SpecError, Unsupported
 from prunekit.testing.tiny_families import row_of, tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.stock import frame_of
+from prunekit.verify.stock import stock_run_of
 
 STEPS, EXACT = 8, 1e-9
 
@@ -46,9 +46,9 @@ def batch_of(family, attention, batch, dtype=torch.float64):
 
 
 @cache
-def frame(family, attention, batch, dtype=torch.float64):
+def stock_run(family, attention, batch, dtype=torch.float64):
     with Float64Throughout() if dtype == torch.float64 else nullcontext():
-        return frame_of(model_of(family, attention, dtype), batch_of(family, attention, batch, dtype), STEPS + 1)
+        return stock_run_of(model_of(family, attention, dtype), batch_of(family, attention, batch, dtype), STEPS + 1)
 
 
 def pipeline(name):
@@ -59,10 +59,10 @@ def run(cell):
     """The largest error of the cell."""
     which = (cell.family, cell.attention, cell.batch, torch.float32 if cell.way == "float32" else torch.float64)
     model, inputs = model_of(which[0], which[1], which[3]), batch_of(*which)
-    seen, options = frame(*which), WAYS.get(cell.way, {})
+    seen, options = stock_run(*which), WAYS.get(cell.way, {})
     with flash(model) if cell.way == "flash" else nullcontext():
         found = assert_equivalent(
-            model, pipeline(cell.pipeline), inputs, STEPS, ALLOWED.get(cell.way, EXACT), frame=seen, **options
+            model, pipeline(cell.pipeline), inputs, STEPS, ALLOWED.get(cell.way, EXACT), stock_run=seen, **options
         )
     assert found.logits.shape[1] == STEPS + 1
     return found.error
@@ -126,9 +126,9 @@ def test_a_wrong_reference_is_noticed(family, wrong):
     model, inputs, seen = (
         model_of(family, "sdpa"),
         batch_of(family, "sdpa", "ragged"),
-        frame(family, "sdpa", "ragged"),
+        stock_run(family, "sdpa", "ragged"),
     )
-    found = assert_equivalent(model, pipeline(name), inputs, STEPS, frame=seen)
+    found = assert_equivalent(model, pipeline(name), inputs, STEPS, stock_run=seen)
     tokens = found.sequences[:, inputs["input_ids"].shape[1] :]
     with Float64Throughout():
         logits = wrong(model, inputs, found.report, found.merges, seen).logits(tokens)

@@ -67,7 +67,7 @@ def same_as_by_hand(*events, plan=None, positions="keep"):
     by_hand = ByHand(model, batch, events, plan, positions)
     assert (logits - by_hand.logits(tokens[0])).abs().max() < 1e-12
     held = [sum(slot is not None for slot, *_ in layer) for layer in by_hand.kv]
-    assert reference.fates.kv_tokens() == (tuple(held),)
+    assert reference.tables.kv_tokens() == (tuple(held),)
     return logits
 
 
@@ -180,10 +180,10 @@ def test_it_counts_what_passes_the_mlps():
     plan = LayerPlan({0: SKIP, 1: FREEZE, 4: NO_MLP, 5: FILL})
     report = decided(batch, ("2.mid", (FOUR,)), plans=(plan,))
     prompt, words = batch["input_ids"].shape[1], batch["input_ids"].shape[1] - PER_IMAGE
-    fates = MaskedReference(model, batch, report).fates
-    assert fates.layer_tokens() == ((prompt, prompt, prompt, words + 4, words + 4, words + 4),)
-    assert fates.mlp_tokens() == ((0, words, words + 4, words + 4, 0, 0),)
-    assert fates.kv_tokens() == ((0, prompt, prompt, words + 4, words + 4, words + 4),)
+    tables = MaskedReference(model, batch, report).tables
+    assert tables.layer_tokens() == ((prompt, prompt, prompt, words + 4, words + 4, words + 4),)
+    assert tables.mlp_tokens() == ((0, words, words + 4, words + 4, 0, 0),)
+    assert tables.kv_tokens() == ((0, prompt, prompt, words + 4, words + 4, words + 4),)
 
 
 def test_it_refuses_reports_that_contradict_themselves():

@@ -59,9 +59,9 @@ def leaf_after(block):
 def units_of(model, kind, given, hidden):
     """The units that the family declares, for the tower's states in one call."""
     tower, shape = find(model).tower, hidden.shape if hidden.ndim == 3 else (1, *hidden.shape)
-    if tower.units is None:
+    if tower.patch_groups is None:
         return Units.plain(*shape[:2], tower.leading)
-    return Units.of(tower.units(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
+    return Units.of(tower.patch_groups(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
 
 
 KINDS = [(name, kind) for name in tiny_names() for kind in ("image", "video") if kind == "image" or takes_video(name)]
@@ -291,7 +291,7 @@ def test_places_seeds_and_counts_inside_the_tower(name):
         _, given = encode(model, batch)
     units = units_of(model, "image", given, found[0])
     first, second, again, _ = Places.seen[-4:]
-    for picture, places in enumerate(modality.places(given, units.counts)):
+    for picture, places in enumerate(modality.coords(given, units.counts)):
         there = units.there[picture, : len(places)]
         made = int(there.sum())
         assert torch.equal(first[0][picture, :made, 1:], places[there][:, 1:]), "rows and columns"

@@ -13,7 +13,7 @@ class Renumbered(MaskedReference):
     """Wrong on purpose: positions close up after tokens have left."""
 
     def positions(self, layer, tokens):
-        return closed(super().positions(layer, tokens), self.fates.entering[layer], self.present)
+        return closed(super().positions(layer, tokens), self.tables.entering[layer], self.present)
 
 
 class OneLayerLate(MaskedReference):
@@ -38,7 +38,7 @@ class AllAlike(MaskedReference):
 
     def mask(self, layer, tokens):
         seen, bias = super().mask(layer, tokens)
-        bias[:, : self.present.shape[1]] += 0.1 * self.fates.entering[layer]
+        bias[:, : self.present.shape[1]] += 0.1 * self.tables.entering[layer]
         return seen, bias
 
 
@@ -48,7 +48,7 @@ class Uncropped(MaskedReference):
     def mask(self, layer, tokens):
         seen, bias = super().mask(layer, tokens)
         length = self.present.shape[1]
-        seen[:, length:, :length] |= self.fates.entering[layer][:, None]
+        seen[:, length:, :length] |= self.tables.entering[layer][:, None]
         return seen, bias
 
 
@@ -57,7 +57,7 @@ class Unfilled(MaskedReference):
 
     def mask(self, layer, tokens):
         seen, bias = super().mask(layer, tokens)
-        for row, plan in enumerate(self.fates.plans):
+        for row, plan in enumerate(self.tables.plans):
             if plan[layer] is LayerAction.FILL_KV:
                 seen[row, self.present.shape[1] :, : self.present.shape[1]] = False
         return seen, bias

@@ -127,7 +127,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def loaded(checkpoint):
     """The tiny model as the runner holds it."""
-    from prunekit_evals.answering import Loaded
+    from prunekit_evals.run.answering import Loaded
 
     return Loaded.load(str(checkpoint), device="cpu")
 

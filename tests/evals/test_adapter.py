@@ -4,11 +4,11 @@ import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from PIL import Image
-from prunekit_evals import answering
-from prunekit_evals.asking import Settings
-from prunekit_evals.generation import decoding
-from prunekit_evals.lmms import PruneKit, PruneKitChat, PruneKitSimple
-from prunekit_evals.prompts import Prompt, from_messages, from_visuals
+from prunekit_evals.lmms.adapter import PruneKit, PruneKitChat, PruneKitSimple
+from prunekit_evals.lmms.requests import Settings
+from prunekit_evals.run import answering
+from prunekit_evals.run.generation import decoding
+from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals
 
 import prunekit
 from prunekit.errors import InputError, PrunekitWarning, SpecError, Unsupported
@@ -299,7 +299,7 @@ def test_device_maps_and_misfits_are_refused(loaded):
 
 def test_prompts_know_pictures_only(loaded):
     for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
-        with pytest.raises(Unsupported, match="pictures only"):
+        with pytest.raises(Unsupported, match="images only"):
             from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
 
 

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from prunekit_evals import arguments, commands, tasks
+from prunekit_evals.cli import arguments, commands
+from prunekit_evals.lmms import tasks
 
 from prunekit.cli.main import main
 from prunekit.errors import InputError, SpecError
@@ -119,19 +120,21 @@ def test_overrides_reach_every_pipeline(pipeline_file):
     assert "keep: 0.5" in one.resolved
 
 
-def test_the_demo_has_what_it_needs():
-    folder = commands.pipeline_folder()
-    assert all((folder / f"{name}.yaml").is_file() for name in commands.DEMO_PIPELINES)
+def test_the_demo_has_what_it_needs_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = commands.load_all(commands.DEMO_PIPELINES, (), dense=True)
+    assert [one.name for one in found] == list(commands.DEMO_PIPELINES)
     assert len(commands.DEMO_PIPELINES) >= 7  # dense and at least six more
     assert len(commands.DEMO_TASKS) >= 3
     assert len(tasks.find(commands.DEMO_TASKS)) == len(commands.DEMO_TASKS)
 
 
-def test_the_demo_names_a_missing_checkout(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands.prunekit, "__file__", str(tmp_path / "site" / "prunekit" / "__init__.py"))
-    with pytest.raises(InputError, match="git clone"):
-        commands.pipeline_folder()
+def test_what_calls_itself_dense_and_is_not_is_told_why(pipeline_file):
+    """The unpruned model, which is put beside, comes from no file that could be named in a message."""
+    false = str(pipeline_file("dense", FASTV))
+    with pytest.raises(InputError, match=r"dense\.yaml is called 'dense', .* unpruned model .*--no-dense"):
+        commands.load_all([false], (), dense=True)
+    assert [one.name for one in commands.load_all([false], (), dense=False)] == ["dense"]
 
 
 def test_the_commands_cost_nothing_until_they_run():

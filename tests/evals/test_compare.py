@@ -5,8 +5,9 @@ import io
 import json
 
 import pytest
-from prunekit_evals import compare, results, stats, table
-from prunekit_evals.results import Cell, Conditions, PipelineId, Question, Saved, Timing
+from prunekit_evals.compare import rendering, stats, tables
+from prunekit_evals.run import results
+from prunekit_evals.run.results import Cell, Conditions, PipelineId, Question, Saved, Timing
 from rich.console import Console
 
 from prunekit.errors import InputError
@@ -32,21 +33,21 @@ def cell(name, task, hits, *, flops=1.0, created="1", sha=None, conditions=CONDI
 
 def shown(one, width=120):
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    table.show(one, console)
+    rendering.show(one, console)
     return console.file.getvalue()
 
 
 def test_rows_stand_by_cost_under_the_dense_one():
     cells = [cell("cheap", "pope", 70, flops=0.2), cell("dear", "pope", 80, flops=0.6), cell("dense", "pope", 90)]
     cells += [cell("better", "pope", 75, flops=0.2)]
-    (only,) = compare.of_cells(cells)
+    (only,) = tables.of_cells(cells)
     assert [row.pipeline for row in only.rows] == ["dense", "dear", "better", "cheap"]
 
 
 def test_numbers_of_a_row():
     cells = [cell("dense", "pope", 90), cell("p", "pope", 80, flops=0.5)]
     cells += [cell("dense", "gqa", 60), cell("p", "gqa", 60, flops=0.3)]
-    (only,) = compare.of_cells(cells)
+    (only,) = tables.of_cells(cells)
     dense, ours = only.rows
     assert dense.difference is None
     assert (dense.average.value, ours.average.value) == (pytest.approx(0.75), pytest.approx(0.7))
@@ -59,7 +60,7 @@ def test_numbers_of_a_row():
 
 def test_averages_are_over_what_all_have():
     cells = [cell("dense", "pope", 90), cell("dense", "gqa", 50), cell("p", "pope", 80)]
-    (only,) = compare.of_cells(cells)
+    (only,) = tables.of_cells(cells)
     assert only.shared == ("micro/pope",)
     assert only.rows[0].average.value == pytest.approx(0.9)
     assert any("averages are over micro/pope" in note for note in only.notes)
@@ -69,18 +70,18 @@ def test_averages_are_over_what_all_have():
 def test_what_was_measured_differently_stands_apart():
     other = dataclasses.replace(CONDITIONS, batch_size=1)
     cells = [cell("dense", "pope", 90, created="2"), cell("dense", "pope", 80, conditions=other, created="1")]
-    assert [one.conditions.batch_size for one in compare.of_cells(cells)] == [1, 8]
+    assert [one.conditions.batch_size for one in tables.of_cells(cells)] == [1, 8]
 
 
 def test_an_edited_pipeline_replaces_its_older_self():
     cells = [cell("p", "pope", 10, sha="old", created="1"), cell("p", "pope", 80, sha="new", created="2")]
-    (only,) = compare.of_cells(cells)
+    (only,) = tables.of_cells(cells)
     assert [(row.sha, row.tasks["micro/pope"].value) for row in only.rows] == [("new", 0.8)]
     assert any("older" in note for note in only.notes)
 
 
 def test_failures_and_a_missing_dense_row_are_said():
-    (only,) = compare.of_cells([cell("p", "pope", 80), cell("p", "gqa", 0, status="failed")])
+    (only,) = tables.of_cells([cell("p", "pope", 80), cell("p", "gqa", 0, status="failed")])
     assert any("p on micro/gqa failed: broke" in note for note in only.notes)
     assert any("no dense row" in note for note in only.notes)
     assert only.rows[0].difference is None
@@ -91,7 +92,7 @@ def test_the_table_fits_and_breaks_no_number(width):
     tasks = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienceqa_img")
     cells = [cell(name, task, hits, flops=flops) for task in tasks for name, hits, flops in
              (("dense", 93, 1.0), ("fastv-k2-r25", 81, 0.35), ("divprune-r11", 100, 0.2))]  # fmt: skip
-    (only,) = compare.of_cells(cells)
+    (only,) = tables.of_cells(cells)
     text = shown(only, width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text.partition("micro/…:")[0]
@@ -102,16 +103,16 @@ def test_the_table_fits_and_breaks_no_number(width):
 
 def test_a_column_that_says_nothing_is_left_out():
     untimed = dataclasses.replace(cell("dense", "pope", 90), timing=Timing(0.1, 100, 0))
-    (only,) = compare.of_cells([untimed])
-    assert "Time" not in table.columns(only)
-    assert "Δ dense" not in table.columns(only)
+    (only,) = tables.of_cells([untimed])
+    assert "Time" not in rendering.columns(only)
+    assert "Δ dense" not in rendering.columns(only)
     assert "90.0" in shown(only)
 
 
 def test_markdown_has_every_number():
     cells = [cell("dense", "pope", 90), cell("p|q", "pope", 80, flops=0.5)]
-    (only,) = compare.of_cells(cells)
-    text = table.markdown(only)
+    (only,) = tables.of_cells(cells)
+    text = rendering.markdown(only)
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert rows[0] == "| Pipeline | micro/pope | Average | Δ dense | Tokens | FLOPs | KV | Time |"
     assert rows[3].startswith("| p\\|q | 80.0 ±")
@@ -120,31 +121,32 @@ def test_markdown_has_every_number():
 
 
 def test_a_difference_of_nothing_has_no_sign():
-    (only,) = compare.of_cells([cell("dense", "pope", 90), cell("p", "pope", 90, flops=0.5)])
-    assert table.columns(only)["Δ dense"][1].startswith("0.0 ±")
+    (only,) = tables.of_cells([cell("dense", "pope", 90), cell("p", "pope", 90, flops=0.5)])
+    assert rendering.columns(only)["Δ dense"][1].startswith("0.0 ±")
 
 
 def test_from_a_folder(tmp_path):
     with pytest.raises(InputError, match="no results folder"):
-        compare.tables(tmp_path / "nowhere")
+        tables.tables(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no results under"):
-        compare.tables(tmp_path)
+        tables.tables(tmp_path)
     for one in (cell("dense", "pope", 90), cell("p", "pope", 80)):
         results.write(results.path_of(tmp_path, one), one)
-    (only,) = compare.tables(tmp_path)
+    (only,) = tables.tables(tmp_path)
     data = json.loads(json.dumps(only.to_json()))
     assert [row["pipeline"] for row in data["rows"]] == ["dense", "p"]
     assert data["rows"][1]["tasks"]["micro/pope"]["value"] == 0.8
 
 
 def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path):
-    from prunekit_evals.identity import model_identity
     from prunekit_evals.micro import model_path
+
+    from prunekit.loading import model_identity
 
     now = dataclasses.replace(CONDITIONS, identity=model_identity(model_path()))
     other = dataclasses.replace(CONDITIONS, model="org/model")
     for created, conditions in enumerate((CONDITIONS, now, other)):
         one = cell("dense", "pope", 90, created=str(created), conditions=conditions)
         results.write(results.path_of(tmp_path, one), one)
-    stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in compare.tables(tmp_path)]
+    stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in tables.tables(tmp_path)]
     assert stale == [True, False, False]

@@ -1,7 +1,7 @@
 """Stop strings and generation arguments, as tasks write them."""
 
 import pytest
-from prunekit_evals.generation import decoding
+from prunekit_evals.run.generation import decoding
 
 from prunekit.errors import InputError
 

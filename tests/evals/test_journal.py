@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from prunekit_evals.journal import Answer, Facts, Journal, key_of
+from prunekit_evals.run.journal import Answer, Facts, Journal, key_of
 
 from prunekit.errors import InputError
 
@@ -72,7 +72,7 @@ def test_what_add_returned_from_survives_kill_9(tmp_path):
     path = tmp_path / "journal.jsonl"
     code = (
         "import sys, time, pathlib\n"
-        "from prunekit_evals.journal import Answer, Journal\n"
+        "from prunekit_evals.run.journal import Answer, Journal\n"
         "journal = Journal(pathlib.Path(sys.argv[1]))\n"
         "for number in range(10**6):\n"
         "    journal.add([(str(number), Answer('x' * 50, 1, 1))])\n"

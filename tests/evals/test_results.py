@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 import pytest
-from prunekit_evals import results
-from prunekit_evals.results import Cell, Conditions, PipelineId, Question, Saved, Timing
+from prunekit_evals.run import results
+from prunekit_evals.run.results import Cell, Conditions, PipelineId, Question, Saved, Timing
 
 from prunekit.errors import InputError
 

@@ -7,7 +7,9 @@ import sys
 import time
 
 import pytest
-from prunekit_evals import answering, harness, results, runner, tasks
+from prunekit_evals import runner
+from prunekit_evals.lmms import harness, tasks
+from prunekit_evals.run import answering, results
 from prunekit_evals.runner import Plan, Runner
 
 import prunekit
@@ -57,6 +59,15 @@ def go(plan):
 
 def by_name(outcome):
     return {(cell.task, cell.pipeline.name): cell for cell in outcome.cells}
+
+
+def test_two_of_one_name_are_refused_wherever_they_come_from(plan, pipeline_file):
+    """A table would show one as the older version of the other."""
+    file = pipeline_file("fastv", {**FASTV["stages"][0], "keep": 0.5})
+    with pytest.raises(InputError, match=r"two pipelines are called 'fastv': <dict> and .*fastv\.yaml"):
+        plan("pope", FASTV, str(file))
+    with pytest.raises(InputError, match="two pipelines are called 'inline': <dict> and <dict>"):
+        plan("pope", {"stages": FASTV["stages"]}, {"stages": BLIND["stages"]})
 
 
 def test_cells_hold_what_lmms_eval_found(plan):
@@ -259,8 +270,8 @@ def test_the_response_cache_is_refused_where_it_would_be_stale(checkpoint, data_
 
 
 def test_the_response_cache_of_a_model_object_knows_its_pipeline(loaded, checkpoint, data_root, tmp_path):
-    from prunekit_evals.asking import Settings
-    from prunekit_evals.lmms import PruneKitChat
+    from prunekit_evals.lmms.adapter import PruneKitChat
+    from prunekit_evals.lmms.requests import Settings
 
     def computed(pipeline):
         model = PruneKitChat.over(loaded, prunekit.load(pipeline), Settings(4))

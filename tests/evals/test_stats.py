@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from prunekit_evals.stats import Estimate, average, paired, wilson
+from prunekit_evals.compare.stats import Estimate, average, paired, wilson
 
 
 @pytest.mark.parametrize(

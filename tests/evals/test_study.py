@@ -12,16 +12,17 @@ pytest.importorskip("lmms_eval")
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from prunekit_evals import runner, tasks
-from prunekit_evals.answering import Loaded, encode
+from prunekit_evals import runner
+from prunekit_evals.lmms import tasks
 from prunekit_evals.micro.benchmark import TASKS
+from prunekit_evals.run.answering import Loaded, encode
+from prunekit_evals.studies.par import asked, cells, cosines, costs, equal, parts, static
+from prunekit_evals.studies.par.cells import Bench, pipeline
+from prunekit_evals.studies.par.equal import Equal
+from prunekit_evals.studies.par.settings import Setting
 
 import prunekit
 from prunekit.errors import SpecError
-from studies.par import asked, cells, cosines, costs, equal, parts, static
-from studies.par.cells import Bench, pipeline
-from studies.par.equal import Equal
-from studies.par.settings import Setting
 
 ROUTER = {"use": "par", "at": [1, 4], "weights": None, "seed": 0, "width": 64}
 

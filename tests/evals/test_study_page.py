@@ -12,11 +12,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
 from prunekit_evals.micro.benchmark import TASKS
-
-from studies.par import __main__ as command
-from studies.par import findings, page, results, tables
-from studies.par.cells import Row
-from studies.par.settings import PAGE, PIPELINE, RESULTS, VARIANTS, settings_for
+from prunekit_evals.studies.par import __main__ as command
+from prunekit_evals.studies.par import findings, page, results, tables
+from prunekit_evals.studies.par.cells import Row
+from prunekit_evals.studies.par.settings import PAGE, PIPELINE, RESULTS, VARIANTS, settings_for
 
 SETTING = "50 % of FLOPs, L=8"
 QUESTIONS = 100

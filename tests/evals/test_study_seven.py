@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("lmms_eval")
-from studies.par import findings, seven, tables
+from prunekit_evals.studies.par import findings, seven, tables
 
 TINY = seven.workload.TINY
 

@@ -4,11 +4,11 @@ import itertools
 import json
 
 import pytest
+from prunekit_evals.studies.par import __main__ as study
+from prunekit_evals.studies.par import train
+from prunekit_evals.studies.par.settings import VARIANTS
 
 from prunekit.cli.main import main as prunekit
-from studies.par import __main__ as study
-from studies.par import train
-from studies.par.settings import VARIANTS
 
 
 def test_every_router_of_the_ablations_has_a_command():

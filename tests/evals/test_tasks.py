@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from prunekit_evals import scoring, tasks
+from prunekit_evals.lmms import scoring, tasks
 
 from prunekit.errors import InputError, UnknownName
 

@@ -14,10 +14,10 @@ from transformers import LlavaForConditionalGeneration
 import prunekit
 import prunekit.families
 from prunekit.errors import Unsupported
-from prunekit.families import find, generic, shape_of
+from prunekit.families import generic, shape_of
 from prunekit.plugins import manager
 from prunekit.testing.tiny_configs import CONFIGS
-from prunekit.testing.tiny_families import ROWS, tiny_batch, tiny_from_config, tiny_model, tiny_names
+from prunekit.testing.tiny_families import RECIPES, ROWS, tiny_batch, tiny_from_config, tiny_model, tiny_names
 from prunekit.verify import proof, twin
 from prunekit.verify.equivalence import assert_equivalent
 
@@ -25,14 +25,12 @@ PIPELINE = {"name": "p", "stages": [{"use": "random", "at": "encoder", "keep": 0
 QUICK = ("llava", "llava_next_video", "qwen3_vl", "gemma3", "smolvlm", "mistral3", "aya_vision")
 # Videos of these stand behind the id of images, which nothing in their configs says.
 UNGUESSED = ("glm4v", "glm46v", "glm4v_moe")
-RECIPES = dict(twin.RECIPES)
 
 
 @pytest.fixture(autouse=True)
 def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No family is known, nor how its prompts are made; nothing has been proved yet."""
+    """No family is known; nothing has been proved yet."""
     monkeypatch.setattr(prunekit.families, "families", lambda: ())
-    monkeypatch.setattr(twin, "RECIPES", {})
     proof._prove.cache_clear()
     yield
     proof._prove.cache_clear()
@@ -57,7 +55,7 @@ def test_a_hidden_family_is_proved(family: str) -> None:
 def test_what_was_proved_prunes_exactly(family: str) -> None:
     model = tiny_model(family)
     rows = (("image", "image"), ("video",)) if RECIPES[family].video else ROWS
-    inputs = tiny_batch(model, rows, recipe=RECIPES[family])
+    inputs = tiny_batch(model, rows)
     found = assert_equivalent(model, PIPELINE, inputs, steps=2)
     assert all(few < many for few, many in zip(found.report.kept_tokens, found.report.visual_tokens, strict=True))
 
@@ -65,7 +63,7 @@ def test_what_was_proved_prunes_exactly(family: str) -> None:
 @pytest.mark.parametrize("family", UNGUESSED)
 def test_what_cannot_be_fed_is_refused(family: str) -> None:
     with pytest.raises(Unsupported, match=r"runs on none of the inputs.*Video features and video tokens do not match"):
-        find(tiny_model(family, dtype=torch.float32))
+        proof.proved_parts(tiny_model(family, dtype=torch.float32))
 
 
 def test_the_proof_runs_once_for_each_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +75,7 @@ def test_the_proof_runs_once_for_each_config(monkeypatch: pytest.MonkeyPatch) ->
     ]
     before = torch.random.get_rng_state()
     for model in models:
-        find(model)
+        proof.proved_parts(model)
     assert len(made) == 2
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -107,9 +105,9 @@ def test_observers_hear_nothing_of_the_twin() -> None:
 def test_coordinates_are_refused() -> None:
     model = tiny_model("llava")
     pool = {"name": "pool", "stages": [{"use": "pool", "keep": 0.25}]}
-    inputs = tiny_batch(model, recipe=RECIPES["llava"])
+    inputs = tiny_batch(model)
     with (
-        pytest.raises(Unsupported, match="where visual tokens are in their pictures is not known"),
+        pytest.raises(Unsupported, match="where visual tokens are in their images is not known"),
         prunekit.apply(model, pool),
     ):
         model(**inputs)
@@ -153,7 +151,7 @@ def _mixes(text: Any) -> None:
         ("scales", "changes hidden states between all layers"),
         ("tuples", "return more than the hidden states|runs on none"),
         ("leaves out", "called 4 layers of 5"),
-        ("mixes", r"is not pruned exactly.*tokens dropped at the door.*differ from the masked reference"),
+        ("mixes", r"is not pruned exactly.*tokens dropped at the decoder input.*differ from the masked reference"),
     ],
 )
 def test_odd_models_are_refused(oddity: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 import prunekit
 from prunekit import upstream
-from prunekit.families import find, generic, grids, units
+from prunekit.families import find, generic, grids, patch_groups
 from prunekit.families.base import square_grid
 from prunekit.families.decoders import decoder, token_params
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
@@ -148,7 +148,7 @@ class TestTheProof:
 
         monkeypatch.setattr(twin, "shrunken", fails)
         with said("no tiny twin of LlavaConfig can be made, so that nothing can be proved about it: "):
-            find(model_of())
+            proof.proved_parts(model_of())
 
     def test_a_twin_that_does_not_run(self, monkeypatch):
         def fails(twin, inputs):
@@ -156,19 +156,19 @@ class TestTheProof:
 
         monkeypatch.setattr(proof, "_observe", fails)
         with said("the tiny twin of LlavaForConditionalGeneration does not run: RuntimeError: 7 is not 8"):
-            find(model_of())
+            proof.proved_parts(model_of())
 
-    def test_no_inputs(self, monkeypatch):
-        monkeypatch.setattr(twin, "RECIPES", {})
+    def test_no_inputs(self):
         own = model_of()
+        parts = find(own)
         own.forward = lambda **_: 1 / 0
         with said("runs on none of the inputs that prunekit can make ("):
-            twin.recipe_for(own)
+            twin.recipe_for(own, parts)
 
     def test_a_twin_that_is_not_exact(self, monkeypatch):
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
         with said("; it was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
-            find(model_of())
+            proof.proved_parts(model_of())
 
     def test_loops_that_are_no_plain_ones(self):
         def watched(change):
@@ -199,26 +199,26 @@ class TestTheProof:
                 watched(change)
 
 
-class TestPlaces:
-    """Where visual tokens are in their pictures; asked for by strategies that read `coords` or `frames`."""
+class TestCoords:
+    """Where visual tokens are in their images; asked for by strategies that read `coords` or `frames`."""
 
     def test_of_a_model_without_a_family_file(self):
-        with said("where visual tokens are in their pictures is not known for a model without a family file"):
-            generic._no_places({}, [16])
+        with said("where visual tokens are in their images is not known of a model without a family file"):
+            generic._no_coords({}, [16])
 
     def test_of_a_picture_that_is_no_square(self):
         with said("17 visual tokens do not fill a square grid, so a strategy that asks for `coords`"):
             square_grid(17)
 
     def test_of_other_counts(self):
-        with said("places of the visual tokens are not known: pictures of [4] tokens were expected"):
+        with said("coords of the visual tokens cannot be told: [4] tokens an image or video expected"):
             grids.checked([torch.zeros(4, 5)], [5])
 
     def test_without_the_sizes(self):
         own = tiny_model("qwen2_vl", dtype=torch.float32)
-        places = find(own).modalities[0].places
-        with said("places of the visual tokens are not known, as 'image_grid_thw' did not come with the pictures"):
-            places({}, [4])
+        coords = find(own).modalities[0].coords
+        with said("coords of the visual tokens cannot be told, as 'image_grid_thw' did not come with the pixels"):
+            coords({}, [4])
 
 
 class TestPatches:
@@ -226,13 +226,13 @@ class TestPatches:
 
     def test_a_picture_that_does_not_divide(self):
         with said("visual tokens are not made of whole patches: 25 patches, 2 x 2 a token"):
-            units.square(25, 2)
+            patch_groups.square(25, 2)
 
     def test_a_picture_of_its_own_size_that_does_not_divide(self):
-        with said("visual tokens of a picture of 3 x 4 patches are not made of whole ones"):
-            units.by_size(14, 2)("image", {"image_sizes": [[42, 56]]}, 1, 12)
+        with said("visual tokens of an image of 3 x 4 patches are not made of whole ones"):
+            patch_groups.by_size(14, 2)("image", {"image_sizes": [[42, 56]]}, 1, 12)
 
     def test_a_picture_that_is_shrunken(self):
         config = SimpleNamespace(vision_aspect_ratio="anyres_max_1")
         with said("patches is shrunken by interpolation, so that its visual tokens are not made of whole patches"):
-            units._check_limit(torch.zeros(8, 8), 4, {}, config)
+            patch_groups._check_limit(torch.zeros(8, 8), 4, {}, config)

@@ -224,7 +224,7 @@ def test_visual_tokens_that_the_family_does_not_expect(llava, monkeypatch):
 
     plan = piped(strategy(), at="vision.0")
     with prunekit.apply(llava, plan) as run:
-        monkeypatch.setattr(run._tower, "tower", dataclasses.replace(run._tower.tower, units=wrong))
+        monkeypatch.setattr(run._tower, "tower", dataclasses.replace(run._tower.tower, patch_groups=wrong))
         phrase = "of this tower; use stages that neither cut nor read the vision tower"
         with refused(phrase, llava):
             llava(**inputs_of())

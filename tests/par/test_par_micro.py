@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from prunekit_evals import scene_prompts
-from prunekit_evals.micro import benchmark, choices
+from prunekit_evals.micro import benchmark, choices, scene_prompts
 from prunekit_evals.micro.questions import FAMILIES
 from prunekit_strategies.par import files
 
@@ -46,7 +45,7 @@ def test_a_number_always_gives_the_same_prompt():
 
 # The router that is shipped for the bundled model
 
-PRESET = Path(__file__).parents[2] / "docs" / "pipelines" / "par.yaml"
+PRESET = Path(__file__).parents[2] / "strategies" / "pipelines" / "par.yaml"
 UNTRAINED = ("stages[0].weights=null", "stages[0].seed=5")
 
 

@@ -6,43 +6,21 @@ Each file holds seeded inputs and the indices that the authors' functions return
 from __future__ import annotations
 
 import inspect
-import json
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from golden_files import drawn, golden_cases
 
 import prunekit
 from prunekit import hookspecs
 
-GOLDENS = Path(__file__).parents[1] / "goldens"
 COUNTS = {"fastv": 5, "divprune": 4}
 
 
 def cases(name):
-    found = json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8"))["cases"]
-    assert len(found) == COUNTS[name]
-    return [pytest.param(case, id=case["id"]) for case in found]
-
-
-def drawn(case, dtype):
-    """The input tensors, float64 draws rounded to float32 as the authors' code got them, then cast to `dtype`."""
-    rng, tensors = np.random.default_rng(case["seed"]), {}
-    for entry in case["draws"]:
-        draw = rng.standard_normal if entry["draw"] == "standard_normal" else rng.random
-        x = entry["scale"] * draw(tuple(entry["shape"])) + entry["offset"]
-        if entry["then"] == "causal_softmax":
-            x = np.where(np.tril(np.ones(x.shape[-2:], bool)), x, -np.inf)
-        if entry["then"] != "none":
-            x = np.exp(x - x.max(-1, keepdims=True))
-            x /= x.sum(-1, keepdims=True)
-        x = x.astype(np.float32)
-        check = entry["check"]
-        assert np.allclose([*x.flat[:3], x.flat[-1]], [*check["first3"], check["last"]], rtol=1e-5), "another stream"
-        assert np.isclose(x.astype(np.float64).sum(), check["sum"], rtol=1e-4)
-        tensors[entry["name"]] = torch.from_numpy(x).to(dtype)
-    return tensors
+    cases = golden_cases(name)
+    assert len(cases) == COUNTS[name]
+    return [pytest.param(case, id=case["id"]) for case in cases]
 
 
 def stage_of(name):
@@ -61,7 +39,7 @@ def ask(stage, hook, **given):
 def test_fastv(case, dtype):
     """The drawn map, reduced as the strategy declares it, through its own score and the default selection."""
     stage, params = stage_of("fastv"), case["params"]
-    rows = stage.strategy.inputs["attention"]
+    rows = stage.inputs["attention"]
     assert (rows.layer, rows.queries, rows.heads) == ("previous", "last", "mean")
     maps = drawn(case, dtype)["attention"]
     start, visual = params["image_start"], params["visual_tokens"]
@@ -82,7 +60,7 @@ def test_fastv(case, dtype):
 def test_divprune(case, dtype):
     """The drawn features through the strategy's hook; it is asked one sample at a time."""
     stage = stage_of("divprune")
-    assert stage.strategy.per_sample
+    assert stage.per_sample
     tokens = drawn(case, dtype)["tokens"]
     valid = torch.ones(len(tokens), dtype=torch.bool)
     keep = ask(stage, "select_tokens", hidden=tokens, valid=valid, count=case["expected"]["count"], seed=0, state={})

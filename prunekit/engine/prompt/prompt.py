@@ -84,7 +84,7 @@ class Prompt:
 
     @cached_property
     def places(self) -> Tensor:
-        """Number of the picture, then as `Modality.places`, of original visual tokens: int64 (B, V, 6), padding -1."""
+        """Number of the picture, then as `Modality.coords`, of original visual tokens: int64 (B, V, 6), padding -1."""
         table = torch.full((*self.ids.shape, 6), -1, dtype=torch.int64)
         for b, pictures in enumerate(self.by_row):
             for number, picture in enumerate(pictures):

@@ -37,8 +37,8 @@ class Pictures:
 
     @cached_property
     def places(self) -> list[Tensor]:
-        """As `Modality.places`."""
-        return self.modality.places(self.arguments, self.counts)
+        """As `Modality.coords`."""
+        return self.modality.coords(self.arguments, self.counts)
 
     @cached_property
     def checksums(self) -> list[int] | None:

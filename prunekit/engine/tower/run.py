@@ -70,9 +70,9 @@ class TowerRun:
             raise Unsupported("the vision tower's blocks have not run, so there is nothing to read of it or to cut")
         rows, tokens = self.shape
         tower = self.plan.tower
-        if tower.units is None:
+        if tower.patch_groups is None:
             return Units.plain(rows, tokens, tower.leading).to(self.device)
-        tables = tower.units(self.modality.name, self.arguments, rows, tokens - tower.leading)
+        tables = tower.patch_groups(self.modality.name, self.arguments, rows, tokens - tower.leading)
         return Units.of(tables, tokens, tower.leading).to(self.device)
 
     @property
@@ -103,7 +103,7 @@ class TowerRun:
 
     @property
     def places(self) -> list[Tensor]:
-        """As `Modality.places`."""
+        """As `Modality.coords`."""
         return self.pictures.places
 
     @cached_property

@@ -70,7 +70,7 @@ class TowerView:
 
     @cached_property
     def places(self) -> Tensor:
-        """Number of the picture in its own prompt, unknown here and 0; then as `Modality.places`: int64 (B, V, 6)."""
+        """Number of the picture in its own prompt, unknown here and 0; then as `Modality.coords`: int64 (B, V, 6)."""
         tables = self.run.places
         table = torch.full((len(tables), self.left.shape[1], 6), -1, dtype=torch.int64, device=self.left.device)
         for number, found in enumerate(tables):

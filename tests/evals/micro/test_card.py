@@ -7,11 +7,12 @@ import pytest
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from prunekit_evals.identity import model_identity
 from prunekit_evals.micro import model_path
 from prunekit_evals.micro.card_tables import shown
 from prunekit_evals.micro.measure import measure
 from prunekit_evals.micro.record import known, load, packed, save
+
+from prunekit.loading import model_identity
 
 
 def test_the_card_holds_what_was_measured():

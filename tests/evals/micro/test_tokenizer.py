@@ -5,9 +5,10 @@ import pytest
 pytest.importorskip("transformers")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekit_evals.micro import prompts, tokenizer
-from prunekit_evals.micro.model import WORDS
+from prunekit_evals.micro import prompts
 from prunekit_evals.micro.scenes import questions, scene
+from prunekit_evals.studies.micro import tokenizer
+from prunekit_evals.studies.micro.model import WORDS
 
 
 @functools.cache

@@ -3,20 +3,22 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from prunekit_evals.micro import attention, depth, drop, export, spelling
-from prunekit_evals.micro import train as training
-from prunekit_evals.micro.glance import Gist, Glance, begins
+from prunekit_evals.micro import attention, drop
+from prunekit_evals.micro.compose import TOKENS
 from prunekit_evals.micro.lexicon import COLOR_NAMES, HEIGHTS, NOUNS, SIDES
-from prunekit_evals.micro.model import NAMES, SEEING, TOKENS, word_vectors
-from prunekit_evals.micro.optim import Masters, schedule
-from prunekit_evals.micro.packing import IGNORE, Packer
-from prunekit_evals.micro.pointing import Pointing, Words, scaffold
+from prunekit_evals.micro.packing import IGNORE, Packer, pixels
 from prunekit_evals.micro.question import Question
-from prunekit_evals.micro.read import FOREIGN_EVERY, Cut, Read, answer_states, everything, new_model
 from prunekit_evals.micro.scenes import ask, patch_owner, scene
-from prunekit_evals.micro.see import SeeLoss, pixels, shown
-from prunekit_evals.micro.stages import See
-from prunekit_evals.micro.tokenizer import train
+from prunekit_evals.studies.micro import depth, export, naming
+from prunekit_evals.studies.micro import train as training
+from prunekit_evals.studies.micro.glance import Contents, Glance, begins
+from prunekit_evals.studies.micro.model import NAMES, SEEING, word_vectors
+from prunekit_evals.studies.micro.optim import Masters, schedule
+from prunekit_evals.studies.micro.pointing import Pointing, Words, scaffold
+from prunekit_evals.studies.micro.read import FOREIGN_EVERY, Cut, Read, answer_states, everything, new_model
+from prunekit_evals.studies.micro.see import SeeLoss, shown
+from prunekit_evals.studies.micro.stages import See
+from prunekit_evals.studies.micro.tokenizer import train
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +139,14 @@ def test_a_cut_before_a_layer_hides_tokens_from_there_on(model, packer):
     packed = packer.pack([scene(3), scene(5)], np.random.default_rng(0), 2, 1, 1)
     features = torch.randn(2, TOKENS, 160, generator=torch.Generator().manual_seed(0))
     keep = torch.tensor([[5, 60, 143], [0, 1, 2]])
-    door = answer_states(model, features, Cut(0, keep), packer, packed)
+    at_input = answer_states(model, features, Cut(0, keep), packer, packed)
     inside = answer_states(model, features, Cut(2, keep), packer, packed)
     whole = answer_states(model, features, everything(2), packer, packed)
-    assert not torch.allclose(inside, door, atol=1e-3)
+    assert not torch.allclose(inside, at_input, atol=1e-3)
     assert not torch.allclose(inside, whole, atol=1e-3)
     hidden = Cut(1, keep).hidden(len(packer.prefix))
     first = answer_states(model, features, everything(2), packer, packed, cut=(0, hidden))
-    torch.testing.assert_close(first, door, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(first, at_input, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -192,10 +194,10 @@ def test_absent_names_look_before_the_picture_and_hops_at_things_of_one_color(pa
     assert shown.things.index(b) in kin
     row = hops.at[:, 1].tolist().index(packed.ids[0].tolist().index(words.names[NAMES.index(a.noun)]))
     assert torch.equal(hops.columns[row, lead:], torch.isin(owner, torch.tensor(kin)))
-    paid = pointing.aims["absent"]
-    assert (paid.at[:, 1] >= length).any()
-    assert paid.columns[:, :lead].all()
-    assert not paid.columns[:, lead:].any()
+    aim = pointing.aims["absent"]
+    assert (aim.at[:, 1] >= length).any()
+    assert aim.columns[:, :lead].all()
+    assert not aim.columns[:, lead:].any()
 
 
 def test_words_of_a_place_count_only_together(packer):
@@ -213,31 +215,31 @@ def test_spelling_wants_what_a_name_has_found_out(packer):
     question = ask(shown, np.random.default_rng(0), "same_color")
     packed = packer.group([[question]], np.random.default_rng(0))
     words = Words(packer.tokenizer)
-    wanted = spelling.targets(words, [shown], packed)
+    wanted = naming.targets(words, [shown], packed)
     named = next(t for t in shown.objects if t.noun == question.text[:-1].split()[-1])
     at = packed.ids[0].tolist().index(words.names[NAMES.index(named.noun)])
     assert wanted["color"][0, at] == COLOR_NAMES.index(named.color)
     assert wanted["other"][0, at] == NAMES.index(question.answer)
     states = torch.zeros(1, packed.ids.shape[1], 160)
-    wrong = spelling.spelling_loss({7: states + 1}, word_vectors(), wanted)
+    wrong = naming.naming_loss({7: states + 1}, word_vectors(), wanted)
     states[0, at] = word_vectors()[NAMES.index(question.answer)]
     told = packed.ids[0].tolist().index(words.names[NAMES.index(question.answer)])
     states[0, told] = word_vectors()[NAMES.index(named.noun)]
-    assert spelling.spelling_loss({7: states}, word_vectors(), wanted) < 0.1 < wrong
+    assert naming.naming_loss({7: states}, word_vectors(), wanted) < 0.1 < wrong
 
 
 def test_spelling_wants_the_place_of_the_other_thing_only_where_it_is_asked_for(packer):
     shown = next(s for s in map(scene, range(100)) if ask(s, np.random.default_rng(0), "where_same"))
     asked = [ask(shown, np.random.default_rng(0), family) for family in ("where_same", "same_color")]
     packed = packer.group([asked], np.random.default_rng(0))
-    wanted = spelling.targets(Words(packer.tokenizer), [shown], packed)
+    wanted = naming.targets(Words(packer.tokenizer), [shown], packed)
     length = packed.groups[0][1]
     level, side = asked[0].answer.split()
     for kind, told in (("there", SIDES.index(side)), ("level", HEIGHTS.index(level))):
         found = wanted[kind][0]
         assert told in found[:length].tolist()
-        assert (found[length:] == spelling.NOTHING).all()
-    assert (wanted["other"][0, length:] != spelling.NOTHING).any()
+        assert (found[length:] == naming.NOTHING).all()
+    assert (wanted["other"][0, length:] != naming.NOTHING).any()
 
 
 def test_scaffolds_fade_to_nothing_before_the_end():
@@ -274,9 +276,10 @@ def test_a_glance_wants_everything_shown_and_nothing_else():
         for color in {t.color for t in shown_here.things}:
             all_of[row] += vectors[len(NAMES) + COLOR_NAMES.index(color)]
         one_of[row] = vectors[NAMES.index(shown_here.things[0].noun)]
-    gist = Gist.of(scenes)
-    least = sum((-(s * s.log().nan_to_num(0, 0, 0)).sum(-1).mean() for s in (gist.names, gist.colors)), torch.zeros(()))
-    good, poor, other = (gist.loss(x, here, vectors) for x in (all_of, one_of, all_of.flip(0)))
+    contents = Contents.of(scenes)
+    entropies = [-(s * s.log().nan_to_num(0, 0, 0)).sum(-1).mean() for s in (contents.names, contents.colors)]
+    least = sum(entropies, torch.zeros(()))
+    good, poor, other = (contents.loss(x, here, vectors) for x in (all_of, one_of, all_of.flip(0)))
     assert least <= good < least + 0.2
     assert poor > good + 1
     assert other > good + 1
@@ -291,16 +294,16 @@ def _steps(stage, progress):
 
 def test_each_stage_pays_its_own_scaffold_and_none_at_the_end(monkeypatch):
     read, glance = Read(0, {}), Glance(0, {})
-    assert all({"pointing", "spelled"} <= set(m) and "glance" not in m for m in _steps(read, 0.3))
+    assert all({"pointing", "naming"} <= set(m) and "glance" not in m for m in _steps(read, 0.3))
     late = _steps(glance, 0.3)
     assert not any("pointing" in m for m in late)
-    paid_in = [base for base, m in zip(STEPS, late, strict=True) if "glance" in m]
-    assert 0 < len(paid_in) < len(STEPS)
+    scaffolded = [base for base, m in zip(STEPS, late, strict=True) if "glance" in m]
+    assert 0 < len(scaffolded) < len(STEPS)
     assert all(m["glance"] > 3 for m in late if "glance" in m)
-    seeds = range(paid_in[0], paid_in[0] + glance.scenes)
-    paid, unpaid = (glance.loss(seeds, at)[0].item() for at in (0.3, 0.85))
-    monkeypatch.setattr(Glance, "paid", lambda *args: {})
-    assert glance.loss(seeds, 0.85)[0].item() == unpaid < paid - 0.5
+    seeds = range(scaffolded[0], scaffolded[0] + glance.scenes)
+    early, late = (glance.loss(seeds, at)[0].item() for at in (0.3, 0.85))
+    monkeypatch.setattr(Glance, "auxiliary", lambda *args: {})
+    assert glance.loss(seeds, 0.85)[0].item() == late < early - 0.5
 
 
 def test_an_evaluation_leaves_no_states_to_the_next_step():

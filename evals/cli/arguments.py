@@ -1,0 +1,124 @@
+"""The options of `prunekit eval`, `compare` and `demo`; what they do is imported when one runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+OUT = Path("results")
+EVAL_EXAMPLES = """\
+examples:
+  prunekit eval fastv-k2-r25 random-r25 --model micro --tasks pope,gqa --limit 200
+  prunekit eval fastv.yaml --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --download --batch-size 16
+A cell that is there already is not computed again; a run that was killed goes on where it was.
+Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 something to put right first.
+"""
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the three commands."""
+    _eval(commands)
+    _compare(commands)
+    _demo(commands)
+
+
+def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="score pipelines on tasks of lmms-eval",
+        description="Score pipelines, and the dense model beside them, with lmms-eval's own tasks and metrics.",
+        epilog=EVAL_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="files or names; without any, dense alone")
+    command.add_argument("--model", required=True, metavar="M", help="a short name such as micro, a folder or a hub id")
+    command.add_argument("--tasks", required=True, metavar="T,T", help="names of lmms-eval, such as pope,mme,gqa")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value of every pipeline, such as stages[0].keep=0.3; may be repeated",
+    )  # fmt: skip
+    command.add_argument("--no-dense", action="store_true", help="leave the dense model out")
+    command.add_argument(
+        "--data-root", type=Path, metavar="DIR",
+        help="a folder with <organisation>/<dataset>/ as on the hub; default: the hub's local cache; for micro its own",
+    )  # fmt: skip
+    answers = command.add_argument_group("how answers are made (all of it is recorded)")
+    answers.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    answers.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
+    answers.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    answers.add_argument("--attn", metavar="A", help="attention implementation: sdpa, eager")
+    answers.add_argument(
+        "--max-new-tokens", type=_positive, default=1024, metavar="N",
+        help="for tasks that name no length; default: 1024",
+    )  # fmt: skip
+    answers.add_argument("--system-prompt", default="", metavar="TEXT", help="put before every question")
+    answers.add_argument(
+        "--honor-until", choices=("stops", "all", "none"), default="stops",
+        help="cut answers at the task's stop strings: all but the few-shot break (default), all, none",
+    )  # fmt: skip
+    answers.add_argument(
+        "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
+    )
+    _common(command, limit=None)
+
+
+def _compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="results side by side with the dense model",
+        description="Compare results: accuracy with intervals, paired differences to dense, and what was really saved.",
+        epilog="example: prunekit compare results/micro --markdown",
+    )
+    command.add_argument("folder", nargs="?", type=Path, default=OUT, metavar="DIR", help="default: results")
+    command.add_argument("--markdown", action="store_true", help="as Markdown")
+    command.add_argument("--json", action="store_true", help="machine-readable, with all numbers in full")
+    command.set_defaults(run=_run("compare"))
+
+
+def _demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "demo",
+        help="the main job, end to end, on the bundled model",
+        description="Score shipped pipelines on the bundled model through lmms-eval, and compare them.",
+        epilog="example: prunekit demo --limit 50",
+    )
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    _common(command, limit=200)
+
+
+def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
+    command.add_argument(
+        "--limit", type=_positive, default=limit, metavar="N",
+        help=f"questions a task; default: {'all' if limit is None else limit} (never splits a pair of MME)",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
+    command.add_argument("--force", action="store_true", help="compute again what is there")
+    command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
+    # The bundled model's matrices are too small to share: a second thread costs more than it brings.
+    threads = 1 if limit else None
+    command.add_argument(
+        "--threads", type=_positive, default=threads, metavar="N",
+        help=f"CPU threads; default: {threads or 'torch chooses'}",
+    )  # fmt: skip
+    command.add_argument("--download", action="store_true", help="models and data that are not here may be fetched")
+    command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
+    command.set_defaults(run=_run("demo" if limit else "evaluate"))
+
+
+def _run(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function of that name, imported when it is called."""
+
+    def run(namespace: argparse.Namespace) -> int:
+        from prunekit_evals.cli import commands
+
+        return int(getattr(commands, name)(namespace))
+
+    return run
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,134 @@
+"""Comparison tables for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prunekit_evals.compare.stats import Estimate
+from prunekit_evals.compare.tables import Row, Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHORT = {"mmbench_en_dev_static": "mmbench", "scienceqa_img": "scienceqa", "textvqa_val": "textvqa"}
+LEGEND = (
+    "Accuracy in %, ± half of its 95 % interval. Δ dense: paired difference on the same questions. Tokens: visual "
+    "tokens left after the last stage. FLOPs, KV: of the language model's prefill, % of dense. Time: of the whole "
+    "prefill, over dense's, measured alternately."
+)
+
+
+def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
+    """Column name to its texts, one for each row; columns that say nothing are left out.
+
+    intervals: whether each task shows its own.
+    """
+    rows = table.rows
+    timed = any(row.prefill_ratio is not None for row in rows)
+    filled = {
+        "Pipeline": [row.pipeline for row in rows],
+        **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
+        "Average": [_estimate(row.average, True) for row in rows],
+        "Δ dense": [_difference(row) for row in rows],
+        "Tokens": ["" if row.kept_tokens is None else f"{row.kept_tokens:.4g}" for row in rows],
+        "FLOPs": [_percent(row.flops_fraction) for row in rows],
+        "KV": [_percent(row.kv_fraction) for row in rows],
+        "Time": [_time(row) if timed else "" for row in rows],
+    }
+    return {name: texts for name, texts in filled.items() if any(texts)}
+
+
+def show(table: Table, console: Console) -> None:
+    """Print a table; a narrow terminal gets fewer columns rather than broken ones."""
+    from rich import box
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="bold")
+    grid.title = table.conditions.title()
+    shown = _fitting(table, console.width)
+    for place, name in enumerate(shown):
+        # `micro/` on a line of its own keeps the columns as narrow as their numbers.
+        grid.add_column(name.replace("/", "/\n"), justify="right" if place else "left", no_wrap=True, vertical="bottom")
+    for row, texts in zip(table.rows, zip(*shown.values(), strict=True), strict=True):
+        cells = dict(zip(shown, map(Text, texts), strict=True))
+        change = row.difference
+        # Coloured only where the interval excludes 0.
+        if "Δ dense" in cells and change is not None and (change.low > 0 or change.high < 0):
+            cells["Δ dense"].stylize("green" if change.low > 0 else "red")
+        grid.add_row(*cells.values(), style="bold" if row.dense else "", end_section=row.dense)
+    console.print(grid)
+    for note in table.notes:
+        console.print(Text(f"note: {note}", style="yellow"))
+    console.print(Text(_labels(table.tasks) + LEGEND, style="dim"))
+
+
+def markdown(table: Table) -> str:
+    """The table as Markdown, with its conditions, notes and legend."""
+    shown = columns(table)
+    out = [f"**{table.conditions.title()}**", "", _joined(list(shown)), _joined(["---", *["---:"] * (len(shown) - 1)])]
+    out += [_joined(texts) for texts in zip(*shown.values(), strict=True)]
+    out += ["", *(f"Note: {note}.  " for note in table.notes)]
+    return "\n".join([*out, f"_{_labels(table.tasks)}{LEGEND}_", ""])
+
+
+def _fitting(table: Table, width: int) -> dict[str, list[str]]:
+    """The columns that fit: tasks lose their intervals, then KV goes, then the tasks, which Markdown and JSON have."""
+    tasks = {_short(label) for label in table.tasks}
+    steps: tuple[tuple[bool, set[str]], ...] = (
+        (True, set()), (False, set()), (False, {"KV"}), (False, tasks), (False, {*tasks, "KV", "Tokens"}),
+    )  # fmt: skip
+    shown: dict[str, list[str]] = {}
+    for intervals, without in steps:
+        shown = {name: texts for name, texts in columns(table, intervals).items() if name not in without}
+        if _width(shown) <= width:
+            break
+    return shown
+
+
+def _width(shown: dict[str, list[str]]) -> int:
+    heads = {name: max(map(len, name.replace("/", "/\n").split("\n"))) for name in shown}
+    return sum(max([heads[name], *map(len, texts)]) + 2 for name, texts in shown.items()) + 1
+
+
+def _labels(labels: Sequence[str]) -> str:
+    if not any(label.startswith("micro/") for label in labels):
+        return ""
+    return "micro/…: the bundled benchmark in the standard task's schema, not the benchmark of that name. "
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def _short(label: str) -> str:
+    prefix, slash, name = label.rpartition("/")
+    return prefix + slash + SHORT.get(name, name)
+
+
+def _estimate(estimate: Estimate | None, interval: bool) -> str:
+    if estimate is None:
+        return "–"
+    return f"{100 * estimate.value:.1f}" + (f" ±{100 * estimate.half:.1f}" if interval else "")
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    return f"{_signed(100 * row.difference.value)} ±{100 * row.difference.half:.1f}"
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def _time(row: Row) -> str:
+    if row.dense:
+        return "1×"  # by definition: it is what the others are measured against
+    return "" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}×"
+
+
+def _percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{100 * fraction:.0f}%"

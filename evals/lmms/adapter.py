@@ -1,0 +1,253 @@
+"""prunekit as a model of lmms-eval: `lmms_eval --model prunekit --model_args pretrained=...,pipeline=....yaml`."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from prunekit_evals.lmms.requests import Question, Settings, flat, read
+from prunekit_evals.run import answering
+from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
+from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.run.identity import code_identity
+from prunekit_evals.run.journal import Answer, Journal
+from prunekit_evals.run.prompts import from_visuals
+
+import prunekit
+from prunekit import families
+from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
+from prunekit.pipeline.build import Pipeline
+
+DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
+
+
+class PruneKit(lmms):  # type: ignore[misc]
+    """Answers requests of lmms-eval with a pruned model; which layout a request has is read off the request itself."""
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        pipeline: str = DENSE,
+        device: str = "",
+        device_map: str = "",
+        dtype: str = "",
+        batch_size: int | str = 1,
+        max_batch_size: int | str | None = None,
+        attn_implementation: str = "",
+        max_new_tokens: int = 1024,
+        system_prompt: str = "",
+        honor_until: HonorUntil = "stops",
+        journal: str = "",
+        download: bool = False,
+        **unknown: object,
+    ) -> None:
+        """Load the model.
+
+        pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
+        system_prompt: text, or a file with it. honor_until: see `generation.decoding`. journal: a file that keeps
+        answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
+        Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
+        """
+        names = tuple(inspect.signature(PruneKit.__init__).parameters)
+        for name in unknown:
+            raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
+        if not pretrained:
+            raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
+        if device_map not in ("", "none"):
+            raise Unsupported("device_map: this version prunes a model on one device; use device=cuda:0")
+        text = self._resolve_system_prompt(str(system_prompt))
+        size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
+        settings = Settings(size, longest, text, honor_until)
+        decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
+        built = prunekit.load(pipeline)
+        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, download)
+        self.setup(loaded, built, settings, journal)
+
+    @classmethod
+    def over(cls, loaded: Loaded, pipeline: Pipeline, settings: Settings, journal: str = "") -> PruneKit:
+        """An adapter over a model that is already there."""
+        self = cls.__new__(cls)
+        self.setup(loaded, pipeline, settings, journal)
+        return self
+
+    def setup(self, loaded: Loaded, pipeline: Pipeline, settings: Settings, journal: str) -> None:
+        """Check that the pipeline fits the model, and open the journal."""
+        super().__init__()
+        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.loaded, self.pipeline, self.settings = loaded, pipeline, settings
+        pipeline.bind(families.shape_of(loaded.model))
+        self.journal = Journal(journal_file(journal, self._rank, self._world_size))
+        self.tally = Tally()
+        self.batch_sizes = {"generate_until": settings.batch_size}
+        self.progress: Callable[[int], None] = lambda answered: None
+        self._code = code_identity(pipeline)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> PruneKit:
+        """What lmms-eval calls for `--model prunekit`.
+
+        Raises InputError when lmms-eval's response cache is on: it names a model by its arguments alone, and an
+        edited pipeline file would be scored with the answers of the old one. Under lmms-eval's own command line,
+        which hides errors and exits with 0, an error ends the program with 2.
+        """
+        call = _harness_call()
+        try:
+            if call.get("use_cache") is not None:
+                raise InputError(
+                    "lmms-eval's --use_cache knows a pipeline only by its path, so an edited file would be scored with "
+                    "stale answers; use --model_args ...,journal=answers.jsonl, whose keys hold the pipeline's hash"
+                )
+            return cast(PruneKit, super().create_from_arg_string(arg_string, additional_config))
+        except PrunekitError as error:
+            if call.get("cli_args") is None:
+                raise
+            sys.stderr.write(f"prunekit: error: {error}\n")
+            raise SystemExit(2) from error
+
+    def __repr__(self) -> str:
+        """All that an answer depends on: lmms-eval's response cache takes this text for the identity of the model."""
+        return f"{type(self).__name__}({json.dumps(self.identity, sort_keys=True)})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What an answer depends on besides the question, as plain data."""
+        settings = self.settings
+        return {
+            "model": self.loaded.identity,
+            "pipeline": self.pipeline.sha,
+            "dtype": self.loaded.dtype,
+            "device": self.loaded.device.type,
+            "attention": getattr(self.loaded.model.config, "_attn_implementation", ""),
+            "max_new_tokens": settings.max_new_tokens,
+            "system_prompt": hashlib.sha256(settings.system_prompt.encode()).hexdigest()[:12],
+            "honor_until": settings.honor_until,
+            "prunekit": prunekit.__version__,
+            "code": self._code,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the evaluator puts the tensors that it gathers."""
+        return self.loaded.device
+
+    @property
+    def batch_size(self) -> int:
+        """How many questions are answered together."""
+        return self.settings.batch_size
+
+    def clean(self) -> None:
+        """Keep the model, which the base class would delete after the first task; the journal is opened when needed."""
+        self.journal.close()
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answer every request, in the order given.
+
+        No process talks to another in here: with a warm cache some of them never arrive.
+        """
+        answers: dict[int, Answer] = {}
+        before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
+        for batch in self._batches(requests, answers):
+            answered = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
+            self.tally.add(answered, journaled=False)
+            self.journal.add((one.key, each) for one, each in zip(batch, answered, strict=True))
+            answers |= {one.place: each for one, each in zip(batch, answered, strict=True)}
+            self.progress(len(batch))
+        self._log(*before)
+        results = (answers[place] for place in range(len(requests)))
+        return [GenerationResult(each.text, TokenCounts(each.input_tokens, each.output_tokens)) for each in results]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The loss of each continuation: lmms-eval takes the smallest, whatever the method is called.
+
+        A pair is wrapped, because lmms-eval turns a bare tuple into a string.
+        """
+        results = []
+        for request in requests:
+            context, continuation, *rest = request.args
+            doc = self.doc(*rest[1:]) if rest else {}
+            visuals = flat(rest[0](doc)) if rest else []
+            prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
+            said = continuation(doc) if callable(continuation) else continuation
+            results.append(GenerationResult(cast(str, answering.loss(self.loaded, self.pipeline, prompt, str(said)))))
+            self.progress(1)
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+        """Not supported by this version."""
+        raise Unsupported(f"task '{requests[0].task_name}' asks in several rounds, which this version does not support")
+
+    def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
+        """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
+        waiting: dict[tuple[bool, Decoding], list[Question]] = {}
+        seen: dict[str, int] = {}
+        for place, request in enumerate(requests):
+            question = read(place, request, self, seen)
+            if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
+                self.tally.first_prompts.append(question.prompt)
+            journaled = self.journal.get(question.key)
+            if journaled is not None:
+                answers[place] = journaled
+                self.tally.add([journaled], journaled=True)
+                self.progress(1)
+                continue
+            batch = waiting.setdefault(question.kind, [])
+            batch.append(question)
+            if len(batch) == self.batch_size:
+                yield waiting.pop(question.kind)
+        yield from waiting.values()
+
+    def doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
+        """A row of a task's data, images not yet decoded."""
+        return cast("dict[str, Any]", self.task_dict[task][split][doc_id])
+
+    def _log(self, computed: int, seconds: float, tokens: int) -> None:
+        """Tell lmms-eval what was saved and how long it took; answers of the journal took none."""
+        tally, facts = self.tally, self.tally.facts
+        if tally.computed == computed or not facts:
+            return
+        count, took = tally.computed - computed, tally.seconds - seconds
+        written = tally.new_tokens - tokens
+        log_metrics(took, written, written / took if took else 0.0, {"total_requests": count, **means(facts)})
+
+
+class PruneKitChat(PruneKit):
+    """For generation tasks: asks in messages."""
+
+    is_simple = False
+
+
+class PruneKitSimple(PruneKit):
+    """For `--force_simple`, and for tasks that compare likelihoods, which lmms-eval does not ask in messages."""
+
+    is_simple = True
+
+
+def _harness_call() -> dict[str, Any]:
+    """The arguments of the `simple_evaluate` that is creating us; it does not hand all of them on."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "simple_evaluate":
+            return frame.f_locals
+        frame = frame.f_back
+    return {}
+
+
+def _count(name: str, value: object) -> int:
+    try:
+        number = int(str(value))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, not '{value}' (it is part of a result)")
+    return number

@@ -1,0 +1,222 @@
+"""lmms-eval's own tasks, unmodified: found by name, built from local data where there is some, and cut to a limit."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunekit.errors import InputError, UnknownName
+
+INSTALL = (
+    "lmms-eval is not installed: pip install 'prunekit[evals]', or without its heavy dependencies "
+    "pip install 'prunekit[evals-min]' && pip install --no-deps 'lmms-eval>=0.7.3,<0.8'"
+)
+NAMED = re.compile(r"^(task|group|tag)\s*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
+MICRO = "micro"
+STAMP = "prunekit-micro.json"
+HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
+PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about an image
+
+
+@dataclass(frozen=True)
+class Named:
+    """A task's place in lmms-eval. `kind` is `task`, `group` or `tag`; `file` its YAML."""
+
+    name: str
+    kind: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where tasks take their data: a folder with `<organisation>/<dataset>/`, or None for the hub's cache.
+
+    identity: changes when the data does. micro: whether it is the bundled model's benchmark, whose results must not be
+    taken for those of the real one.
+    """
+
+    root: Path | None
+    identity: str
+    micro: bool
+
+    def label(self, task: str) -> str:
+        """The name of a task in results."""
+        return f"{MICRO}/{task}" if self.micro else task
+
+
+@dataclass(frozen=True)
+class Built:
+    """A task ready to be asked. limit: questions to ask, None for all; `chat` whether it is asked in messages."""
+
+    name: str
+    task: Any
+    manager: Any
+    chat: bool
+    questions: int
+    limit: int | None
+
+
+def check_installed() -> None:
+    """Raise InputError, naming both ways to install it, when lmms-eval is not there."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise InputError(INSTALL)
+
+
+def find(names: Sequence[str]) -> list[Named]:
+    """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group."""
+    check_installed()
+    index = _index()
+    named = []
+    for name in dict.fromkeys(names):
+        if name not in index:
+            raise UnknownName("task", name, (one.name for one in index.values() if one.kind == "task"))
+        if index[name].kind != "task":
+            raise InputError(f"'{name}' is a {index[name].kind} of tasks; name its tasks, see {index[name].file}")
+        named.append(index[name])
+    return named
+
+
+def data_at(root: Path | None) -> Data:
+    """The data under `root`. Raises InputError when it is no folder."""
+    if root is None:
+        return Data(None, "hub", False)
+    if not root.is_dir():
+        raise InputError(f"data root '{root}' is not a folder; it holds <organisation>/<dataset>/ as the hub does")
+    stamp = root / STAMP
+    if stamp.is_file():
+        return Data(root, hashlib.sha256(stamp.read_bytes()).hexdigest()[:12], True)
+    total = hashlib.sha256()
+    for file in sorted(root.glob("*/*/**/*")):
+        if file.is_file():
+            about = file.stat()
+            total.update(f"{file.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return Data(root, total.hexdigest()[:12], False)
+
+
+def build(named: Named, data: Data, limit: int | None, prompt_profile: str | None = None) -> Built:
+    """Build one task object, with its data loaded.
+
+    prompt_profile: the model name whose prompts the task's file may bring, such as `qwen_vl`. Raises InputError when
+    the data is not there.
+    """
+    from lmms_eval.tasks import TaskManager
+
+    # The whole index takes seconds to read; one folder takes none.
+    folder = [str(named.file.parent)]
+    manager = TaskManager("ERROR", include_path=folder, include_defaults=False, model_name=prompt_profile)
+    config = manager._get_config(named.name)
+    chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
+    _check_data(named.name, config, data)
+    with _inside(data):
+        task = _load(manager, named.name, "chat" if chat else "simple")
+    docs = task.eval_docs_no_media
+    count = len(docs) if limit is None else min(limit, len(docs))
+    if count < len(docs) and PAIRED.match(named.name):
+        count = whole_groups(docs["question_id"], count)
+    return Built(named.name, task, manager, chat, count, None if count == len(docs) else count)
+
+
+def whole_groups(groups: Sequence[str], limit: int) -> int:
+    """The smallest number of leading questions, at least `limit`, that splits no group."""
+    remaining = Counter(groups)
+    open_groups = 0
+    begun: set[str] = set()
+    for place, group in enumerate(groups):
+        if group not in begun:
+            begun.add(group)
+            open_groups += 1
+        remaining[group] -= 1
+        open_groups -= remaining[group] == 0
+        if place + 1 >= limit and not open_groups:
+            return place + 1
+    return len(groups)
+
+
+def micro_data(folder: Path, questions: int = 600) -> Data:
+    """The bundled model's benchmark, written into `folder` if it is not there."""
+    from filelock import FileLock
+    from prunekit_evals.micro import benchmark
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        benchmark.write(folder, questions_per_task=questions)
+    return data_at(folder)
+
+
+def _index() -> dict[str, Named]:
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(INSTALL)
+    index: dict[str, Named] = {}
+    for folder, _, files in os.walk(Path(spec.submodule_search_locations[0]) / "tasks"):
+        for file in sorted(files):
+            if file.endswith(".yaml"):
+                path = Path(folder, file)
+                for kind, name in NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
+                    if name not in index or index[name].kind == "tag":
+                        index[name] = Named(name, kind, path)
+    return index
+
+
+def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
+    wanted = config.get("dataset_path")
+    if data.root is None or not wanted or (data.root / wanted).exists():
+        return
+    present = sorted(path.relative_to(data.root).as_posix() for path in data.root.glob("*/*") if path.is_dir())
+    listed = ", ".join(present) or "nothing"
+    raise InputError(f"task '{name}' needs '{data.root / wanted}', which is not there (there is: {listed})")
+
+
+def _load(manager: Any, name: str, kind: str) -> Any:
+    from tenacity import RetryError
+
+    try:
+        return manager.load_task_or_group([name], kind)[name]
+    except RetryError as error:  # lmms-eval tries five times and then hides what went wrong
+        cause = error.last_attempt.exception()
+        reason = f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause).strip() else ''}"
+        raise InputError(
+            f"the data of task '{name}' does not load: {reason} (name a folder with it by --data-root, or let the hub "
+            "be asked by --download, after `hf auth login`)"
+        ) from cause
+
+
+@contextmanager
+def _inside(data: Data) -> Iterator[None]:
+    """Be in the data root while a task is built: dataset names such as `org/name` are then folders, not hub ids.
+
+    The datasets library caches what it read under that name alone, so that another data root, or the same one with
+    other files, would be answered with the rows of the first. Each version of the data gets a cache of its own.
+    """
+    if data.root is None:
+        yield
+        return
+    import datasets
+    from lmms_eval.api import task as harness
+
+    forget = harness._resolve_hf_datasets_cache_dir.cache_clear  # it asks the environment once
+    root = data.root.resolve()
+    usual = Path(datasets.config.HF_DATASETS_CACHE)
+    cache = root / ".cache" / data.identity if data.micro else usual / f"prunekit-{data.identity}"
+    before, variable = Path.cwd(), os.environ.get(HARNESS_CACHE)
+    os.environ[HARNESS_CACHE] = str(cache)
+    datasets.config.HF_DATASETS_CACHE = cache  # GQA's own code loads a second data set, without asking lmms-eval where
+    forget()
+    os.chdir(root)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        forget()
+        datasets.config.HF_DATASETS_CACHE = usual
+        os.environ.pop(HARNESS_CACHE)
+        if variable is not None:
+            os.environ[HARNESS_CACHE] = variable

@@ -1,0 +1,208 @@
+"""A loaded model that answers prompts under a pipeline, and counts what that cost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from prunekit_evals.run.generation import Decoding
+from prunekit_evals.run.journal import Answer, Facts
+from prunekit_evals.run.prompts import Prompt
+
+import prunekit
+from prunekit import loading
+from prunekit.errors import InputError
+from prunekit.loading import model_identity
+from prunekit.pipeline.build import Pipeline
+
+if TYPE_CHECKING:
+    from prunekit.records import RunReport
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its processor, held in one plain object so that the harness does not take the model away.
+
+    name: as the user wrote it. identity: see `model_identity`.
+    """
+
+    name: str
+    identity: str
+    model: Any
+    processor: Any
+
+    @classmethod
+    def load(
+        cls, name: str, dtype: str | None = None, device: str | None = None, attn: str | None = None,
+        download: bool = False,
+    ) -> Loaded:  # fmt: skip
+        """Load by name, as `prunekit.loading.load` does, with a left-padding tokenizer. Raises InputError."""
+        model, processor = loading.load(name, dtype, device or default_device(), attn, download)
+        where = loading.resolve(name)
+        return cls(name, model_identity(where) or "unknown", model, left_padded(processor))
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the model computes in, such as `float32`."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+
+@dataclass
+class Tally:
+    """What one adapter has done: costs of all answers, and times of those that were computed in this process."""
+
+    facts: list[Facts] = field(default_factory=list)
+    computed: int = 0
+    journaled: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    notes: set[str] = field(default_factory=set)
+    first_prompts: list[Prompt] = field(default_factory=list)
+
+    def add(self, answers: Sequence[Answer], *, journaled: bool) -> None:
+        """Count answers."""
+        self.facts += [answer.facts for answer in answers if answer.facts is not None]
+        if journaled:
+            self.journaled += len(answers)
+        else:
+            self.computed += len(answers)
+            self.new_tokens += sum(answer.output_tokens for answer in answers)
+
+
+def means(facts: Sequence[Facts]) -> dict[str, float]:
+    """What was saved, in the words that lmms-eval prints: means of tokens, fractions of the dense totals."""
+    return {
+        "visual_tokens_in": sum(one.visual_tokens for one in facts) / len(facts),
+        "visual_tokens_kept": sum(one.kept_tokens for one in facts) / len(facts),
+        "prefill_flops_fraction": sum(f.prefill_flops for f in facts) / sum(f.dense_prefill_flops for f in facts),
+        "kv_fraction": sum(one.kv_bytes for one in facts) / sum(one.dense_kv_bytes for one in facts),
+    }
+
+
+def default_device() -> str | None:
+    """Each process of a multi-process run takes its own GPU; None leaves the choice to the loader."""
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if local is not None and torch.cuda.is_available() else None
+
+
+def device_type(device: str | None) -> str:
+    """`cpu` or `cuda`: where a model loaded with this device ends up."""
+    return str(device or default_device() or ("cuda" if torch.cuda.is_available() else "cpu")).partition(":")[0]
+
+
+def left_padded(processor: Any) -> Any:
+    """The same processor, padding on the left: a decoder that goes on from padding gives other answers in batches."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise InputError(f"{type(processor).__name__} has no tokenizer, so its prompts cannot be padded")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
+    """Model inputs, left-padded, on the model's device. All prompts have images, or none has."""
+    images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
+    begin = loaded.processor.tokenizer.bos_token
+    inputs = loaded.processor(
+        text=[prompt.text for prompt in prompts],
+        images=images,
+        padding=True,
+        return_tensors="pt",
+        # A chat template that already wrote the first token must not get a second one.
+        add_special_tokens=not (begin and prompts[0].text.startswith(begin)),
+    )
+    return inputs.to(loaded.device, loaded.model.dtype)
+
+
+def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally) -> list[Answer]:
+    """Answer a batch. Whatever the model raises is raised: an error is not an empty answer."""
+    inputs = encode(loaded, prompts)
+    length = inputs["input_ids"].shape[1]
+    pad = loaded.processor.tokenizer.pad_token_id
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline) as run:
+        start = clock(loaded)
+        output = loaded.model.generate(**inputs, **dict(how.arguments), pad_token_id=pad)
+        tally.seconds += clock(loaded) - start
+        report = run.report
+    if report is not None:
+        tally.notes.update(report.notes)
+    facts = facts_of(report, len(prompts))
+    new = output[:, length:]
+    texts = loaded.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+    sizes = inputs["attention_mask"].sum(1).tolist()
+    return [
+        Answer(how.cut(text), size, written(ids, loaded.model.generation_config), fact)
+        for text, size, ids, fact in zip(texts, sizes, new.tolist(), facts, strict=True)
+    ]
+
+
+def written(ids: Sequence[int], config: Any) -> int:
+    """How many tokens the model wrote, the one that ends the answer included."""
+    ends = config.eos_token_id
+    stop = set(ends if isinstance(ends, list | tuple) else [ends])
+    return next((place + 1 for place, token in enumerate(ids) if token in stop), len(ids))
+
+
+def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
+    """The costs of `rows` prompts. Beam search prefills each prompt once for every beam; one of them counts."""
+    if report is None:
+        return [None] * rows
+    beams = max(report.samples // rows, 1)
+    cost = report.cost
+    columns = (
+        report.visual_tokens, report.kept_tokens, cost.prefill_flops, cost.dense_prefill_flops, cost.kv_bytes,
+        cost.dense_kv_bytes,
+    )  # fmt: skip
+    return [Facts(*(int(value) for value in row)) for row in list(zip(*columns, strict=True))[::beams][:rows]]
+
+
+def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+    """Mean negative log-likelihood of `continuation`, and whether greedy decoding would say it.
+
+    The prompt is prefilled under the pipeline and the continuation is fed after it, so that a stage that reads the
+    prompt's last token sees the same as when answering.
+    """
+    inputs = encode(loaded, [prompt])
+    ids = loaded.processor.tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ids = ids.to(loaded.device)
+    if ids.shape[1] == 0:
+        raise InputError(f"the continuation {continuation!r} has no tokens")
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline):
+        first = loaded.model(**inputs, use_cache=True, logits_to_keep=1)
+        logits = first.logits[:, -1:]
+        if ids.shape[1] > 1:
+            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :-1])], 1)
+            rest = loaded.model(
+                input_ids=ids[:, :-1], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
+            )
+            logits = torch.cat([logits, rest.logits], 1)
+    logs = logits.double().log_softmax(-1)
+    chosen = logs.gather(-1, ids[..., None])[..., 0]
+    return -float(chosen.mean()), bool((logits.argmax(-1) == ids).all())
+
+
+def clock(loaded: Loaded) -> float:
+    """Seconds, once the device has finished what it was given."""
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize(loaded.device)
+    return time.perf_counter()
+
+
+def journal_file(text: str, rank: int, world: int) -> Path | None:
+    """The journal of this process: one file each when several processes share the work. None for an empty text."""
+    if not text:
+        return None
+    path = Path(text)
+    return path.with_name(f"{path.name}.rank{rank}") if world > 1 else path

@@ -1,0 +1,56 @@
+"""What a result depends on besides the pipeline: the code that ran, and the versions around it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import platform
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from prunekit.pipeline.build import Pipeline
+
+# Modules of the two packages that have no part in an answer.
+APART = (
+    "testing/", "cli/", "micro/", "compare/", "studies/", "bench/cpu", "bench/gpu", "bench/sections", "bench/timing",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
+)  # fmt: skip
+
+
+def code_identity(pipeline: Pipeline) -> str:
+    """12 hex digits of the source of prunekit, of this package, and of the modules of the pipeline's strategies.
+
+    Within one version, code under work must not be answered from results of older code.
+    """
+    total = hashlib.sha256(_packages().encode())
+    for name in sorted({type(stage.strategy).__module__ for stage in pipeline.stages}):
+        source = inspect.getsourcefile(sys.modules[name])
+        if source:
+            total.update(Path(source).read_bytes())
+    return total.hexdigest()[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and scores. lmms-eval's own version string is the commit of whatever is around it."""
+    numbers = {"python": platform.python_version()}
+    for name in ("prunekit", "lmms_eval", "torch", "transformers", "datasets", "pillow"):
+        try:
+            numbers[name.replace("_", "-")] = version(name)
+        except PackageNotFoundError:
+            continue
+    return numbers
+
+
+@cache
+def _packages() -> str:
+    total = hashlib.sha256()
+    import prunekit
+
+    for root in (Path(prunekit.__file__).parent, Path(__file__).parent.parent):
+        for file in sorted(root.rglob("*.py")):
+            name = file.relative_to(root).as_posix()
+            if not name.startswith(APART):
+                total.update(name.encode() + file.read_bytes())
+    return total.hexdigest()

@@ -1,0 +1,223 @@
+"""One JSON file for each (model, pipeline, task): a table's cell, with all that is needed to trust or repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prunekit.errors import InputError
+
+SCHEMA = 1
+KIND = "prunekit-cell"
+UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a result depends on besides pipeline and task. Only cells with equal conditions stand in one table.
+
+    model: as the user wrote it; identity: of its weights. dtype: `checkpoint` leaves it to the checkpoint.
+    data: identity of the task data. limit: questions asked for, None for all. code: identity of the code that ran.
+    """
+
+    model: str
+    identity: str
+    data: str
+    limit: int | None
+    batch_size: int
+    dtype: str
+    device: str
+    attention: str
+    max_new_tokens: int
+    system_prompt: str
+    honor_until: str
+    prompt_profile: str
+    versions: Mapping[str, str]
+
+    def title(self) -> str:
+        """One line for the head of a table."""
+        limit = "all questions" if self.limit is None else f"{self.limit} questions a task"
+        return f"{self.model} ({self.identity}), {limit}, batch {self.batch_size}, {self.dtype}, {self.device}"
+
+
+@dataclass(frozen=True)
+class PipelineId:
+    """Which pipeline. `dense`: whether it changes nothing. resolved: its canonical YAML, every default filled in."""
+
+    name: str
+    sha: str
+    dense: bool
+    resolved: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question: its number in the data, the answer after the task's filters, its score in [0, 1] if it has one.
+
+    group: questions of one group (two about one image) are no independent draws; None: independent.
+    """
+
+    number: int
+    answer: str
+    score: float | None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was computed, as means over the questions; fractions are of the dense model's totals."""
+
+    visual_tokens: float
+    kept_tokens: float
+    prefill_flops: float
+    dense_prefill_flops: float
+    flops_fraction: float
+    kv_bytes: float
+    dense_kv_bytes: float
+    kv_fraction: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured wall times; answers that came from a journal are in none of them.
+
+    seconds: of `generate`, a question; None when nothing was computed in this run.
+    prefill_ms, dense_prefill_ms: medians for one batch of `prefill_batch` prompts, taken alternately in one run.
+    prefill_ratio: the median of the ratios of neighbours; None when it was not measured, as for the dense model itself.
+    """
+
+    seconds: float | None
+    computed: int
+    journaled: int
+    prefill_ms: float | None = None
+    dense_prefill_ms: float | None = None
+    prefill_ratio: float | None = None
+    prefill_batch: int = 0
+    prefill_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The result of one pipeline on one task. A failed cell has an `error` and no questions.
+
+    task: lmms-eval's name; label: the name to show, `micro/...` for the bundled benchmark.
+    metrics: as lmms-eval reports them, `<metric>,<filter>`.
+    """
+
+    id: str
+    status: Literal["done", "failed"]
+    task: str
+    label: str
+    pipeline: PipelineId
+    conditions: Conditions
+    created: str
+    error: str = ""
+    task_version: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
+    saved: Saved | None = None
+    timing: Timing | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Question number to score, where there is one."""
+        return {one.number: one.score for one in self.questions if one.score is not None}
+
+    @property
+    def groups(self) -> dict[int, str]:
+        """Question number to group, where there is one."""
+        return {one.number: one.group for one in self.questions if one.group is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for `json.dump`."""
+        return {"kind": KIND, "schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cell:
+        """The cell that `to_json` made. Raises InputError for anything else, naming what is wrong."""
+        if data.get("kind") != KIND or data.get("schema") != SCHEMA:
+            raise InputError(f"not a cell of schema {SCHEMA}: kind {data.get('kind')!r}, schema {data.get('schema')!r}")
+        rest = {name: value for name, value in data.items() if name not in ("kind", "schema")}
+        try:
+            rest["pipeline"] = PipelineId(**rest["pipeline"])
+            rest["conditions"] = Conditions(**rest["conditions"])
+            rest["questions"] = tuple(Question(**one) for one in rest["questions"])
+            rest["saved"] = Saved(**rest["saved"]) if rest["saved"] else None
+            rest["timing"] = Timing(**rest["timing"]) if rest["timing"] else None
+            rest["notes"] = tuple(rest["notes"])
+            return cls(**rest)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"a damaged cell: {error}") from error
+
+
+def cell_id(conditions: Conditions, pipeline: PipelineId, task: str) -> str:
+    """10 hex digits of all that a cell depends on."""
+    about = [asdict(conditions), pipeline.sha, pipeline.code, task, SCHEMA]
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def cell_path(out: Path, conditions: Conditions, pipeline: PipelineId, task: str) -> Path:
+    """`out/<model>/<pipeline>/<task>.<id>.json`."""
+    model = UNSAFE.sub("-", Path(conditions.model).name if Path(conditions.model).is_absolute() else conditions.model)
+    name = f"{UNSAFE.sub('-', task)}.{cell_id(conditions, pipeline, task)}.json"
+    return out / model.strip("-.") / UNSAFE.sub("-", pipeline.name) / name
+
+
+def path_of(out: Path, cell: Cell) -> Path:
+    """Where a cell of this run lies."""
+    return cell_path(out, cell.conditions, cell.pipeline, cell.task)
+
+
+def write(path: Path, cell: Cell) -> None:
+    """Write a cell at once: another process sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".cell-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(cell.to_json(), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path) -> Cell:
+    """Read a cell. Raises InputError, naming the file, when it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"'{path}' is not a result: {error}") from error
+    if not isinstance(data, Mapping):
+        raise InputError(f"'{path}' is not a result: it holds no mapping")
+    try:
+        return Cell.from_json(data)
+    except InputError as error:
+        raise InputError(f"'{path}' is {error}") from error
+
+
+def cells(folder: Path) -> Iterator[Cell]:
+    """Every cell under `folder`; other JSON files are passed over. Raises InputError for a damaged cell."""
+    for path in sorted(folder.rglob("*.json")):
+        if CELL_FILE.search(path.name) and KIND in _head(path):
+            yield read(path)
+
+
+CELL_FILE = re.compile(r"\.[0-9a-f]{10}\.json$")
+
+
+def _head(path: Path) -> str:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(200)

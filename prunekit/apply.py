@@ -1,0 +1,39 @@
+"""`apply`: put a pipeline on an unmodified model for the length of a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit.engine.attach import Attached
+from prunekit.pipeline.build import Pipeline, build
+from prunekit.verify.proof import proved_parts
+
+
+@contextmanager
+def apply(
+    model: PreTrainedModel,
+    pipeline: Pipeline | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    processor: Any = None,
+) -> Iterator[Attached]:
+    """Within the block, `model` really drops the tokens and skips the layers that `pipeline` says.
+
+    pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`.
+    processor: the model's processor or tokenizer, which strategies that read the prompt as text need; None: such a
+    strategy is refused. A model without a family file is proved first, on a tiny twin, which takes seconds, once for
+    each config.
+    Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
+    model is as it was, bit for bit. Inside another block on the same model, the stages of both act, as if one pipeline
+    held them all; the outer block's own pipeline is back when the inner one is left. Raises SpecError for a pipeline
+    that is wrong or does not fit the model, Unsupported for a model or a call that cannot be pruned exactly; both
+    before any compute.
+    """
+    built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides)
+    with Attached(model, built, proved_parts(model), processor) as attached:
+        yield attached

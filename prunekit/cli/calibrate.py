@@ -1,0 +1,65 @@
+"""`prunekit calibrate`: what a strategy finds out about a model on some prompts, written as an artefact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from prunekit.cli.show import add_common, positive
+
+
+def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command."""
+    command = commands.add_parser(
+        "calibrate",
+        help="let a strategy find out what it needs of a model",
+        description="Run the calibration of a pipeline's stage on a frozen model and write what it finds as a JSON "
+        "file, which the stage then names in its options.",
+        epilog="example: prunekit calibrate vtw-half --model micro --data micro-scenes --out vtw-micro.json; then "
+        "prunekit show vtw-half --model micro --set stages[0].calibration=vtw-micro.json",
+    )
+    command.add_argument("pipeline", help="a pipeline file or name with a stage that can be calibrated")
+    command.add_argument("--data", required=True, metavar="D", help="a registered source, or a .jsonl file with images")
+    command.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the artefact is written")
+    command.add_argument("--prompts", type=positive, default=20, metavar="N", help="prompts to use; default: 20")
+    command.add_argument("--stage", type=int, metavar="I", help="number of the stage, from 0, where several could be")
+    command.add_argument("--seed", type=int, default=0, metavar="S", help="which prompts are drawn; default: 0")
+    add_common(command, model=True)
+    command.add_argument("--dtype", metavar="T", help="of the model: float32, bfloat16; default: float32 on the CPU")
+    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    command.add_argument("--attn", metavar="A", help="attention implementation of the model: sdpa, eager")
+    command.set_defaults(run=run)
+
+
+def run(namespace: argparse.Namespace) -> int:
+    """Calibrate. What can be checked without the weights is checked before they are loaded."""
+    from prunekit import loading
+    from prunekit.cli.run import quiet
+    from prunekit.errors import InputError
+    from prunekit.pipeline.build import build
+    from prunekit.training.calibrate import calibrate, stage_of
+    from prunekit.training.data import source
+
+    stage = stage_of(build(namespace.pipeline, namespace.overrides), namespace.stage)
+    where, data = loading.resolve(namespace.model), source(namespace.data)
+    if namespace.out.is_dir():
+        raise InputError(f"'{namespace.out}' is a folder (name a file, such as {namespace.out / 'calibration.json'})")
+    quiet()
+    model, processor = loading.load(
+        namespace.model, namespace.dtype, namespace.device, namespace.attn, namespace.download
+    )
+    artefact = calibrate(
+        stage, model, processor, data, namespace.prompts, seed=namespace.seed,
+        model_id=loading.model_identity(where) or str(where), name=namespace.data,
+    )  # fmt: skip
+    try:
+        artefact.write(namespace.out)
+    except OSError as error:
+        raise InputError(f"cannot write '{namespace.out}': {error.strerror} (name another file with --out)") from error
+    if namespace.json:
+        print(json.dumps({"file": str(namespace.out), "digest": artefact.digest, "result": artefact.result}, indent=2))
+        return 0
+    print(f"{stage.use} calibrated on {namespace.prompts} prompts of {namespace.data}: {namespace.out}")
+    print(f"name it in the stage: calibration: {namespace.out}")
+    return 0

@@ -1,0 +1,48 @@
+"""Clustering by density peaks with nearest neighbours (DPC-KNN)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekit.ops.nearest import nearest_kept
+from prunekit.ops.scale import precise
+from prunekit.ops.topk import Counts, ranks, top_k_mask
+
+
+@torch.no_grad()
+def density_peaks(distance: Tensor, count: Counts, neighbours: int, valid: Tensor | None = None) -> Tensor:
+    """The centre of the cluster that each token belongs to: owner, int64 (B, V); centres own themselves.
+
+    distance: float (B, V, V), symmetric, 0 of a token to itself. The density of a token is exp(-mean of the squared
+    distances to its `neighbours` nearest tokens, itself the first of them), or to all where a row has fewer. Its
+    separation is the distance to the nearest denser token; for the densest the largest distance in its row of the
+    batch. Of equally dense tokens the lower index counts as denser, which takes the place of the random noise of
+    published code. Centres are the `count` tokens with the largest product of both (ties: lower index); every other
+    token joins the nearest centre.
+
+    Source: Du, Ding, Jia 2016 (https://doi.org/10.1016/j.knosys.2016.02.001), with the token itself among its
+    neighbours as in SparseVLM (https://arxiv.org/abs/2410.04417, Gumpest/SparseVLMs@26a5f48), which passes Euclidean
+    distances divided by sqrt(H).
+    """
+    distance = precise(distance).nan_to_num(nan=torch.inf)
+    tokens = distance.shape[-1]
+    present = torch.ones(distance.shape[:-1], dtype=torch.bool, device=distance.device) if valid is None else valid
+    pairs = present.unsqueeze(-1) & present.unsqueeze(-2)
+    # Logarithms order the products as they are, and do not vanish where tokens are far apart.
+    log_density = _log_density(distance.masked_fill(~pairs, torch.inf), min(neighbours, tokens), present)
+    rank = ranks(log_density, present)
+    denser = pairs & (rank.unsqueeze(-2) < rank.unsqueeze(-1))
+    separation = distance.masked_fill(~denser, torch.inf).amin(-1)
+    largest = distance.masked_fill(~pairs, 0.0).amax((-2, -1)).unsqueeze(-1)
+    separation = torch.where(rank == 0, largest, separation)
+    centres = top_k_mask(log_density + separation.log(), count, present)
+    return nearest_kept(-distance, centres, valid)
+
+
+def _log_density(distance: Tensor, neighbours: int, present: Tensor) -> Tensor:
+    """float (B, V); distances to padding are infinite and are left out of the mean."""
+    near = distance.topk(neighbours, dim=-1, largest=False).values
+    used = present.sum(-1, keepdim=True).clamp(max=neighbours)
+    squares = near.square().masked_fill(torch.arange(neighbours, device=near.device) >= used.unsqueeze(-1), 0.0)
+    return -squares.sum(-1) / used
