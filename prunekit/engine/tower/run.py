@@ -127,11 +127,15 @@ class TowerRun:
             for cut in mids:
                 hidden = self.cut(cut, hidden)
         output = self._local(original, hidden, args, kwargs, "mlp" if mids else None)
+        self._keep_state(number, output)
         for cut in self.plan.cuts_at(number, "after"):
             output = self.cut(cut, output)
+            self._keep_state(number, output)
+        return output[0] if flat else output
+
+    def _keep_state(self, number: int, output: Tensor) -> None:
         if number in self.plan.kept_states:
             self.states[number] = output.detach()
-        return output[0] if flat else output
 
     def begin(self, hidden: Tensor) -> None:
         """Take the shape of the tower's batch from the states of its first block."""
