@@ -236,7 +236,7 @@ PROBES = (
     Probe("cache_utils.DynamicSlidingWindowLayer", "engine/cache/ragged.py: may be replaced too", _sliding_layer),
     Probe("cache_utils.StaticLayer", "engine/cache/static.py: what static ragged layers override", _static_layer),
     Probe("masking_utils", "engine/cache/ragged.py: masks are as long as the cache says", _mask_sizes),
-    Probe("decoder layers", "engine/decoder/step.py: how a layer is called, what it returns", _layer_call),
+    Probe("decoder layers", "engine/decoder/prefill.py: how a layer is called, what it returns", _layer_call),
     Probe("modeling_utils.AttentionInterface", "engine/attention/tap.py: what kernels are given", _attention_interface),
     Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
     Probe(

@@ -95,9 +95,7 @@ def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:
     """Call one hook with the arguments that somebody on the stage names; the others are None and never computed."""
     wanted = stage.requests(hook)
-    arguments = {
-        name: extra[name] if name in extra else get(name) if name in wanted else None for name in HOOKS[hook]
-    }
+    arguments = {name: extra[name] if name in extra else get(name) if name in wanted else None for name in HOOKS[hook]}
     try:
         return getattr(stage.hook, hook)(**arguments)
     except PrunekitError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,16 +12,19 @@ from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.decoder import layers
+from prunekit.engine.decoder.decoding import Decoding
+from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
+from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs
-from prunekit.engine.decoder.session import Session
-from prunekit.engine.decoder.step import STEP, Step
-from prunekit.engine.decoder.view import Here
+from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.prompt import generate
 from prunekit.engine.prompt.call import CALL, Call
 from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
+from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
+from prunekit.engine.tower.notes import tower_events, tower_tokens
 from prunekit.engine.tower.plan import TowerPlan
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
@@ -51,8 +54,8 @@ class Attached:
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
         self._window: int | None = min((window for window in windows if window), default=None)
-        self._newest: Session | None = None
-        self._report: tuple[Session, RunReport] | None = None
+        self._newest: BatchState | None = None
+        self._report: tuple[BatchState, RunReport] | None = None
         self._overrides = Overrides()
         self._left = False
         self._tower = TowerPlan.of(self.bound, self.parts)
@@ -74,7 +77,7 @@ class Attached:
         if self._newest is None:
             return None
         if self._report is None or self._report[0] is not self._newest:
-            self._report = self._newest, self._newest.report()
+            self._report = self._newest, report_of(self._newest)
         return self._report[1]
 
     def attach(self) -> None:
@@ -196,7 +199,7 @@ class Attached:
                     static.require(cache)
                 return original(*args, **kwargs)
             call, filled = CALL.get(), ragged.is_filled(cache)
-            session: Session | None = ragged.owner_of(cache)
+            state: BatchState | None = ragged.owner_of(cache)
             if not self.active and (call is None or call.given.get("input_ids") is None or filled):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
@@ -205,36 +208,62 @@ class Attached:
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
             embeds = kwargs["inputs_embeds"]
-            if session is not None:
-                session.refuse_other(self.pipeline, self.parts)
-                call.refuse_new_pictures()
             self._check_window(embeds.shape[1], cache)
-            prefill = session is None
-            session = session or Session(self.bound, self.parts, call.prompt(), embeds.element_size(), self.needs)
-            step = Step(session, prefill, embeds.shape[1], self._kind or "bool")
-            token = STEP.set(step)
-            try:
-                output = original(*args, **kwargs)
-            finally:
-                STEP.reset(token)
-            return self._finish(step, output, cache) if prefill else output
+            if state is None:
+                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
+                prefill = Prefill(state, embeds.shape[1], self._kind or "bool", needs=self.needs)
+                output = self._run(prefill, original, args, kwargs)
+                return self._finish(prefill, output, cache)
+            state.refuse_other(self.pipeline.sha, self.parts)
+            call.refuse_new_pictures()
+            return self._run(Decoding(state, embeds.shape[1], self._kind or "bool"), original, args, kwargs)
 
         return forward
 
-    def _finish(self, step: Step, output: Any, cache: Any) -> Any:
-        session = step.session
-        self._newest = session
+    def _run(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        token = CURRENT.set(current)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            CURRENT.reset(token)
+
+    def _finish(self, prefill: Prefill, output: Any, cache: Any) -> Any:
+        state = self._newest = prefill.state
         last = output["last_hidden_state"]
-        if session.layout is not None and len(self.parts.layers) <= self.parts.logical_until:
-            last = session.layout.gather(last)  # the loop wanted logical states to the very end
-        elif session.layout is not None:
-            output["last_hidden_state"] = session.layout.expand(last)
+        if state.layout is not None and len(self.parts.layers) <= self.parts.logical_until:
+            last = state.layout.gather(last)  # the loop wanted logical states to the very end
+        elif state.layout is not None:
+            output["last_hidden_state"] = state.layout.expand(last)
         if self.active:
-            session.end(last, Here(step, len(self.parts.layers), {}), cache)
+            prefill.end(last, cache)
             static.seal(cache)
         if self.observed:
-            tell(lambda: self.report or session.report())
+            tell(lambda: self.report or report_of(state))
         return output
+
+
+def report_of(state: BatchState) -> RunReport:
+    """What the prefill of a prompt batch did; reads the decisions back from their device."""
+    layers = state.bound.shape.layers
+    every = [state.lengths] * layers
+    return summarise(
+        state.bound,
+        state.plans,
+        prompt_tokens=state.prompt.lengths,
+        visual_tokens=state.prompt.visual_counts,
+        kept_tokens=state.counts,
+        events=(*tower_events(state.prompt), *(decision.event() for decision in state.decisions)),
+        layer_tokens=_by_row(state.layer_tokens or every),
+        layer_visual=_by_row(state.layer_visual or [state.counts] * layers),
+        mlp_tokens=_by_row(state.mlp_tokens or every),
+        notes=tuple(state.notes),
+        tower_tokens=tower_tokens(state.prompt),
+        itemsize=state.itemsize,
+    )
+
+
+def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    return tuple(zip(*layers, strict=True))
 
 
 def _rotary(parts: Parts) -> nn.Module:

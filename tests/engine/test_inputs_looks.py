@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from functools import cache
 
 import pytest
@@ -17,8 +18,8 @@ from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl, strate
 from prunekit.engine.attention import decoder_rows, tap
 from prunekit.engine.attention.decoder_rows import Attended
 from prunekit.engine.cache import ragged
-from prunekit.engine.decoder import scratch
-from prunekit.engine.decoder.step import STEP
+from prunekit.engine.decoder import aside
+from prunekit.engine.decoder.forward_pass import CURRENT
 from prunekit.errors import PluginError, SpecError
 from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -390,20 +391,24 @@ def test_attention_that_takes_its_kernel_elsewhere_is_refused():
 
 def test_layers_without_cos_and_sin_have_no_unrotated_keys():
     with pytest.raises(Unsupported, match="rope=False"):
-        scratch._unrotated({"position_embeddings": torch.zeros(1)})
+        aside._unrotated({"position_embeddings": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(("at", "kept"), [("2", {1: [1]}), ("2.mid", {1: [1], 2: [1, 2]}), ("2.after", {2: [2]})])
 def test_what_was_noted_is_let_go(at, kept):
     """Queries and keys of a layer are there until the last cut that reads them, and not while further layers run."""
-    model, held = model_of(), {}
+    model, held, passes = model_of(), {}, set()
+
+    def look(number):
+        passes.add(weakref.ref(CURRENT.get()))
+        held[number] = sorted(CURRENT.get().readings.runs)
+
     for number, layer in enumerate(model.get_decoder().layers):
-        layer.mlp.register_forward_pre_hook(
-            lambda *_, n=number: held.update({n: sorted(STEP.get().session.inputs.runs)})
-        )
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: look(n))
     asks = (Rows("own"), Rows()) if at == "2.mid" else Rows()
     answer, _ = read(reader(["attention", "previous_hidden"], [], inputs={"attention": asks}), at)
     for layer in model.get_decoder().layers:
         layer.mlp._forward_pre_hooks.clear()
     assert {number: runs for number, runs in held.items() if runs} == kept
-    assert not ragged.owner_of(answer.past_key_values).inputs.runs
+    assert ragged.owner_of(answer.past_key_values) is not None
+    assert [one() for one in passes] == [None], "nothing holds what the prefill needed, before any garbage collection"

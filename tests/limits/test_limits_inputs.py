@@ -19,9 +19,9 @@ import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Selection, Sites, hookimpl
 from prunekit.engine.attention import tap
 from prunekit.engine.attention.decoder_rows import Attended
-from prunekit.engine.decoder import mid
-from prunekit.engine.decoder.readings import Inputs, Needs
-from prunekit.engine.decoder.scratch import _unrotated
+from prunekit.engine.decoder.aside import _unrotated
+from prunekit.engine.decoder.prefill import Prefill
+from prunekit.engine.decoder.readings import Needs, Readings
 from prunekit.engine.decoder.view import View
 from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout
@@ -87,9 +87,9 @@ def test_no_layer_can_be_run_inside_another(model):
 
 def test_layers_that_a_router_skips():
     """A router is held to the layers that are read before; the engine would tell too, before layer 0."""
-    session = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP))
+    state = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP))
     with said("a stage reads the attention of layer 1, which a router skips for some sample"):
-        Inputs(session, Needs(read=frozenset({1})))._check_plans()
+        Readings(state, Needs(read=frozenset({1})))._check_plans()
 
 
 def test_forward_of_single_samples():
@@ -154,8 +154,7 @@ def test_a_decoder_without_its_final_norm(model):
 def test_cutting_inside_a_layer_that_does_not_simply_run(model):
     """Routers keep such layers; a plan of a stage is told in the file."""
     with said(", which does not simply run for every sample; move the cut"):
-        with mid.cutting(None, SimpleNamespace(number=2), (LayerAction.RUN, LayerAction.SKIP)):
-            pass
+        Prefill._run_with_cuts(None, (), SimpleNamespace(number=2), (LayerAction.RUN, LayerAction.SKIP), None)
 
 
 def test_cutting_between_what_runs_side_by_side():

@@ -39,7 +39,7 @@ class Layout:
 
     @property
     def present(self) -> Tensor:
-        """`valid`, with None spelled out."""
+        """`valid`, with None made explicit."""
         return torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -60,6 +60,11 @@ class Layout:
         if self.valid is not None:  # fillings repeat a dropped token, whose place keeps what it had
             x = torch.where(self.valid.to(x.device)[..., None], x, take(into, index, 1))
         return into.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+
+    def slot_of(self) -> Tensor:
+        """For each logical position the slot that holds it, int64 (B, S); meaningless for those that none holds."""
+        slots = torch.zeros(self.index.shape[0], self.length, dtype=torch.int64, device=self.index.device)
+        return slots.scatter_(1, self.index, torch.arange(self.width, device=self.index.device).expand_as(self.index))
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of batch rows `rows`, int64 (B',)."""

@@ -12,8 +12,8 @@ from prunekit.strategy.inputs import requests
 from prunekit.strategy.tower_requests import EncoderSpec, resolved
 
 if TYPE_CHECKING:
-    from prunekit.engine.decoder.session import Session
     from prunekit.engine.prompt.prompt import Prompt
+    from prunekit.families.base import Parts
     from prunekit.pipeline.stage import Cut
 
 
@@ -21,14 +21,15 @@ class FromTower:
     """A part of `View`: what was noted while the pictures of the prompt were encoded."""
 
     if TYPE_CHECKING:
-        session: Session
         place: Cut
 
         @property
+        def parts(self) -> Parts: ...
+        @property
         def prompt(self) -> Prompt: ...
-        @cached_property
+        @property
         def ordinals(self) -> Tensor: ...
-        @cached_property
+        @property
         def valid(self) -> Tensor: ...
 
     @cached_property
@@ -51,7 +52,7 @@ class FromTower:
     def features(self) -> Any:
         return self._noted("features")
 
-    @cached_property
+    @property
     def extras(self) -> Tensor:
         return per_row(self.prompt, None)
 
@@ -62,7 +63,7 @@ class FromTower:
         return found if several else found[0]
 
     def _of_spec(self, spec: EncoderSpec) -> Tensor:
-        tower = self.session.parts.tower
+        tower = self.parts.tower
         assert tower is not None, "checked by TowerPlan.of"
         known = resolved(spec, self.place.site, len(tower.layers), tower.feature_block)
         if getattr(spec, "of", "patches") == "cls":
