@@ -156,6 +156,8 @@ class Parts:
             tower=None if self.tower is None else self.tower.shape(),
             attention=self.attention_implementation,
             cuts_inside=self.mlp_norm is not None,
+            logical_until=self.logical_until,
+            layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
-from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
+from prunekit.strategy.inputs import OF_DECODER_LAYERS, OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
 
@@ -87,6 +87,23 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         cut.reads(shape.layers)
     except ValueError as error:
         return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
+    return _ahead_problem(cut, shape)
+
+
+def _ahead_problem(cut: Cut, shape: ModelShape) -> Problem | None:
+    """Why the attention of the layer ahead is not known behind a layer, if the stage asks for it."""
+    site, use = cut.asked_at, cut.stage.use
+    names = [name for name in OF_DECODER_LAYERS if cut.stage.asks_for(name)]
+    looks = any(request.layer == "next" for name in names for request in requests(cut.stage.inputs, name))
+    if not looks or site.layer is None or site.point != "after":
+        return None
+    ahead, kinds = site.layer + 1, shape.layer_kinds
+    if ahead <= shape.logical_until:
+        message = f"'{use}' looks ahead at layer {ahead}, but this model adds features of its images in between"
+        return message, f"name '{ahead}'"
+    if kinds and kinds[ahead] not in kinds[:ahead]:
+        message = f"'{use}' looks ahead at layer {ahead}, but no layer of its kind, {kinds[ahead]}, has run before"
+        return message, f"name '{ahead}'"
     return None
 
 

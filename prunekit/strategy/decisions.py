@@ -193,7 +193,9 @@ class ModelShape:
         attention_params in the output projection.
     tower: None where the vision tower can neither be cut nor read.
     attention: the attention implementation of the decoder. cuts_inside: tokens can leave between the attention and the
-        MLP of its layers. rotary: it has rotary positions that can be renumbered.
+        MLP of its layers. logical_until: behind layers before this one it adds features of its images to
+        hidden states. layer_kinds: of attention, one for each layer, such as `sliding_attention`; empty: all are alike.
+    rotary: it has rotary positions that can be renumbered.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -210,4 +212,6 @@ class ModelShape:
     tower: TowerShape | None = None
     attention: str = "sdpa"
     cuts_inside: bool = True
+    logical_until: int = 0
+    layer_kinds: tuple[str, ...] = ()
     rotary: bool = True

@@ -102,9 +102,9 @@ def test_forward_of_single_samples():
 def test_what_the_decoder_adds_between_its_layers():
     own = tiny_model("qwen3_vl", dtype=torch.float32)
     assert find(own).logical_until > 1
-    with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
-        with refused("this model adds features of its pictures in between; move the stage", own, after=1):
-            own(**tiny_batch(own))
+    with refused(", but this model adds features of its images in between", own, error=SpecError):
+        with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
+            pass
     with prunekit.apply(own, piped((runs(0, 1), {"at": 0}))):
         with refused("forward cannot go on after layer 0: this model adds features of pictures", own, after=1):
             own(**tiny_batch(own))
@@ -113,6 +113,9 @@ def test_what_the_decoder_adds_between_its_layers():
 def test_a_kind_of_layer_that_has_not_run():
     own = tiny_model("gemma3", dtype=torch.float32)
     full = find(own).text.config.layer_types.index("full_attention")
+    with refused(", but no layer of its kind, full_attention, has run before", own, error=SpecError):
+        with prunekit.apply(own, piped((reads(layer="next"), {"at": f"{full - 1}.after"}))):
+            pass
     with prunekit.apply(own, piped((runs(full), {"at": 0}))):
         with refused("cannot be looked at yet: no layer of its kind, full_attention, has run before", own):
             own(**tiny_batch(own))

@@ -190,15 +190,7 @@ class Readings:
         parts = self.state.parts
         number = decoder_requests.layer_of(spec.layer, cut.site, self.state.bound.shape.layers)
         assert number is not None, "checked by Needs.of"
-        if spec.layer == "next":
-            if at.number < number <= parts.logical_until:
-                raise Unsupported(
-                    f"layer {number} cannot be looked at after layer {at.number}: this model adds features of its "
-                    "pictures in between; move the stage to a site before a layer"
-                )
-            run = self.run_aside(at, number, hidden)
-        else:
-            run = self.runs[number]
+        run = self.run_aside(at, number, hidden) if spec.layer == "next" else self.runs[number]
         _, rope = decoder_requests.layer_and_rope(spec)
         if run.watch is not None and rope:
             # A cache of fixed size gives all its keys; the empty ones stand behind those that ran.
