@@ -27,7 +27,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
@@ -82,9 +82,8 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        """Put the overrides in."""
         parts, base = self.parts, self.parts.base
-        self._check_attention()
         if self.outer is not None:
             self.outer._overrides.restore()
         try:
@@ -130,13 +129,6 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
-
-    def _check_attention(self) -> None:
-        if self.active and self._kind is None:
-            raise Unsupported(
-                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
-                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
-            )
 
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
@@ -275,7 +267,6 @@ def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _rotary(parts: Parts) -> nn.Module:
-    if parts.rotary is None:
-        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    assert parts.rotary is not None, "checked when the pipeline was bound"
     module: nn.Module = getattr(parts.text, parts.rotary)
     return module
