@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -19,6 +18,7 @@ from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
+from prunekit.spec.compose import Source
 from prunekit.strategy.decisions import ModelShape
 from prunekit.strategy.sites import Keep, Site
 
@@ -64,24 +64,24 @@ class Pipeline:
         return f"# {self.sha}\n{self.resolved}"
 
 
-def build(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), registry: Registry | None = None
-) -> Pipeline:
-    """Read and check a pipeline: a path, a dict, or YAML or JSON text.
+def build(source: Source, overrides: Sequence[str] = (), registry: Registry | None = None) -> Pipeline:
+    """Read and check a pipeline: a path, YAML or JSON text, a dict, an OmegaConf container or a structured config.
 
     overrides: `key=value` texts such as `stages[0].keep=0.3`. registry: None takes what the installed plugins register.
     Raises SpecError with every fault of the file, PluginError when a plugin is broken.
     """
-    read, found = schema.read(source, overrides)
-    faults = list(found)
+    read, early = schema.read(source, overrides)
+    faults: list[Fault] = []
     registry = plugins.registry() if registry is None else registry
     budgeted = read.budget is not None
     made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
-    stages = tuple(stage for stage in made if stage is not None)
+    # A stage with a fault is compared with no other: where it acts and what it keeps may be another than it will be.
+    stages = tuple(stage for stage in made if stage is not None and not any(map(stage.owns, early)))
     # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
     faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
     faults += layer_plans.rival_faults(stages)
     faults += statements.file_faults(stages)
+    faults = [*early, *read.resolution.judge(faults)]
     if faults:
         raise SpecError(_sorted(faults))
     resolved = _resolved(read, stages)

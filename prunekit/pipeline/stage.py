@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -122,6 +123,10 @@ class Stage:
         """Any of its token or router hooks names `argument`, such as `attention`."""
         return any(argument in self.requests(hook) for hook in (*declare.TOKEN_HOOKS, "route"))
 
+    def owns(self, fault: Fault) -> bool:
+        """The fault is this stage's, or that of a value in it."""
+        return re.match(rf"stages\[{self.index}\](\.|$)", fault.key) is not None
+
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
         path = f"stages[{self.index}]" + (f".{key}" if key else "")
@@ -165,9 +170,7 @@ class Cut:
         return decoder_requests.layers_read(self.stage.strategy, named, self.site, layers)
 
 
-def make(
-    index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False
-) -> Stage | None:
+def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False) -> Stage | None:
     """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
 
     budgeted: the pipeline has a budget, to which a stage may leave how much it keeps.
