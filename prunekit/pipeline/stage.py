@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -191,7 +192,8 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
         draft = dataclasses.replace(draft, keeps=(OPEN,), names={**draft.names, "keep": spec.where}, open=True)
     found = [*_key_faults(cls, draft), *_given_site_faults(cls, draft)]
     problems: list[options.Problem] = []
-    values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
+    folders = {key: Path(where.file).parent for key, where in spec.keys.items() if where is not None}
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, folders)
     strategy = None if problems else _create(cls, values, entry, problems)
     found += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += found

@@ -12,6 +12,7 @@ A ValueError that begins with the name of a field and a colon is put at that fie
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -75,7 +76,10 @@ def selection_flops(stage: Stage, shape: ModelShape, text: int, visual: int) -> 
 
 
 def _files(stage: Stage) -> tuple[Path, ...]:
-    return tuple(Path(path) for path in _call(stage, "files", ()))
+    """Those that the strategy names, and those that its options name."""
+    options = (getattr(stage.strategy, field.name) for field in dataclasses.fields(stage.strategy))
+    own = [value for value in options if isinstance(value, Path) and value.is_file()]
+    return tuple(dict.fromkeys([*(Path(path) for path in _call(stage, "files", ())), *own]))
 
 
 def _protected(stage: Stage, shape: ModelShape) -> frozenset[int]:

@@ -149,9 +149,8 @@ def _convert(node: Any, file: str, path: str, faults: list[Fault], key: Where | 
         return Node(items, where, key or where)
     if isinstance(node, yaml.MappingNode):
         return Node(_entries(node, file, path, faults), where, key or where)
-    text = node.value
-    plain = node.style is None
-    return Node(_scalar(text, where, path, faults) if plain else text, where, key or where)
+    value = scalar(node.value) if node.style is None else node.value
+    return Node(value if check_int(value, where, path, faults) else 0, where, key or where)
 
 
 def _entries(node: yaml.MappingNode, file: str, path: str, faults: list[Fault]) -> dict[str, Node]:
@@ -180,12 +179,12 @@ def _entries(node: yaml.MappingNode, file: str, path: str, faults: list[Fault]) 
     return entries
 
 
-def _scalar(text: str, where: Where, path: str, faults: list[Fault]) -> Scalar:
+def scalar(text: str) -> Scalar:
+    """The value of plain, unquoted text."""
     if text in _CORE:
         return _CORE[text]
     if _INT.fullmatch(text):
-        value = int(text) if len(text) < 30 else INT_LIMIT
-        return value if check_int(value, where, path, faults) else 0
+        return int(text) if len(text) < 30 else INT_LIMIT
     if _FLOAT.fullmatch(text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".I", "I").replace(".N", "N"))
     return text
