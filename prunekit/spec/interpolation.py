@@ -198,11 +198,8 @@ class _Resolver:
             hint = did_you_mean(match[1], self.keys).strip() or "values for ${...} go under `vars`"
             return f"refers to '{match[1]}', which does not exist", hint
         if match := re.search(r"Unsupported interpolation type (\S+)", reason):
-            near = did_you_mean(match[1], OWN_RESOLVERS)
-            return (
-                f"needs the resolver '{match[1]}'",
-                f"{near}a resolver of your own is registered with OmegaConf first",
-            )
+            hint = f"{did_you_mean(match[1], OWN_RESOLVERS)}resolvers of your own are registered with OmegaConf first"
+            return f"needs the resolver '{match[1]}', which does not exist", hint
         return f"does not resolve: {reason.rpartition('resolving interpolation: ')[2]}", ""
 
 
