@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,16 @@ def faults_of(source: Any, *overrides: str) -> list[str]:
 
 def option(text: str, name: str = "v", *overrides: str) -> Any:
     return schema.load(text, overrides).stages[0].options[name]
+
+
+@contextmanager
+def resolver(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A resolver that the process has registered; OmegaConf 2.4 warns that it has another function for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        OmegaConf.register_new_resolver(name, function)
+    yield
+    OmegaConf.clear_resolver(name)
 
 
 class TestExtends:
@@ -172,23 +185,13 @@ class TestInterpolation:
         assert schema.load(text, ["stages.0.keep=${vars.t}0", "stages.0.keep=1"]).stages[0].keeps == (Keep(1.0),)
 
     def test_resolvers_of_the_process(self) -> None:
-        register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
-        register("prunekit_test_half", lambda x: x / 2)
-        try:
+        with resolver("prunekit_test_half", lambda x: x / 2):
             assert option("vars: {a: 3}\nstages: [{use: x, v: '${prunekit_test_half:${vars.a}}'}]\n") == 1.5
-        finally:
-            OmegaConf.clear_resolver("prunekit_test_half")
 
     def test_a_resolver_that_gives_no_data_or_fails(self) -> None:
-        register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
-        register("prunekit_test_object", lambda: object())
-        register("prunekit_test_failing", lambda: 1 / 0)
-        try:
-            stage = "{use: x, v: '${prunekit_test_object:}', w: '${prunekit_test_failing:}'}"
+        stage = "{use: x, v: '${prunekit_test_object:}', w: '${prunekit_test_failing:}'}"
+        with resolver("prunekit_test_object", object), resolver("prunekit_test_failing", lambda: 1 / 0):
             found = faults_of(f"stages:\n  - {stage}\n")
-        finally:
-            OmegaConf.clear_resolver("prunekit_test_object")
-            OmegaConf.clear_resolver("prunekit_test_failing")
         assert found[0].startswith("<inline>:2:17: stages[0].v: <object object")
         assert found[1] == "<inline>:2:48: stages[0].w: '${prunekit_test_failing:}' does not resolve: division by zero"
 
