@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from functools import cache
 
 import pytest
@@ -15,10 +16,10 @@ from transformers.modeling_utils import AttentionInterface
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl, strategy
 from prunekit.engine.attention import decoder_rows, tap
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.cache import ragged
-from prunekit.engine.decoder import scratch
-from prunekit.engine.decoder.step import STEP
+from prunekit.engine.decoder import aside
+from prunekit.engine.decoder.forward_pass import CURRENT
 from prunekit.errors import PluginError, SpecError
 from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -241,7 +242,7 @@ def test_two_threads_read_their_own():
     [({"attention": Rows("own")}, "2", "own|stands in"), ({"attention": Rows()}, "0", "layer before"),
      ({"attention": Rows()}, "encoder", "layer before"), ({"keys": Keys("next")}, "2.mid", "layer ahead"),
      ({"keys": Keys("next")}, "5.after", "layer ahead"), ({"values": Keys()}, "2", "Values"),
-     ({"hidden": Rows()}, "2", "nothing to declare"), ({"attention": "last"}, "2", "Rows"),
+     ({"hidden": Rows()}, "2", "nothing can be requested"), ({"attention": "last"}, "2", "Rows"),
      ({"attention": ()}, "2", "Rows"), (("attention",), "2", "dict")],
     ids=str,
 )  # fmt: skip
@@ -383,27 +384,31 @@ def test_attention_of_other_kinds_is_refused():
 
 
 def test_attention_that_takes_its_kernel_elsewhere_is_refused():
-    looked = tap.Watch(nn.Identity())
+    looked = tap.Record(nn.Identity())
     with pytest.raises(Unsupported, match="Identity are not available"):
         _ = looked.result
 
 
 def test_layers_without_cos_and_sin_have_no_unrotated_keys():
     with pytest.raises(Unsupported, match="rope=False"):
-        scratch._unrotated({"position_embeddings": torch.zeros(1)})
+        aside._unrotated({"position_embeddings": torch.zeros(1)})
 
 
 @pytest.mark.parametrize(("at", "kept"), [("2", {1: [1]}), ("2.mid", {1: [1], 2: [1, 2]}), ("2.after", {2: [2]})])
 def test_what_was_noted_is_let_go(at, kept):
     """Queries and keys of a layer are there until the last cut that reads them, and not while further layers run."""
-    model, held = model_of(), {}
+    model, held, passes = model_of(), {}, set()
+
+    def look(number):
+        passes.add(weakref.ref(CURRENT.get()))
+        held[number] = sorted(CURRENT.get().readings.runs)
+
     for number, layer in enumerate(model.get_decoder().layers):
-        layer.mlp.register_forward_pre_hook(
-            lambda *_, n=number: held.update({n: sorted(STEP.get().session.inputs.runs)})
-        )
+        layer.mlp.register_forward_pre_hook(lambda *_, n=number: look(n))
     asks = (Rows("own"), Rows()) if at == "2.mid" else Rows()
     answer, _ = read(reader(["attention", "previous_hidden"], [], inputs={"attention": asks}), at)
     for layer in model.get_decoder().layers:
         layer.mlp._forward_pre_hooks.clear()
     assert {number: runs for number, runs in held.items() if runs} == kept
-    assert not ragged.owner_of(answer.past_key_values).inputs.runs
+    assert ragged.owner_of(answer.past_key_values) is not None
+    assert [one() for one in passes] == [None], "nothing holds what the prefill needed, before any garbage collection"

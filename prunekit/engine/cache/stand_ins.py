@@ -46,12 +46,12 @@ def grab(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Te
 class Beside:
     """A cache of one layer call, whose tokens attend to their own keys and to others that did not run.
 
-    frozen: keys and values of the others. places: int64 (B, K), for each slot of the layer where its key stands among
+    frozen: keys and values of the others. order: int64 (B, K), for each slot of the layer the column of its key among
     the others' and, after them, the own. through: the store that gets all of them, None without a cache.
     """
 
     frozen: tuple[Tensor, Tensor]
-    places: Tensor
+    order: Tensor
     through: Any
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class Beside:
         return updated
 
     def _all(self, x: Tensor) -> Tensor:
-        index = self.places.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        index = self.order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
         return x.gather(2, index)
 
 

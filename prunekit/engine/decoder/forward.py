@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.decoder import scratch
-from prunekit.engine.decoder.readings import Run, taken
+from prunekit.engine.decoder import aside
+from prunekit.engine.decoder.forward_pass import Here
+from prunekit.engine.decoder.readings import Readings, taken
+from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.errors import PluginError, Unsupported
+from prunekit.pipeline.stage import Cut
 from prunekit.strategy.decoder_requests import Rows
-
-if TYPE_CHECKING:
-    from prunekit.engine.decoder.view import View
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,16 @@ class Forwarded:
 
 @dataclass(frozen=True, repr=False)
 class Forward:
-    """Runs layers on the side: nothing is written to the KV cache, and the prefill goes on from where it was."""
+    """Runs layers on the side: nothing is written to the KV cache, and the prefill goes on from where it was.
 
-    view: View
+    hidden_states: float (B, K, H), physical, those that reach the site.
+    """
+
+    readings: Readings
+    here: Here
+    cut: Cut
+    tokens: SiteTokens
+    hidden_states: Tensor
 
     def __call__(
         self, layers: Sequence[int | nn.Module], hidden: Tensor | None = None, rows: Rows | None = None
@@ -50,45 +56,45 @@ class Forward:
         between its layers than call them.
         """
         if not layers or (rows is not None and not rows.rope):
-            raise PluginError(f"{self.view.place.label}: forward needs layers, and rows with rope=True")
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.view.place.stage.trainable):
-            return self._run(layers, self._start(hidden), rows)
+            raise PluginError(f"{self.cut.label}: forward needs layers, and rows with rope=True")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.cut.stage.trainable):
+            return self._run(layers, self._start(layers, hidden), rows)
 
     def _run(self, layers: Sequence[int | nn.Module], states: Tensor, rows: Rows | None) -> Forwarded:
-        view, session = self.view, self.view.session
-        parts, here, noted, run = session.parts, view.here, None, None
+        parts, here, attended, run = self.readings.state.parts, self.here, None, None
         for at, layer in enumerate(layers):
             number = layer if isinstance(layer, int) else here.number
             if not 0 <= number < len(parts.layers):
-                raise PluginError(f"{view.place.label}: forward asks for layer {number} of {len(parts.layers)}")
+                raise PluginError(f"{self.cut.label}: forward asks for layer {number} of {len(parts.layers)}")
             if at < len(layers) - 1 and isinstance(layer, int) and number < parts.logical_until:
                 raise Unsupported(f"forward cannot go on after layer {number}: this model adds features of pictures")
             module = parts.layers[number] if isinstance(layer, int) else layer
-            run = Run(session.inputs.place(here, number), number, states, session.counts, session.lengths)
+            run = self.readings.run_aside(here, number, states)
             attention = parts.attention if rows is not None and at == len(layers) - 1 else None
-            states, noted = scratch.run(run.place, module, states, attention)
+            states, attended = aside.run(run.aside, module, states, attention)
         attention_rows = None
-        if rows is not None and noted is not None and run is not None:
-            attention_rows = view.rows_of(noted, run, rows)
+        if rows is not None and attended is not None and run is not None:
+            attention_rows = self.readings.rows(attended, run, rows, self.tokens)
         return self._result(states, attention_rows)
 
-    def _start(self, hidden: Tensor | None) -> Tensor:
-        view = self.view
-        states = view.hidden_states if view.place.stage.trainable else view.hidden_states.detach()
+    def _start(self, layers: Sequence[int | nn.Module], hidden: Tensor | None) -> Tensor:
+        tokens, states = self.tokens, self.hidden_states
+        if not self.cut.stage.trainable:
+            # The model's own layers write to nothing that they are given; a strategy's module may.
+            states = states.detach() if isinstance(layers[0], int) else states.detach().clone()
         if hidden is None:
             return states
-        if hidden.shape != view.hidden.shape:
-            raise PluginError(
-                f"{view.place.label}: forward got hidden {tuple(hidden.shape)}, not {tuple(view.hidden.shape)}"
-            )
-        slots = view.slots.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-        given = torch.where(view.valid.to(states.device)[..., None], hidden.to(states), states.gather(1, slots))
-        return states.scatter(1, slots, given)
+        shape = (*tokens.slots.shape, states.shape[-1])
+        if tuple(hidden.shape) != shape:
+            raise PluginError(f"{self.cut.label}: forward got hidden {tuple(hidden.shape)}, not {shape}")
+        slots = tokens.slots.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        visual = torch.where(tokens.valid.to(states.device)[..., None], hidden.to(states), states.gather(1, slots))
+        return states.scatter(1, slots, visual)
 
     def _result(self, states: Tensor, attention: Tensor | None) -> Forwarded:
-        view = self.view
-        hidden = taken(states, view.slots, view.valid)
-        text = taken(states, view.text_slots, view.text_valid)
-        slots = view.slot_of.gather(1, view.prompt.last[:, None])[:, 0].to(states.device)
+        tokens = self.tokens
+        hidden = taken(states, tokens.slots, tokens.valid)
+        text = taken(states, tokens.text_slots, tokens.text_valid)
+        slots = tokens.slot_of.gather(1, tokens.state.prompt.last[:, None])[:, 0].to(states.device)
         last = states[torch.arange(len(slots), device=states.device), slots]
         return Forwarded(hidden, text, last, attention)

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.cache import static
-from prunekit.engine.decoder import mid
-from prunekit.engine.decoder.actions import left_out
-from prunekit.engine.decoder.step import STEP
+from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens import masks
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
-from prunekit.pipeline.build import BoundPipeline
+from prunekit.pipeline.bound import BoundPipeline
 from prunekit.strategy.decisions import LayerAction
 
 
@@ -41,10 +39,15 @@ def _may(bound: BoundPipeline, number: int, action: LayerAction) -> bool:
 
 
 def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
-    if parts.mlp_norm is None:
-        raise Unsupported(f"{parts.family} runs attention and MLP side by side: there is no place between them to cut")
-    overrides.replace(getattr(layer, parts.mlp_norm), "forward", mid.norm_forward)
-    overrides.replace(getattr(layer, parts.mlp), "forward", mid.mlp_forward)
+    assert parts.mlp_norm is not None, "checked when the pipeline was bound"
+    overrides.replace(getattr(layer, parts.mlp_norm), "forward", _cut_norm_forward)
+    overrides.replace(getattr(layer, parts.mlp), "forward", _cut_mlp_forward)
+
+
+def current_pass() -> ForwardPass | None:
+    """The pass that runs in this thread; None outside of one, and in compiled decoding, which needs none."""
+    # Context variables cannot be traced.
+    return None if torch.compiler.is_compiling() else CURRENT.get()
 
 
 def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -52,14 +55,14 @@ def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return static.decode(number, original, hidden_states, kwargs, kind)
-            step = STEP.get()
-            if step is None:
+            current = CURRENT.get()
+            if current is None:
                 return original(hidden_states, *args, **kwargs)
             if args:
                 raise Unsupported(
                     "decoder layers are called with positional arguments; this transformers version is not supported"
                 )
-            return step.run_layer(number, original, hidden_states, kwargs)
+            return current.run_layer(number, original, hidden_states, kwargs)
 
         return forward
 
@@ -68,7 +71,8 @@ def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any
 
 def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if left_out() is not LayerAction.SKIP_ATTENTION:
+        current = current_pass()
+        if current is None or current.left_out is not LayerAction.SKIP_ATTENTION:
             return original(*args, **kwargs)
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         return torch.zeros_like(hidden), None
@@ -78,9 +82,36 @@ def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if left_out() is not LayerAction.SKIP_MLP:
+        current = current_pass()
+        if current is None or current.left_out is not LayerAction.SKIP_MLP:
             return original(hidden_states, *args, **kwargs)
         return torch.zeros_like(hidden_states)
+
+    return forward
+
+
+def _cut_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The norm before the MLP, on the tokens that the cuts inside the layer leave."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass()
+        if current is None or current.mid is None:
+            return original(hidden, *args, **kwargs)
+        return original(current.mid.decide(hidden), *args, **kwargs)
+
+    return forward
+
+
+def _cut_mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The MLP, whose output goes back to the width of the layer."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        current = current_pass()
+        output = original(hidden, *args, **kwargs)
+        if current is None or current.mid is None:
+            return output
+        widen = current.mid.widen
+        return (widen(output[0]), *output[1:]) if isinstance(output, tuple) else widen(output)
 
     return forward
 
@@ -89,7 +120,7 @@ def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """An override of the decoder's rotary module: its calls are noted, to be made again with other positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        step = None if torch.compiler.is_compiling() else STEP.get()
-        return original(*args, **kwargs) if step is None else step.rotations.watch(original, args, kwargs)
+        current = current_pass()
+        return original(*args, **kwargs) if current is None else current.rotations.record(original, args, kwargs)
 
     return forward

@@ -1,32 +1,31 @@
-"""What is taken down while a prompt batch runs, because a later stage reads it: nothing that no hook names."""
+"""What is recorded while a prompt batch runs, because a later stage reads it: nothing that no hook names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended
-from prunekit.engine.attention.tap import Watch, patch, watching
-from prunekit.engine.decoder import scratch
-from prunekit.engine.tokens.layout import Layout, leftmost
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.decoder_rows import attention
+from prunekit.engine.attention.tap import Record, patch, recorded
+from prunekit.engine.decoder import aside
+from prunekit.engine.decoder.aside import Aside
+from prunekit.engine.decoder.forward_pass import Here
+from prunekit.engine.decoder.site_tokens import SiteTokens
+from prunekit.engine.decoder.state import BatchState
+from prunekit.engine.overrides import Overrides
+from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.errors import PluginError, Unsupported
-from prunekit.pipeline.build import BoundPipeline
+from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.decoder_requests import PromptTokens, Rows
-
-if TYPE_CHECKING:
-    from prunekit.engine.decoder.session import Session
-    from prunekit.engine.decoder.view import Here
-    from prunekit.engine.overrides import Overrides
-    from prunekit.pipeline.stage import Cut
 
 # Layers that run for all their tokens at once, so that one look at their attention shows everything.
 WHOLE = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
@@ -36,13 +35,13 @@ WHOLE = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
 class Needs:
     """What the stages of a pipeline read, by decoder layer.
 
-    watched: layers whose queries, keys and values are noted while they run. read: those, and layers that are called
+    recorded: layers whose queries, keys and values are recorded while they run. read: those, and layers that are called
     again for queries and keys without rotation. entered: layers whose input is kept.
     behind: layers inside which a cut reads the layer before.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
     """
 
-    watched: frozenset[int] = frozenset()
+    recorded: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
     entered: frozenset[int] = frozenset()
     behind: frozenset[int] = frozenset()
@@ -51,8 +50,8 @@ class Needs:
 
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
-        """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
-        watched: set[int] = set()
+        """Of all cuts of a bound pipeline, whose inputs `bind` has found to exist at their sites."""
+        record: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
         behind: set[int] = set()
@@ -60,10 +59,6 @@ class Needs:
         layers = bound.shape.layers
         for cut in bound.cuts:
             names = _named(cut)
-            try:
-                table.layers_read(cut.stage.inputs, names, cut.site, layers)
-            except ValueError as error:
-                raise Unsupported(f"{cut.label}: {error}; declare another layer for it, or move the stage") from None
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
                 assert layer is not None
@@ -73,15 +68,13 @@ class Needs:
                     read.add(layer)
                     behind |= {layer + 1} if cut.site.layer == layer + 1 and cut.site.point == "mid" else set()
                     if decoder_requests.layer_and_rope(spec)[1]:
-                        watched.add(layer)
+                        record.add(layer)
             before = decoder_requests.layer_before(cut.site, layers)
             if "previous_hidden" in names and before is not None:
                 entered.add(before)
-            if "forward" in names and (cut.site.point == "mid" or cut.site.place == "prefill_end"):
-                raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
+        return cls(frozenset(record), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -102,24 +95,24 @@ class Run:
     hidden: physical states (B, K, H). layout: their tokens, None: all. counts, lengths: visual and all tokens of rows.
     """
 
-    place: scratch.Place
+    aside: Aside
     number: int
     hidden: Tensor
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    watch: Watch | None = None
+    record: Record | None = None
 
     @property
     def layout(self) -> Layout | None:
         """Of the tokens that it ran on; None: all."""
-        return self.place.layout
+        return self.aside.layout
 
 
 @dataclass
-class Inputs:
-    """What one prompt batch has shown so far, as far as its pipeline needs it."""
+class Readings:
+    """What one prompt batch has shown so far, as far as its pipeline needs it. Lives as long as the prefill."""
 
-    session: Session
+    state: BatchState
     needs: Needs
     embeds: Tensor | None = None
     runs: dict[int, Run] = field(default_factory=dict)
@@ -132,7 +125,9 @@ class Inputs:
             self.embeds = embeds
 
     def finish(self) -> None:
-        """Let go of the tensors: the prefill is over."""
+        """Let go of the tensors: the prefill is over. What a layer was called with refers to the pass, and the pass to
+        these readings, so that without this they would wait for the garbage collector.
+        """
         self.embeds = None
         self.runs.clear()
         self.heres.clear()
@@ -140,8 +135,8 @@ class Inputs:
     @contextmanager
     def noting(self, here: Here, hidden: Tensor) -> Iterator[None]:
         """Within the block, decoder layer `here.number` runs on physical states (B, K, H)."""
-        session, number = self.session, here.number
-        if not (any(session.counts) and (self.needs.kernels or self.needs.entered)):
+        state, number = self.state, here.number
+        if not (state.has_visual and (self.needs.kernels or self.needs.entered)):
             yield
             return
         if number == 0:
@@ -152,19 +147,18 @@ class Inputs:
         if number not in self.needs.entered:
             yield
             return
-        place = scratch.Place(here, session.layout)
-        run = self.runs[number] = Run(place, number, hidden, session.counts, session.lengths)
-        actions = set(session.actions(number))
-        if number not in self.needs.watched or len(actions) > 1 or not actions <= WHOLE:
+        run = self.runs[number] = Run(Aside(here, state.layout), number, hidden, state.counts, state.lengths)
+        actions = set(state.actions(number))
+        if number not in self.needs.recorded or len(actions) > 1 or not actions <= WHOLE:
             yield
             return
-        with watching(Watch(self.attention_of(number))) as run.watch:
+        with recorded(Record(self.attention_of(number))) as run.record:
             yield
 
     def _check_plans(self) -> None:
         """Raise Unsupported when a router leaves out a layer whose attention is read, before any layer has run."""
         for number in sorted(self.needs.read):
-            if any(not action.attends for action in self.session.actions(number)):
+            if any(not action.attends for action in self.state.actions(number)):
                 raise Unsupported(
                     f"a stage reads the attention of layer {number}, which a router skips for some sample; "
                     "let the router keep that layer, or move the stage"
@@ -172,100 +166,88 @@ class Inputs:
 
     def attention_of(self, number: int) -> nn.Module:
         """The attention module of a decoder layer."""
-        module: nn.Module = getattr(self.session.parts.layers[number], self.session.parts.attention)
+        module: nn.Module = getattr(self.state.parts.layers[number], self.state.parts.attention)
         return module
 
     def kind(self, number: int) -> str | None:
         """Layers of one kind get the same masks and rotations; None where a decoder has one kind only."""
-        kinds = getattr(getattr(self.session.parts.text, "config", None), "layer_types", None)
+        kinds = getattr(getattr(self.state.parts.text, "config", None), "layer_types", None)
         return None if kinds is None else kinds[number]
 
-    def place(self, here: Here, number: int) -> scratch.Place:
-        """Where decoder layer `number` can be called on the tokens of now. Raises Unsupported if that is unknown."""
-        kind = self.kind(number)
-        known = here if self.kind(here.number) == kind else self.heres.get(kind)
-        if known is None:
+    def run_aside(self, here: Here, number: int, hidden: Tensor) -> Run:
+        """A call of decoder layer `number` on the tokens of now, with physical states (B, K, H), that is still to be
+        made. Raises Unsupported if the layer's arguments are not known yet.
+        """
+        kind, state = self.kind(number), self.state
+        like = here if self.kind(here.number) == kind else self.heres.get(kind)
+        if like is None:
             raise Unsupported(f"layer {number} cannot be looked at yet: no layer of its kind, {kind}, has run before")
-        return scratch.Place(known, self.session.layout)
+        return Run(Aside(like, state.layout), number, hidden, state.counts, state.lengths)
 
     def attended(self, spec: decoder_requests.Spec, at: Here, cut: Cut, hidden: Tensor) -> tuple[Attended, Run]:
         """What `spec` reads: the attention of a layer that has run, or, looking ahead, of one that would run next on
         physical states (B, K, H).
         """
-        session = self.session
-        number = decoder_requests.layer_of(spec.layer, cut.site, session.bound.shape.layers)
+        parts = self.state.parts
+        number = decoder_requests.layer_of(spec.layer, cut.site, self.state.bound.shape.layers)
         assert number is not None, "checked by Needs.of"
-        if spec.layer == "next":
-            if at.number < number <= session.parts.logical_until:
-                raise Unsupported(
-                    f"layer {number} cannot be looked at after layer {at.number}: this model adds features of its "
-                    "pictures in between; move the stage to a site before a layer"
-                )
-            run = Run(self.place(at, number), number, hidden, session.counts, session.lengths)
-        else:
-            run = self.runs[number]
+        run = self.run_aside(at, number, hidden) if spec.layer == "next" else self.runs[number]
         _, rope = decoder_requests.layer_and_rope(spec)
-        if run.watch is not None and rope:
+        if run.record is not None and rope:
             # A cache of fixed size gives all its keys; the empty ones stand behind those that ran.
-            return run.watch.result.narrowed(run.hidden.shape[1]), run
-        layer = session.parts.layers[number]
-        return scratch.attended(run.place, layer, self.attention_of(number), run.hidden, rope), run
+            return run.record.result.narrowed(run.hidden.shape[1]), run
+        return aside.attended(run.aside, parts.layers[number], self.attention_of(number), run.hidden, rope), run
 
-    @cached_property
-    def tokens(self) -> PromptTokens:
-        """What is known of the prompt."""
-        prompt = self.session.prompt
+    def prompt_tokens(self) -> PromptTokens:
+        """What a strategy's own function may know of the prompt: copies, which it cannot harm."""
+        prompt = self.state.prompt
         assert self.embeds is not None, "kept if Needs.embeds"
-        return PromptTokens(prompt.ids, self.embeds.detach(), prompt.real, prompt.visual, self.text, self.after)
-
-    @cached_property
-    def text(self) -> Tensor:
-        """Tokens of the prompt that are neither visual nor padding, bool (B, S)."""
-        return self.session.prompt.real & ~self.session.prompt.visual
-
-    @cached_property
-    def after(self) -> Tensor:
-        """Those behind their row's last visual token, bool (B, S)."""
-        return self.text & (self.session.prompt.visual.flip(1).cumsum(1).flip(1) == 0)
+        live = (prompt.ids, self.embeds.detach(), prompt.real, prompt.visual, self.state.text, self.state.text_after)
+        return PromptTokens(*(one.clone() for one in live))
 
     def queries(self, spec: Rows, run: Run) -> tuple[Tensor, Tensor]:
         """The query slots of a layer that `spec` takes: int64 (B, Q), and bool (B, Q), False on padding."""
-        prompt, layout = self.session.prompt, run.layout
+        prompt, layout = self.state.prompt, run.layout
         if spec.queries == "last":
             slots = prompt.last if layout is None else torch.full_like(prompt.last, layout.width - 1)
             return slots[:, None], torch.ones_like(slots, dtype=torch.bool)[:, None]
         mask = self._asked(spec)
-        there = mask if layout is None else layout.gather(mask) & layout.present
-        known = {"all": run.lengths, "visual": run.counts, "text": _differences(run.lengths, run.counts)}
-        number = known.get(spec.queries) if isinstance(spec.queries, str) else None
-        most = max(there.sum(1).tolist() if number is None else number)
-        slots = leftmost(there, max(most, 1))
-        return slots, there.gather(1, slots)
+        alive = mask if layout is None else layout.gather(mask) & layout.present
+        on_host = {"all": run.lengths, "visual": run.counts, "text": _differences(run.lengths, run.counts)}
+        numbers = on_host.get(spec.queries) if isinstance(spec.queries, str) else None
+        slots = leftmost(alive, max(*(alive.sum(1).tolist() if numbers is None else numbers), 1))
+        return slots, alive.gather(1, slots)
 
     def _asked(self, spec: Rows) -> Tensor:
         """The tokens whose rows `spec` takes, bool (B, S)."""
-        prompt = self.session.prompt
+        prompt = self.state.prompt
         if callable(spec.queries):
-            mask = spec.queries(self.tokens)
+            mask = spec.queries(self.prompt_tokens())
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != prompt.ids.shape:
                 got = (mask.dtype, tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
                 raise PluginError(f"Rows(queries=...) must return bool {tuple(prompt.ids.shape)}, not {got}")
             return mask.to(prompt.ids.device) & prompt.real
-        known = {"text": self.text, "after": self.after, "visual": prompt.visual, "all": prompt.real}
-        return known[spec.queries]
+        state = self.state
+        masks = {"text": state.text, "after": state.text_after, "visual": prompt.visual, "all": prompt.real}
+        return masks[spec.queries]
 
     def columns(self, run: Run, positions: Tensor) -> Tensor:
         """The slots of a layer that hold logical `positions`, int64 (B, V)."""
-        if run.layout is None:
-            return positions
-        index = run.layout.index
-        slots = torch.zeros(index.shape[0], run.layout.length, dtype=torch.int64, device=index.device)
-        slots.scatter_(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
-        return slots.gather(1, positions)
+        return positions if run.layout is None else run.layout.slot_of().gather(1, positions)
+
+    def rows(self, states: Attended, run: Run, spec: Rows, tokens: SiteTokens) -> Tensor:
+        """The rows that `spec` describes of one call of a layer, for the visual `tokens`, as the input `attention`."""
+        device = states.query.device
+        slots, valid = self.queries(spec, run)
+        columns = self.columns(run, tokens.positions)
+        rows = attention(
+            states, slots.to(device), valid.to(device), self.visual(run).to(device), columns.to(device), spec
+        )
+        return blank(rows, tokens.valid)
 
     def visual(self, run: Run) -> Tensor:
         """The slots of a layer that hold visual tokens, bool (B, K)."""
-        visual = self.session.prompt.visual
+        visual = self.state.prompt.visual
         return visual if run.layout is None else run.layout.gather(visual) & run.layout.present
 
 
@@ -275,10 +257,4 @@ def _differences(lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int
 
 def taken(states: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
     """Entries of states (B, K, H) at `slots`, int64 (B, V), zeros where not `valid`: (B, V, H)."""
-    index = slots.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-    return blank(states.gather(1, index), valid)
-
-
-def blank(x: Tensor, valid: Tensor) -> Tensor:
-    """`x`, (B, V, ...), with zeros where not `valid`, bool (B, V)."""
-    return x.masked_fill(~valid.to(x.device).view(*valid.shape, *[1] * (x.ndim - 2)), 0.0)
+    return blank(take(states, slots, 1), valid)

@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import call, checked
+from prunekit.engine.asking import call, finite
+from prunekit.engine.decoder.state import BatchState
+from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Route, Selection
 
-if TYPE_CHECKING:
-    from prunekit.engine.decoder.session import Session
-    from prunekit.engine.decoder.view import View
 
-
-def route(stage: Stage, session: Session, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, ...]]:
+def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, ...]]:
     """What a router says of the prompt, and the layer plan of every sample with it.
 
     embeds: float (B, S, H), logical, as the decoder gets them. Returns token scores (B, S) or None.
     """
+    stage, state = view.place.stage, view.tokens.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
-        answer = _ask(stage, session, embeds)
+        answer = _ask(view, embeds)
     if answer.note is not None:
-        session.notes.append(f"{stage.label}: {answer.note}")
-    if answer.tokens is not None:
-        checked(stage, "route (tokens)", answer.tokens, session.prompt.ids.shape)
-    own = _decided(stage, session, answer)
+        state.notes.append(f"{stage.label}: {answer.note}")
+    tokens = answer.tokens
+    if tokens is not None:
+        tokens = finite(stage, "route (tokens)", tokens, state.alive_visual())
+    own = _decided(stage, state, answer)
     if own is None:
-        return answer.tokens, session.plans
+        return tokens, state.plans
     try:
-        return answer.tokens, tuple(mine.merge(plan) for mine, plan in zip(session.plans, own, strict=True))
+        return tokens, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
 
 
-def _decided(stage: Stage, session: Session, answer: Route) -> tuple[LayerPlan, ...] | None:
+def _decided(stage: Stage, state: BatchState, answer: Route) -> tuple[LayerPlan, ...] | None:
     """What the router alone decides about the layers of each sample; None: nothing."""
     if answer.plans is not None:
         if not stage.decides_layers:
@@ -50,63 +50,63 @@ def _decided(stage: Stage, session: Session, answer: Route) -> tuple[LayerPlan, 
             )
         if stage.keep_layers is not None:
             raise PluginError(f"{stage.label}: route returned plans, but the stage has `keep_layers`: return scores")
-        return _checked_plans(stage, session, tuple(answer.plans))
+        return _checked_plans(stage, state, tuple(answer.plans))
     if answer.layers is not None and stage.keep_layers is not None:
-        shape = (len(session.lengths), session.bound.shape.layers)
-        return _plans(stage, session, checked(stage, "route (layers)", answer.layers, shape))
+        shape = (len(state.lengths), state.bound.shape.layers)
+        every = torch.ones(shape, dtype=torch.bool, device=state.prompt.ids.device)
+        return _plans(stage, state, finite(stage, "route (layers)", answer.layers, every))
     if stage.keep_layers is not None:
         raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
     return None
 
 
-def _checked_plans(stage: Stage, session: Session, plans: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
-    rows, layers = len(session.lengths), session.bound.shape.layers
+def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+    rows, layers = len(state.lengths), state.bound.shape.layers
     if len(plans) != rows or not all(isinstance(plan, LayerPlan) for plan in plans):
         raise PluginError(f"{stage.label}: route gave {len(plans)} plans for {rows} samples; each needs a LayerPlan")
     named = frozenset(layer for plan in plans for layer in plan.layers)
     if beyond := sorted(named - frozenset(range(layers))):
         raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
     inside = sorted(
-        layer for layer in cut_inside(session.bound.cuts) if any(plan[layer] not in CAN_BE_CUT for plan in plans)
+        layer for layer in cut_inside(state.bound.cuts) if any(plan[layer] not in CAN_BE_CUT for plan in plans)
     )
     if inside:
         raise PluginError(f"{stage.label}: layers {inside} do not simply run, but other stages cut inside them")
     return plans
 
 
-def by_scores(stage: Stage, scores: Tensor | None, view: View) -> Selection:
+def by_scores(view: View, scores: Tensor | None) -> Selection:
     """The `count` best visual tokens by a router's scores, float (B, S)."""
     if scores is None or view.count is None:
-        raise PluginError(f"{stage.label}: it has a token budget, but route returned no token scores")
-    return Selection(top_k_mask(scores.gather(1, view.positions), view.count, view.valid))
+        label = view.place.stage.label
+        raise PluginError(f"{label}: it has a token budget, but route returned no token scores")
+    return Selection(top_k_mask(scores.gather(1, view.tokens.positions), view.count, view.tokens.valid))
 
 
-def _ask(stage: Stage, session: Session, embeds: Tensor) -> Route:
-    visual, shape = session.alive_visual(), session.bound.shape
-    text = session.prompt.real & ~session.prompt.visual
-    there = text | visual
-    given: dict[str, Any] = {"embeds": embeds, "visual": visual, "text": text, "valid": there}
-    if not stage.trainable:
-        given["embeds"] = embeds.detach()
-    state = session.states.setdefault(stage.index, {})
+def _ask(view: View, embeds: Tensor) -> Route:
+    stage, state = view.place.stage, view.tokens.state
+    visual, text = state.alive_visual(), state.text
+    real = text | visual
+    # Copies: a hook that writes to what it gets must not change what the decoder gets.
+    own = {"embeds": embeds if stage.trainable else embeds.detach(), "visual": visual, "text": text, "valid": real}
     if not stage.per_sample:
-        found = call(stage, "route", _from(given | {"shape": shape, "state": state}, session), {})
-        return _checked_route(stage, found)
+        copies = {name: value if value.requires_grad else value.clone() for name, value in own.items()}
+        return _checked_route(stage, call(stage, "route", _inputs(view, copies), {}))
     answers = []
-    for b, here in enumerate(there):
-        mine = {name: value[b, here] for name, value in given.items()}
-        mine |= {"shape": shape, "state": state.setdefault(b, {})}
-        answers.append(_checked_route(stage, call(stage, "route", _from(mine, session, b), {})))
-    return _together(answers, there)
+    for b, mine in enumerate(real):
+        of_sample = {name: value[b, mine] for name, value in own.items()}
+        answers.append(_checked_route(stage, call(stage, "route", _inputs(view, of_sample, b), {})))
+    return _together(answers, real)
 
 
-def _from(given: dict[str, Any], session: Session, b: int | None = None) -> Callable[[str], Any]:
-    """Inputs by name; seeds cost a read-back and are made when asked for."""
+def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[str], Any]:
+    """Inputs by name, of one sample or of all: what only routers get, else those of the visual tokens."""
+    own["shape"] = view.tokens.state.bound.shape
 
     def get(name: str) -> Any:
-        if name == "seed":
-            return session.prompt.seeds if b is None else session.prompt.seeds[b]
-        return given[name]
+        if name in own:
+            return own[name]
+        return view.get(name) if b is None else view.of_sample(name, b)
 
     return get
 
@@ -117,13 +117,13 @@ def _checked_route(stage: Stage, answer: Any) -> Route:
     return answer
 
 
-def _together(answers: list[Route], there: Tensor) -> Route:
+def _together(answers: list[Route], real: Tensor) -> Route:
     """Answers about single samples, without padding, as one about the batch."""
     tokens = layers = plans = None
     scores = [answer.tokens for answer in answers if answer.tokens is not None]
     if len(scores) == len(answers):
-        tokens = scores[0].new_zeros(there.shape)
-        tokens = tokens.masked_scatter(there.to(tokens.device), torch.cat(scores))
+        tokens = scores[0].new_zeros(real.shape)
+        tokens = tokens.masked_scatter(real.to(tokens.device), torch.cat(scores))
     lines = [answer.layers for answer in answers if answer.layers is not None]
     if len(lines) == len(answers):
         layers = torch.stack(lines)
@@ -134,15 +134,15 @@ def _together(answers: list[Route], there: Tensor) -> Route:
     return Route(tokens, layers, plans, "; ".join(notes) or None)
 
 
-def _plans(stage: Stage, session: Session, scores: Tensor) -> tuple[LayerPlan, ...]:
+def _plans(stage: Stage, state: BatchState, scores: Tensor) -> tuple[LayerPlan, ...]:
     """Skip the layers with the lowest scores until the stage's budget is met; protected ones run, and so do those about
     which another stage has decided what that says.
     """
-    total = session.bound.shape.layers
-    fixed = frozenset(session.bound.plan.layers)
-    wanted = session.bound.layer_budget or total
-    taken = {layer for layer in fixed if session.bound.plan[layer] is LayerAction.SKIP}
-    free = [layer for layer in range(total) if layer not in fixed and layer not in session.bound.protected]
+    total = state.bound.shape.layers
+    fixed = frozenset(state.bound.plan.layers)
+    wanted = state.bound.layer_budget or total
+    taken = {layer for layer in fixed if state.bound.plan[layer] is LayerAction.SKIP}
+    free = [layer for layer in range(total) if layer not in fixed and layer not in state.bound.protected]
     drop = max(0, min(total - len(taken) - wanted, len(free)))
     column = torch.tensor(free, dtype=torch.int64, device=scores.device)
     # Of equal scores the later layer goes, as of equal tokens the later one does.

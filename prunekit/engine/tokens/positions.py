@@ -36,13 +36,13 @@ class Rotations:
 
     made: list[_Made] = field(default_factory=list)
 
-    def watch(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record(self, module: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the rotary module, `(states, position_ids, ...)`, and remember it."""
         rotary = module(*args, **kwargs)
-        given = dict(kwargs)
-        states = args[0] if args else given.pop("x")
-        ids = args[1] if len(args) > 1 else given.pop("position_ids")
-        self.made.append(_Made(rotary, module, states, ids, args[2:], given))
+        others = dict(kwargs)
+        states = args[0] if args else others.pop("x")
+        ids = args[1] if len(args) > 1 else others.pop("position_ids")
+        self.made.append(_Made(rotary, module, states, ids, args[2:], others))
         return rotary
 
     def local(self, rotary: Any, layout: Layout | None, rows: Tensor | None, prefill: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Decoder layers called on the side: their own forward, without cache, session, or trace.
+"""Decoder layers called on the side: their own forward, without a cache, and without a trace in the batch's state.
 
 A look ahead leaves the layer as soon as its attention has queries, keys and values, so that norm, projections, biases,
 q- and k-norms and rotation are the family's own, and the attention itself and the MLP cost nothing.
@@ -8,70 +8,66 @@ from __future__ import annotations
 
 from contextvars import Context
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended
-from prunekit.engine.attention.tap import Aborted, Watch, watching
-from prunekit.engine.decoder.actions import Running
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.tap import Aborted, Record, recorded
+from prunekit.engine.decoder.forward_pass import Here
+from prunekit.engine.decoder.layer_call import LayerCall
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
 
-if TYPE_CHECKING:
-    from prunekit.engine.decoder.view import Here
-
 
 @dataclass(frozen=True)
-class Place:
-    """Where a layer is called on the side: with the arguments of `here`, on the tokens of `layout` (None: all)."""
+class Aside:
+    """How a layer is called on the side: with the arguments of `here`, on the tokens of `layout` (None: all)."""
 
     here: Here
     layout: Layout | None
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """A layer's arguments for physical states (B, K, H), without a cache."""
-        kwargs = self.here.kwargs
-        layout = self.here.step.localised(self.layout, kwargs)
-        running = Running(
-            self.here.step, self.here.number, _nothing, hidden, kwargs, layout, range(len(hidden)), None, None
-        )
-        return running.local() | {"use_cache": False}
+        current, kwargs = self.here.forward_pass, self.here.kwargs
+        layout = current.localised(self.layout, kwargs)
+        call = LayerCall(current, self.here.number, _nothing, hidden, kwargs, layout, range(len(hidden)), None, None)
+        return call.local() | {"use_cache": False}
 
 
 @torch.no_grad()
-def attended(place: Place, layer: nn.Module, attention: nn.Module, hidden: Tensor, rope: bool) -> Attended:
+def attended(aside: Aside, layer: nn.Module, attention: nn.Module, hidden: Tensor, rope: bool) -> Attended:
     """What `attention` of `layer` attends to when the layer gets physical states (B, K, H).
 
     rope: False takes queries and keys before rotation.
     """
-    arguments = place.arguments(hidden)
+    arguments = aside.arguments(hidden)
     if not rope:
         arguments |= _unrotated(arguments)
-    watch = Watch(attention, abort=True)
-    _aside(layer, hidden, arguments, watch)
-    return watch.result
+    record = Record(attention, abort=True)
+    _call(layer, hidden, arguments, record)
+    return record.result
 
 
-def run(place: Place, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
-    """Physical states (B, K, H) after `layer`, called as the layer at `place` is.
+def run(aside: Aside, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
+    """Physical states (B, K, H) after `layer`, called as the layer of `aside` is.
 
-    attention: the name of its part whose attention is noted; None: it is not.
+    attention: the name of its part whose attention is recorded; None: it is not.
     """
-    watch = None if attention is None else Watch(getattr(layer, attention))
-    hidden = _aside(layer, hidden, place.arguments(hidden), watch)
-    return hidden, None if watch is None else watch.result
+    record = None if attention is None else Record(getattr(layer, attention))
+    hidden = _call(layer, hidden, aside.arguments(hidden), record)
+    return hidden, None if record is None else record.result
 
 
-def _aside(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None) -> Tensor:
+def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: Record | None) -> Tensor:
     """Call a layer in an empty context, in which no override of the engine, and nobody else's, knows of the call."""
 
     def call() -> Any:
-        if watch is None:
+        if record is None:
             return layer.forward(hidden, **arguments)
         try:
-            with watching(watch):
+            with recorded(record):
                 return layer.forward(hidden, **arguments)
         except Aborted:
             return hidden

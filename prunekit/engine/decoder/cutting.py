@@ -1,0 +1,159 @@
+"""Carrying out a cut: a stage decides about the visual tokens that are alive, and the batch's state follows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from prunekit.engine.asking import decide
+from prunekit.engine.cache import ragged
+from prunekit.engine.decoder.forward_pass import Here
+from prunekit.engine.decoder.readings import Readings
+from prunekit.engine.decoder.routers import by_scores, route
+from prunekit.engine.decoder.site_tokens import SiteTokens
+from prunekit.engine.decoder.state import BatchState, Decision
+from prunekit.engine.decoder.view import View
+from prunekit.engine.tokens.layout import Layout, blank, take
+from prunekit.engine.tokens.merges import merged
+from prunekit.engine.tower.record import dropped_in_tower
+from prunekit.errors import Unsupported
+from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy.decisions import Owners, Selection
+from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Makes the cuts of one prompt batch; states of hidden tokens are physical, (B, K, H)."""
+
+    state: BatchState
+    readings: Readings
+
+    def leave_tower(self, hidden: Tensor) -> Tensor:
+        """What was dropped inside the vision tower leaves before decoder layer 0."""
+        state = self.state
+        in_tower = any(cut.site.place == "vision" for cut in state.bound.cuts)
+        dropped = dropped_in_tower(state.prompt) if in_tower else None
+        if dropped is None:
+            return hidden
+        counts = tuple((state.prompt.visual & ~dropped).sum(1).tolist())
+        return take(hidden, state.narrow(Layout.full(state.prompt.ids), state.prompt.real & ~dropped, counts), 1)
+
+    def at_encoder(self, hidden: Tensor, here: Here) -> Tensor:
+        """Token stages in front of the decoder, then routers and their own cuts there."""
+        cuts = [cut for cut in self.state.bound.cuts if cut.site == ENCODER]
+        hidden = self._make([cut for cut in cuts if not cut.stage.is_router], hidden, here)
+        for router in self.state.bound.routers:
+            self._route(router, hidden, here)
+            hidden = self._make([cut for cut in cuts if cut.stage is router], hidden, here)
+        return hidden
+
+    def at(self, site: Site, hidden: Tensor, here: Here) -> Tensor:
+        """All cuts at `site`; returns the states that remain."""
+        return self._make([cut for cut in self.state.bound.cuts if cut.site == site], hidden, here)
+
+    def _make(self, cuts: Sequence[Cut], hidden: Tensor, here: Here) -> Tensor:
+        for cut in cuts:
+            hidden, slots = self.cut(cut, hidden, here)
+            hidden = hidden if slots is None else take(hidden, slots, 1)
+        return hidden
+
+    def _route(self, router: Stage, hidden: Tensor, here: Here) -> None:
+        state = self.state
+        embeds = hidden if state.layout is None else state.layout.expand(hidden)
+        view = self._view(Cut(ENCODER, router, router.keeps[0] if router.keeps else None, 0), hidden, here)
+        state.scores[router.index], state.plans = route(view, embeds)
+
+    def _view(self, cut: Cut, hidden: Tensor, here: Here) -> View:
+        state, count = self.state, None
+        layout = state.full_layout()
+        visual = layout.gather(state.prompt.visual) & layout.present
+        if cut.keep is not None:
+            count = tuple(map(cut.keep.count, state.prompt.visual_counts, state.counts))
+        return View(self.readings, here, cut, SiteTokens(state, layout, visual, state.counts), hidden, count)
+
+    def cut(self, cut: Cut, hidden: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
+        """Let a stage decide about the visual tokens among `hidden`; without any it is not asked.
+
+        Returns the states with what was merged, still (B, K, H), and the slots that remain, int64 (B, K'); None: all.
+        """
+        state = self.state
+        if not state.has_visual:
+            return hidden, None
+        view = self._view(cut, hidden, here)
+        tokens = view.tokens
+        routed = cut.stage.is_router
+        selection = by_scores(view, state.scores[cut.stage.index]) if routed else decide(cut.stage, view)
+        if cut.site == PREFILL_END:
+            selection = Selection(selection.keep, crop=True)
+        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
+        if selection.weights is not None:
+            hidden = _merge(hidden, view, selection.keep, selection.weights)
+        if selection.sizes is not None:
+            sized = tokens.layout.with_sizes(self._sizes(tokens, selection))
+            state.layout = sized
+            return hidden, self._narrow(sized, tokens, selection)
+        return hidden, self._narrow(tokens.layout, tokens, selection)
+
+    def _sizes(self, tokens: SiteTokens, selection: Selection) -> Tensor:
+        """The layout's sizes, float (B, K), with those of the tokens that a stage keeps."""
+        if self.state.parts.attention_implementation not in ("sdpa", "eager"):
+            raise Unsupported("token sizes add to attention logits, which flash kernels do not take; use sdpa or eager")
+        assert selection.sizes is not None
+        wide = torch.promote_types(selection.sizes.dtype, torch.float32)
+        sizes, slots = tokens.layout.sizes, tokens.slots
+        sizes = torch.ones_like(tokens.layout.index, dtype=wide) if sizes is None else sizes
+        before = sizes.gather(1, slots)
+        return sizes.scatter(1, slots, torch.where(selection.keep, selection.sizes.to(sizes), before))
+
+    def _narrow(self, layout: Layout, tokens: SiteTokens, selection: Selection) -> Tensor | None:
+        state = self.state
+        counts = tuple(selection.keep.sum(1).tolist())
+        if counts == state.counts:
+            return None
+        if selection.crop:
+            dropped = tokens.valid & ~selection.keep
+            cropped = torch.zeros_like(state.prompt.real).scatter_(1, tokens.positions, dropped)
+            state.cropped = cropped if state.cropped is None else state.cropped | cropped
+        present = layout.gather(state.prompt.real) if layout.valid is None else layout.valid
+        chosen = torch.zeros_like(present).scatter_(1, tokens.slots, selection.keep)
+        return state.narrow(layout, (present & ~tokens.visual) | chosen, counts)
+
+    def crop(self, cache: Cache) -> None:
+        """Take what was cropped out of the KV that layers have already written."""
+        if self.state.cropped is None:
+            return
+        narrowed: dict[Any, tuple[Layout, Tensor]] = {}
+        for store in cache.layers:
+            assert isinstance(store, ragged.RaggedLayer)
+            if len(store):
+                key = id(store.layout), store.rows
+                if key not in narrowed:
+                    narrowed[key] = self._cropped(store, self.state.cropped)
+                store.narrow(*narrowed[key])
+
+    def _cropped(self, store: ragged.RaggedLayer, cropped: Tensor) -> tuple[Layout, Tensor]:
+        """The layout of a layer's KV without `cropped`, bool (B, S), and the slots of it that remain."""
+        ids, real = self.state.prompt.ids, self.state.prompt.real
+        if store.rows is not None:
+            rows = self.state.index(store.rows)
+            ids, real, cropped = ids[rows], real[rows], cropped[rows]
+        layout = store.layout or Layout.full(ids)
+        keep = layout.gather(real) & layout.present & ~layout.gather(cropped)
+        narrowed, slots = layout.narrow(keep, keep.sum(1).tolist())
+        return narrowed.with_shift(layout.shift), slots
+
+
+def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor | Owners) -> Tensor:
+    """`hidden` with what tokens, and extras after them, are merged to in the slots of the kept ones."""
+    tokens = view.tokens
+    before = take(hidden, tokens.slots, 1)
+    takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
+    states = merged(weights, blank(before, tokens.valid), tokens.sizes, view.extras if takes_extras else None)
+    slots = tokens.slots.to(hidden.device)[..., None].expand_as(states)
+    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], states, before))

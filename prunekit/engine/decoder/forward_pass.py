@@ -1,0 +1,77 @@
+"""What the layers of one forward pass of the decoder share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from prunekit.engine.decoder.mid import MidCuts
+from prunekit.engine.decoder.state import BatchState
+from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.layout import Layout
+from prunekit.engine.tokens.positions import Rotations
+from prunekit.strategy.decisions import LayerAction
+
+
+@dataclass(eq=False)
+class ForwardPass(ABC):
+    """One forward pass of the decoder: the prefill of a prompt batch, or new tokens on its cache.
+
+    tokens: logical tokens that pass. kind: of the attention masks.
+    left_out: the part of the running layer that does not run, SKIP_ATTENTION or SKIP_MLP; None: both run.
+    mid: the cuts inside the running layer; None: there are none.
+    """
+
+    state: BatchState
+    tokens: int
+    kind: masks.Kind
+    rotations: Rotations = field(default_factory=Rotations)
+    left_out: LayerAction | None = None
+    mid: MidCuts | None = None
+    _memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)
+
+    is_prefill: ClassVar[bool]
+
+    @abstractmethod
+    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """Do what was decided for layer `number`: cut tokens around it, skip it, or run it on what is alive."""
+
+    def localised(self, layout: Layout | None, kwargs: Mapping[str, Any]) -> Layout | None:
+        """The layout with what its rotary positions moved by, where the pipeline renumbers positions."""
+        if layout is None or self.state.bound.positions == "keep":
+            return layout
+        rotary = kwargs["position_embeddings"]
+        shifted: Layout = self.once((layout, rotary, "shift"), lambda: self.rotations.shifted(rotary, layout))
+        return shifted
+
+    def once(self, of: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """Layers that share a layout share its masks and rotations.
+
+        Objects are told apart by identity, and kept beside the result: the address of a lost one is given out anew.
+        """
+        key = tuple(map(id, of))
+        if key not in self._memo:
+            self._memo[key] = make(), of
+        return self._memo[key][0]
+
+
+@dataclass(frozen=True, repr=False)
+class Here:
+    """Where in a forward pass a cut is made: before, inside or after decoder layer `number`.
+
+    kwargs: the arguments of that layer's call, logical.
+    """
+
+    forward_pass: ForwardPass
+    number: int
+    kwargs: Mapping[str, Any]
+
+
+# The pass that runs in this thread. A field of what is attached to the model could not hold it: several threads may
+# call one attached model at once.
+CURRENT: ContextVar[ForwardPass | None] = ContextVar("prunekit_forward_pass", default=None)

@@ -1,0 +1,199 @@
+"""What a `LayerAction` means for one decoder layer: for a group of rows that all do it, and for rows that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.engine.cache.stand_ins import Beside, Shares, grab
+from prunekit.engine.decoder.forward_pass import ForwardPass
+from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.layout import Layout, select_rows, take
+from prunekit.engine.tokens.positions import take_rotary
+from prunekit.strategy.decisions import LayerAction
+
+PARTIAL = frozenset({LayerAction.SKIP_ATTENTION, LayerAction.SKIP_MLP})
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of decoder layer `number` for one group of rows.
+
+    original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's
+    call, logical, for the whole batch. layout: of the group, None when all tokens are there. who: the group's rows, and
+    rows: the same as an index, int64 (B',), None: all. cache: what the layer writes its keys to, None without one.
+    """
+
+    forward_pass: ForwardPass
+    number: int
+    original: Callable[..., Any]
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+    layout: Layout | None
+    who: Sequence[int]
+    rows: Tensor | None
+    cache: Any
+
+    def local(self, queries: tuple[Layout, Tensor] | None = None) -> dict[str, Any]:
+        """The layer's arguments for the tokens that it really runs on and attends to.
+
+        queries: the part of `layout` that queries the rest, and its slots, int64 (B', Q); None: all of it.
+        """
+        return {**self.kwargs, "past_key_values": self.cache, **self.changes(queries)}
+
+    def changes(self, queries: tuple[Layout, Tensor] | None = None) -> dict[str, Any]:
+        """The arguments among `local` that differ from `kwargs`, but for the cache."""
+        if self.layout is None and self.rows is None:
+            return {}
+        # Flash kernels read gaps in position_ids as packed sequences; rotation comes from position_embeddings.
+        changes: dict[str, Any] = {"attention_mask": self._mask(queries), "position_ids": None}
+        if (rotary := self.kwargs.get("position_embeddings")) is not None:
+            changes["position_embeddings"] = self._rotary(rotary, queries)
+        if self.forward_pass.is_prefill:
+            asking = queries[0] if queries else self.layout
+            for name in self.forward_pass.state.parts.token_kwargs:
+                if isinstance(whole := self.kwargs.get(name), Tensor):
+                    mine = select_rows(whole, self.rows)
+                    changes[name] = mine if asking is None else asking.gather(mine)
+        return changes
+
+    def _mask(self, queries: tuple[Layout, Tensor] | None) -> Tensor | None:
+        current, mask, layout = self.forward_pass, self.kwargs.get("attention_mask"), self.layout
+        asking = queries[0] if queries else layout
+
+        def make() -> Tensor | None:
+            mine = mask if mask is None else select_rows(mask, self.rows)
+            if layout is None or asking is None:
+                return mine
+            if current.is_prefill:
+                return masks.prefill_mask(mine, asking, layout, self.hidden, current.kind)
+            tail = self.kwargs["past_key_values"].layers[self.number].tail
+            return masks.decode_mask(mine, layout, tail, current.tokens, self.hidden, current.kind)
+
+        return current.once((mask, layout, asking, self.rows, "mask"), make)  # type: ignore[no-any-return]
+
+    def _rotary(self, rotary: Any, queries: tuple[Layout, Tensor] | None) -> Any:
+        current = self.forward_pass
+        of = (rotary, self.layout, self.rows, "rotary")
+        whole = current.once(of, lambda: current.rotations.local(rotary, self.layout, self.rows, current.is_prefill))
+        if queries is None:
+            return whole
+        return tuple(take_rotary(part, queries[1]) for part in whole)
+
+
+def run_action(action: LayerAction, call: LayerCall) -> Tensor:
+    """Do it: returns the group's states after the layer, float (B', K, H)."""
+    if action is LayerAction.SKIP:
+        return call.hidden
+    if action is LayerAction.FILL_KV:
+        return _fill(call)
+    if action is LayerAction.FREEZE and call.forward_pass.is_prefill and call.forward_pass.state.has_visual:
+        return _freeze(call)
+    if action in PARTIAL:
+        return _run_part(call, action)
+    return _run(call, call.local())
+
+
+def run_groups(call: LayerCall, actions: Sequence[LayerAction], store: RaggedLayer | None) -> Tensor:
+    """Rows that do the same run together; rows that skip cost nothing. Returns all rows' states, float (B, K, H).
+
+    call: of the whole batch. actions: one for each row. store: the layer's KV; None without a cache.
+    """
+    state, results = call.forward_pass.state, call.hidden
+    shares = None if store is None else Shares(store, len(actions), call.forward_pass.is_prefill)
+    for action in dict.fromkeys(actions):
+        if action is LayerAction.SKIP:
+            continue
+        who = [row for row, one in enumerate(actions) if one is action]
+        rows = state.index(who)
+        layout = _layout_of(call, who, store) if action.writes_kv else None
+        cache = None if shares is None else shares.of(who)
+        part = replace(call, hidden=select_rows(call.hidden, rows), layout=layout, who=who, rows=rows, cache=cache)
+        results = results.index_copy(0, rows.to(results.device), run_action(action, part))
+    if shares is not None:
+        shares.close()
+    return results
+
+
+def _layout_of(call: LayerCall, who: list[int], store: RaggedLayer | None) -> Layout | None:
+    """The part of the layout that belongs to the rows `who`; in decoding a layout has the stored rows alone."""
+    if call.layout is None:
+        return None
+    if not call.forward_pass.is_prefill and store is not None and store.rows is not None:
+        who = [store.rows.index(row) for row in who]
+    return call.layout.select(call.forward_pass.state.index(who))
+
+
+def _run_part(call: LayerCall, action: LayerAction) -> Tensor:
+    """Run the layer without its attention or without its MLP; the overrides of those look at `left_out`."""
+    call.forward_pass.left_out = action
+    try:
+        return _run(call, call.local())
+    finally:
+        call.forward_pass.left_out = None
+
+
+def _run(call: LayerCall, local: dict[str, Any], hidden: Tensor | None = None) -> Tensor:
+    output = call.original(call.hidden if hidden is None else hidden, **local)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _fill(call: LayerCall) -> Tensor:
+    """Write keys and values of the layer's input; nothing else runs."""
+    if call.cache is not None:
+        keys, values = grab(call.original, call.hidden, call.local())
+        call.cache.update(keys, values, call.number)
+    return call.hidden
+
+
+def _freeze(call: LayerCall) -> Tensor:
+    """Visual tokens pass; the others run, and attend to them too."""
+    current, rows, state = call.forward_pass, call.rows, call.forward_pass.state
+    layout = call.layout
+    if layout is None:
+        full = current.once((state, "full"), state.full_layout)
+        layout = full if rows is None else full.select(rows)
+    frozen = select_rows(state.visual_slots(), rows)
+    present = layout.present & select_rows(state.prompt.real, rows) if call.layout is None else layout.present
+    active = present & ~frozen
+    many = [state.counts[row] for row in call.who]
+    if not any(many):
+        return _run(call, call.local())
+    shared = replace(call, layout=layout)
+    resting, at_rest = layout.narrow(frozen, many)
+    moving, in_motion = layout.narrow(active, [state.lengths[row] - state.counts[row] for row in call.who])
+    keys, values = grab(call.original, take(call.hidden, at_rest, 1), _of_part(shared, (resting, at_rest)))
+    order = _side_by_side(layout.width, (at_rest, frozen), (in_motion, active))
+    local = shared.local((moving, in_motion)) | {"past_key_values": Beside((keys, values), order, call.cache)}
+    out = _run(call, local, take(call.hidden, in_motion, 1))
+    offset = at_rest.shape[1]
+    everything = torch.cat([take(call.hidden, at_rest, 1), out], dim=1)
+    moved = take(everything, order.clamp_min(0), 1)
+    return torch.where((order >= offset)[..., None].to(moved.device), moved, call.hidden)
+
+
+def _of_part(call: LayerCall, part: tuple[Layout, Tensor]) -> dict[str, Any]:
+    """Arguments for a part of the layout that only has to make keys and values: no mask is needed."""
+    local = call.local(part)
+    return local | {"attention_mask": None}
+
+
+def _side_by_side(width: int, *parts: tuple[Tensor, Tensor]) -> Tensor:
+    """For each slot, int64 (B, K), its column when the parts are laid side by side; 0 for slots of no part.
+
+    parts: slots that each part took, right-aligned, int64 (B, K_i), and which slots belong to it, bool (B, K).
+    """
+    offset = 0
+    order = torch.zeros_like(parts[0][1], dtype=torch.int64)
+    for slots, mine in parts:
+        many = slots.shape[1]
+        rank = mine.cumsum(1) - 1 + many - mine.sum(1, keepdim=True)
+        order = torch.where(mine, rank + offset, order)
+        offset += many
+    return order

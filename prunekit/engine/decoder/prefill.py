@@ -1,0 +1,137 @@
+"""The prefill of a prompt batch: what happens around and in each decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from prunekit.engine.cache import ragged, static
+from prunekit.engine.decoder.cutting import Cutter
+from prunekit.engine.decoder.forward_pass import ForwardPass, Here
+from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
+from prunekit.engine.decoder.mid import MidCuts
+from prunekit.engine.decoder.readings import Needs, Readings
+from prunekit.engine.tokens.layout import Layout
+from prunekit.errors import Unsupported
+from prunekit.pipeline.cuts import CAN_BE_CUT
+from prunekit.pipeline.stage import Cut
+from prunekit.strategy.decisions import LayerAction
+from prunekit.strategy.sites import PREFILL_END, Site
+
+
+@dataclass(eq=False, kw_only=True)
+class Prefill(ForwardPass):
+    """The pass that sees the whole prompt: tokens leave around its layers.
+
+    needs: what the stages of the pipeline read.
+    """
+
+    needs: Needs
+    readings: Readings = field(init=False)
+    cutter: Cutter = field(init=False)
+
+    is_prefill = True
+
+    def __post_init__(self) -> None:
+        self.readings = Readings(self.state, self.needs)
+        self.cutter = Cutter(self.state, self.readings)
+
+    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        state, logical, until = self.state, hidden, self.state.parts.logical_until
+        cache: Cache | None = kwargs.get("past_key_values")
+        if number == 0:
+            self._begin(hidden, cache)
+        kwargs = self._cut_mask(kwargs)
+        if 0 < number <= until and state.layout is not None:
+            hidden = state.layout.gather(hidden)
+        here = Here(self, number, kwargs)
+        if number == 0:
+            hidden = self.cutter.at_encoder(self.cutter.leave_tower(hidden), here)
+        hidden = self.cutter.at(Site(number), hidden, here)
+        state.entered()
+        with self.readings.noting(here, hidden):
+            hidden = self._act(here, original, hidden, cache)
+        state.left(number)
+        hidden = self.cutter.at(Site(number, "layer", "after"), hidden, here)
+        if number < until and state.layout is not None:
+            return state.layout.put(hidden, logical)
+        return hidden
+
+    def _begin(self, hidden: Tensor, cache: Cache | None) -> None:
+        self.readings.begin(hidden)
+        if cache is not None:
+            fixed = static.layers_for(cache, self.tokens) if static.takes(cache) else None
+            ragged.adopt(cache, fixed or [ragged.RaggedLayer() for _ in self.state.parts.layers], self.state)
+
+    def end(self, hidden: Tensor, cache: Cache | None) -> None:
+        """What happens after the last layer: nothing to the states, but the KV cache loses what was cropped."""
+        self.cutter.at(PREFILL_END, hidden, Here(self, len(self.state.parts.layers), {}))
+        self.readings.finish()
+        self.state.finish()
+        if cache is not None:
+            self.cutter.crop(cache)
+
+    def _cut_mask(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Masks for caches of fixed size have columns for later tokens, which a prefill does not see."""
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-1] == self.tokens:
+            return kwargs
+        return {**kwargs, "attention_mask": self.once((mask, "cut"), lambda: mask[..., : self.tokens])}
+
+    def _act(self, here: Here, original: Callable[..., Any], hidden: Tensor, cache: Cache | None) -> Tensor:
+        """Run the layer, or do what was decided in place of that."""
+        state, number = self.state, here.number
+        actions, decoding = state.actions(number), state.decoding(number)
+        layout = self.localised(state.layout, here.kwargs)
+        store: ragged.RaggedLayer | None = None
+        if cache is not None:
+            layer = cache.layers[number]
+            assert isinstance(layer, ragged.RaggedLayer)
+            store = layer
+            store.begin(self._held(layout, actions, decoding), decoding)
+            store.open(self.tokens)
+        call = LayerCall(self, number, original, hidden, here.kwargs, layout, range(len(hidden)), None, cache)
+        mid = [cut for cut in state.bound.cuts if cut.site == Site(number, "layer", "mid")]
+        if mid and state.has_visual:
+            return self._run_with_cuts(mid, here, actions, call)
+        if len(set(actions)) > 1 or (store is not None and store.rows not in (None, ())):
+            return run_groups(call, actions, store)
+        return run_action(actions[0], call)
+
+    def _run_with_cuts(
+        self, cuts: Sequence[Cut], here: Here, actions: Sequence[LayerAction], call: LayerCall
+    ) -> Tensor:
+        """Raises Unsupported when rows differ in what they do with the layer."""
+        if not set(actions) <= set(CAN_BE_CUT):
+            raise Unsupported(
+                f"a stage cuts inside layer {here.number}, which does not simply run for every sample; move the cut"
+            )
+        self.mid = mid = MidCuts([partial(self.cutter.cut, cut, here=here) for cut in cuts])
+        try:
+            return mid.leave(run_action(actions[0], call))
+        finally:
+            self.mid = None
+
+    def _held(
+        self, layout: Layout | None, actions: Sequence[LayerAction], decoding: Sequence[LayerAction]
+    ) -> Layout | None:
+        """What the layer's KV will hold of the prompt, for the rows that decoding reads."""
+        rows = [row for row, action in enumerate(decoding) if action.writes_kv]
+        missing = [row for row in rows if not actions[row].writes_kv]
+        if not rows or (not missing and len(rows) == len(actions)):
+            return layout
+        if not missing and layout is None:
+            return None
+        layout = layout or Layout.full(self.state.prompt.ids)
+        if len(missing) == len(actions):
+            return Layout(layout.index[:, :0], None, layout.length, shift=layout.shift)
+        if missing:
+            written = torch.tensor([action.writes_kv for action in actions], device=layout.index.device)
+            layout = Layout(layout.index, layout.present & written[:, None], layout.length, layout.sizes, layout.shift)
+        return layout.select(self.state.index(rows)) if len(rows) < len(actions) else layout
