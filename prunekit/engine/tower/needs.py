@@ -49,7 +49,7 @@ class TowerNeeds:
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
         reading = [
             (cut.site, spec)
-            for cut in bound.cuts
+            for cut in bound.asked
             for name in OF_TOWER
             if cut.stage.asks_for(name)
             for spec in requests(cut.stage.inputs, name)

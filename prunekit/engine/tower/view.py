@@ -19,7 +19,7 @@ from prunekit.engine.tower.needs import ARGUMENTS
 from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.inputs import OF_TOWER
+from prunekit.strategy.inputs import OF_TOWER, cut_for_sample
 from prunekit.strategy.tower_requests import EncoderSpec
 
 
@@ -117,15 +117,9 @@ class TowerView:
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of image or video b: unpadded, without the batch axis; `state` is a dict of its own."""
         value, count = self.get(name), self.counts[b]
-        if name == "state":
-            return value.setdefault(b, {})
-        if value is None or name == "cut":
-            return value
-        if name in ("count", "seed"):
-            return value[b]
         if name in OF_TOWER:
             return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
-        return value[b, :count]
+        return cut_for_sample(name, value, b, {"V": count})
 
     def _declared(self, spec: EncoderSpec) -> Tensor:
         table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))
