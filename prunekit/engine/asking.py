@@ -87,7 +87,7 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
     keep = keep.to(valid.device) & valid
     weights, sizes = selection.weights, selection.sizes
     if weights is None and stage.hook.merge_tokens.get_hookimpls():
-        weights = call(stage, "merge_tokens", get, {"keep": keep})
+        weights = call(stage, "merge_tokens", get, {"keep": keep.clone()})
     if isinstance(weights, Owners):
         weights = _owners(stage, weights, keep, valid, refusals)
     elif weights is not None:

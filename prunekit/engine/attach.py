@@ -27,7 +27,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
@@ -82,9 +82,8 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        """Put the overrides in."""
         parts, base = self.parts, self.parts.base
-        self._check_attention()
         if self.outer is not None:
             self.outer._overrides.restore()
         try:
@@ -131,13 +130,6 @@ class Attached:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
 
-    def _check_attention(self) -> None:
-        if self.active and self._kind is None:
-            raise Unsupported(
-                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
-                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
-            )
-
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
         if self._kind != "flat" or self._window is None:
@@ -178,14 +170,13 @@ class Attached:
         return make
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Remember the prompt's ids and pictures while the LVLM's base model runs."""
-        signature = inspect.signature(original)
+        """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
+        names = list(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
-            given = signature.bind_partial(*args, **kwargs).arguments
-            call = Call(given | given.get("kwargs", {}), self.parts)
+            call = Call(dict(zip(names, args, strict=False)) | kwargs, self.parts)
             if self.active:
                 call.refuse_unsupported()
             token = CALL.set(call)
@@ -205,34 +196,27 @@ class Attached:
                 if self.active:
                     static.require(cache)
                 return original(*args, **kwargs)
-            call, filled = CALL.get(), ragged.is_filled(cache)
-            state: BatchState | None = ragged.owner_of(cache)
-            if not self.active and (call is None or call.given.get("input_ids") is None or filled):
+            call = CALL.get()
+            if not self.active and (call is None or call.given.get("input_ids") is None or ragged.is_filled(cache)):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
             if call is None:
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
-            embeds = kwargs["inputs_embeds"]
+            embeds, kind = kwargs["inputs_embeds"], self._kind or "bool"
+            state: BatchState | None = ragged.owner_of(cache)
+            if state is not None:
+                state.refuse_other(self.pipeline.sha, self.parts)
+                call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
-                prefill = Prefill(state, embeds.shape[1], self._kind or "bool", needs=self.needs)
-                output = self._run(prefill, original, args, kwargs)
-                return self._finish(prefill, output, cache)
-            state.refuse_other(self.pipeline.sha, self.parts)
-            call.refuse_new_inputs()
-            return self._run(Decoding(state, embeds.shape[1], self._kind or "bool"), original, args, kwargs)
+                prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
+                return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
+            return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)
 
         return forward
-
-    def _run(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = CURRENT.set(current)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            CURRENT.reset(token)
 
     def _finish(self, prefill: Prefill, output: Any, cache: Any) -> Any:
         state = self._newest = prefill.state
@@ -247,6 +231,15 @@ class Attached:
         if self.observed:
             tell(lambda: self.report or report_of(state))
         return output
+
+
+def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the decoder with `current` as the pass that its layers belong to."""
+    token = CURRENT.set(current)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        CURRENT.reset(token)
 
 
 def report_of(state: BatchState) -> RunReport:
@@ -274,7 +267,6 @@ def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _rotary(parts: Parts) -> nn.Module:
-    if parts.rotary is None:
-        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    assert parts.rotary is not None, "checked when the pipeline was bound"
     module: nn.Module = getattr(parts.text, parts.rotary)
     return module

@@ -12,14 +12,15 @@ from typing import Any, Literal
 import yaml
 
 from prunekit import plugins
-from prunekit.errors import Fault, SpecError, UnknownName
+from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, statements
 from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.site_faults import site_faults
 from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
-from prunekit.strategy.decisions import ModelShape
+from prunekit.strategy.decisions import MASKED, ModelShape
 from prunekit.strategy.sites import Keep, Site
 
 __all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build", "file_of"]
@@ -46,19 +47,25 @@ class Pipeline:
     budget: Budget | None = None
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
-        """The pipeline on a model with these numbers. Raises SpecError with everything that does not fit."""
+        """The pipeline on a model with these numbers; what is accepted here, `apply` accepts.
+
+        Raises SpecError with everything that does not fit, Unsupported for a model that no pipeline can prune.
+        """
         faults: list[Fault] = []
         placed = cuts.cuts_of(self.stages, shape.layers)
-        faults += cuts.site_faults(placed, shape)
+        faults += site_faults(self.stages, placed, shape)
         faults += cuts.sequence_faults(self.stages, placed, shape.visual_tokens)
         plan = layer_plans.static_plan(self.stages, shape, faults)
         faults += statements.shape_faults(self.stages, shape)
         protected = cuts.protected_layers(placed, shape.layers) | statements.protected_layers(self.stages, shape)
         faults += cuts.plan_faults(placed, plan, shape.layers)
         faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
+        faults += _positions_faults(self.positions, shape)
         if faults:
             raise SpecError(_sorted(faults))
         bound = BoundPipeline(self.name, self.sha, self.positions, self.stages, shape, placed, plan, protected)
+        if bound.acts:
+            _check_attention(shape)
         return bound if self.budget is None else budget.solved(bound, self.budget)
 
     def __str__(self) -> str:
@@ -87,6 +94,22 @@ def build(
         raise SpecError(_sorted(faults))
     resolved = _resolved(read, stages)
     return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions, read.budget)
+
+
+def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
+    if positions == "keep" or shape.rotary:
+        return []
+    message = f"the {shape.family} decoder has no rotary positions to renumber"
+    return [Fault(None, "positions", message, "leave it out, or say keep")]
+
+
+def _check_attention(shape: ModelShape) -> None:
+    """Raise Unsupported for attention whose masks prunekit cannot cut."""
+    if shape.attention not in MASKED and "flash" not in shape.attention:
+        raise Unsupported(
+            f"attention implementation '{shape.attention}' is not supported by this version; "
+            "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
+        )
 
 
 def file_of(source: str | Path | Mapping[str, Any], registry: Registry) -> str | Path | Mapping[str, Any]:

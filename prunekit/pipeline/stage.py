@@ -18,7 +18,7 @@ from prunekit.strategy import declare, options
 from prunekit.strategy import inputs as table
 from prunekit.strategy.declare import Declaration, implements
 from prunekit.strategy.options import BUDGETS, STAGE_KEYS
-from prunekit.strategy.sites import Keep, Site, Sites
+from prunekit.strategy.sites import ENCODER, Keep, Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +172,11 @@ class Cut:
     number: int
 
     @property
+    def asked_at(self) -> Site:
+        """Where its strategy is asked: a router at the decoder input, wherever tokens leave by its scores."""
+        return ENCODER if self.stage.is_router else self.site
+
+    @property
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return self.stage.drops_all
@@ -194,7 +199,7 @@ class Cut:
         """
         names = (*table.OF_DECODER_LAYERS, "previous_hidden")
         asked = frozenset(name for name in names if self.stage.asks_for(name))
-        return table.layers_read(self.stage.inputs, asked, self.site, layers)
+        return table.layers_read(self.stage.inputs, asked, self.asked_at, layers)
 
 
 def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False) -> Stage | None:

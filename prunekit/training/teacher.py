@@ -59,7 +59,7 @@ def router_of(pipeline: Pipeline) -> Stage:
     if len(routers) != 1:
         raise Unsupported(
             f"training needs a pipeline with one router, and '{pipeline.name}' has {len(routers)} (give it one stage "
-            "such as `use: par`)"
+            "whose strategy implements `route`)"
         )
     return routers[0]
 

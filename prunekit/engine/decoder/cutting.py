@@ -23,7 +23,7 @@ from prunekit.engine.tokens.merges import merged
 from prunekit.engine.tower.record import dropped_in_tower
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy.decisions import Selection
+from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 
 
@@ -93,7 +93,7 @@ class Cutter:
             selection = Selection(selection.keep, crop=True)
         state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
         if selection.weights is not None:
-            hidden = _merged(hidden, view, selection)
+            hidden = _merge(hidden, view, selection.keep, selection.weights)
         if selection.sizes is not None:
             sized = tokens.layout.with_sizes(self._sizes(tokens, selection))
             state.layout = sized
@@ -149,12 +149,11 @@ class Cutter:
         return narrowed.with_shift(layout.shift), slots
 
 
-def _merged(hidden: Tensor, view: View, selection: Selection) -> Tensor:
+def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor | Owners) -> Tensor:
     """`hidden` with what tokens, and extras after them, are merged to in the slots of the kept ones."""
-    weights, tokens = selection.weights, view.tokens
-    assert weights is not None
+    tokens = view.tokens
     before = take(hidden, tokens.slots, 1)
     takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
-    states = merged(weights, blank(before, tokens.valid), view.sizes, view.extras if takes_extras else None)
+    states = merged(weights, blank(before, tokens.valid), tokens.sizes, view.extras if takes_extras else None)
     slots = tokens.slots.to(hidden.device)[..., None].expand_as(states)
-    return hidden.scatter(1, slots, torch.where(selection.keep.to(hidden.device)[..., None], states, before))
+    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], states, before))

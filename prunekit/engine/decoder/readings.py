@@ -50,7 +50,7 @@ class Needs:
 
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
-        """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
+        """Of all cuts of a bound pipeline, whose inputs `bind` has found to exist at their sites."""
         record: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
@@ -59,10 +59,6 @@ class Needs:
         layers = bound.shape.layers
         for cut in bound.cuts:
             names = _named(cut)
-            try:
-                table.layers_read(cut.stage.inputs, names, cut.site, layers)
-            except ValueError as error:
-                raise Unsupported(f"{cut.label}: {error}; declare another layer for it, or move the stage") from None
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
                 assert layer is not None
@@ -76,8 +72,6 @@ class Needs:
             before = decoder_requests.layer_before(cut.site, layers)
             if "previous_hidden" in names and before is not None:
                 entered.add(before)
-            if "forward" in names and (cut.site.point == "mid" or cut.site.place == "prefill_end"):
-                raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
         return cls(frozenset(record), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
@@ -197,15 +191,7 @@ class Readings:
         parts = self.state.parts
         number = decoder_requests.layer_of(spec.layer, cut.site, self.state.bound.shape.layers)
         assert number is not None, "checked by Needs.of"
-        if spec.layer == "next":
-            if at.number < number <= parts.logical_until:
-                raise Unsupported(
-                    f"layer {number} cannot be looked at after layer {at.number}: this model adds features of its "
-                    "pictures in between; move the stage to a site before a layer"
-                )
-            run = self.run_aside(at, number, hidden)
-        else:
-            run = self.runs[number]
+        run = self.run_aside(at, number, hidden) if spec.layer == "next" else self.runs[number]
         _, rope = decoder_requests.layer_and_rope(spec)
         if run.record is not None and rope:
             # A cache of fixed size gives all its keys; the empty ones stand behind those that ran.

@@ -28,14 +28,14 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
         answer = _ask(view, embeds)
     if answer.note is not None:
         state.notes.append(f"{stage.label}: {answer.note}")
-    scores = answer.tokens
-    if scores is not None:
-        scores = finite(stage, "route (tokens)", scores, state.alive_visual())
+    tokens = answer.tokens
+    if tokens is not None:
+        tokens = finite(stage, "route (tokens)", tokens, state.alive_visual())
     own = _decided(stage, state, answer)
     if own is None:
-        return scores, state.plans
+        return tokens, state.plans
     try:
-        return scores, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
+        return tokens, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
 
@@ -106,7 +106,7 @@ def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[
     def get(name: str) -> Any:
         if name in own:
             return own[name]
-        return getattr(view, name) if b is None else view.of_sample(name, b)
+        return view.get(name) if b is None else view.of_sample(name, b)
 
     return get
 

@@ -28,7 +28,7 @@ class Decision:
     """A stage's answer at one cut, kept on its device until somebody asks for a report.
 
     entered: visual tokens of each row that reached the cut. ordinals: int64 (B, V), their numbers among the original
-    visual tokens of their row. asked: how many tokens to leave of each row; None: the stage decides by itself.
+    visual tokens of their row. asked: how many to keep of each row, None for a stage that decides by itself.
     """
 
     cut: Cut

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
@@ -94,7 +93,7 @@ class View:
     @cached_property
     def _coords(self) -> Tensor:
         """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
-        return blank(take(self.prompt.coords, self.ordinals, 1), self.valid, -1)
+        return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
     def coords(self) -> Tensor:
@@ -104,12 +103,9 @@ class View:
     def frames(self) -> Tensor:
         return self._coords[..., 1].clone()
 
-    @cached_property
+    @property
     def sizes(self) -> Tensor:
-        sizes, valid = self.tokens.layout.sizes, self.tokens.valid
-        if sizes is None:
-            return torch.ones_like(valid, dtype=torch.float32)
-        return sizes.gather(1, self.tokens.slots).masked_fill(~valid, 1.0)
+        return self.tokens.sizes.clone()
 
     @cached_property
     def attention(self) -> Any:
@@ -197,9 +193,9 @@ class View:
         if name not in table.OF_TOWER:
             return getattr(self, name)
         if name not in self._of_tower:
-            tokens = self.tokens
+            ordinals, valid = self.tokens.ordinals, self.tokens.valid
             self._of_tower[name] = record.encoder_input(
-                self.prompt, self.parts.tower, self.place, name, tokens.ordinals, tokens.valid
+                self.prompt, self.parts.tower, self.place, name, ordinals, valid
             )
         return self._of_tower[name]
 
