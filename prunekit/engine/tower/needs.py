@@ -11,7 +11,7 @@ from typing import Any
 from prunekit.engine.tokens.masks import Kind, kind_of
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts, Tower
-from prunekit.pipeline.build import BoundPipeline
+from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, requests
 from prunekit.strategy.sites import Site

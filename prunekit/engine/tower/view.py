@@ -52,8 +52,7 @@ class TowerView:
         """Their numbers among the visual tokens of their input, int64 (B, V), meaningless on padding."""
         return leftmost(self.present, max(self.counts))
 
-    # Made anew each time, as the next one: a hook may write to what it gets.
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         columns = torch.arange(self.ordinals.shape[1], device=self.ordinals.device)
         return columns < torch.tensor(self.counts, device=self.ordinals.device)[:, None]
@@ -89,7 +88,7 @@ class TowerView:
         tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
-    @property
+    @property  # made anew each time: a hook may write to what it gets
     def sizes(self) -> Tensor:
         return self.pick(self.encoding.sizes, 1)
 
