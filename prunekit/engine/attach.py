@@ -21,13 +21,13 @@ from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.prompt import generate
 from prunekit.engine.prompt.call import CALL, Call
-from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
+from prunekit.engine.prompt.visual_inputs import VisualInputs, counts_of, record_on
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
@@ -51,6 +51,7 @@ class Attached:
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
+        self._check_processor()
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
@@ -82,9 +83,8 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        """Put the overrides in."""
         parts, base = self.parts, self.parts.base
-        self._check_attention()
         if self.outer is not None:
             self.outer._overrides.restore()
         try:
@@ -94,6 +94,14 @@ class Attached:
             raise
         base.__dict__[_ATTACHED] = self
 
+    def _check_processor(self) -> None:
+        reading = [stage.label for stage in self.pipeline.stages if stage.asks_for("question")]
+        if reading and self.processor is None:
+            raise Unsupported(
+                f"{reading[0]} asks for `question`, the user's words, which only the model's processor can read from "
+                "the prompt: apply(model, pipeline, processor=processor)"
+            )
+
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
         replace(parts.base, "forward", self._base_forward)
@@ -102,7 +110,7 @@ class Attached:
         replace(parts.text, "forward", self._text_forward)
         if self.active:
             generate.override(self._overrides, self.model)
-            if self.pipeline.positions == "renumber":
+            if self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
@@ -130,13 +138,6 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
-
-    def _check_attention(self) -> None:
-        if self.active and self._kind is None:
-            raise Unsupported(
-                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
-                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
-            )
 
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
@@ -168,7 +169,7 @@ class Attached:
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
                     record = None if seen is None else seen.record(features)
-                    note(output, Pictures(modality, given, counts_of(features), record))
+                    record_on(output, VisualInputs(modality, given, counts_of(features), record))
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
                 return output
@@ -216,10 +217,10 @@ class Attached:
             state: BatchState | None = ragged.owner_of(cache)
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
-                call.refuse_new_pictures()
+                call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
-                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
+                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
             return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)
@@ -275,7 +276,6 @@ def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _rotary(parts: Parts) -> nn.Module:
-    if parts.rotary is None:
-        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    assert parts.rotary is not None, "checked when the pipeline was bound"
     module: nn.Module = getattr(parts.text, parts.rotary)
     return module

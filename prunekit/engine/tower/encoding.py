@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekit.engine.attention.attended import Attended
 from prunekit.engine.attention.tower_rows import heads_together, pooled_row, read
-from prunekit.engine.prompt.visual_inputs import Pictures
+from prunekit.engine.prompt.visual_inputs import VisualInputs
 from prunekit.engine.tokens.layout import Layout
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.patches import Patches, layout_of
@@ -77,16 +77,16 @@ class Encoding:
         return self.patches.made
 
     @cached_property
-    def visual(self) -> Pictures:
+    def visual(self) -> VisualInputs:
         """The images or videos that are being encoded."""
-        return Pictures(self.modality, self.arguments, self.patches.counts)
+        return VisualInputs(self.modality, self.arguments, self.patches.counts)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
         """One number for each image or video, from its pixels alone."""
         sums = self.visual.checksums
         if sums is None:
-            raise Unsupported("the pixels of each picture cannot be told apart, so a stage in the tower has no `seed`")
+            raise Unsupported("the pixels of each image cannot be told apart, so a stage in the tower has no `seed`")
         return tuple(number & (1 << 56) - 1 for number in sums)
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.prompt.prompt import Picture, Prompt
+from prunekit.engine.prompt.prompt import Prompt, VisualInput
 from prunekit.engine.tokens.layout import blank, take
 from prunekit.errors import Unsupported
 from prunekit.families.base import Tower
@@ -98,7 +98,7 @@ def crops(prompt: Prompt) -> tuple[int, ...]:
     return tuple(sum(len(record.rows[one.at]) for one, record in row if record.rows) for row in _by_row(prompt))
 
 
-def _by_row(prompt: Prompt) -> list[list[tuple[Picture, TowerRecord]]]:
+def _by_row(prompt: Prompt) -> list[list[tuple[VisualInput, TowerRecord]]]:
     return [[(one, record_of(one.source)) for one in row] for row in prompt.by_row]
 
 
@@ -145,7 +145,7 @@ def dropped_in_tower(prompt: Prompt) -> Tensor | None:
 
 
 def _records(prompt: Prompt) -> Iterator[TowerRecord]:
-    return (source.tower for source in prompt.pictures if source.tower is not None)
+    return (source.tower for source in prompt.sources if source.tower is not None)
 
 
 def tower_tokens(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
