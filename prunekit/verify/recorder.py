@@ -39,16 +39,21 @@ class Recorder:
         """The merges of the one prompt batch that ran while recording, as `MaskedReference` takes them.
 
         beams: how many rows of the report belong to one prompt; the merges are those of the first of them.
-        Raises ValueError for a merge inside the vision tower, which the reference does not know.
+        Raises ValueError for a merge inside the vision tower under beams, which repeat images.
         """
         merges: dict[int, Merge] = {}
         before: tuple[Sequence[int], ...] = tuple(range(count) for count in report.visual_tokens)
         pending = list(self.calls.items())
         for number, event in enumerate(report.events):
             # A router's cut, and a stage that no sample reached, ask nobody.
-            if pending and pending[0][0][0] == event.stage:
-                merge = _merge(pending.pop(0)[1], event, before)
-                if merge is not None:
+            if pending and pending[0][0][1] == event.index:
+                calls = pending.pop(0)[1]
+                merge = None if all(call.weights is None for call in calls) else _merge(calls, event, before)
+                if merge is not None and Site.parse(event.site).in_tower:
+                    if beams > 1:
+                        raise ValueError(f"{event.stage} merges at {event.site}; under beams no reference follows it")
+                    merges[number] = merge
+                elif merge is not None:
                     extras = None if merge.extras is None else merge.extras[::beams]
                     merges[number] = Merge(merge.weights[::beams], extras)
             before = event.kept
@@ -100,13 +105,13 @@ def _weights(result: Any) -> Tensor | None:
     return result.weights if isinstance(result, Selection) else None
 
 
-def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge | None:
-    """The merge of one event; None if every row just keeps."""
-    if all(call.weights is None for call in calls):
-        return None
-    if Site.parse(event.site).in_tower:
-        raise ValueError(f"{event.stage} merges at {event.site}; the masked reference knows merges in the decoder only")
+def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge:
+    """The merge of one event."""
     rows = [row for call in calls for row in _rows(call)]
+    if Site.parse(event.site).in_tower:
+        counts = [int(present) for call in calls for present in call.valid.reshape(-1, call.valid.shape[-1]).sum(-1)]
+        matrices = zip((matrix for matrix, _ in rows), counts, strict=True)
+        return Merge(tuple(torch.eye(count) if matrix is None else matrix for matrix, count in matrices))
     if len(rows) != len(event.entered):
         # A strategy that takes one sample at a time is not asked about samples without visual tokens.
         asked = iter(rows)
