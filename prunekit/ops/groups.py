@@ -62,8 +62,8 @@ def _shares(weights: Tensor, rest: Tensor, room: Tensor, remainder: str) -> Tens
     steps = (ideal * STEPS).round().long()
     whole, fraction = steps // STEPS, steps % STEPS
     first = fraction if remainder == "fraction" else weights
-    over = (rest - whole.sum(-1, keepdim=True)).squeeze(-1)
-    return whole + top_k_mask(first, over, (whole < room) & (weights > 0)).long()
+    remaining = (rest - whole.sum(-1, keepdim=True)).squeeze(-1)
+    return whole + top_k_mask(first, remaining, (whole < room) & (weights > 0)).long()
 
 
 def _level(weights: Tensor, rest: Tensor, room: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import naive
+from prunekit_evals.bench import primitives
 
 from prunekit import ops
 
@@ -28,3 +29,11 @@ def test_every_primitive_is_documented_with_its_arguments() -> None:
 
 def test_every_primitive_has_a_twin() -> None:
     assert [name for name in ops.__all__ if not callable(getattr(naive, name, None))] == []
+
+
+def test_costs_are_measured_and_shown() -> None:
+    names = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8").partition("<!-- cost -->")[2], flags=re.M)
+    times = primitives.milliseconds(12, 4, rounds=1)
+    assert names == list(times) and set(names) <= set(ops.__all__)
+    assert all(time >= 0 for time in times.values())
+    assert primitives.table({"4 of 12": times}).count("\n") == len(times) + 1

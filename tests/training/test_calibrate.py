@@ -136,6 +136,8 @@ class TestRefusals:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(SpecError, match=r"stages\[0\]\.calibration: cannot read '.*none\.json'"):
             build({"stages": [{"use": "vtw", "calibration": str(tmp_path / "none.json")}]})
+        with pytest.raises(SpecError, match=r"stages\[0\]\.calibration: no such file: '.*none\.json'"):
+            build({"stages": [{**SHORT, "calibration": str(tmp_path / "none.json")}]})
 
     def test_another_model(self, written):
         other = dataclasses.replace(loading.load_shape("micro"), layers=12)

@@ -28,13 +28,14 @@ class Decision:
     """A stage's answer at one cut, kept on its device until somebody asks for a report.
 
     entered: visual tokens of each row that reached the cut. ordinals: int64 (B, V), their numbers among the original
-    visual tokens of their row.
+    visual tokens of their row. asked: how many to keep of each row, None for a stage that decides by itself.
     """
 
     cut: Cut
     entered: tuple[int, ...]
     ordinals: Tensor
     selection: Selection
+    asked: tuple[int, ...] | None
 
     def event(self) -> StageEvent:
         """The same as plain numbers; reads tensors back from their device."""
@@ -47,7 +48,7 @@ class Decision:
         stage, sizes = self.cut.stage, self.selection.sizes
         return StageEvent(
             stage.use, stage.index, str(self.cut.site), self.entered, kept(self.ordinals), self.selection.crop,
-            None if sizes is None else kept(sizes),
+            None if sizes is None else kept(sizes), self.asked,
         )  # fmt: skip
 
 

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.forward import Forward
 from prunekit.engine.decoder.forward_pass import Here
-from prunekit.engine.decoder.readings import Readings, Run, blank, taken
+from prunekit.engine.decoder.readings import Readings, Run, taken
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.prompt.prompt import Prompt
-from prunekit.engine.tower.from_tower import FromTower
+from prunekit.engine.tokens.layout import blank, take
+from prunekit.engine.tower import record
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
@@ -25,12 +26,12 @@ from prunekit.strategy import inputs as table
 
 # Inputs that belong to the whole batch, those with one entry per sample, and those with one per text token.
 SHARED = frozenset({"cut", "norm"})
-SINGLE = frozenset({"count", "seed", "extras"})
+SINGLE = frozenset({"count", "seed"})
 TEXT = frozenset({"text", "text_hidden", "text_keys", "text_after", "text_valid"})
 
 
 @dataclass(frozen=True, repr=False)
-class View(FromTower):
+class View:
     """The visual tokens that reach one stage. Its properties named in the hook specifications are the inputs of hooks.
 
     What hooks get is theirs: writing to it changes nothing of the model.
@@ -90,25 +91,21 @@ class View(FromTower):
         return states if self.place.stage.trainable else states.detach()
 
     @cached_property
-    def places(self) -> Tensor:
-        """As `Prompt.places`, of the tokens that reach the site: int64 (B, V, 6)."""
-        index = self.ordinals[..., None].expand(-1, -1, 6)
-        return self.prompt.places.gather(1, index).masked_fill(~self.valid[..., None], -1)
+    def _coords(self) -> Tensor:
+        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
+        return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
     def coords(self) -> Tensor:
-        return self.places[..., [0, 2, 3, 4, 5]]
+        return self._coords[..., [0, 2, 3, 4, 5]]
 
     @property
     def frames(self) -> Tensor:
-        return self.places[..., 1]
+        return self._coords[..., 1].clone()
 
-    @cached_property
+    @property
     def sizes(self) -> Tensor:
-        sizes, valid = self.tokens.layout.sizes, self.tokens.valid
-        if sizes is None:
-            return torch.ones_like(valid, dtype=torch.float32)
-        return sizes.gather(1, self.tokens.slots).masked_fill(~valid, 1.0)
+        return self.tokens.sizes.clone()
 
     @cached_property
     def attention(self) -> Any:
@@ -135,14 +132,14 @@ class View(FromTower):
     def _rows(self, spec: decoder_requests.Rows) -> Tensor:
         return self.readings.rows(*self._attended(spec), spec, self.tokens)
 
-    def _attended(self, spec: decoder_requests.Spec) -> tuple[decoder_rows.Attended, Run]:
+    def _attended(self, spec: decoder_requests.Spec) -> tuple[Attended, Run]:
         calls, key = self._calls, decoder_requests.layer_and_rope(spec)
         if key not in calls:
             calls[key] = self.readings.attended(spec, self.here, self.place, self.hidden_states)
         return calls[key]
 
     @cached_property
-    def _calls(self) -> dict[Any, tuple[decoder_rows.Attended, Run]]:
+    def _calls(self) -> dict[Any, tuple[Attended, Run]]:
         """Layers that were looked at for this stage: several inputs may read the same one."""
         return {}
 
@@ -182,9 +179,29 @@ class View(FromTower):
     def seed(self) -> tuple[int, ...]:
         return self.prompt.seeds
 
+    @property
+    def extras(self) -> Tensor:
+        return record.extras(self.prompt)
+
+    @cached_property
+    def _of_tower(self) -> dict[str, Any]:
+        """Inputs of the vision tower, once each."""
+        return {}
+
+    def get(self, name: str) -> Any:
+        """The input of hooks with this name."""
+        if name not in table.OF_TOWER:
+            return getattr(self, name)
+        if name not in self._of_tower:
+            ordinals, valid = self.tokens.ordinals, self.tokens.valid
+            self._of_tower[name] = record.encoder_input(
+                self.prompt, self.parts.tower, self.place, name, ordinals, valid
+            )
+        return self._of_tower[name]
+
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of sample b: unpadded, without the batch axis; `state` is a dict of the sample's own."""
-        value = getattr(self, name)
+        value = self.get(name)
         if name == "state":
             return value.setdefault(b, {})
         if name == "forward":
@@ -196,6 +213,11 @@ class View(FromTower):
             return value
         if name in SINGLE:
             return value[b]
+        if name == "extras":
+            return value[b, : record.crops(self.prompt)[b]]
+        if name in table.OF_TOWER:
+            crops = record.crops(self.prompt)[b]
+            return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
         if name in table.OF_DECODER_LAYERS:
             declared = table.requests(self.place.stage.inputs, name)
             parts = value if isinstance(value, tuple) else (value,)
