@@ -329,8 +329,8 @@ def test_bare_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert json.loads(capsys.readouterr().out)["sha"] == files[0]["sha"]
     assert "nothing to validate: name a pipeline file" in refused(capsys, "validate", "stages.0.keep=5")
     assert "no such file: 'stages.0.keep=5'" in refused(capsys, "show", "stages.0.keep=5")
-    unknown = (["list", "plugins", "a=b"], ["show", "good.yaml", "--foo", "name=x"], ["show", "good.yaml", "other.yaml"])
-    for arguments in unknown:
+    two, unknown = ["show", "good.yaml", "other.yaml"], ["show", "good.yaml", "--foo", "name=x"]
+    for arguments in (["list", "plugins", "a=b"], unknown, two):
         with pytest.raises(SystemExit) as stop:
             main.main(arguments)
         assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err

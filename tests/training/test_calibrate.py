@@ -83,7 +83,7 @@ def test_shortgpt_leaves_out_the_least_influential_layers(micro, written):
     assert {layer: action.value for layer, action in bound.plan} == dict.fromkeys(least, "skip")
     generating = build({"stages": [{**SHORT, "calibration": str(path), "phase": "prefill"}]}).bind(shape)
     assert {layer: action.value for layer, action in generating.plan} == dict.fromkeys(least, "fill_kv")
-    assert generating.plan.decode == {}
+    assert {generating.plan.decoding(layer).value for layer in least} == {"run"}
 
 
 def test_vtw_stands_where_the_divergence_allows(written):
