@@ -144,9 +144,8 @@ class _Replay:
             flat = whole[:, self.tower.leading :].flatten(0, 1)
             alive, kept = self._before(number), self._kept(self.events[number])
             sizes = list(map(len, groups))
-            for table, entered, stay, weights in zip(
-                groups, alive.split(sizes), kept.split(sizes), self.merges[number], strict=True
-            ):
+            decided = zip(torch.split(alive, sizes), torch.split(kept, sizes), strict=True)
+            for table, (entered, stay), weights in zip(groups, decided, self.merges[number], strict=True):
                 entered = entered & (table >= 0).all(-1)
                 cells, chosen = table[entered], stay[entered]
                 sums = weights[chosen].to(flat.dtype) @ flat[cells].flatten(1)
