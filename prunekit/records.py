@@ -18,6 +18,7 @@ class StageEvent:
     kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
     entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
     sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
+    asked: per sample, how many tokens the budget said to keep; None: the stage decides by itself.
     """
 
     stage: str
@@ -27,6 +28,7 @@ class StageEvent:
     kept: tuple[tuple[int, ...], ...]
     crop: bool = False
     sizes: tuple[tuple[float, ...], ...] | None = None
+    asked: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class RunReport:
         lines = [f"pipeline {self.pipeline} ({self.sha}), {self.samples} sample{'s' * (self.samples != 1)}"]
         for event in self.events:
             kept = tuple(len(row) for row in event.kept)
-            lines.append(f"  {event.stage} at {event.site}: visual tokens {_row(event.entered)} -> {_row(kept)}")
+            asked = "" if event.asked in (None, kept) else f", asked for {_row(event.asked or ())}"
+            lines.append(f"  {event.stage} at {event.site}: visual tokens {_row(event.entered)} -> {_row(kept)}{asked}")
         for plan in _distinct(self.plans):
             several = any(other != plan for other in self.plans)
             who = [row for row, other in enumerate(self.plans) if other == plan]

@@ -8,7 +8,7 @@ transformers is caught by the tests.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,11 +30,13 @@ TESTED = ">=5.4,<6"
 class Probe:
     """A name of transformers that is no documented API.
 
-    used: by which files of prunekit, and for what. check: raises whatever it likes if it is not as it was.
+    files: those of prunekit that rely on it, each with what it is called there. purpose: what for. check: raises
+    whatever it likes if it is not as it was.
     """
 
     name: str
-    used: str
+    files: Mapping[str, str]
+    purpose: str
     check: Callable[[], None]
 
 
@@ -59,7 +61,7 @@ def problem(probe: Probe) -> str:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             probe.check()
     except Exception as error:
-        return f"{probe.name} ({probe.used}): {type(error).__name__}: {error}"
+        return f"{probe.name} ({', '.join(probe.files)}: {probe.purpose}): {type(error).__name__}: {error}"
     return ""
 
 
@@ -196,23 +198,31 @@ def _attention_interface() -> None:
     _expect(asked == ["sdpa"], "attention modules do not ask AttentionInterface.get_interface for their kernel")
 
 
+def _registered_kernels() -> None:
+    interface: Any = modeling_utils.AttentionInterface
+    interface.register("prunekit-probe", lambda: None)
+    _expect("prunekit-probe" in interface._global_mapping, "a registered kernel is not in _global_mapping")
+    del interface._global_mapping["prunekit-probe"]
+    _expect("prunekit-probe" not in interface().valid_keys(), "a kernel that was taken out of it is still valid")
+
+
 def _attention_name() -> None:
     decoder, _ = _decoder()
     _expect(decoder.config._attn_implementation == "sdpa", "config._attn_implementation does not name the attention")
 
 
-def _picture_features() -> None:
+def _image_features() -> None:
     base: Any = modeling_llava.LlavaModel
     named = str(inspect.signature(base.get_image_features).return_annotation)
     _expect("BaseModelOutputWithPooling" in named, f"get_image_features returns {named}, without pooler_output")
 
 
 def _encoded_first() -> None:
-    """`generate` may encode pictures before it calls the model; it then hands them over in this argument."""
+    """`generate` may encode images before it calls the model; it then hands them over in this argument."""
     base: Any = modeling_llava.LlavaModel
     encodes = hasattr(transformers.GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
     takes = "mm_encoder_outputs" in inspect.signature(base.forward).parameters
-    _expect(takes or not encodes, "pictures are encoded by generate, but not handed over in mm_encoder_outputs")
+    _expect(takes or not encodes, "images are encoded by generate, but not handed over in mm_encoder_outputs")
 
 
 def _anyres() -> None:
@@ -230,21 +240,73 @@ def _module_forward() -> None:
     _expect(int(module(torch.zeros(()))) == 1, "nn.Module.__call__ does not call the instance's forward")
 
 
+RAGGED, STATIC, TAP = "engine/cache/ragged.py", "engine/cache/static.py", "engine/attention/tap.py"
 PROBES = (
-    Probe("cache_utils.DynamicCache.layers", "engine/cache/ragged.py: ragged layers stand in for them", _cache_layers),
-    Probe("cache_utils.DynamicLayer", "engine/cache/ragged.py: what ragged layers override", _layer_methods),
-    Probe("cache_utils.DynamicSlidingWindowLayer", "engine/cache/ragged.py: may be replaced too", _sliding_layer),
-    Probe("cache_utils.StaticLayer", "engine/cache/static.py: what static ragged layers override", _static_layer),
-    Probe("masking_utils", "engine/cache/ragged.py: masks are as long as the cache says", _mask_sizes),
-    Probe("decoder layers", "engine/decoder/prefill.py: how a layer is called, what it returns", _layer_call),
-    Probe("modeling_utils.AttentionInterface", "engine/attention/tap.py: what kernels are given", _attention_interface),
-    Probe("config._attn_implementation", "families/base.py: which attention is used", _attention_name),
+    Probe(
+        "cache_utils.DynamicCache.layers", {RAGGED: "DynamicCache"}, "ragged layers stand in for its own", _cache_layers
+    ),
+    Probe("cache_utils.DynamicLayer", {RAGGED: "DynamicLayer"}, "what ragged layers override", _layer_methods),
+    Probe(
+        "cache_utils.DynamicSlidingWindowLayer",
+        {RAGGED: "DynamicSlidingWindowLayer", "verify/comparison.py": "DynamicSlidingWindowLayer"},
+        "is replaced, too",
+        _sliding_layer,
+    ),
+    Probe("cache_utils.StaticLayer", {STATIC: "StaticLayer"}, "what static ragged layers override", _static_layer),
+    Probe(
+        "masking_utils",
+        {RAGGED: "get_mask_sizes", STATIC: "get_mask_sizes"},
+        "masks are as long as the cache says",
+        _mask_sizes,
+    ),
+    Probe(
+        "decoder layers",
+        {"engine/decoder/layer_call.py": "position_embeddings", "verify/stock.py": "position_embeddings"},
+        "how a layer is called, what it returns",
+        _layer_call,
+    ),
+    Probe(
+        "modeling_utils.AttentionInterface",
+        {TAP: "get_interface"},
+        "what kernels are called with",
+        _attention_interface,
+    ),
+    Probe(
+        "AttentionInterface._global_mapping",
+        {"verify/tower.py": "_global_mapping"},
+        "a kernel is registered for a while",
+        _registered_kernels,
+    ),
+    Probe(
+        "config._attn_implementation",
+        {
+            "families/base.py": "_attn_implementation",
+            "verify/stock.py": "_attn_implementation",
+        },
+        "which attention is used",
+        _attention_name,
+    ),
     Probe(
         "get_image_features().pooler_output",
-        "engine/prompt/visual_inputs.py: visual tokens of pictures",
-        _picture_features,
+        {
+            "engine/attach.py": "pooler_output",
+            "engine/prompt/visual_inputs.py": "pooler_output",
+            "verify/tiny_prompts.py": "pooler_output",
+        },
+        "visual tokens of each image",
+        _image_features,
     ),
-    Probe("mm_encoder_outputs", "engine/prompt/call.py: pictures that generate has encoded", _encoded_first),
-    Probe("models.llava_next.modeling_llava_next", "families/grids.py: coords in any-resolution images", _anyres),
-    Probe("torch.nn.Module.__call__", "engine/overrides.py: overrides of instances", _module_forward),
+    Probe(
+        "mm_encoder_outputs",
+        {"engine/prompt/call.py": "mm_encoder_outputs"},
+        "images that generate has encoded",
+        _encoded_first,
+    ),
+    Probe(
+        "models.llava_next.modeling_llava_next",
+        {"families/grids.py": "modeling_llava_next", "families/patch_groups.py": "PACKING"},
+        "coords and patches of any-resolution images",
+        _anyres,
+    ),
+    Probe("torch.nn.Module.__call__", {"engine/overrides.py": "__dict__"}, "overrides of instances", _module_forward),
 )

@@ -21,8 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 settings.register_profile("prunekit", deadline=None, derandomize=True)
 settings.load_profile("prunekit")
 
-# Written by pytest itself, and by torch where something imports its compiler.
-IGNORED = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+# Written by pytest for each test, and by torch when its compiler is first imported.
+OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def leaves_the_process_as_it_was() -> Iterator[None]:
     changed = {
         name
         for name in environment.keys() | os.environ.keys()
-        if environment.get(name) != os.environ.get(name) and name not in IGNORED
+        if environment.get(name) != os.environ.get(name) and name not in OTHERS
     }
     for name in changed:
         os.environ.pop(name, None)

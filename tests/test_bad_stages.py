@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,13 +25,14 @@ from prunekit import (
     hookimpl,
     strategy,
 )
-from prunekit.errors import SpecError
+from prunekit.errors import SpecError, Unsupported
 from prunekit.pipeline import build
 from prunekit.registry import Registry
+from prunekit.strategy.decisions import TowerShape
 from prunekit.strategy.sites import Keep
 
 EVERYWHERE = Sites(tower=True, pixels=True, end=True)
-SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144, tower_layers=6)
+SHAPE = ModelShape("stub", 10, 64, 4, 16, 1, 1, 128, 144, tower=TowerShape(6, 5, leading=1, projects_tokens=True))
 
 
 @strategy(sites=EVERYWHERE)
@@ -41,7 +43,7 @@ class Score:
 
 @strategy(sites=Sites(decoder=False))
 class Door:
-    """Acts at the decoder's door alone."""
+    """Acts at the decoder input alone."""
 
     @hookimpl
     def score_tokens(self, hidden: Any) -> Any: ...
@@ -49,7 +51,7 @@ class Door:
 
 @strategy()
 class Plain:
-    """Takes the usual sites: the door and decoder layers."""
+    """Takes the usual sites: the decoder input and decoder layers."""
 
     @hookimpl
     def score_tokens(self, hidden: Any) -> Any: ...
@@ -98,9 +100,22 @@ class Cls(Score):
 
 
 @strategy()
+class Running(Score):
+    """Runs layers on the side."""
+
+    @hookimpl
+    def score_tokens(self, forward: Any) -> Any: ...
+
+
+@strategy()
 class Router:
     @hookimpl
     def route(self, embeds: Any) -> Route: ...
+
+
+@strategy(sites=EVERYWHERE)
+class TowerRouter(Router):
+    """Allows sites that no router can have."""
 
 
 @strategy(routes=("layers",))
@@ -135,7 +150,7 @@ class Plan:
 
 STRATEGIES = (
     Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
-    OwnLayers, Plan,
+    OwnLayers, Plan, Running, TowerRouter,
 )  # fmt: skip
 
 
@@ -274,7 +289,10 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "end not allowed": (one("use: plain, at: prefill_end, keep: 1"), ["2:22: at: 'plain' cannot act at 'prefill_end'"]),
     "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),
-    "pixels": (one("use: score, at: pixels, keep: 1"), ["2:22: at: this version cannot cut pictures before the tower"]),
+    "pixels": (
+        one("use: score, at: pixels, keep: 1"),
+        ["2:22: at: this version cannot cut images before the tower sees them"],
+    ),
     "decoder not allowed": (one("use: door, at: 2.mid, keep: 1"), ["2:21: at: 'door' cannot act at '2.mid'"]),
     "one of a list not allowed": (
         one("use: plain, at: [encoder, 3, prefill_end], keep: 1"),
@@ -424,7 +442,7 @@ ROUTERS: dict[str, tuple[str, list[str]]] = {
     ),
     "before others at the door": (
         two("use: router, at: encoder, keep: 0.5", "use: score, at: encoder, keep: 0.25"),
-        ["3:22: at: 'router' routes after all other stages at the decoder's door, so also after this one (list it be"],
+        ["3:22: at: 'router' routes after all other stages at the decoder input, so also after this one (list it be"],
     ),
     "two about layers": (
         two("use: router, keep_layers: 8", "use: planner"),
@@ -503,7 +521,7 @@ def test_there_are_at_least_ten_of_each() -> None:
 @pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])
 def test_a_tower_that_cannot_be_cut(registry: Registry, keys: str) -> None:
     with pytest.raises(SpecError, match=r"2:22: .*this model's vision tower cannot be cut \(cut at 'encoder' or later"):
-        build.build(one(keys), registry=registry).bind(dataclasses.replace(SHAPE, tower_layers=0))
+        build.build(one(keys), registry=registry).bind(dataclasses.replace(SHAPE, tower=None))
 
 
 @pytest.mark.parametrize(("use", "name"), [("encoder", "encoder_attention"), ("cls", "extras")])
@@ -511,7 +529,46 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
     built = build.build(one(f"use: {use}, keep: 1"), registry=registry)
     assert built.bind(SHAPE).cuts[0].site == Site(None)
     with pytest.raises(SpecError, match=f"'{use}' asks for {name}, but this model's vision tower cannot be read"):
-        built.bind(dataclasses.replace(SHAPE, tower_layers=0))
+        built.bind(dataclasses.replace(SHAPE, tower=None))
+
+
+@pytest.mark.parametrize(
+    ("keys", "changed", "said"),
+    [
+        ("use: score, at: 2.mid, keep: 1", {"cuts_inside": False},
+         "2:22: .*the layers of stub run attention and MLP side by side: there is no state between them"),
+        ("use: running, at: 2.mid, keep: 1", {},
+         "2:24: .*'running' asks for forward, but no layer can be run from '2.mid'"),
+        ("use: running, at: prefill_end, keep: 1", {},
+         "2:24: .*'running' asks for forward, but no layer can be run from 'prefill_end'"),
+        ("use: towerrouter, at: vision.1, keep: 1", {},
+         "2:28: .*'towerrouter' decides at the decoder input, after 'vision.1'"),
+        ("use: score, at: vision.3, keep: 1", {"tower": TowerShape(6, 2)},
+         r"2:22: .*image features are taken after block 2, so a cut behind block 3 changes nothing .* \(cut earlier"),
+        ("use: score, at: vision.0, keep: 1", {"tower": TowerShape(6, -1)},
+         "2:22: .*image features are the tower's input, so a cut behind block 0 changes nothing"),
+        ("use: score, at: [vision.0, 2], keep: 1", {},
+         r"2:23: .*in the tower a sample is an image, behind it a prompt, .* \(split the stage in two\)$"),
+    ],
+)  # fmt: skip
+def test_models_that_cannot_do_it(registry: Registry, keys: str, changed: dict[str, Any], said: str) -> None:
+    built = build.build(one(keys), registry=registry)
+    with pytest.raises(SpecError, match=said):
+        built.bind(dataclasses.replace(SHAPE, **changed))
+
+
+def test_positions_and_attention_of_the_model(registry: Registry) -> None:
+    """A model without rotations cannot renumber; masks of an unknown attention cannot be cut, but a pipeline without
+    effect needs none.
+    """
+    renumbering = build.build({**yaml.safe_load(one("use: score, keep: 0.5")), "positions": "renumber"}, (), registry)
+    with pytest.raises(SpecError, match="positions: the stub decoder has no rotary positions to renumber"):
+        renumbering.bind(dataclasses.replace(SHAPE, rotary=False))
+    strange = dataclasses.replace(SHAPE, attention="flex_attention")
+    with pytest.raises(Unsupported, match="'flex_attention' is not supported by this version; load the model with"):
+        build.build(one("use: score, keep: 0.5"), registry=registry).bind(strange)
+    idle = {"stages": [{"use": "dense"}]}
+    assert not build.build(idle).bind(strange).acts
 
 
 PLACES = (
@@ -531,8 +588,8 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
         one("use: score, at: [2, 4], keep: [0.25, 0.5], keep_of: current"),
         [("2", "0.25 of current"), ("4", "0.5 of current")],
     ),
-    "all places in order": (
-        one(f"use: score, at: [{', '.join(PLACES)}], keep: 1"),
+    "all sites in order": (
+        two(*(f"use: score, at: [{', '.join(sites)}], keep: 1" for sites in (PLACES[:3], PLACES[3:]))),
         [(place, "1 of original") for place in PLACES],
     ),
     "stages between the sites of another": (

@@ -1,8 +1,9 @@
 """Every refusal of prunekit is listed in docs/limits.md and provoked by a test, both by the same words.
 
-A refusal is a `raise Unsupported(...)`. Tables of docs/limits.md have a column "it says" with a piece of its message in
-backquotes; the piece must belong to one refusal alone, and must stand in a string of some test. Where the reason is a
-name that the function, or a table of its module, gives several texts, each of them is a refusal of its own.
+A refusal is a `raise Unsupported(...)`, or the message of a `Problem` that a function returns. Tables of docs/limits.md
+have a column "it says" with a piece of its message in backquotes; the piece must belong to one refusal alone, and must
+stand in a string of some test. Where the reason is a name that the function, or a table of its module, gives several
+texts, each of them is a refusal of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "limits.md"
 COLUMN = "it says"
 # Shorter pieces would be found by accident; shorter frames say nothing by themselves.
-SHORTEST, FRAME = 12, 24
+SHORTEST, FRAME, WHOLE = 12, 24, 20
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,25 @@ class Refusal:
 
 def refusals(files: Iterable[tuple[str, str]]) -> list[Refusal]:
     """All refusals of some source files, (name, text) each."""
-    return [refusal for name, text in files for refusal in _of_module(name, ast.parse(text))]
+    trees = [(name, ast.parse(text)) for name, text in files]
+    return [one for name, tree in trees for one in (*_of_module(name, tree), *_of_problems(name, tree))]
+
+
+def _of_problems(name: str, tree: ast.Module) -> Iterator[Refusal]:
+    """What functions that return a `Problem`, a message and a hint, have as messages."""
+    for function in ast.walk(tree):
+        returns = getattr(function, "returns", None)
+        if returns is None or "Problem" not in ast.unparse(returns):
+            continue
+        for node in ast.walk(function):
+            message = None
+            if isinstance(node, ast.Assign) and {ast.unparse(one) for one in node.targets} <= {"message", "reason"}:
+                message = node.value
+            elif isinstance(node, ast.Tuple) and len(node.elts) == 2:
+                message = node.elts[0]
+            parts = () if message is None else texts(message)
+            if max(map(len, parts), default=0) >= WHOLE:
+                yield Refusal(f"{name}:{node.lineno}", parts)
 
 
 def _of_module(name: str, tree: ast.Module) -> Iterator[Refusal]:

@@ -6,7 +6,6 @@ import ast
 import inspect
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -73,6 +72,9 @@ CHANGES: dict[str, Any] = {
     "masking_utils": _physical_masks,
     "decoder layers": _positional,
     "modeling_utils.AttentionInterface": _own_kernel,
+    "AttentionInterface._global_mapping": lambda patch: patch.setattr(
+        modeling_utils.AttentionInterface, "register", classmethod(lambda cls, key, value: None)
+    ),
     "config._attn_implementation": lambda patch: patch.setattr(
         transformers.LlamaConfig, "_attn_implementation", property(lambda self: "eager", lambda self, value: None)
     ),
@@ -101,6 +103,13 @@ def test_the_probe_passes_here(name: str) -> None:
     assert upstream.problem(PROBES[name]) == ""
 
 
+@pytest.mark.parametrize("name", PROBES)
+def test_the_probe_names_the_files_that_use_it(name: str) -> None:
+    assert PROBES[name].files
+    for path, mention in PROBES[name].files.items():
+        assert mention in (ROOT / "prunekit" / path).read_text(encoding="utf-8"), f"{path} does not use {mention}"
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_probe_notices_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CHANGES[name](monkeypatch)
@@ -113,7 +122,7 @@ def test_a_change_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatc
     from prunekit.testing.tiny import tiny_llava
 
     broken = upstream.Probe(
-        "AttentionInterface.frobnicate", "watch.py: nothing", lambda: upstream._expect(False, "gone")
+        "AttentionInterface.frobnicate", {"tap.py": "x"}, "nothing", lambda: upstream._expect(False, "gone")
     )
     monkeypatch.setattr(upstream, "_problems", lambda: (upstream.problem(broken),))
     with (
@@ -160,8 +169,8 @@ def test_nothing_else_is_taken_from_inside_transformers() -> None:
 
 
 def test_private_names_are_those_of_the_probes() -> None:
-    """`._attn_implementation` is the one private attribute of transformers that prunekit reads."""
-    own = SimpleNamespace(read=set())
+    """The private attributes of configs and of `AttentionInterface` that prunekit reads."""
+    read: set[str] = set()
     for path in sorted((ROOT / "prunekit").rglob("*.py")):
-        own.read |= set(re.findall(r"config\._(\w+)", path.read_text(encoding="utf-8")))
-    assert own.read <= {"attn_implementation"}
+        read |= set(re.findall(r"(?:config|AttentionInterface|interface)\.(_\w+)", path.read_text(encoding="utf-8")))
+    assert read - {"__dict__"} == {"_attn_implementation", "_global_mapping"}

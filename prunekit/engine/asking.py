@@ -3,93 +3,199 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError, PrunekitError
 from prunekit.pipeline.stage import Stage
-from prunekit.strategy.decisions import Selection
+from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.declare import HOOKS
+
+
+class View(Protocol):
+    """The visual tokens that reach a stage, in the decoder or in the vision tower: what asking needs to know of them.
+
+    valid: bool (B, V), False on padding. counts: visual tokens of each sample. sizes: float (B, V), how many original
+    tokens each stands for.
+    """
+
+    @property
+    def valid(self) -> Tensor: ...
+    @property
+    def counts(self) -> tuple[int, ...]: ...
+    @property
+    def sizes(self) -> Tensor: ...
+
+    def get(self, name: str) -> Any:
+        """The input of hooks with this name, for the batch."""
+
+    def of_sample(self, name: str, b: int) -> Any:
+        """The same of sample b: without padding and without the batch axis."""
+
+
+class Refusals:
+    """What makes an answer unusable: the conditions of a stage's tensors, read back from their device all at once."""
+
+    def __init__(self) -> None:
+        self._listed: list[tuple[Tensor, str]] = []
+
+    def add(self, wrong: Tensor, message: str) -> None:
+        """Refuse with `message` if any entry of bool `wrong` is True."""
+        self._listed.append((wrong.any(), message))
+
+    def settle(self) -> None:
+        """Raise PluginError with the first message whose condition holds."""
+        if self._listed and bool(torch.stack([wrong for wrong, _ in self._listed]).any()):
+            raise PluginError(next(message for wrong, message in self._listed if wrong))
 
 
 def decide(stage: Stage, view: View) -> Selection:
     """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there.
 
-    Hooks run without gradients, unless the strategy says that it is `trainable`.
+    Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
+    hook, for an answer that cannot be carried out.
     """
+    refusals = Refusals()
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
-        if not stage.per_sample:
-            return _decide(stage, view.valid, lambda name: getattr(view, name))
-        found = {b: _decide_one(stage, view, b) for b, length in enumerate(view.counts) if length}
-        return _together(stage, view, found)
+        if stage.per_sample:
+            answers = {
+                b: _decide(stage, view.valid[b, :length], partial(view.of_sample, b=b), refusals)
+                for b, length in enumerate(view.counts)
+                if length
+            }
+            selection = _together(stage, view, answers)
+        else:
+            selection = _decide(stage, view.valid, view.get, refusals)
+    refusals.settle()
+    return selection
 
 
-def _decide_one(stage: Stage, view: View, b: int) -> Selection:
-    return _decide(stage, view.valid[b, : view.counts[b]], lambda name: view.of_sample(name, b))
-
-
-def _together(stage: Stage, view: View, found: dict[int, Selection]) -> Selection:
-    """Selections of single samples as one of the batch."""
-    keep = torch.zeros_like(view.valid)
-    for b, one in found.items():
-        keep[b, : view.counts[b]] = one.keep
-    crops = {one.crop for one in found.values()}
-    if len(crops) > 1:
-        raise PluginError(f"{stage.label}: `crop` must be the same for all samples of a batch")
-    weights = [one.weights for one in found.values() if one.weights is not None]
-    whole = sizes = None
-    if weights:
-        width = keep.shape[1]
-        extras = max(one.shape[1] - one.shape[0] for one in weights)
-        blank = torch.eye(width, width + extras, dtype=weights[0].dtype, device=weights[0].device)
-        rows = [_padded(found.get(b), blank) for b in range(len(keep))]
-        whole = torch.stack(rows)
-    if any(one.sizes is not None for one in found.values()):
-        sizes = view.sizes.clone()
-        for b, one in found.items():
-            if one.sizes is not None:
-                sizes[b, : view.counts[b]] = one.sizes.to(sizes)
-    return Selection(keep, whole, sizes, crops.pop() if crops else False)
-
-
-def _padded(one: Selection | None, blank: Tensor) -> Tensor:
-    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
-    if one is None or one.weights is None:
-        return blank
-    weights, width = one.weights, blank.shape[0]
-    many, extras = len(weights), weights.shape[1] - len(weights)
-    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
-    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
-    return torch.cat([top, blank[many:]])
-
-
-def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any]) -> Selection:
+def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Refusals) -> Selection:
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
-        extra["scores"] = checked(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid.shape)
+        extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals)
     answer = call(stage, "select_tokens", get, extra)
     selection = answer if isinstance(answer, Selection) else Selection(answer)
     keep = checked(stage, "select_tokens", selection.keep, valid.shape)
     if keep.dtype != torch.bool:
         raise PluginError(f"{stage.label}: select_tokens must return bool, not {keep.dtype}")
+    if not isinstance(selection.crop, bool):
+        raise PluginError(f"{stage.label}: select_tokens (crop) must be True or False, not {selection.crop!r}")
     keep = keep.to(valid.device) & valid
     weights, sizes = selection.weights, selection.sizes
     if weights is None and stage.hook.merge_tokens.get_hookimpls():
-        weights = call(stage, "merge_tokens", get, {"keep": keep})
-    if weights is not None:
-        extras = _extras(stage, get)
-        weights = checked(stage, "merge_tokens", weights, (*valid.shape, valid.shape[-1] + extras))
+        weights = call(stage, "merge_tokens", get, {"keep": keep.clone()})
+    if isinstance(weights, Owners):
+        weights = _owners(stage, weights, keep, valid, refusals)
+    elif weights is not None:
+        weights = _matrix(stage, weights, keep, _extras(stage, get), refusals)
     if sizes is not None:
-        checked(stage, "select_tokens (sizes)", sizes, valid.shape)
+        hook = "select_tokens (sizes)"
+        sizes = _floats(stage, hook, sizes, valid.shape).to(valid.device)
+        wrong = keep & ~(torch.isfinite(sizes) & (sizes > 0))
+        refusals.add(wrong, f"{stage.label}: {hook} must be finite and above 0 for every kept token")
     return Selection(keep, weights, sizes, selection.crop)
+
+
+def _owners(stage: Stage, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals) -> Owners:
+    """Owners whose entries on padding go nowhere."""
+    owner = checked(stage, "merge_tokens (owner)", owners.owner, valid.shape).to(valid.device)
+    if owner.dtype != torch.int64:
+        raise PluginError(f"{stage.label}: merge_tokens (owner) must be int64, not {owner.dtype}")
+    owner = owner.masked_fill(~valid, -1)
+    width = valid.shape[-1]
+    refusals.add(
+        (owner < -1) | (owner >= width),
+        f"{stage.label}: merge_tokens (owner) must name tokens 0 to {width - 1}, or -1 for a token that goes nowhere",
+    )
+    itself = torch.arange(width, device=owner.device)
+    refusals.add(keep & (owner != itself), f"{stage.label}: merge_tokens (owner): a kept token must own itself")
+    joined = keep.gather(-1, owner.clamp(0, width - 1))
+    refusals.add(
+        (owner >= 0) & ~joined,
+        f"{stage.label}: merge_tokens (owner) names a token that is not kept",
+    )
+    amounts = owners.amounts
+    if amounts is not None:
+        amounts = scores(stage, "merge_tokens (amounts)", amounts, valid, refusals)
+    return Owners(owner, owners.mode, amounts)
+
+
+def _matrix(stage: Stage, weights: Any, keep: Tensor, extras: int, refusals: Refusals) -> Tensor:
+    """A dense merge, float (B, V, V + E), finite in the rows of kept tokens."""
+    shape = (*keep.shape, keep.shape[-1] + extras)
+    matrix = _floats(stage, "merge_tokens", weights, shape)
+    wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
+    refusals.add(wrong.any().to(keep.device), f"{stage.label}: merge_tokens gave NaN or infinity to a kept token")
+    return matrix
 
 
 def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
     """How many declared extras stand after the visual tokens."""
     return int(get("extras").shape[-2]) if stage.extras else 0
+
+
+def _together(stage: Stage, view: View, answers: dict[int, Selection]) -> Selection:
+    """Selections of single samples as one of the batch."""
+    keep = torch.zeros_like(view.valid)
+    for b, one in answers.items():
+        keep[b, : view.counts[b]] = one.keep
+    crops = {one.crop for one in answers.values()}
+    if len(crops) > 1:
+        raise PluginError(f"{stage.label}: `crop` must be the same for all samples of a batch")
+    weights = {b: one.weights for b, one in answers.items() if one.weights is not None}
+    owners = {b: one for b, one in weights.items() if isinstance(one, Owners)}
+    matrices = {b: one for b, one in weights.items() if isinstance(one, Tensor)}
+    if len({one.mode for one in owners.values()}) + bool(matrices) > 1:
+        raise PluginError(f"{stage.label}: merges must be of one kind and mode for all samples of a batch")
+    merge = _owners_together(keep, owners) if owners else _matrices_together(keep, matrices) if matrices else None
+    sizes = None
+    if any(one.sizes is not None for one in answers.values()):
+        sizes = view.sizes.clone()
+        for b, one in answers.items():
+            if one.sizes is not None:
+                sizes[b, : view.counts[b]] = one.sizes.to(sizes)
+    return Selection(keep, merge, sizes, crops.pop() if crops else False)
+
+
+def _owners_together(keep: Tensor, owners: dict[int, Owners]) -> Owners:
+    """Samples that merge nothing have groups of one token."""
+    width = keep.shape[1]
+    owner = torch.arange(width, device=keep.device).expand_as(keep).masked_fill(~keep, -1)
+    rows = [owner[b] if b not in owners else _longer(owners[b].owner, width, -1) for b in range(len(keep))]
+    some = next(iter(owners.values()))
+    if some.amounts is None:
+        return Owners(torch.stack(rows), some.mode)
+    amounts = {b: one.amounts for b, one in owners.items() if one.amounts is not None}
+    ones = some.amounts.new_ones(width)
+    factors = [_longer(amounts[b].to(ones), width, 1) if b in amounts else ones for b in range(len(keep))]
+    return Owners(torch.stack(rows), some.mode, torch.stack(factors))
+
+
+def _longer(x: Tensor, width: int, padding: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - len(x)), value=padding)
+
+
+def _matrices_together(keep: Tensor, matrices: dict[int, Tensor]) -> Tensor:
+    width = keep.shape[1]
+    extras = max(one.shape[1] - one.shape[0] for one in matrices.values())
+    some = next(iter(matrices.values()))
+    blank = torch.eye(width, width + extras, dtype=some.dtype, device=some.device)
+    return torch.stack([_padded(matrices.get(b), blank) for b in range(len(keep))])
+
+
+def _padded(weights: Tensor | None, blank: Tensor) -> Tensor:
+    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
+    if weights is None:
+        return blank
+    many, width = len(weights), blank.shape[0]
+    extras = weights.shape[1] - many
+    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
+    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
+    return torch.cat([top, blank[many:]])
 
 
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:
@@ -105,8 +211,33 @@ def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, An
 
 
 def checked(stage: Stage, hook: str, value: Any, shape: Sequence[int]) -> Tensor:
-    """`value`, if it is a tensor of this shape; raises PluginError naming the stage and hook if not."""
+    """`value`, if it is a tensor of this shape with data; raises PluginError naming the stage and hook if not."""
     if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        got = "nothing" if value is None else got
         raise PluginError(f"{stage.label}: {hook} must return a tensor of shape {tuple(shape)}, not {got}")
+    if value.is_meta:
+        raise PluginError(f"{stage.label}: {hook} returned a tensor on the meta device, which holds no data")
     return value
+
+
+def _floats(stage: Stage, hook: str, value: Any, shape: Sequence[int]) -> Tensor:
+    floats = checked(stage, hook, value, shape)
+    if not floats.is_floating_point():
+        raise PluginError(f"{stage.label}: {hook} must return float, not {floats.dtype}; convert it with .float()")
+    return floats
+
+
+def scores(stage: Stage, hook: str, value: Any, valid: Tensor, refusals: Refusals) -> Tensor:
+    """`value`, if it is float, of the shape of bool `valid`, and finite there; on the device of `valid`."""
+    floats = _floats(stage, hook, value, valid.shape).to(valid.device)
+    refusals.add(valid & ~torch.isfinite(floats), f"{stage.label}: {hook} returned NaN or infinity")
+    return floats
+
+
+def finite(stage: Stage, hook: str, value: Any, valid: Tensor) -> Tensor:
+    """The same, read back from the device at once."""
+    refusals = Refusals()
+    floats = scores(stage, hook, value, valid, refusals)
+    refusals.settle()
+    return floats

@@ -21,12 +21,13 @@ from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.prompt import generate
 from prunekit.engine.prompt.call import CALL, Call
-from prunekit.engine.prompt.visual_inputs import Pictures, counts_of, note
+from prunekit.engine.prompt.visual_inputs import VisualInputs, counts_of, record_on
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
-from prunekit.engine.tower.notes import tower_events, tower_tokens
-from prunekit.engine.tower.plan import TowerPlan
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.engine.tower import blocks
+from prunekit.engine.tower.needs import TowerNeeds
+from prunekit.engine.tower.record import tower_events, tower_tokens
+from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
@@ -50,6 +51,7 @@ class Attached:
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
+        self._check_processor()
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
@@ -58,7 +60,7 @@ class Attached:
         self._report: tuple[BatchState, RunReport] | None = None
         self._overrides = Overrides()
         self._left = False
-        self._tower = TowerPlan.of(self.bound, self.parts)
+        self._tower = TowerNeeds.of(self.bound, self.parts)
 
     def __enter__(self) -> Self:
         self.attach()
@@ -81,9 +83,8 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in. Raises Unsupported for what the model's attention cannot do."""
+        """Put the overrides in."""
         parts, base = self.parts, self.parts.base
-        self._check_attention()
         if self.outer is not None:
             self.outer._overrides.restore()
         try:
@@ -93,6 +94,14 @@ class Attached:
             raise
         base.__dict__[_ATTACHED] = self
 
+    def _check_processor(self) -> None:
+        reading = [stage.label for stage in self.pipeline.stages if stage.asks_for("question")]
+        if reading and self.processor is None:
+            raise Unsupported(
+                f"{reading[0]} asks for `question`, the user's words, which only the model's processor can read from "
+                "the prompt: apply(model, pipeline, processor=processor)"
+            )
+
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
         replace(parts.base, "forward", self._base_forward)
@@ -101,11 +110,11 @@ class Attached:
         replace(parts.text, "forward", self._text_forward)
         if self.active:
             generate.override(self._overrides, self.model)
-            if self.pipeline.positions == "renumber":
+            if self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
-                self._tower.attach(self._overrides)
+                blocks.override(self._overrides, self._tower)
             self.needs.attach(self._overrides)
 
     @property
@@ -129,13 +138,6 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
-
-    def _check_attention(self) -> None:
-        if self.active and self._kind is None:
-            raise Unsupported(
-                f"attention implementation '{self.parts.attention_implementation}' is not supported by this version; "
-                "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
-            )
 
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
@@ -162,14 +164,12 @@ class Attached:
                 if self._tower is None:
                     output, seen = original(*args, **kwargs), None
                 else:
-                    with self._tower.encoding(modality, given) as seen:
+                    with blocks.encoding(self._tower, modality, given) as seen:
                         output = original(*args, **kwargs)
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
-                    pictures = Pictures(modality, given, counts_of(features))
-                    if self._tower is not None and seen is not None:
-                        pictures.tower["notes"] = self._tower.notes(seen, features)
-                    note(output, pictures)
+                    record = None if seen is None else seen.record(features)
+                    record_on(output, VisualInputs(modality, given, counts_of(features), record))
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
                 return output
@@ -179,14 +179,13 @@ class Attached:
         return make
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Remember the prompt's ids and pictures while the LVLM's base model runs."""
-        signature = inspect.signature(original)
+        """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
+        names = list(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
-            given = signature.bind_partial(*args, **kwargs).arguments
-            call = Call(given | given.get("kwargs", {}), self.parts)
+            call = Call(dict(zip(names, args, strict=False)) | kwargs, self.parts)
             if self.active:
                 call.refuse_unsupported()
             token = CALL.set(call)
@@ -206,34 +205,27 @@ class Attached:
                 if self.active:
                     static.require(cache)
                 return original(*args, **kwargs)
-            call, filled = CALL.get(), ragged.is_filled(cache)
-            state: BatchState | None = ragged.owner_of(cache)
-            if not self.active and (call is None or call.given.get("input_ids") is None or filled):
+            call = CALL.get()
+            if not self.active and (call is None or call.given.get("input_ids") is None or ragged.is_filled(cache)):
                 # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
                 return original(*args, **kwargs)
             if call is None:
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
-            embeds = kwargs["inputs_embeds"]
+            embeds, kind = kwargs["inputs_embeds"], self._kind or "bool"
+            state: BatchState | None = ragged.owner_of(cache)
+            if state is not None:
+                state.refuse_other(self.pipeline.sha, self.parts)
+                call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
-                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
-                prefill = Prefill(state, embeds.shape[1], self._kind or "bool", needs=self.needs)
-                output = self._run(prefill, original, args, kwargs)
-                return self._finish(prefill, output, cache)
-            state.refuse_other(self.pipeline.sha, self.parts)
-            call.refuse_new_pictures()
-            return self._run(Decoding(state, embeds.shape[1], self._kind or "bool"), original, args, kwargs)
+                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
+                prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
+                return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
+            return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)
 
         return forward
-
-    def _run(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        token = CURRENT.set(current)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            CURRENT.reset(token)
 
     def _finish(self, prefill: Prefill, output: Any, cache: Any) -> Any:
         state = self._newest = prefill.state
@@ -248,6 +240,15 @@ class Attached:
         if self.observed:
             tell(lambda: self.report or report_of(state))
         return output
+
+
+def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call the decoder with `current` as the pass that its layers belong to."""
+    token = CURRENT.set(current)
+    try:
+        return original(*args, **kwargs)
+    finally:
+        CURRENT.reset(token)
 
 
 def report_of(state: BatchState) -> RunReport:
@@ -275,7 +276,6 @@ def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
 
 
 def _rotary(parts: Parts) -> nn.Module:
-    if parts.rotary is None:
-        raise PrunekitError(f"the {parts.family} decoder has no rotary positions to renumber; use `positions: keep`")
+    assert parts.rotary is not None, "checked when the pipeline was bound"
     module: nn.Module = getattr(parts.text, parts.rotary)
     return module

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.strategy.decisions import ModelShape
+from prunekit.strategy.decisions import ModelShape, TowerShape
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,18 @@ class Tower:
     def feature_block(self) -> int:
         """The block whose output the projector gets; -1: none has run."""
         return self.feature_layer % (len(self.layers) + 1) - 1
+
+    def shape(self) -> TowerShape:
+        """The numbers of the tower; it may live on the meta device."""
+        config: Any = getattr(getattr(self.layers[0], self.attention), "config", None)
+        return TowerShape(
+            blocks=len(self.layers),
+            feature_block=self.feature_block,
+            leading=self.leading,
+            pool=self.pool is not None,
+            projects_tokens=self.projector is not None,
+            attention=str(getattr(config, "_attn_implementation", "eager")),
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,12 @@ class Parts:
             mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
-            tower_layers=0 if self.tower is None else len(self.tower.layers),
+            tower=None if self.tower is None else self.tower.shape(),
+            attention=self.attention_implementation,
+            cuts_inside=self.mlp_norm is not None,
+            logical_until=self.logical_until,
+            layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
+            rotary=self.rotary is not None,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
         )
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prunekit import plugins
-from prunekit.errors import Fault, SpecError, UnknownName
+from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, statements
 from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.site_faults import site_faults
 from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
-from prunekit.strategy.decisions import ModelShape
+from prunekit.spec.compose import Source
+from prunekit.spec.writing import to_yaml
+from prunekit.strategy.decisions import MASKED, ModelShape
 from prunekit.strategy.sites import Keep, Site
 
 __all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build", "file_of"]
@@ -31,8 +32,8 @@ class Pipeline:
     """Stages that are ready to meet a model.
 
     source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
-    sha: 16 hex digits of `resolved`, prunekit's version, the versions of the distributions of its strategies, and the
-        files that they rest on.
+    sha: 16 hex digits of `resolved` with the mere names of paths, prunekit's version, the versions of the distributions
+        of its strategies, and the files that they rest on.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     budget: what the stages that are left open may keep together; None: there is none.
     """
@@ -46,50 +47,78 @@ class Pipeline:
     budget: Budget | None = None
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
-        """The pipeline on a model with these numbers. Raises SpecError with everything that does not fit."""
+        """The pipeline on a model with these numbers; what is accepted here, `apply` accepts.
+
+        Raises SpecError with everything that does not fit, Unsupported for a model that no pipeline can prune.
+        """
         faults: list[Fault] = []
         placed = cuts.cuts_of(self.stages, shape.layers)
-        faults += cuts.site_faults(placed, shape)
+        faults += site_faults(self.stages, placed, shape)
         faults += cuts.sequence_faults(self.stages, placed, shape.visual_tokens)
         plan = layer_plans.static_plan(self.stages, shape, faults)
         faults += statements.shape_faults(self.stages, shape)
         protected = cuts.protected_layers(placed, shape.layers) | statements.protected_layers(self.stages, shape)
         faults += cuts.plan_faults(placed, plan, shape.layers)
         faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
+        faults += _positions_faults(self.positions, shape)
         if faults:
             raise SpecError(_sorted(faults))
         bound = BoundPipeline(self.name, self.sha, self.positions, self.stages, shape, placed, plan, protected)
+        if bound.acts:
+            _check_attention(shape)
         return bound if self.budget is None else budget.solved(bound, self.budget)
 
     def __str__(self) -> str:
         return f"# {self.sha}\n{self.resolved}"
 
 
-def build(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), registry: Registry | None = None
-) -> Pipeline:
-    """Read and check a pipeline: a path, a registered name, a dict, or YAML or JSON text.
+def build(source: Source, overrides: Sequence[str] = (), registry: Registry | None = None) -> Pipeline:
+    """Read and check a pipeline: a path, a registered name, YAML or JSON text, a dict, an OmegaConf container or a
+    structured config.
 
     overrides: `key=value` texts such as `stages[0].keep=0.3`. registry: None takes what the installed plugins register.
     Raises SpecError with every fault of the file, PluginError when a plugin is broken.
     """
     registry = plugins.registry() if registry is None else registry
-    read, found = schema.read(file_of(source, registry), overrides)
-    faults = list(found)
+    read, early = schema.read(file_of(source, registry), overrides)
+    faults: list[Fault] = []
     budgeted = read.budget is not None
     made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
-    stages = tuple(stage for stage in made if stage is not None)
+    # A stage with a fault is compared with no other: where it acts and what it keeps may be another than it will be.
+    stages = tuple(stage for stage in made if stage is not None and not any(map(stage.owns, early)))
     # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
     faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
     faults += layer_plans.rival_faults(stages)
     faults += statements.file_faults(stages)
+    faults = [*early, *read.resolution.judge(faults)]
     if faults:
         raise SpecError(_sorted(faults))
-    resolved = _resolved(read, stages)
-    return Pipeline(read.name, stages, read.source, resolved, _sha(resolved, stages), read.positions, read.budget)
+    data: dict[str, Any] = {"name": read.name}
+    if read.positions != "keep":
+        data["positions"] = read.positions
+    if read.budget is not None:
+        data["budget"] = read.budget.as_data()
+    resolved, sha = _identity(data, stages)
+    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget)
 
 
-def file_of(source: str | Path | Mapping[str, Any], registry: Registry) -> str | Path | Mapping[str, Any]:
+def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
+    if positions == "keep" or shape.rotary:
+        return []
+    message = f"the {shape.family} decoder has no rotary positions to renumber"
+    return [Fault(None, "positions", message, "leave it out, or say keep")]
+
+
+def _check_attention(shape: ModelShape) -> None:
+    """Raise Unsupported for attention whose masks prunekit cannot cut."""
+    if shape.attention not in MASKED and "flash" not in shape.attention:
+        raise Unsupported(
+            f"attention implementation '{shape.attention}' is not supported by this version; "
+            "load the model with attn_implementation='sdpa', 'eager' or a flash attention"
+        )
+
+
+def file_of(source: Source, registry: Registry) -> Source:
     """The file of the pipeline that `source` names; a source that is no name, or a file of this name, as it is.
 
     Raises SpecError, with suggestions, for a name that is not registered.
@@ -121,8 +150,8 @@ def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
     order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
     stages = _numbered(order)
     data = {"name": f"{outer.name}+{inner.name}", "positions": inner.positions}
-    resolved = yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
-    return Pipeline(data["name"], stages, inner.source, resolved, _sha(resolved, stages), inner.positions)
+    resolved, sha = _identity(data, stages)
+    return Pipeline(data["name"], stages, inner.source, resolved, sha, inner.positions)
 
 
 def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -134,16 +163,22 @@ def _sorted(faults: Sequence[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda one: (one.where.file, one.where.line, one.where.col) if one.where else ("", 0, 0))
 
 
-def _resolved(read: schema.PipelineSpec, stages: Sequence[Stage]) -> str:
-    data: dict[str, Any] = {"name": read.name}
-    if read.positions != "keep":
-        data["positions"] = read.positions
-    if read.budget is not None:
-        data["budget"] = read.budget.as_data()
-    return yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+def _identity(data: Mapping[str, Any], stages: Sequence[Stage]) -> tuple[str, str]:
+    """The resolved YAML of a pipeline, `data` beside its stages, and its hash.
+
+    In the hash a path is its last name, and the content of the file: where a checkout lies changes nothing.
+    """
+    from prunekit import __version__
+
+    resolved = to_yaml({**data, "stages": [_stage_data(stage, str) for stage in stages]})
+    named = to_yaml({**data, "stages": [_stage_data(stage, lambda path: path.name) for stage in stages]})
+    origins = sorted({stage.origin for stage in stages})
+    parts = [named, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
+    return resolved, hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _stage_data(stage: Stage) -> dict[str, Any]:
+def _stage_data(stage: Stage, path: Callable[[Path], str]) -> dict[str, Any]:
+    """A stage as the file has it, with its defaults; `path` writes paths."""
     data: dict[str, Any] = {"use": stage.use}
     if stage.cuts_tokens and (sites := stage.known_sites) is not None:
         data["at"] = _one_or_all([_site_data(site) for site in sites])
@@ -152,7 +187,7 @@ def _stage_data(stage: Stage) -> dict[str, Any]:
         data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
     for field in dataclasses.fields(stage.strategy):
         if field.init:
-            data[field.name] = _plain(getattr(stage.strategy, field.name))
+            data[field.name] = _plain(getattr(stage.strategy, field.name), path)
     return data
 
 
@@ -174,17 +209,11 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, path: Callable[[Path], str]) -> Any:
+    if isinstance(value, Path):
+        return path(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(item, path) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, path) for key, item in value.items()}
     return value
-
-
-def _sha(resolved: str, stages: Sequence[Stage]) -> str:
-    from prunekit import __version__
-
-    origins = sorted({stage.origin for stage in stages})
-    parts = [resolved, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -7,14 +7,11 @@ from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
-from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, region_of
-from prunekit.strategy.sites import Site
+from prunekit.strategy.decisions import LayerAction, LayerPlan
 
 # What a layer may do inside which tokens leave, between its attention and its MLP.
 CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
 LET_RUN = "move it, or let that layer run"
-OF_THE_TOWER = (*OF_TOWER, "extras")
 
 
 def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
@@ -30,64 +27,6 @@ def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
         placements = stage.placements(layers) or ()
         found += [Cut(site, stage, keep, number) for number, (site, keep) in enumerate(placements)]
     return tuple(sorted(found, key=lambda cut: (cut.site, cut.stage.index)))
-
-
-def site_faults(cuts: Sequence[Cut], shape: ModelShape) -> Iterator[Fault]:
-    """Sites that this model does not have, or where the stage finds nothing to read."""
-    for cut in cuts:
-        found = _no_such_place(cut.site, shape)
-        if found is None and (reason := cut.stage.sites.reason_against(cut.site)):
-            found = f"'{cut.stage.use}' cannot act at '{cut.site}': it {reason}", ""
-        found = found or _router_too_early(cut) or _nothing_to_read(cut, shape)
-        if found:
-            yield cut.stage.fault(cut.key("at"), *found)
-
-
-def _no_such_place(site: Site, shape: ModelShape) -> tuple[str, str] | None:
-    if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
-        message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
-        return message, "name an earlier layer"
-    if site.place == "pixels":
-        return "this version cannot cut pictures before the tower sees them", "cut at 'vision.0' or later"
-    if site.place == "vision" and site.layer is not None:
-        blocks = tower_blocks(shape)
-        if blocks == 0:
-            return "this model's vision tower cannot be cut", "cut at 'encoder' or later"
-        if site.layer >= blocks:
-            return (
-                f"there is no tower block {site.layer}: the tower has blocks 0 to {blocks - 1}",
-                "name an earlier one",
-            )
-    return None
-
-
-def _router_too_early(cut: Cut) -> tuple[str, str] | None:
-    if cut.stage.is_router and cut.site.in_tower:
-        return f"'{cut.stage.use}' decides at the decoder's door, after '{cut.site}'", "name 'encoder' or a layer"
-    return None
-
-
-def _nothing_to_read(cut: Cut, shape: ModelShape) -> tuple[str, str] | None:
-    use, asks = cut.stage.use, cut.stage.asks_for
-    if cut.stage.extras and cut.site.place != "encoder":
-        what = ", ".join(cut.stage.extras)
-        return f"'{use}' takes extras ({what}), which are there at 'encoder' only", "name 'encoder'"
-    if cut.site.in_tower and (later := _absent(cut)):
-        return f"'{use}' asks for {later[0]}, which is not there yet at '{cut.site}'", "name 'encoder' or a later site"
-    if not tower_blocks(shape) and (of_tower := [name for name in OF_THE_TOWER if asks(name)]):
-        return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"
-    try:
-        cut.reads(shape.layers)
-    except ValueError as error:
-        return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
-    return None
-
-
-def _absent(cut: Cut) -> list[str]:
-    """Inputs that the stage asks for and that do not exist at the cut's site, in the order of their table."""
-    region = region_of(cut.site)
-    rows = (one for hook in TOKEN_HOOKS for one in inputs_of(hook) if one.name in cut.stage.requests(hook))
-    return list(dict.fromkeys(one.name for one in rows if region not in one.regions))
 
 
 def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | None) -> list[Fault]:
@@ -115,13 +54,11 @@ def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Faul
 
 
 def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
-    """Stages at the decoder's door that are listed after a router there, which decides after them."""
+    """Stages at the decoder input that are listed after a router there, which decides after them."""
     router = next((cut for cut in cuts if cut.stage.is_router and cut.site.place == "encoder"), None)
     for cut in cuts:
         if router and cut.site == router.site and not cut.stage.is_router and cut.stage.index > router.stage.index:
-            message = (
-                f"'{router.stage.use}' routes after all other stages at the decoder's door, so also after this one"
-            )
+            message = f"'{router.stage.use}' routes after all other stages at the decoder input, so also after this one"
             yield cut.stage.fault(cut.key("at"), message, f"list it before {router.stage.label}")
 
 
@@ -188,11 +125,6 @@ def cut_inside(cuts: Sequence[Cut]) -> frozenset[int]:
     """Decoder layers inside which tokens leave."""
     mid = (cut.site for cut in cuts if cut.site.in_decoder and cut.site.point == "mid")
     return frozenset(site.layer for site in mid if site.layer is not None)
-
-
-def tower_blocks(shape: ModelShape) -> int:
-    """Blocks of the vision tower that can be cut and read, 0 where it cannot."""
-    return shape.tower_layers
 
 
 def _reads(cut: Cut, layers: int) -> dict[int, str]:

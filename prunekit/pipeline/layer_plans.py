@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault, PluginError, PrunekitError
 from prunekit.pipeline.stage import Stage, named_problem
-from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
+from prunekit.strategy.decisions import MASKED, LayerAction, LayerPlan, ModelShape
 
 
 def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault]) -> LayerPlan:
@@ -21,6 +21,9 @@ def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault])
             message = f"plans layers {beyond}, but the model has layers 0 to {shape.layers - 1}"
             faults.append(stage.fault("layers", message))
             continue
+        if shape.attention not in MASKED and any(action is LayerAction.FREEZE for _, action in own):
+            message = "freezes visual tokens, for which a layer needs a mask that flash kernels do not take"
+            faults.append(stage.fault("layers", message, "load the model with sdpa or eager attention"))
         try:
             plan = plan.merge(own)
         except ValueError as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -18,7 +20,7 @@ from prunekit.strategy import declare, options
 from prunekit.strategy import inputs as table
 from prunekit.strategy.declare import Declaration, implements
 from prunekit.strategy.options import BUDGETS, STAGE_KEYS
-from prunekit.strategy.sites import Keep, Site, Sites
+from prunekit.strategy.sites import ENCODER, Keep, Site, Sites
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,10 @@ class Stage:
         """It implements this hook among those of `StatementHooks`."""
         return bool(getattr(self.hook, statement).get_hookimpls())
 
+    def owns(self, fault: Fault) -> bool:
+        """The fault is this stage's, or that of a value in it."""
+        return re.match(rf"stages\[{self.index}\](\.|$)", fault.key) is not None
+
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
         path = f"stages[{self.index}]" + (f".{key}" if key else "")
@@ -170,6 +176,11 @@ class Cut:
     stage: Stage
     keep: Keep | None
     number: int
+
+    @property
+    def asked_at(self) -> Site:
+        """Where its strategy is asked: a router at the decoder input, wherever tokens leave by its scores."""
+        return ENCODER if self.stage.is_router else self.site
 
     @property
     def drops_all(self) -> bool:
@@ -194,7 +205,7 @@ class Cut:
         """
         names = (*table.OF_DECODER_LAYERS, "previous_hidden")
         asked = frozenset(name for name in names if self.stage.asks_for(name))
-        return table.layers_read(self.stage.inputs, asked, self.site, layers)
+        return table.layers_read(self.stage.inputs, asked, self.asked_at, layers)
 
 
 def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False) -> Stage | None:
@@ -220,7 +231,8 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     before = len(faults)
     faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
-    values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
+    folders = {key: Path(where.file).parent for key, where in spec.keys.items() if where is not None}
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, folders)
     made = None if problems else _created(cls, draft, values, entry, problems)
     faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += _site_faults(cls, made, draft)

@@ -155,6 +155,34 @@ class Route:
     note: str | None = None
 
 
+# Attention implementations that take a mask for single tokens.
+MASKED = ("sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The numbers of a vision tower that can be cut and read.
+
+    blocks: how many it has. feature_block: the one whose output the projector gets; -1: it gets the tower's input.
+    leading: tokens in front of the patches of each image or crop, such as CLS. pool: a pooling head stands behind the
+    blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation.
+    """
+
+    blocks: int
+    feature_block: int
+    leading: int = 0
+    pool: bool = False
+    projects_tokens: bool = False
+    attention: str = "sdpa"
+
+    @property
+    def features(self) -> str:
+        """Where image features come from, for people."""
+        if self.feature_block < 0:
+            return "image features are the tower's input"
+        return f"image features are taken after block {self.feature_block}"
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The numbers of a model that pipelines are checked and costed against.
@@ -163,7 +191,11 @@ class ModelShape:
     attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP, those that
         one token uses (of a mixture of experts, the router and the chosen experts). output_params: the part of
         attention_params in the output projection.
-    tower_layers: blocks of the vision tower; 0: it can neither be cut nor read.
+    tower: None where the vision tower can neither be cut nor read.
+    attention: the attention implementation of the decoder. cuts_inside: tokens can leave between the attention and the
+        MLP of its layers. logical_until: behind layers before this one it adds features of its images to
+        hidden states. layer_kinds: of attention, one for each layer, such as `sliding_attention`; empty: all are alike.
+    rotary: it has rotary positions that can be renumbered.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -177,4 +209,9 @@ class ModelShape:
     kv_width: int
     visual_tokens: int | None
     output_params: int = 0
-    tower_layers: int = 0
+    tower: TowerShape | None = None
+    attention: str = "sdpa"
+    cuts_inside: bool = True
+    logical_until: int = 0
+    layer_kinds: tuple[str, ...] = ()
+    rotary: bool = True

@@ -3,8 +3,8 @@
     @strategy(inputs={"encoder_attention": EncoderRows(layer=0, heads="sum"), "encoder_keys": EncoderKeys()})
 
 Blocks of the tower are counted from 0, or from the end with negative numbers: -1 is the last. `layer=None` is the block
-that a tower site stands in or after; at `encoder` and in the decoder, the block whose output the projector gets, in
-LLaVA-1.5 the last but one.
+that a tower site stands in or after; at `encoder` and in the decoder, the block whose output the projector gets,
+which need not be the last.
 
 Shape letters: B batch, V visual tokens, A heads of the tower, D numbers of a head, W width of the tower, H of the
 decoder, E CLS tokens of a sample, one for each crop. Where several patches make one visual token, it gets their mean.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit import Pipeline, Selection, hookimpl
+from prunekit import Owners, Pipeline, Selection, hookimpl
 from prunekit.strategy.sites import Site
 from prunekit.verify.oracle import Merge
 
@@ -67,37 +67,55 @@ class Recorder:
 
         class Wrapper:
             @hookimpl(wrapper=True)
-            def select_tokens(self, valid: Tensor, cut: int) -> Any:
+            def select_tokens(self, valid: Tensor, sizes: Tensor, cut: int) -> Any:
                 result = yield
-                note(stage, cut, Call(valid, _weights(result), None))
+                note(stage, cut, Call(valid, _weights(result, valid, sizes), None))
                 return result
 
             @hookimpl(wrapper=True)
-            def merge_tokens(self, valid: Tensor, cut: int) -> Any:
+            def merge_tokens(self, valid: Tensor, sizes: Tensor, cut: int) -> Any:
                 weights = yield
                 if weights is not None:
-                    note(stage, cut, Call(valid, weights, None), again=True)
+                    note(stage, cut, Call(valid, _matrix(weights, valid, sizes), None), again=True)
                 return weights
 
         class WithExtras:
             @hookimpl(wrapper=True)
-            def select_tokens(self, valid: Tensor, cut: int, extras: Tensor) -> Any:
+            def select_tokens(self, valid: Tensor, sizes: Tensor, cut: int, extras: Tensor) -> Any:
                 result = yield
-                note(stage, cut, Call(valid, _weights(result), extras))
+                note(stage, cut, Call(valid, _weights(result, valid, sizes), extras))
                 return result
 
             @hookimpl(wrapper=True)
-            def merge_tokens(self, valid: Tensor, cut: int, extras: Tensor) -> Any:
+            def merge_tokens(self, valid: Tensor, sizes: Tensor, cut: int, extras: Tensor) -> Any:
                 weights = yield
                 if weights is not None:
-                    note(stage, cut, Call(valid, weights, extras), again=True)
+                    note(stage, cut, Call(valid, _matrix(weights, valid, sizes), extras), again=True)
                 return weights
 
         return WithExtras() if extras else Wrapper()
 
 
-def _weights(result: Any) -> Tensor | None:
-    return result.weights if isinstance(result, Selection) else None
+def _weights(result: Any, valid: Tensor, sizes: Tensor) -> Tensor | None:
+    return _matrix(result.weights, valid, sizes) if isinstance(result, Selection) else None
+
+
+def _matrix(weights: Tensor | Owners | None, valid: Tensor, sizes: Tensor) -> Tensor | None:
+    """A sparse merge as the matrix that it stands for, (..., V, V), group by group."""
+    if not isinstance(weights, Owners):
+        return weights
+    width = valid.shape[-1]
+    factors = {"mean": torch.ones_like(sizes), "size_mean": sizes, "sum": weights.amounts}[weights.mode]
+    assert factors is not None
+    rows = valid.reshape(-1, width), weights.owner.reshape(-1, width), factors.reshape(-1, width)
+    matrix = torch.zeros(len(rows[0]), width, width, dtype=torch.float64)
+    for b, (valid_row, owner_row, factor_row) in enumerate(zip(*rows, strict=True)):
+        for anchor in range(width):
+            group = [j for j in range(width) if valid_row[j] and owner_row[j] == anchor]
+            total = 1.0 if weights.mode == "sum" else sum(float(factor_row[j]) for j in group)
+            for j in group:
+                matrix[b, anchor, j] = float(factor_row[j]) / total
+    return matrix.view(*valid.shape, width)
 
 
 def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge | None:

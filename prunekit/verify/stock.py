@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 # Attention implementations whose masks say for every query and key whether it is seen.
 SQUARE = ("sdpa", "eager")
-# The last words of their class names: LlamaAttention, CohereMLP, Qwen3VLMoeTextSparseMoeBlock, Glm4vMoeTextMoE.
+# The last words of their class names: LlamaAttention, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
 ATTENTION, MLP = re.compile(r"Attention$"), re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
 
 

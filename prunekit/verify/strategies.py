@@ -14,7 +14,7 @@ from prunekit.hookspecs import hookimpl
 from prunekit.registry import Registry
 from prunekit.strategy.decisions import LayerAction, LayerPlan
 from prunekit.strategy.declare import strategy
-from prunekit.strategy.inputs import Rows
+from prunekit.strategy.decoder_requests import Rows
 from prunekit.strategy.sites import Site, Sites
 
 DRAWN, ATTENDED, WITHOUT = "verify.drawn", "verify.attended", "verify.without"

@@ -182,3 +182,5 @@ def _pictures(family, way):
 CELLS = cells()
 # Eleven has no factor in common with the numbers of families and shapes.
 SOME = CELLS[::11]
+# Cells whose rows are also run alone, which no kernel, cache or precision changes.
+SEVERAL_ROWS = [one for one in CELLS if len(BATCHES[one.batch]) > 1 and one.attention == "sdpa" and not one.way]

@@ -12,7 +12,7 @@ from reading import logits_of, piped, projected, reader, watched
 import prunekit
 from prunekit import Rows
 from prunekit.engine.attention import decoder_rows
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.strategy.decoder_requests import Keys, PromptTokens, Values
 from prunekit.testing.tiny import IMAGE, row_of, tiny_inputs, tiny_llava
 from prunekit.verify.precision import Float64Throughout

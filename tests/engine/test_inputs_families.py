@@ -9,7 +9,7 @@ import torch
 from reading import piped, reader
 
 import prunekit
-from prunekit import Rows, Unsupported
+from prunekit import Rows, SpecError, Unsupported
 from prunekit.families import find
 from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny_families import tiny_batch, tiny_model, tiny_names
@@ -88,7 +88,7 @@ def asked(family, at, names, answer, **traits):
 def test_nothing_is_looked_at_past_features_that_the_decoder_adds():
     """Qwen3-VL adds features of its pictures behind its first layers; what comes next is not what is there."""
     assert find(model_of("qwen3_vl")).logical_until > 1
-    with pytest.raises(Unsupported, match="adds features"):
+    with pytest.raises(SpecError, match=r"looks ahead at layer 1, but this model adds features .* \(name '1'\)"):
         asked("qwen3_vl", "0.after", ["attention"], None, inputs={"attention": Rows("next")})
     with pytest.raises(Unsupported, match="adds features"):
         asked("qwen3_vl", 0, ["forward"], lambda given: given["forward"]([0, 1]))
@@ -99,6 +99,8 @@ def test_layers_of_a_kind_that_has_not_run():
     """Gemma 3 gives its sliding and its full layers different masks and rotations."""
     kinds = find(model_of("gemma3")).text.config.layer_types
     full = kinds.index("full_attention")
+    with pytest.raises(SpecError, match=f"ahead at layer {full}, but no layer of its kind, full_attention, has run"):
+        asked("gemma3", f"{full - 1}.after", ["attention"], None, inputs={"attention": Rows("next")})
     with pytest.raises(Unsupported, match="no layer of its kind, full_attention, has run"):
         asked("gemma3", 0, ["forward"], lambda given: given["forward"]([full]))
     answers, states = [], []

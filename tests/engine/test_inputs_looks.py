@@ -16,7 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Unsupported, hookimpl, strategy
 from prunekit.engine.attention import decoder_rows, tap
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.cache import ragged
 from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.forward_pass import CURRENT
@@ -242,7 +242,7 @@ def test_two_threads_read_their_own():
     [({"attention": Rows("own")}, "2", "own|stands in"), ({"attention": Rows()}, "0", "layer before"),
      ({"attention": Rows()}, "encoder", "layer before"), ({"keys": Keys("next")}, "2.mid", "layer ahead"),
      ({"keys": Keys("next")}, "5.after", "layer ahead"), ({"values": Keys()}, "2", "Values"),
-     ({"hidden": Rows()}, "2", "nothing to declare"), ({"attention": "last"}, "2", "Rows"),
+     ({"hidden": Rows()}, "2", "nothing can be requested"), ({"attention": "last"}, "2", "Rows"),
      ({"attention": ()}, "2", "Rows"), (("attention",), "2", "dict")],
     ids=str,
 )  # fmt: skip
@@ -384,7 +384,7 @@ def test_attention_of_other_kinds_is_refused():
 
 
 def test_attention_that_takes_its_kernel_elsewhere_is_refused():
-    looked = tap.Watch(nn.Identity())
+    looked = tap.Record(nn.Identity())
     with pytest.raises(Unsupported, match="Identity are not available"):
         _ = looked.result
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 from examples import EXAMPLES, registered
 from flash_kernel import flash
-from matrix import ALLOWED, BATCHES, CELLS, FAMILIES, PIPELINES, SHAPES, SHORT, SOME, VIDEO_TOO, WAYS
+from matrix import ALLOWED, BATCHES, CELLS, FAMILIES, PIPELINES, SEVERAL_ROWS, SHAPES, SOME, VIDEO_TOO, WAYS
 from wrong import AllAlike, OneLayerLate, PadsSeen, Renumbered, Uncropped, Unfilled
 
 import prunekit
-from prunekit.errors import SpecError, Unsupported
+from prunekit.errors import PrunekitWarning, SpecError, Unsupported
 from prunekit.testing.tiny_families import row_of, tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
@@ -90,24 +90,25 @@ def record(cell, error):
             file.write(json.dumps({"cell": str(cell), "error": error}) + "\n")
 
 
-ROWS = [f"{family} {name}" for name in SHORT for family in FAMILIES]
-
-
-@pytest.mark.parametrize("which", tenth_or_slow(ROWS, ROWS[::11]))
-def test_rows_of_a_ragged_batch_are_their_own_runs(which):
-    family, name = which.split()
-    model, inputs = model_of(family, "sdpa"), batch_of(family, "sdpa", "ragged")
-    if family in ("aya_vision", "cohere2_vision") and name == "four-sites":
-        with pytest.raises(Unsupported), prunekit.apply(model, pipeline(name)):
+@pytest.mark.parametrize("cell", tenth_or_slow(SEVERAL_ROWS, SEVERAL_ROWS[::11]))
+def test_every_row_is_its_own_run(cell):
+    """Alone, without padding, a row has the kept tokens, counts and logits that it has in its batch."""
+    model, inputs = model_of(cell.family, "sdpa"), batch_of(cell.family, "sdpa", cell.batch)
+    spec = pipeline(cell.pipeline)
+    if cell.refused:
+        with pytest.raises((Unsupported, SpecError), match=cell.refused), prunekit.apply(model, spec):
             model(**inputs)
         return
-    with Float64Throughout(), prunekit.apply(model, pipeline(name)) as run:
+    with Float64Throughout(), prunekit.apply(model, spec) as run:
         together, report = generate(model, inputs, max_new_tokens=4), run.report
         for row in range(2):
-            alone = generate(model, row_of(inputs, row), max_new_tokens=4)
+            nothing_to_prune = report.events and not report.visual_tokens[row]
+            with pytest.warns(PrunekitWarning, match="no visual tokens") if nothing_to_prune else nullcontext():
+                alone = generate(model, row_of(inputs, row), max_new_tokens=4)
             for step, logits in enumerate(together.logits):
                 assert (logits[row] - alone.logits[step][0]).abs().max() < EXACT
-            assert [event.kept[row] for event in report.events] == [event.kept[0] for event in run.report.events]
+            kept = [event.kept[0] for event in run.report.events] or [()] * len(report.events)
+            assert [event.kept[row] for event in report.events] == kept
             for field in ("layer_tokens", "mlp_tokens", "kv_tokens", "plans"):
                 assert getattr(report, field)[row] == getattr(run.report, field)[0], field
 
@@ -153,6 +154,13 @@ class TestTheMatrixItself:
             assert {getattr(cell, name) for cell in SOME} == {getattr(cell, name) for cell in CELLS}, name
         pairs = Counter((cell.family, cell.group) for cell in SOME)
         assert min(Counter(family for family, _ in pairs).values()) >= 6
+
+    def test_every_pipeline_runs_rows_alone(self):
+        """In part with every run of the tests: of every pipeline, every family, every batch of several rows."""
+        for some in (SEVERAL_ROWS, SEVERAL_ROWS[::11]):
+            assert {cell.pipeline for cell in some} == set(PIPELINES)
+            assert {cell.family for cell in some} == set(FAMILIES)
+            assert {cell.batch for cell in some} == {"ragged", "words", "video", "videos"}
 
     def test_docs_show_the_last_full_run(self):
         """Made by `make test-full`, of exactly these cells."""

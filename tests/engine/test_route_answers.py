@@ -62,6 +62,9 @@ answer("tokens")(lambda rows, length: Route(torch.arange(length).expand(rows, -1
 answer("short tokens")(lambda rows, length: Route(torch.zeros(rows, 3)))
 answer("layers")(lambda rows, length: Route(layers=torch.arange(LAYERS).expand(rows, -1).float()))
 answer("few layers")(lambda rows, length: Route(layers=torch.zeros(rows, LAYERS - 1)))
+answer("nan tokens")(lambda rows, length: Route(torch.full((rows, length), torch.nan)))
+answer("integer tokens")(lambda rows, length: Route(torch.ones(rows, length, dtype=torch.int64)))
+answer("infinite layers")(lambda rows, length: Route(layers=torch.full((rows, LAYERS), torch.inf)))
 answer("none")(lambda rows, length: None)
 answer("skip 1")(lambda rows, length: Route(plans=[LayerPlan({1: LayerAction.SKIP})] * rows))
 answer("mlp 1")(lambda rows, length: Route(plans=[LayerPlan({1: LayerAction.SKIP_MLP})] * rows))
@@ -91,6 +94,12 @@ def run(model, *stages):
             [{"use": "says", "answer": "few layers", "keep_layers": 3}],
             "must return a tensor of shape (2, 6), not (2, 5)",
         ),
+        ([{"use": "says", "answer": "nan tokens", "keep": 0.5}], "route (tokens) returned NaN or infinity"),
+        (
+            [{"use": "says", "answer": "integer tokens", "keep": 0.5}],
+            "route (tokens) must return float, not torch.int64",
+        ),
+        ([{"use": "says", "answer": "infinite layers", "keep_layers": 3}], "route (layers) returned NaN or infinity"),
         ([{"use": "says", "answer": "none", "keep": 0.5}], "route must return a Route, not NoneType"),
         ([{"use": "says", "answer": "raises", "keep": 0.5}], "route failed with ZeroDivisionError"),
         ([{"use": "says", "answer": "skip 1", "keep": 0.5}], "a budget of tokens alone (let the class decide about"),

@@ -149,7 +149,7 @@ def test_merges_of_any_shape(at):
     kept = [len(row) for row in run.report.events[0].kept]
 
     def rule(patches, keys, left, sizes):
-        return Skewed.choose(patches), Skewed.mix(patches), None
+        return Skewed._choose(patches), Skewed._mix(patches), None
 
     expected, _, left = reference(model, inputs, [(0, prunekit.Site.parse(at).point, rule)])
     assert (logits - expected).abs().max() < 1e-9

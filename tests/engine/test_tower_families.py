@@ -15,7 +15,7 @@ from tower_cases import ANYWHERE, Merging, Norms, piped
 
 import prunekit
 from prunekit import Selection, hookimpl, strategy
-from prunekit.engine.tower.tokens import Units
+from prunekit.engine.tower.patches import Patches
 from prunekit.families import find
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderRows
@@ -60,8 +60,8 @@ def units_of(model, kind, given, hidden):
     """The units that the family declares, for the tower's states in one call."""
     tower, shape = find(model).tower, hidden.shape if hidden.ndim == 3 else (1, *hidden.shape)
     if tower.patch_groups is None:
-        return Units.plain(*shape[:2], tower.leading)
-    return Units.of(tower.patch_groups(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
+        return Patches.plain(*shape[:2], tower.leading)
+    return Patches.of(tower.patch_groups(kind, given, shape[0], shape[1] - tower.leading), shape[1], tower.leading)
 
 
 KINDS = [(name, kind) for name in tiny_names() for kind in ("image", "video") if kind == "image" or takes_video(name)]
@@ -80,13 +80,13 @@ def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
     mix = torch.linspace(-1, 1, features[0].shape[-1], dtype=torch.float64)
     for picture, shown in enumerate(features):
         for token, value in enumerate((shown * mix).sum(-1)):
-            there = bool(units.there[picture, token])
+            there = bool(units.present[picture, token])
             if not value.requires_grad:
                 assert not there
                 continue
             (gradient,) = torch.autograd.grad(value, found[0], retain_graph=True)
             moved = gradient.flatten(0, -2).abs().sum(-1).nonzero()[:, 0]
-            expected = units.cells[picture, token].sort().values if there else moved[:0]
+            expected = units.index[picture, token].sort().values if there else moved[:0]
             assert torch.equal(moved, expected), (picture, token)
 
 
@@ -110,7 +110,7 @@ def masked(model, units, kept, first):
     tower, handles = find(model).tower, []
     counts, keep = units.counts, kept
     gone = [
-        units.cells[picture, :count][units.there[picture, :count] & ~keep[sum(counts[:picture]) :][:count]]
+        units.index[picture, :count][units.present[picture, :count] & ~keep[sum(counts[:picture]) :][:count]]
         for picture, count in enumerate(counts)
     ]
     gone = torch.cat([cells.flatten() for cells in gone])
@@ -209,12 +209,11 @@ class Maps(TorchFunctionMode):
         return result
 
 
-@strategy(sites=ANYWHERE, keep="refused")
+@strategy(sites=ANYWHERE, keep="refused", inputs={"encoder_attention": EncoderRows(-1, "mean")})
 class Rows:
     """Takes down the mean row of the last block."""
 
     seen: ClassVar[list] = []
-    inputs: ClassVar = {"encoder_attention": EncoderRows(-1, "mean")}
 
     @hookimpl
     def select_tokens(self, encoder_attention, valid):
@@ -292,7 +291,7 @@ def test_places_seeds_and_counts_inside_the_tower(name):
     units = units_of(model, "image", given, found[0])
     first, second, again, _ = Places.seen[-4:]
     for picture, places in enumerate(modality.coords(given, units.counts)):
-        there = units.there[picture, : len(places)]
+        there = units.present[picture, : len(places)]
         made = int(there.sum())
         assert torch.equal(first[0][picture, :made, 1:], places[there][:, 1:]), "rows and columns"
         assert torch.equal(first[1][picture, :made], places[there][:, 0]), "crops"

@@ -23,7 +23,7 @@ from tower_cases import (
 
 import prunekit
 from prunekit import Sites, hookimpl, strategy
-from prunekit.engine.tower import run as tower_run
+from prunekit.engine.tower import encoding as tower_encoding
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderRows, EncoderValues, Features
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
@@ -104,8 +104,8 @@ def test_generate_encodes_before_it_calls():
 
 def test_nothing_is_read_that_nobody_asks_for(monkeypatch):
     """One read for each declaration and call of the tower, none while decoding; without declarations no override."""
-    calls, read = [], tower_run.read
-    monkeypatch.setattr(tower_run, "read", lambda spec, seen: calls.append(spec) or read(spec, seen))
+    calls, read = [], tower_encoding.read
+    monkeypatch.setattr(tower_encoding, "read", lambda spec, seen: calls.append(spec) or read(spec, seen))
     model, inputs = model_of("sdpa"), tiny_inputs(*BATCH)
     with prunekit.apply(model, piped((ClsTopK, {"at": "encoder", "keep": 0.5}), (ClsTopK, {"at": 2, "keep": 0.25}))):
         assert not any("forward" in vars(module) for module in model.model.vision_tower.modules())
@@ -165,12 +165,11 @@ def test_rows_after_a_cut_are_over_what_is_left():
     assert (behind[0][1, :16] - row[1:][keep[1:]]).abs().max() < 1e-9
 
 
-@strategy(sites=ANYWHERE, keep="refused")
+@strategy(sites=ANYWHERE, keep="refused", inputs={"encoder_attention": EncoderRows(1), "encoder_keys": EncoderKeys(1)})
 class Later:
     """Takes down rows and keys."""
 
     seen: ClassVar[list] = []
-    inputs: ClassVar = {"encoder_attention": EncoderRows(1), "encoder_keys": EncoderKeys(1)}
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, valid):
@@ -205,11 +204,9 @@ class NoCls:
         return valid
 
 
-@strategy(sites=ANYWHERE)
+@strategy(sites=ANYWHERE, inputs={"encoder_attention": EncoderRows(query="pool")})
 class Pooled:
     """Asks for the row of a pooling head."""
-
-    inputs: ClassVar = {"encoder_attention": EncoderRows(query="pool")}
 
     @hookimpl
     def score_tokens(self, encoder_attention):
@@ -225,22 +222,18 @@ class Shrink:
         return hidden.norm(dim=-1)
 
 
-@strategy(sites=ANYWHERE)
+@strategy(sites=ANYWHERE, inputs={"features": Features(2)})
 class Ahead:
     """Asks for what has not run yet."""
-
-    inputs: ClassVar = {"features": Features(2)}
 
     @hookimpl
     def score_tokens(self, features):
         return features.norm(dim=-1)
 
 
-@strategy(sites=ANYWHERE)
+@strategy(sites=ANYWHERE, inputs={"encoder_values": EncoderValues(7)})
 class Beyond:
     """Asks for a block that is not there."""
-
-    inputs: ClassVar = {"encoder_values": EncoderValues(7)}
 
     @hookimpl
     def score_tokens(self, encoder_values):
@@ -255,7 +248,7 @@ REFUSED = {
     "a block that is not there": ("llava", [(Beyond, {"at": "encoder", "keep": 0.5})], "blocks 0 to 2"),
     "a block that has not run": ("llava", [(Ahead, {"at": "vision.1", "keep": 0.5})], "has not run yet"),
     "a cut behind the features": ("llava", [(Norms, {"at": "vision.2", "keep": 0.5})], "after block 1"),
-    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "cannot cut pictures"),
+    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "cannot cut images"),
     "tower and decoder in one stage": (
         "llava", [(Norms, {"at": ["vision.0", 2], "keep": [0.5, 0.25]})], "split the stage in two"
     ),

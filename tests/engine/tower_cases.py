@@ -36,12 +36,11 @@ class Norms:
         return hidden.norm(dim=-1)
 
 
-@strategy(sites=ANYWHERE, keep="refused", per_sample=True)
+@strategy(sites=ANYWHERE, keep="refused", per_sample=True, inputs={"encoder_keys": EncoderKeys()})
 class Merging:
     """ToMe's rule: alternate tokens pair up by their keys, the `r` most similar pairs merge by their sizes."""
 
     r: int = 3
-    inputs: ClassVar = {"encoder_keys": EncoderKeys()}
 
     @hookimpl
     def select_tokens(self, encoder_keys, sizes, valid):
@@ -64,18 +63,18 @@ class Skewed:
     """Merges that are neither averages nor symmetric, and keeps a number that depends on the picture."""
 
     @staticmethod
-    def mix(hidden):
+    def _mix(hidden):
         size = hidden.shape[-2]
         places = torch.arange(size, dtype=hidden.dtype)
         return ((places[:, None] * 3 + places * 7) % 5 / size).expand(*hidden.shape[:-2], size, size)
 
     @staticmethod
-    def choose(hidden):
+    def _choose(hidden):
         return (torch.arange(hidden.shape[-2]) % 3 == 1) & (hidden[..., 0] > 0)
 
     @hookimpl
     def select_tokens(self, hidden, valid):
-        return Selection(self.choose(hidden) & valid, self.mix(hidden))
+        return Selection(self._choose(hidden) & valid, self._mix(hidden))
 
 
 @strategy(sites=Sites(decoder=False), extras=("cls",), per_sample=True)
@@ -92,11 +91,9 @@ class AppendCls:
         return Selection(keep, weights)
 
 
-@strategy(sites=ANYWHERE)
+@strategy(sites=ANYWHERE, inputs={"encoder_attention": EncoderRows(), "encoder_values": EncoderValues(heads="none")})
 class Steps:
     """FlowCut's shape: one stage with several cuts in the tower that remembers a running score in `state`."""
-
-    inputs: ClassVar = {"encoder_attention": EncoderRows(), "encoder_values": EncoderValues(heads="none")}
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_values, count, valid, cut, state):
@@ -107,20 +104,22 @@ class Steps:
         return state["keep"]
 
 
-@strategy(sites=ANYWHERE, keep="refused")
+EVERYTHING = {
+    "encoder_attention": (
+        EncoderRows(), EncoderRows(0, heads="sum"), EncoderRows(1, "mean", "none"),
+        EncoderRows(-1, heads="joined"), EncoderRows(1, heads="none", domain="logits"),
+    ),
+    "encoder_keys": EncoderKeys(0, heads="none"),
+    "encoder_values": (EncoderValues(), EncoderValues(of="cls")),
+    "features": (Features(), Features(0), Features(projected=True), Features(of="cls")),
+}  # fmt: skip
+
+
+@strategy(sites=ANYWHERE, keep="refused", inputs=EVERYTHING)
 class Everything:
     """Takes down what it is given, and keeps the first half."""
 
     seen: ClassVar[list] = []
-    inputs: ClassVar = {
-        "encoder_attention": (
-            EncoderRows(), EncoderRows(0, heads="sum"), EncoderRows(1, "mean", "none"),
-            EncoderRows(-1, heads="joined"), EncoderRows(1, heads="none", domain="logits"),
-        ),
-        "encoder_keys": EncoderKeys(0, heads="none"),
-        "encoder_values": (EncoderValues(), EncoderValues(of="cls")),
-        "features": (Features(), Features(0), Features(projected=True), Features(of="cls")),
-    }  # fmt: skip
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, encoder_values, encoder_queries, features, valid):

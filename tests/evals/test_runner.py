@@ -210,12 +210,12 @@ def test_pipelines_that_do_not_fit_are_refused_before_the_model_is_loaded(plan, 
 
 SLOWLY = """
 import sys, time
-from prunekit_evals import lmms
-usual = lmms.answer
+from prunekit_evals.lmms import adapter
+usual = adapter.answer
 def slow(*given):
     time.sleep(0.3)
     return usual(*given)
-lmms.answer = slow
+adapter.answer = slow
 from prunekit.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """

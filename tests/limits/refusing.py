@@ -26,13 +26,13 @@ def inputs_of(*arguments):
 
 
 @contextmanager
-def refused(phrase, model, after=0):
-    """Within the block `Unsupported` is raised with `phrase`, once at most `after` decoder layers have run."""
+def refused(phrase, model, after=0, error=prunekit.Unsupported):
+    """Within the block `error` is raised with `phrase`, once at most `after` decoder layers have run."""
     ran = []
     layers = model.get_decoder().layers
     handles = [layer.mlp.register_forward_hook(lambda *_: ran.append(1)) for layer in layers]
     try:
-        with pytest.raises(prunekit.Unsupported, match=re.escape(phrase)):
+        with pytest.raises(error, match=re.escape(phrase)):
             yield
     finally:
         for handle in handles:

@@ -71,7 +71,7 @@ def test_embeddings_in_place_of_ids(model, way):
 def test_visual_tokens_without_pictures(model):
     inputs = inputs_of()
     del inputs["pixel_values"]
-    with prunekit.apply(model, FASTV), refused("but no pictures came with it; give their pixels", model):
+    with prunekit.apply(model, FASTV), refused("but no images or videos came with it; give their pixels", model):
         model.generate(**inputs, max_new_tokens=2)
     inputs["attention_mask"][inputs["input_ids"] == IMAGE] = 0
     with pytest.warns(prunekit.PrunekitWarning, match="no visual tokens"), prunekit.apply(model, FASTV):

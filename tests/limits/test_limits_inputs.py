@@ -16,14 +16,16 @@ from refusing import FLASH, flash_kernel, inputs_of, model_of, refused
 from torch import nn
 
 import prunekit
-from prunekit import LayerAction, LayerPlan, Rows, Selection, Site, Sites, hookimpl
+from prunekit import LayerAction, LayerPlan, Rows, Selection, Sites, hookimpl
 from prunekit.engine.attention import tap
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.aside import _unrotated
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs, Readings
-from prunekit.engine.decoder.view import View
+from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.layout import Layout
 from prunekit.engine.tokens.positions import Rotations
+from prunekit.errors import SpecError
 from prunekit.families import find
 from prunekit.pipeline import build
 from prunekit.registry import Registry
@@ -77,17 +79,9 @@ def runs(*layers):
 
 
 def test_no_layer_can_be_run_inside_another(model):
-    with refused("no layer can be run from '2.mid'; move the stage", model):
+    with refused(", but no layer can be run from '2.mid'", model, error=SpecError):
         with prunekit.apply(model, piped((runs(3), {"at": "2.mid"}))):
             pass
-
-
-def test_inputs_that_are_not_there(model):
-    """The file's check tells it first; the engine would too."""
-    bound = piped((reads(), {"at": 1})).bind(find(model).shape())
-    early = SimpleNamespace(shape=bound.shape, cuts=[dataclasses.replace(bound.cuts[0], site=Site(0))])
-    with said("; declare another layer for it, or move the stage"):
-        Needs.of(early)
 
 
 def test_layers_that_a_router_skips():
@@ -97,19 +91,12 @@ def test_layers_that_a_router_skips():
         Readings(state, Needs(read=frozenset({1})))._check_plans()
 
 
-def test_forward_of_single_samples():
-    """The strategy's check tells it first; the engine would too."""
-    view = SimpleNamespace(forward=None, place=SimpleNamespace(label="stage 0"))
-    with said("and a strategy with per_sample=True sees one sample"):
-        View.of_sample(view, "forward", 0)
-
-
 def test_what_the_decoder_adds_between_its_layers():
     own = tiny_model("qwen3_vl", dtype=torch.float32)
     assert find(own).logical_until > 1
-    with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
-        with refused("this model adds features of its pictures in between; move the stage", own, after=1):
-            own(**tiny_batch(own))
+    with refused(", but this model adds features of its images in between", own, error=SpecError):
+        with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
+            pass
     with prunekit.apply(own, piped((runs(0, 1), {"at": 0}))):
         with refused("forward cannot go on after layer 0: this model adds features of pictures", own, after=1):
             own(**tiny_batch(own))
@@ -118,6 +105,9 @@ def test_what_the_decoder_adds_between_its_layers():
 def test_a_kind_of_layer_that_has_not_run():
     own = tiny_model("gemma3", dtype=torch.float32)
     full = find(own).text.config.layer_types.index("full_attention")
+    with refused(", but no layer of its kind, full_attention, has run before", own, error=SpecError):
+        with prunekit.apply(own, piped((reads(layer="next"), {"at": f"{full - 1}.after"}))):
+            pass
     with prunekit.apply(own, piped((runs(full), {"at": 0}))):
         with refused("cannot be looked at yet: no layer of its kind, full_attention, has run before", own):
             own(**tiny_batch(own))
@@ -132,7 +122,7 @@ def test_attention_that_is_not_known():
         with said(f"attention rows and keys are not available where attention has {extra}"):
             Attended.of(module, one, one, one, None, {extra: one})
     with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
-        _ = tap.Watch(module).result
+        _ = tap.Record(module).result
     with said("rope=False is not available for this model"):
         _unrotated({"position_embeddings": one})
 
@@ -165,7 +155,7 @@ def test_cutting_inside_a_layer_that_does_not_simply_run(model):
 def test_cutting_between_what_runs_side_by_side():
     own = tiny_model("cohere2_vision", dtype=torch.float32)
     loud = {"stages": [{"use": "random", "at": "2.mid", "keep": 0.5}]}
-    with refused("runs attention and MLP side by side: there is no place between them to cut", own):
+    with refused("run attention and MLP side by side: there is no state between them", own, error=SpecError):
         with prunekit.apply(own, loud):
             pass
 
@@ -193,9 +183,12 @@ def test_freezing_under_flash_attention(flash):
         return LayerPlan({1: LayerAction.FREEZE})
 
     plan = prunekit.strategy()(type("Strategy", (), {"plan_layers": hookimpl(plan_layers)}))
-    with prunekit.apply(flash, piped((plan, {}))):
-        with refused("frozen visual tokens need a mask that flash kernels do not take", flash, after=1):
-            flash(**inputs_of())
+    with refused("for which a layer needs a mask that flash kernels do not take", flash, error=SpecError):
+        with prunekit.apply(flash, piped((plan, {}))):
+            pass
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with said("frozen visual tokens need a mask that flash kernels do not take"):
+        masks.prefill_mask(None, Layout.full(ids), Layout.full(ids), ids, "flat")
 
 
 def test_plans_that_differ_on_a_static_cache(model):

@@ -12,10 +12,11 @@ import torch
 from refusing import inputs_of, model_of, refused
 
 import prunekit
-from prunekit import Selection, Site, Sites, hookimpl
-from prunekit.engine.tower.plan import TowerPlan
-from prunekit.engine.tower.run import TowerRun
+from prunekit import Selection, Sites, hookimpl
+from prunekit.engine.tower.encoding import Encoding
+from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.view import TowerView
+from prunekit.errors import SpecError
 from prunekit.families import find
 from prunekit.families.base import Modality
 from prunekit.pipeline import build
@@ -47,16 +48,16 @@ def piped(cls, **keys):
     return build.build({"name": "tower", "stages": [{"use": "s", **keep, **keys}]}, registry=registry)
 
 
-def plan_of(model, cls, at="encoder", site=None, **tower):
-    """The engine's own check, past that of the pipeline; site and tower: what is simulated."""
-    parts = find(model)
-    bound = piped(cls, at=at).bind(parts.shape())
-    cut = bound.cuts[0]
-    if site is not None:
-        there = Site.parse(site)
-        cut = dataclasses.replace(cut, site=there, stage=dataclasses.replace(cut.stage, sites_given=(there,)))
-    changed = None if tower == {"none": True} else dataclasses.replace(parts.tower, **tower)
-    return TowerPlan.of(SimpleNamespace(cuts=[cut]), dataclasses.replace(parts, tower=changed))
+def bound_on(model, cls, at="encoder", **tower):
+    """A stage at `at` on the numbers of `model`; tower: numbers of its tower that are simulated, or `none`."""
+    shape = find(model).shape()
+    changed = None if tower == {"none": True} else dataclasses.replace(shape.tower, **tower)
+    return piped(cls, at=at).bind(dataclasses.replace(shape, tower=changed))
+
+
+def at_once(phrase):
+    """Within the block the pipeline is refused when it meets the numbers of the model."""
+    return pytest.raises(SpecError, match=re.escape(phrase))
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +66,20 @@ def llava():
 
 
 def test_a_family_without_a_tower(llava):
-    with said("can neither be cut nor read: its family file declares no"):
-        plan_of(llava, strategy(), "vision.0", none=True)
+    with at_once("this model's vision tower cannot be cut"):
+        bound_on(llava, strategy(), "vision.0", none=True)
+    with at_once(", but this model's vision tower cannot be read"):
+        bound_on(llava, strategy("features"), none=True)
 
 
 def test_a_block_that_is_not_there(llava):
-    with said("cannot act at 'vision.7': the vision tower ends with block 2"):
-        plan_of(llava, strategy(), "vision.0", site="vision.7")
+    with at_once("there is no tower block 7: the tower has blocks 0 to 2"):
+        bound_on(llava, strategy(), "vision.7")
 
 
 def test_a_cut_behind_the_features(llava):
-    with refused("so a later cut changes nothing that the decoder sees; cut earlier, or at 'encoder'", llava):
+    phrase = "image features are taken after block 1, so a cut behind block 2 changes nothing that the decoder sees"
+    with refused(phrase, llava, error=SpecError):
         with prunekit.apply(llava, piped(strategy(), at="vision.2")):
             pass
 
@@ -83,50 +87,53 @@ def test_a_cut_behind_the_features(llava):
 def test_a_tower_on_other_kernels():
     own = model_of()
     own.config.vision_config._attn_implementation = "flash_attention_2"
-    with refused("', which takes no masks of single tokens; use sdpa or eager", own):
+    with refused("', which takes no masks of single tokens", own, error=SpecError):
         with prunekit.apply(own, piped(strategy(), at="vision.0")):
             pass
 
 
 def test_one_stage_in_the_tower_and_behind_it(llava):
-    with refused("inside the tower a sample is a picture, later it is a row of the prompt: split the stage", llava):
+    with refused("in the tower a sample is an image, behind it a prompt", llava, error=SpecError):
         with prunekit.apply(llava, piped(strategy(), at=["vision.0", 2])):
             pass
 
 
 def test_what_the_prompt_has(llava):
-    with said(", which the prompt or the decoder has, and not the vision tower"):
-        plan_of(llava, strategy("text_hidden"), site="vision.0")
+    with at_once(", which is not there yet at 'vision.0'"):
+        bound_on(llava, strategy("text_hidden"), "vision.0")
     with said(": inside the tower there is no prompt yet"):
-        TowerView(None, SimpleNamespace(site="vision.0"), None, None, (), None).__getattr__("text_hidden")
+        TowerView(None, SimpleNamespace(site="vision.0"), None, None, (), None).get("text_hidden")
 
 
 def test_cls_tokens_of_a_tower_without():
     own = tiny_model("paligemma", dtype=torch.float32)
-    with refused("this vision tower has no CLS token; use query='mean', or inputs of the patches", own):
+    with refused("this vision tower has no CLS token", own, error=SpecError):
         with prunekit.apply(own, piped(strategy("encoder_attention", EncoderRows(query="cls")), at="encoder")):
             pass
-    with refused("takes extras ('cls',): there is no CLS token in this vision tower", own):
+    with refused("takes extras (cls), but there is no CLS token in this vision tower", own, error=SpecError):
         with prunekit.apply(own, piped(strategy(extras=("cls",)), at="encoder")):
             pass
 
 
 def test_extras_that_cannot_be_projected(llava):
     own = tiny_model("internvl", dtype=torch.float32)
-    with refused("the projector of this model does not map single tokens, so its CLS token cannot be projected", own):
+    phrase = "the projector of this model does not map single tokens, so its CLS token cannot be projected"
+    with refused(phrase, own, error=SpecError):
         with prunekit.apply(own, piped(strategy(extras=("cls",)), at="encoder")):
             pass
-    with said(": the projector gets the tower's input"):
-        plan_of(llava, strategy(extras=("cls",)), feature_layer=0)
+    with at_once("the projector gets the tower's input, which no block has made"):
+        bound_on(llava, strategy(extras=("cls",)), feature_block=-1)
+    with at_once("), which are there at 'encoder' only"):
+        bound_on(llava, strategy(extras=("cls",)), at=2)
 
 
 def test_pooling_heads(llava):
     pooled = strategy("encoder_attention", EncoderRows(query="pool"))
-    with refused("this vision tower has no pooling head; use query='cls' or 'mean'", llava):
+    with refused("this vision tower has no pooling head", llava, error=SpecError):
         with prunekit.apply(llava, piped(pooled, at="encoder")):
             pass
-    with said("the pooling head would also attend to what cuts in the tower have dropped"):
-        plan_of(llava, pooled, "vision.0", pool=torch.nn.Identity())
+    with at_once("the pooling head would also attend to what cuts in the tower have dropped"):
+        bound_on(llava, pooled, "vision.0", pool=True)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +142,11 @@ def test_pooling_heads(llava):
         ("features", Features(projected=True), "vision.0", "inside the tower nothing has been projected yet"),
         ("encoder_values", EncoderValues(7), "encoder", "there is no block 7: the vision tower has blocks 0 to 2"),
         ("encoder_keys", EncoderKeys(1), "vision.0", "block 1 has not run yet at 'vision.0'"),
-        ("features", Features(0), "vision.0.mid", "block 0 has not run to its end at 'vision.0.mid'; ask for"),
+        ("features", Features(0), "vision.0.mid", "block 0 has not run to its end at 'vision.0.mid'"),
     ],
 )
 def test_inputs_that_are_not_there(llava, argument, spec, at, phrase):
-    with refused(phrase, llava), prunekit.apply(llava, piped(strategy(argument, spec), at=at)):
+    with refused(phrase, llava, error=SpecError), prunekit.apply(llava, piped(strategy(argument, spec), at=at)):
         pass
 
 
@@ -183,15 +190,18 @@ def test_sizes_in_a_tower_that_attends_picture_by_picture():
 
 
 def run_of(model, spec):
-    plan = plan_of(model, strategy("encoder_attention", spec), pool=torch.nn.Identity())
-    return TowerRun(plan, find(model).modalities[0], {})
+    parts = find(model)
+    tower = dataclasses.replace(parts.tower, pool=torch.nn.Identity())
+    bound = bound_on(model, strategy("encoder_attention", spec), pool=True)
+    needs = TowerNeeds.of(bound, dataclasses.replace(parts, tower=tower))
+    return Encoding(needs, parts.modalities[0], {})
 
 
 def test_a_tower_that_did_not_run(llava):
     """No family has it: an encoding method that goes around the blocks, kernels from elsewhere, or an unused head."""
     run = run_of(llava, EncoderRows(query="pool"))
     with said("the vision tower's blocks have not run, so there is nothing to read of it or to cut"):
-        _ = run.units
+        _ = run.patches
     with said("the pooling head of the vision tower did not run, so there is no row of its query"):
         run.tokens(EncoderRows(query="pool"))
     with said("could not be read: the block's attention did not ask transformers' AttentionInterface"):
@@ -201,8 +211,8 @@ def test_a_tower_that_did_not_run(llava):
 def test_pixels_that_cannot_be_told_apart(llava):
     run = run_of(llava, EncoderRows(query="pool"))
     modality: Modality = find(llava).modalities[0]
-    run.pictures = SimpleNamespace(modality=modality, checksums=None)
-    with said("the pixels of each picture cannot be told apart, so a stage in the tower has no `seed`"):
+    run.visual = SimpleNamespace(modality=modality, checksums=None)
+    with said("the pixels of each image cannot be told apart, so a stage in the tower has no `seed`"):
         _ = run.seeds
 
 
@@ -214,7 +224,8 @@ def test_visual_tokens_that_the_family_does_not_expect(llava, monkeypatch):
 
     plan = piped(strategy(), at="vision.0")
     with prunekit.apply(llava, plan) as run:
-        monkeypatch.setattr(run._tower, "tower", dataclasses.replace(run._tower.tower, patch_groups=wrong))
+        changed = dataclasses.replace(run._tower.tower, patch_groups=wrong)
+        monkeypatch.setattr(run, "_tower", dataclasses.replace(run._tower, tower=changed))
         phrase = "of this tower; use stages that neither cut nor read the vision tower"
         with refused(phrase, llava):
             llava(**inputs_of())

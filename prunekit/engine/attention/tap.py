@@ -1,94 +1,86 @@
 """What an attention module hands to its kernel: rotated queries, keys, values and the mask, without a full map.
 
 Every decoder attention of transformers asks the public `AttentionInterface` for its kernel, by `get_interface(name,
-default)`; under eager attention the default, its own function, comes back. While somebody needs it, that one method
-gives a function that notes its arguments and goes on, for the module that is watched in the current context and for no
-other. Under sdpa, eager and flash names alike, nothing is computed for it, and no configuration is touched.
+default)`; under eager attention the default, its own function, comes back; blocks of vision towers do the same. While
+somebody needs it, that one method gives a function that hands its arguments to a tap and goes on, for the modules that
+are tapped in the current context and for no other. Under sdpa, eager and flash names alike, nothing is computed for it,
+and no configuration is touched.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
-from prunekit.engine.attention.decoder_rows import Attended
+from prunekit.engine.attention.attended import Attended
 from prunekit.errors import Unsupported
 
 METHOD = "get_interface"
 
 
 class Aborted(Exception):
-    """Leaves a layer once its attention has been noted."""
-
-
-class Watcher(Protocol):
-    """Something that wants to see what attention kernels are called with."""
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, an attention kernel, with an eye on its arguments."""
+    """Leaves a layer once its attention has been recorded."""
 
 
 @dataclass
-class Watch:
-    """Notes what one attention module hands to its kernel. abort: leave by `Aborted` instead of running the kernel."""
+class Record:
+    """What one attention module handed to its kernel in its newest call. abort: leave by `Aborted`, before it runs."""
 
     module: nn.Module
     abort: bool = False
-    noted: Attended | None = None
+    attended: Attended | None = None
 
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, an attention kernel, with an eye on `module`."""
-
-        @functools.wraps(function)
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            if module is self.module:
-                # Detached by Attended.of: under checkpointing the layer runs a second time, outside of the watch.
-                self.noted = Attended.of(module, query, key, value, attention_mask, kwargs)
-                if self.abort:
-                    raise Aborted
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
-
-        return attend
+    def take(self, attended: Attended) -> None:
+        """Keep what one call was given."""
+        self.attended = attended
+        if self.abort:
+            raise Aborted
 
     @property
     def result(self) -> Attended:
-        """What was noted. Raises Unsupported if the module has not asked `AttentionInterface` for its kernel."""
-        if self.noted is None:
+        """What was recorded. Raises Unsupported if the module has not asked `AttentionInterface` for its kernel."""
+        if self.attended is None:
             raise Unsupported(
                 f"attention rows, keys and values of {type(self.module).__name__} are not available: it does not take "
                 "its kernel from transformers' AttentionInterface; use stages that need none"
             )
-        return self.noted
+        return self.attended
 
 
-_WATCH: ContextVar[Watcher | None] = ContextVar("prunekit_watch", default=None)
-
-W = TypeVar("W", bound=Watcher)
+# By attention module, who wants to have what its calls are given.
+Taps = Mapping[nn.Module, Callable[[Attended], None]]
+# AttentionInterface is global to the process, and threads may run the same modules at once: each context has its taps.
+_TAPS: ContextVar[Taps | None] = ContextVar("prunekit_taps", default=None)
 
 
 @contextmanager
-def watching(watch: W) -> Iterator[W]:
-    """Within the block, `watch` sees the calls of attention kernels, if `patch` is in. The newest one sees them."""
-    token = _WATCH.set(watch)
+def tapped(taps: Taps) -> Iterator[None]:
+    """Within the block, `taps` get what their modules hand to their kernels, if `patch` is in; outer blocks do not."""
+    token = _TAPS.set(taps)
     try:
-        yield watch
+        yield
     finally:
-        _WATCH.reset(token)
+        _TAPS.reset(token)
+
+
+@contextmanager
+def recorded(record: Record) -> Iterator[Record]:
+    """The same for one record."""
+    with tapped({record.module: record.take}):
+        yield record
 
 
 class _Patch:
-    """Counts who needs the watch; the first puts it on `AttentionInterface`, the last takes it off."""
+    """Counts who needs taps; the first puts them on `AttentionInterface`, the last takes them off."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -99,7 +91,7 @@ class _Patch:
         with self.lock:
             if self.users == 0:
                 self.original = _method()
-                setattr(AttentionInterface, METHOD, _watched(self.original))
+                setattr(AttentionInterface, METHOD, _tapping(self.original))
             self.users += 1
 
     def release(self) -> None:
@@ -110,25 +102,40 @@ class _Patch:
 
 
 def _method() -> Callable[..., Any]:
-    found: Callable[..., Any] | None = AttentionInterface.__dict__.get(METHOD)
-    if found is None:
+    method: Callable[..., Any] | None = AttentionInterface.__dict__.get(METHOD)
+    if method is None:
         raise Unsupported(
             f"this transformers version has no AttentionInterface.{METHOD}, through which prunekit reads attention "
             "rows, keys and values; use a version that pyproject.toml names, or stages that need none"
         )
-    return found
+    return method
 
 
 patch = _Patch()
 
 
-def _watched(original: Callable[..., Any]) -> Callable[..., Any]:
+def _tapping(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         function: Callable[..., Any] = original(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # context variables cannot be traced, and decoding steps are not watched
+        if torch.compiler.is_compiling():  # context variables cannot be traced, and decoding steps are not tapped
             return function
-        watch = _WATCH.get()
-        return function if watch is None else watch.around(function)
+        taps = _TAPS.get()
+        return function if taps is None else _around(function, taps)
 
     return get_interface
+
+
+def _around(function: Callable[..., Any], taps: Taps) -> Callable[..., Any]:
+    """`function`, an attention kernel, that first hands its arguments to the tap of its module."""
+
+    @functools.wraps(function)
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if module in taps:
+            # Detached by Attended.of: under checkpointing the layer runs a second time, outside of the block.
+            taps[module](Attended.of(module, query, key, value, attention_mask, kwargs))
+        return function(module, query, key, value, attention_mask, *args, **kwargs)
+
+    return attend

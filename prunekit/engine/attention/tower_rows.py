@@ -1,115 +1,70 @@
 """Reading the attention of tower blocks: rows, keys, values and queries, only those that are asked for.
 
-The blocks' attention modules ask transformers for their kernel like those of the decoder, so the same watch sees them,
-under sdpa, eager and flash names alike. Packed towers attend in several calls, one for each picture or window.
+Packed towers attend in several calls, one for each image or window; each is read by itself.
+
+Shape letters: R rows of the tower's batch, A heads, K keys (and queries), D numbers of a head, W width.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.tower.tokens import as_bias, visible
+from prunekit.engine.attention.attended import Attended, probabilities
+from prunekit.engine.tokens.masks import visible
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues
 
 # Numbers of one piece of an attention map, when the mean over all queries needs the whole.
 PIECE = 1 << 24
 
 
-@dataclass(frozen=True)
-class Attended:
-    """What one call of an attention kernel got: queries (R, A, Q, D), keys and values (R, A, K, D), a mask or None."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    scaling: float
-
-
-@dataclass
-class TowerWatch:
-    """Hands what the watched attention modules attend to to `take`, with the number of the block."""
-
-    blocks: Mapping[nn.Module, int]
-    take: Callable[[int, Attended], None]
-
-    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, an attention kernel, with an eye on the modules."""
-
-        @functools.wraps(function)
-        def attend(
-            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
-        ) -> Any:
-            if module in self.blocks:
-                scaling = kwargs.get("scaling")
-                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-                mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
-                states = (query.detach(), key.detach(), value.detach())
-                self.take(self.blocks[module], Attended(*states, mask, scaling))
-            return function(module, query, key, value, attention_mask, *args, **kwargs)
-
-        return attend
-
-
 @torch.no_grad()
-def read(spec: EncoderRows | EncoderKeys | EncoderValues | EncoderQueries, seen: Attended) -> Tensor:
+def read(spec: EncoderRows | EncoderKeys | EncoderValues | EncoderQueries, attended: Attended) -> Tensor:
     """What `spec` asks for, with the tokens in dimension 1: (R, K), (R, K, A), (R, K, D) or (R, K, A, D)."""
     if isinstance(spec, EncoderRows):
-        row = _received(seen) if spec.query == "mean" else _cls_row(spec, seen)
-        return row.mean(1) if spec.heads == "mean" else row.sum(1) if spec.heads == "sum" else _last(spec, row)
-    states = seen.key if isinstance(spec, EncoderKeys) else seen.query
-    if isinstance(spec, EncoderValues):
-        states = seen.value
+        row = _received(attended) if spec.query == "mean" else _cls_row(spec, attended)
+        return heads_together(row, spec.heads)
+    states = attended.key if isinstance(spec, EncoderKeys) else attended.query
+    states = attended.value if isinstance(spec, EncoderValues) else states
     return states.mean(1) if spec.heads == "mean" else states.transpose(1, 2)
 
 
-def _last(spec: EncoderRows, row: Tensor) -> Tensor:
-    return row[:, 0] if spec.heads == "joined" else row.transpose(1, 2)
+def heads_together(row: Tensor, heads: str) -> Tensor:
+    """(R, A, K) as `EncoderRows.heads` says: (R, K), or (R, K, A)."""
+    if heads == "none":
+        return row.transpose(1, 2)
+    return row.mean(1) if heads == "mean" else row.sum(1)
 
 
-def _cls_row(spec: EncoderRows, seen: Attended) -> Tensor:
+def _cls_row(spec: EncoderRows, attended: Attended) -> Tensor:
     """(R, A, K), or (R, 1, K) for joined heads."""
-    logits = (seen.query[:, :, :1] @ seen.key.transpose(-1, -2))[:, :, 0]
-    if spec.heads == "joined":
-        logits = logits.sum(1, keepdim=True) * (seen.query.shape[1] * seen.query.shape[-1]) ** -0.5
-    else:
-        logits = logits * seen.scaling
-    if spec.domain == "logits":
-        return logits
-    return _softmax(logits, None if seen.mask is None else seen.mask[:, :, 0])
+    query = attended.query
+    first = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
+    if spec.heads != "joined":
+        return attended.scores(first, None, spec.domain)[:, :, 0]
+    logits = (query[:, :, :1] @ attended.key.transpose(-1, -2)).sum(1, keepdim=True)
+    logits = logits * (query.shape[1] * query.shape[-1]) ** -0.5
+    return (logits if spec.domain == "logits" else probabilities(logits, attended.seen(first)))[:, :, 0]
 
 
-def _received(seen: Attended) -> Tensor:
+def _received(attended: Attended) -> Tensor:
     """The mean of each key's probability over the queries that see it, (R, A, K), in pieces; padding is no query."""
-    rows, heads, length, _ = seen.query.shape
-    mask = None if seen.mask is None else visible(seen.mask).expand(rows, -1, length, -1)
-    real = None if mask is None else mask[:, 0].diagonal(dim1=1, dim2=2)
-    total = seen.query.new_zeros(rows, heads, length, dtype=torch.promote_types(seen.query.dtype, torch.float32))
-    count = total.new_zeros(rows, 1, length)
-    step = max(PIECE // (rows * heads * length), 1)
-    for start in range(0, length, step):
-        part = slice(start, start + step)
-        bias = seen.mask if seen.mask is None or seen.mask.shape[2] == 1 else seen.mask[:, :, part]
-        chances = _softmax(seen.query[:, :, part] @ seen.key.transpose(-1, -2) * seen.scaling, bias)
-        if mask is None or real is None:
-            total, count = total + chances.sum(2), count + chances.shape[2]
-        else:
-            asked = real[:, None, part, None]
-            total = total + (chances * asked).sum(2)
-            count = count + (mask[:, :1, part] & asked).sum(2)
-    return total / count.clamp_min(1)
-
-
-def _softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    bias = as_bias(mask, logits)
-    logits = logits if bias is None else logits + bias
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    rows, heads, length, _ = attended.query.shape
+    slots = torch.arange(length, device=attended.query.device).expand(rows, length)
+    total: Tensor | float = 0.0
+    count: Tensor | float = 0.0
+    for part in torch.split(slots, max(PIECE // (rows * heads * length), 1), dim=1):
+        chances, seen = attended.scores(part, None, "softmax"), attended.seen(part)
+        if seen is None:
+            total, count = total + chances.sum(2), count + part.shape[1]
+            continue
+        sees = visible(seen)[:, :1].expand(-1, -1, part.shape[1], -1)
+        real = sees.gather(3, part[:, None, :, None])  # a token that does not see itself is padding
+        total = total + (chances * real).sum(2)
+        count = count + (sees & real).sum(2)
+    return torch.as_tensor(total / (count.clamp_min(1) if isinstance(count, Tensor) else count))
 
 
 @torch.no_grad()
@@ -126,4 +81,4 @@ def pooled_row(head: nn.Module, states: Tensor) -> Tensor:
     query = nn.functional.linear(probe[0], weights[0], biases[0]).view(heads, -1)
     key = nn.functional.linear(states, weights[1], biases[1])
     key = key.view(*states.shape[:2], heads, -1)
-    return _softmax(torch.einsum("ad,rkad->rak", query, key) * query.shape[-1] ** -0.5, None)
+    return probabilities(torch.einsum("ad,rkad->rak", query, key) * query.shape[-1] ** -0.5, None)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended
-from prunekit.engine.attention.tap import Aborted, Watch, watching
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.tap import Aborted, Record, recorded
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.layer_call import LayerCall
 from prunekit.engine.tokens.layout import Layout
@@ -45,29 +45,29 @@ def attended(aside: Aside, layer: nn.Module, attention: nn.Module, hidden: Tenso
     arguments = aside.arguments(hidden)
     if not rope:
         arguments |= _unrotated(arguments)
-    watch = Watch(attention, abort=True)
-    _call(layer, hidden, arguments, watch)
-    return watch.result
+    record = Record(attention, abort=True)
+    _call(layer, hidden, arguments, record)
+    return record.result
 
 
 def run(aside: Aside, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
     """Physical states (B, K, H) after `layer`, called as the layer of `aside` is.
 
-    attention: the name of its part whose attention is noted; None: it is not.
+    attention: the name of its part whose attention is recorded; None: it is not.
     """
-    watch = None if attention is None else Watch(getattr(layer, attention))
-    hidden = _call(layer, hidden, aside.arguments(hidden), watch)
-    return hidden, None if watch is None else watch.result
+    record = None if attention is None else Record(getattr(layer, attention))
+    hidden = _call(layer, hidden, aside.arguments(hidden), record)
+    return hidden, None if record is None else record.result
 
 
-def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], watch: Watch | None) -> Tensor:
+def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: Record | None) -> Tensor:
     """Call a layer in an empty context, in which no override of the engine, and nobody else's, knows of the call."""
 
     def call() -> Any:
-        if watch is None:
+        if record is None:
             return layer.forward(hidden, **arguments)
         try:
-            with watching(watch):
+            with recorded(record):
                 return layer.forward(hidden, **arguments)
         except Aborted:
             return hidden

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,12 @@ from prunekit.engine.decoder.routers import by_scores, route
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState, Decision
 from prunekit.engine.decoder.view import View
-from prunekit.engine.tokens.layout import Layout, take
-from prunekit.engine.tower.notes import dropped_in_tower
+from prunekit.engine.tokens.layout import Layout, blank, take
+from prunekit.engine.tokens.merges import merged
+from prunekit.engine.tower.record import dropped_in_tower
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy.decisions import Selection
+from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 
 
@@ -90,9 +91,9 @@ class Cutter:
         selection = by_scores(view, state.scores[cut.stage.index]) if routed else decide(cut.stage, view)
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
-        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection))
+        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
         if selection.weights is not None:
-            hidden = _merged(hidden, tokens, selection.keep, selection.weights, lambda: view.extras)
+            hidden = _merge(hidden, view, selection.keep, selection.weights)
         if selection.sizes is not None:
             sized = tokens.layout.with_sizes(self._sizes(tokens, selection))
             state.layout = sized
@@ -148,12 +149,11 @@ class Cutter:
         return narrowed.with_shift(layout.shift), slots
 
 
-def _merged(hidden: Tensor, tokens: SiteTokens, keep: Tensor, weights: Tensor, extras: Callable[[], Tensor]) -> Tensor:
-    """`hidden` with weighted sums of visual tokens, and of extras after them, in the slots of the kept ones."""
-    slots = tokens.slots.to(hidden.device)[..., None].expand(-1, -1, hidden.shape[-1])
-    before = hidden.gather(1, slots)
-    inside = before.masked_fill(~tokens.valid.to(hidden.device)[..., None], 0.0)
-    if beyond := weights.shape[-1] - inside.shape[1]:
-        inside = torch.cat([inside, extras()[:, :beyond].to(inside)], dim=1)
-    merged = weights.to(hidden.device, hidden.dtype) @ inside
-    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], merged, before))
+def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor | Owners) -> Tensor:
+    """`hidden` with what tokens, and extras after them, are merged to in the slots of the kept ones."""
+    tokens = view.tokens
+    before = take(hidden, tokens.slots, 1)
+    takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
+    states = merged(weights, blank(before, tokens.valid), tokens.sizes, view.extras if takes_extras else None)
+    slots = tokens.slots.to(hidden.device)[..., None].expand_as(states)
+    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], states, before))

@@ -39,8 +39,7 @@ def _may(bound: BoundPipeline, number: int, action: LayerAction) -> bool:
 
 
 def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
-    if parts.mlp_norm is None:
-        raise Unsupported(f"{parts.family} runs attention and MLP side by side: there is no place between them to cut")
+    assert parts.mlp_norm is not None, "checked when the pipeline was bound"
     overrides.replace(getattr(layer, parts.mlp_norm), "forward", _cut_norm_forward)
     overrides.replace(getattr(layer, parts.mlp), "forward", _cut_mlp_forward)
 

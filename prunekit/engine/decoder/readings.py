@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.decoder_rows import Attended, attention
-from prunekit.engine.attention.tap import Watch, patch, watching
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.decoder_rows import attention
+from prunekit.engine.attention.tap import Record, patch, recorded
 from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.aside import Aside
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.tokens.layout import Layout, leftmost
+from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
@@ -34,34 +35,32 @@ WHOLE = frozenset({LayerAction.RUN, LayerAction.SKIP_MLP})
 class Needs:
     """What the stages of a pipeline read, by decoder layer.
 
-    watched: layers whose queries, keys and values are noted while they run. read: those, and layers that are called
+    recorded: layers whose queries, keys and values are recorded while they run. read: those, and layers that are called
     again for queries and keys without rotation. entered: layers whose input is kept.
     behind: layers inside which a cut reads the layer before.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
+    positions: whether the rotary module's position ids are kept.
     """
 
-    watched: frozenset[int] = frozenset()
+    recorded: frozenset[int] = frozenset()
     read: frozenset[int] = frozenset()
     entered: frozenset[int] = frozenset()
     behind: frozenset[int] = frozenset()
     embeds: bool = False
     kernels: bool = False
+    positions: bool = False
 
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
-        """Of all cuts of a bound pipeline. Raises Unsupported for inputs that are not there at their sites."""
-        watched: set[int] = set()
+        """Of all cuts of a bound pipeline, whose inputs `bind` has found to exist at their sites."""
+        record: set[int] = set()
         read: set[int] = set()
         entered: set[int] = set()
         behind: set[int] = set()
-        embeds = kernels = False
+        embeds = kernels = positions = False
         layers = bound.shape.layers
-        for cut in bound.cuts:
+        for cut in bound.asked:
             names = _named(cut)
-            try:
-                table.layers_read(cut.stage.inputs, names, cut.site, layers)
-            except ValueError as error:
-                raise Unsupported(f"{cut.label}: {error}; declare another layer for it, or move the stage") from None
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
                 assert layer is not None
@@ -71,15 +70,16 @@ class Needs:
                     read.add(layer)
                     behind |= {layer + 1} if cut.site.layer == layer + 1 and cut.site.point == "mid" else set()
                     if decoder_requests.layer_and_rope(spec)[1]:
-                        watched.add(layer)
+                        record.add(layer)
             before = decoder_requests.layer_before(cut.site, layers)
             if "previous_hidden" in names and before is not None:
                 entered.add(before)
-            if "forward" in names and (cut.site.point == "mid" or cut.site.place == "prefill_end"):
-                raise Unsupported(f"{cut.label}: no layer can be run from '{cut.site}'; move the stage")
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(watched), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
+            positions = positions or "positions" in names
+        entered |= read
+        layers_of = (frozenset(record), frozenset(read), frozenset(entered), frozenset(behind))
+        return cls(*layers_of, embeds, kernels, positions)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -89,7 +89,7 @@ class Needs:
 
 
 def _named(cut: Cut) -> frozenset[str]:
-    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text")
+    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions")
     return frozenset(name for name in names if cut.stage.asks_for(name))
 
 
@@ -105,7 +105,7 @@ class Run:
     hidden: Tensor
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    watch: Watch | None = None
+    record: Record | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -154,10 +154,10 @@ class Readings:
             return
         run = self.runs[number] = Run(Aside(here, state.layout), number, hidden, state.counts, state.lengths)
         actions = set(state.actions(number))
-        if number not in self.needs.watched or len(actions) > 1 or not actions <= WHOLE:
+        if number not in self.needs.recorded or len(actions) > 1 or not actions <= WHOLE:
             yield
             return
-        with watching(Watch(self.attention_of(number))) as run.watch:
+        with recorded(Record(self.attention_of(number))) as run.record:
             yield
 
     def _check_plans(self) -> None:
@@ -196,19 +196,11 @@ class Readings:
         parts = self.state.parts
         number = decoder_requests.layer_of(spec.layer, cut.site, self.state.bound.shape.layers)
         assert number is not None, "checked by Needs.of"
-        if spec.layer == "next":
-            if at.number < number <= parts.logical_until:
-                raise Unsupported(
-                    f"layer {number} cannot be looked at after layer {at.number}: this model adds features of its "
-                    "pictures in between; move the stage to a site before a layer"
-                )
-            run = self.run_aside(at, number, hidden)
-        else:
-            run = self.runs[number]
+        run = self.run_aside(at, number, hidden) if spec.layer == "next" else self.runs[number]
         _, rope = decoder_requests.layer_and_rope(spec)
-        if run.watch is not None and rope:
+        if run.record is not None and rope:
             # A cache of fixed size gives all its keys; the empty ones stand behind those that ran.
-            return run.watch.result.narrowed(run.hidden.shape[1]), run
+            return run.record.result.narrowed(run.hidden.shape[1]), run
         return aside.attended(run.aside, parts.layers[number], self.attention_of(number), run.hidden, rope), run
 
     def prompt_tokens(self) -> PromptTokens:
@@ -270,10 +262,4 @@ def _differences(lengths: tuple[int, ...], counts: tuple[int, ...]) -> tuple[int
 
 def taken(states: Tensor, slots: Tensor, valid: Tensor) -> Tensor:
     """Entries of states (B, K, H) at `slots`, int64 (B, V), zeros where not `valid`: (B, V, H)."""
-    index = slots.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-    return blank(states.gather(1, index), valid)
-
-
-def blank(x: Tensor, valid: Tensor) -> Tensor:
-    """`x`, (B, V, ...), with zeros where not `valid`, bool (B, V)."""
-    return x.masked_fill(~valid.to(x.device).view(*valid.shape, *[1] * (x.ndim - 2)), 0.0)
+    return blank(take(states, slots, 1), valid)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import call, checked
+from prunekit.engine.asking import call, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError
@@ -28,13 +28,14 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
         answer = _ask(view, embeds)
     if answer.note is not None:
         state.notes.append(f"{stage.label}: {answer.note}")
-    if answer.tokens is not None:
-        checked(stage, "route (tokens)", answer.tokens, state.prompt.ids.shape)
+    tokens = answer.tokens
+    if tokens is not None:
+        tokens = finite(stage, "route (tokens)", tokens, state.alive_visual())
     own = _decided(stage, state, answer)
     if own is None:
-        return answer.tokens, state.plans
+        return tokens, state.plans
     try:
-        return answer.tokens, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
+        return tokens, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
 
@@ -52,7 +53,8 @@ def _decided(stage: Stage, state: BatchState, answer: Route) -> tuple[LayerPlan,
         return _checked_plans(stage, state, tuple(answer.plans))
     if answer.layers is not None and stage.keep_layers is not None:
         shape = (len(state.lengths), state.bound.shape.layers)
-        return _plans(stage, state, checked(stage, "route (layers)", answer.layers, shape))
+        every = torch.ones(shape, dtype=torch.bool, device=state.prompt.ids.device)
+        return _plans(stage, state, finite(stage, "route (layers)", answer.layers, every))
     if stage.keep_layers is not None:
         raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
     return None
@@ -104,7 +106,7 @@ def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[
     def get(name: str) -> Any:
         if name in own:
             return own[name]
-        return getattr(view, name) if b is None else view.of_sample(name, b)
+        return view.get(name) if b is None else view.of_sample(name, b)
 
     return get
 

@@ -46,6 +46,13 @@ class SiteTokens:
         return columns < torch.tensor(self.counts, device=self.slots.device)[:, None]
 
     @cached_property
+    def sizes(self) -> Tensor:
+        """How many original tokens each stands for, float (B, V); 1 on padding."""
+        if self.layout.sizes is None:
+            return torch.ones_like(self.valid, dtype=torch.float32)
+        return self.layout.sizes.gather(1, self.slots).masked_fill(~self.valid, 1.0)
+
+    @cached_property
     def text_counts(self) -> tuple[int, ...]:
         """Text tokens of each row."""
         prompt = self.state.prompt

@@ -28,13 +28,14 @@ class Decision:
     """A stage's answer at one cut, kept on its device until somebody asks for a report.
 
     entered: visual tokens of each row that reached the cut. ordinals: int64 (B, V), their numbers among the original
-    visual tokens of their row.
+    visual tokens of their row. asked: how many to keep of each row, None for a stage that decides by itself.
     """
 
     cut: Cut
     entered: tuple[int, ...]
     ordinals: Tensor
     selection: Selection
+    asked: tuple[int, ...] | None
 
     def event(self) -> StageEvent:
         """The same as plain numbers; reads tensors back from their device."""
@@ -47,7 +48,7 @@ class Decision:
         stage, sizes = self.cut.stage, self.selection.sizes
         return StageEvent(
             stage.use, stage.index, str(self.cut.site), self.entered, kept(self.ordinals), self.selection.crop,
-            None if sizes is None else kept(sizes),
+            None if sizes is None else kept(sizes), self.asked,
         )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ class BatchState:
     """One prompt batch under one pipeline. Lives on the KV cache that the batch fills.
 
     itemsize: bytes of one number of the hidden states, and so of the KV cache.
+    processor: that of the model, for hooks that read the prompt as text; None: no hook does.
     layout: the tokens that are alive; None: all. counts, lengths: visual and all tokens of each row that are alive.
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
@@ -67,6 +69,7 @@ class BatchState:
     parts: Parts
     prompt: Prompt
     itemsize: int
+    processor: Any = None
     layout: Layout | None = None
     counts: tuple[int, ...] = field(init=False)
     lengths: tuple[int, ...] = field(init=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,26 +11,23 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
+from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.forward import Forward
 from prunekit.engine.decoder.forward_pass import Here
-from prunekit.engine.decoder.readings import Readings, Run, blank, taken
+from prunekit.engine.decoder.readings import Readings, Run, taken
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.prompt.prompt import Prompt
-from prunekit.engine.tower.from_tower import FromTower
-from prunekit.errors import Unsupported
+from prunekit.engine.prompt.question import questions
+from prunekit.engine.tokens.layout import blank, take
+from prunekit.engine.tower import record
 from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
 
-# Inputs that belong to the whole batch, those with one entry per sample, and those with one per text token.
-SHARED = frozenset({"cut", "norm"})
-SINGLE = frozenset({"count", "seed", "extras"})
-TEXT = frozenset({"text", "text_hidden", "text_keys", "text_after", "text_valid"})
-
 
 @dataclass(frozen=True, repr=False)
-class View(FromTower):
+class View:
     """The visual tokens that reach one stage. Its properties named in the hook specifications are the inputs of hooks.
 
     What hooks get is theirs: writing to it changes nothing of the model.
@@ -90,25 +87,21 @@ class View(FromTower):
         return states if self.place.stage.trainable else states.detach()
 
     @cached_property
-    def places(self) -> Tensor:
-        """As `Prompt.places`, of the tokens that reach the site: int64 (B, V, 6)."""
-        index = self.ordinals[..., None].expand(-1, -1, 6)
-        return self.prompt.places.gather(1, index).masked_fill(~self.valid[..., None], -1)
+    def _coords(self) -> Tensor:
+        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
+        return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
     def coords(self) -> Tensor:
-        return self.places[..., [0, 2, 3, 4, 5]]
+        return self._coords[..., [0, 2, 3, 4, 5]]
 
     @property
     def frames(self) -> Tensor:
-        return self.places[..., 1]
+        return self._coords[..., 1].clone()
 
-    @cached_property
+    @property
     def sizes(self) -> Tensor:
-        sizes, valid = self.tokens.layout.sizes, self.tokens.valid
-        if sizes is None:
-            return torch.ones_like(valid, dtype=torch.float32)
-        return sizes.gather(1, self.tokens.slots).masked_fill(~valid, 1.0)
+        return self.tokens.sizes.clone()
 
     @cached_property
     def attention(self) -> Any:
@@ -135,14 +128,14 @@ class View(FromTower):
     def _rows(self, spec: decoder_requests.Rows) -> Tensor:
         return self.readings.rows(*self._attended(spec), spec, self.tokens)
 
-    def _attended(self, spec: decoder_requests.Spec) -> tuple[decoder_rows.Attended, Run]:
+    def _attended(self, spec: decoder_requests.Spec) -> tuple[Attended, Run]:
         calls, key = self._calls, decoder_requests.layer_and_rope(spec)
         if key not in calls:
             calls[key] = self.readings.attended(spec, self.here, self.place, self.hidden_states)
         return calls[key]
 
     @cached_property
-    def _calls(self) -> dict[Any, tuple[decoder_rows.Attended, Run]]:
+    def _calls(self) -> dict[Any, tuple[Attended, Run]]:
         """Layers that were looked at for this stage: several inputs may read the same one."""
         return {}
 
@@ -182,32 +175,67 @@ class View(FromTower):
     def seed(self) -> tuple[int, ...]:
         return self.prompt.seeds
 
+    @property
+    def extras(self) -> Tensor:
+        return record.extras(self.prompt)
+
+    @property
+    def extras_valid(self) -> Tensor:
+        crops = torch.tensor(record.crops(self.prompt), device=self.tokens.slots.device)
+        return torch.arange(int(crops.max()), device=crops.device) < crops[:, None]
+
+    @property
+    def index(self) -> Tensor:
+        return self.tokens.ordinals.masked_fill(~self.tokens.valid, -1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        axes = [take(axis, self.tokens.positions, 1) for axis in self.here.forward_pass.rotations.ids]
+        return blank(torch.stack(axes, dim=-1), self.tokens.valid, -1)
+
+    @property
+    def text_ids(self) -> Tensor:
+        return self.prompt.ids.gather(1, self.tokens.text_positions).masked_fill(~self.tokens.text_valid, -1)
+
+    @cached_property
+    def question(self) -> tuple[str, ...]:
+        rows = zip(self.text_ids.tolist(), self.tokens.text_counts, strict=True)
+        return questions(self.tokens.state.processor, [ids[:count] for ids, count in rows])
+
+    @cached_property
+    def _of_tower(self) -> dict[str, Any]:
+        """Inputs of the vision tower, once each."""
+        return {}
+
+    def get(self, name: str) -> Any:
+        """The input of hooks with this name."""
+        if name not in table.OF_TOWER:
+            return getattr(self, name)
+        if name not in self._of_tower:
+            ordinals, valid = self.tokens.ordinals, self.tokens.valid
+            self._of_tower[name] = record.encoder_input(
+                self.prompt, self.parts.tower, self.place, name, ordinals, valid
+            )
+        return self._of_tower[name]
+
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of sample b: unpadded, without the batch axis; `state` is a dict of the sample's own."""
-        value = getattr(self, name)
-        if name == "state":
-            return value.setdefault(b, {})
-        if name == "forward":
-            raise Unsupported(
-                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample=True sees one "
-                "sample; leave out per_sample, or forward"
-            )
-        if value is None or name in SHARED:
-            return value
-        if name in SINGLE:
-            return value[b]
-        if name in table.OF_DECODER_LAYERS:
-            declared = table.requests(self.place.stage.inputs, name)
-            parts = value if isinstance(value, tuple) else (value,)
-            ones = tuple(self._one(name, part, spec, b) for part, spec in zip(parts, declared, strict=True))
-            return ones if isinstance(value, tuple) else ones[0]
-        return value[b, : self._length(name, b)]
+        value = self.get(name)
+        if name in table.OF_TOWER:
+            crops = record.crops(self.prompt)[b]
+            return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
+        lengths = {"V": self.counts[b], "T": self.tokens.text_counts[b]}
+        if name.startswith("extras"):
+            lengths["E"] = record.crops(self.prompt)[b]
+        if name not in table.OF_DECODER_LAYERS:
+            return table.cut_for_sample(name, value, b, lengths)
+        declared = table.requests(self.place.stage.inputs, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        ones = tuple(self._one(name, part, spec, b, lengths) for part, spec in zip(parts, declared, strict=True))
+        return ones if isinstance(value, tuple) else ones[0]
 
-    def _length(self, name: str, b: int) -> int:
-        return self.tokens.text_counts[b] if name in TEXT else self.counts[b]
-
-    def _one(self, name: str, value: Tensor, spec: Any, b: int) -> Tensor:
-        one = value[b, : self._length(name, b)]
+    def _one(self, name: str, value: Tensor, spec: Any, b: int, lengths: Mapping[str, int]) -> Tensor:
+        one: Tensor = table.cut_for_sample(name, value, b, lengths)
         if not (isinstance(spec, decoder_requests.Rows) and spec.over == "none"):
             return one
         _, valid = self.readings.queries(spec, self._attended(spec)[1])

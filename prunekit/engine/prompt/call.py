@@ -12,7 +12,7 @@ from torch import Tensor
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.prompt.generate import flat_mask
 from prunekit.engine.prompt.prompt import Prompt
-from prunekit.engine.prompt.visual_inputs import Pictures, noted
+from prunekit.engine.prompt.visual_inputs import VisualInputs, recorded_on
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 
@@ -63,7 +63,7 @@ class Call:
         shown = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device))
         if count := int((shown if mask is None else shown & mask.to(ids.device, torch.bool)).sum()):
             raise Unsupported(
-                f"the prompt shows {count} visual tokens, but no pictures came with it; give their pixels"
+                f"the prompt shows {count} visual tokens, but no images or videos came with it; give their pixels"
             )
 
     def _refuse_checkpointing(self) -> None:
@@ -77,16 +77,16 @@ class Call:
                 "(model.gradient_checkpointing_disable())"
             )
 
-    def refuse_new_pictures(self) -> None:
-        """Raise Unsupported when later tokens on a pruned cache bring pictures."""
+    def refuse_new_inputs(self) -> None:
+        """Raise Unsupported when later tokens on a pruned cache bring images or videos."""
         if self.outputs:
             raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
 
-    def pictures(self) -> tuple[Pictures, ...]:
-        """What was encoded for this call, kind by kind."""
+    def sources(self) -> tuple[VisualInputs, ...]:
+        """What was encoded for this call, modality by modality."""
         kinds = ((modality, self.outputs.get(modality.name)) for modality in self.parts.modalities)
-        found = (noted(output, modality) for modality, output in kinds if output is not None)
-        return tuple(pictures for pictures in found if pictures is not None)
+        sources = (recorded_on(output, modality) for modality, output in kinds if output is not None)
+        return tuple(source for source in sources if source is not None)
 
     def prompt(self) -> Prompt:
         """The prompt batch of a prefill; one read back from the device."""
@@ -95,7 +95,8 @@ class Call:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(ids.device, torch.bool)
         visual = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device)) & real
         visual_counts, lengths = torch.stack([visual.sum(1), real.sum(1)]).tolist()
-        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), self.pictures())
+        return Prompt(ids, real, visual, tuple(visual_counts), tuple(lengths), self.sources())
 
 
+# Not a field of what is attached: threads may call the model at once under one block, each in a context of its own.
 CALL: ContextVar[Call | None] = ContextVar("prunekit_call", default=None)

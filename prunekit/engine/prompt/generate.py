@@ -39,8 +39,8 @@ def flat_mask(mask: Any) -> Tensor | None:
         return next((flat for part in mask.values() if (flat := flat_mask(part)) is not None), None)
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask
-    found: Tensor | None = getattr(mask, _FLAT, None)
-    return found
+    beside: Tensor | None = getattr(mask, _FLAT, None)
+    return beside
 
 
 def _generate(model: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -1,4 +1,4 @@
-"""What is known of a prompt batch before the decoder runs: ids, padding, visual tokens and their pictures."""
+"""What is known of a prompt batch before the decoder runs: ids, padding, visual tokens and what they show."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from prunekit.engine.prompt.visual_inputs import Pictures
+from prunekit.engine.prompt.visual_inputs import VisualInputs
+from prunekit.engine.tokens.layout import blank, leftmost, take
 from prunekit.errors import Unsupported
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of one row: number `at` of what `source` encoded; `positions` in the prompt, int64 (tokens,)."""
+class VisualInput:
+    """One image or video of a row: number `at` of what `source` encoded; `positions` in the prompt, int64 (tokens,)."""
 
-    source: Pictures
+    source: VisualInputs
     at: int
     positions: Tensor
 
@@ -27,8 +28,8 @@ class Picture:
 class Prompt:
     """What is known of a prompt batch before the decoder runs.
 
-    ids: int64 (B, S). real, visual: bool (B, S), not padding; filled with features of pictures. visual_counts, lengths:
-    per row, visual tokens, and tokens without padding. pictures: per kind, what was encoded for the batch.
+    ids: int64 (B, S). real, visual: bool (B, S), not padding; replaced by image or video features. visual_counts,
+    lengths: per row, visual tokens, and tokens without padding. sources: what was encoded for the batch, per modality.
     """
 
     ids: Tensor
@@ -36,7 +37,7 @@ class Prompt:
     visual: Tensor
     visual_counts: tuple[int, ...]
     lengths: tuple[int, ...]
-    pictures: tuple[Pictures, ...]
+    sources: tuple[VisualInputs, ...]
 
     @cached_property
     def ordinals(self) -> Tensor:
@@ -46,30 +47,30 @@ class Prompt:
     @cached_property
     def last(self) -> Tensor:
         """Position of each row's last token that is no padding: int64 (B,)."""
-        places = torch.arange(self.real.shape[1], device=self.real.device)
-        return (self.real * places).argmax(1)
+        positions = torch.arange(self.real.shape[1], device=self.real.device)
+        return (self.real * positions).argmax(1)
 
     @cached_property
-    def by_row(self) -> list[list[Picture]]:
-        """The pictures of each row in the order of the prompt."""
-        found: list[list[Picture]] = [[] for _ in self.visual_counts]
-        for source in self.pictures:
+    def by_row(self) -> list[list[VisualInput]]:
+        """The images and videos of each row in the order of the prompt."""
+        rows: list[list[VisualInput]] = [[] for _ in self.visual_counts]
+        for source in self.sources:
             for row, numbers in enumerate(self._dealt(source)):
                 shown = torch.isin(self.ids[row], torch.tensor(source.modality.token_ids, device=self.ids.device))
                 positions = (shown & self.real[row]).nonzero()[:, 0]
                 parts = torch.split(positions, [source.counts[number] for number in numbers])
-                found[row] += [Picture(source, n, part) for n, part in zip(numbers, parts, strict=True)]
-        return [sorted(row, key=lambda picture: int(picture.positions[0])) for row in found]
+                rows[row] += [VisualInput(source, n, part) for n, part in zip(numbers, parts, strict=True)]
+        return [sorted(row, key=lambda one: int(one.positions[0])) for row in rows]
 
-    def _dealt(self, source: Pictures) -> list[list[int]]:
-        """Which of the source's pictures each row shows. Rows are repeated for beams, notes are not."""
+    def _dealt(self, source: VisualInputs) -> list[list[int]]:
+        """Which entries of `source` each row shows. Rows are repeated for beams, records are not."""
         ids = torch.tensor(source.modality.token_ids, device=self.ids.device)
         wanted = (torch.isin(self.ids, ids) & self.real).sum(1).tolist()
         total = sum(source.counts)
         times = sum(wanted) // total if total else 1
         if times < 1 or total * times != sum(wanted) or len(wanted) % times:
             raise Unsupported(f"the prompt shows {sum(wanted)} {source.modality.name} tokens, the encoder made {total}")
-        # Some encoders return an empty entry for a row without pictures.
+        # Some encoders return an empty entry for a row without images.
         remaining = [number for number, count in enumerate(source.counts) if count]
         rows: list[list[int]] = []
         for row, count in enumerate(wanted):
@@ -83,24 +84,23 @@ class Prompt:
         return rows
 
     @cached_property
-    def places(self) -> Tensor:
-        """Number of the picture, then as `Modality.coords`, of original visual tokens: int64 (B, V, 6), padding -1."""
+    def coords(self) -> Tensor:
+        """Number of the image or video, then as `Modality.coords`, of original visual tokens: int64 (B, V, 6); padding
+        is -1.
+        """
         table = torch.full((*self.ids.shape, 6), -1, dtype=torch.int64)
-        for b, pictures in enumerate(self.by_row):
-            for number, picture in enumerate(pictures):
-                positions = picture.positions.cpu()
+        for b, row in enumerate(self.by_row):
+            for number, one in enumerate(row):
+                positions = one.positions.cpu()
                 table[b, positions, 0] = number
-                table[b, positions, 1:] = picture.source.places[picture.at].cpu()
+                table[b, positions, 1:] = one.source.coords[one.at].cpu()
         return self.of_visual(table.to(self.ids.device), -1)
 
     def of_visual(self, table: Tensor, padding: float) -> Tensor:
         """Entries of a table (B, S, ...) for the original visual tokens: (B, V, ...)."""
         width = max(self.visual_counts, default=0)
-        order = (~self.visual).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        rows = torch.arange(len(order), device=order.device)[:, None]
-        there = self.visual.gather(1, order)
-        found = table[rows, order]
-        return found.masked_fill(~there.view(*there.shape, *[1] * (found.ndim - 2)), padding)
+        columns = leftmost(self.visual, width)
+        return blank(take(table, columns, 1), self.visual.gather(1, columns), padding)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -109,9 +109,9 @@ class Prompt:
         return tuple(map(_seed, ids, real, self.by_row))
 
 
-def _seed(ids: Sequence[int], real: Sequence[bool], pictures: Sequence[Picture]) -> int:
+def _seed(ids: Sequence[int], real: Sequence[bool], inputs: Sequence[VisualInput]) -> int:
     digest = hashlib.blake2b(digest_size=7)
-    digest.update(repr([token for token, there in zip(ids, real, strict=True) if there]).encode())
-    sums = [picture.source.checksums for picture in pictures]
-    digest.update(repr([None if s is None else s[p.at] for s, p in zip(sums, pictures, strict=True)]).encode())
+    digest.update(repr([token for token, is_real in zip(ids, real, strict=True) if is_real]).encode())
+    sums = [one.source.checksums for one in inputs]
+    digest.update(repr([None if s is None else s[p.at] for s, p in zip(sums, inputs, strict=True)]).encode())
     return int.from_bytes(digest.digest(), "big")

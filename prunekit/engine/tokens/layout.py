@@ -15,7 +15,10 @@ REMEMBERED = 7
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The physical tokens of every row, right-aligned and in ascending logical order.
+    """The physical tokens of every row, in ascending logical order.
+
+    In the decoder rows are right-aligned, as caches and masks count from the end; in the vision tower left-aligned, as
+    its CLS token stands first.
 
     index: int64 (B, K), the logical position of each slot. valid: bool (B, K), False on the filling of shorter rows;
     None when all rows are full. length: S, the logical length. `None` in place of a layout means: all tokens.
@@ -55,11 +58,11 @@ class Layout:
         return take(x, (first + rank - 1).clamp_min_(0).clamp_max_(self.width - 1), 1)
 
     def put(self, x: Tensor, into: Tensor) -> Tensor:
-        """Logical `into` (B, S, H) with physical `x` (B, K, H) in the places of its slots."""
+        """Logical `into` (B, S, ...) with physical `x` (B, K, ...) at the positions of its slots."""
         index = self.index.to(x.device)
-        if self.valid is not None:  # fillings repeat a dropped token, whose place keeps what it had
-            x = torch.where(self.valid.to(x.device)[..., None], x, take(into, index, 1))
-        return into.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
+        if self.valid is not None:  # a filling stands for a dropped token, whose entry keeps what it had
+            x = torch.where(per_token(self.valid.to(x.device), x), x, take(into, index, 1))
+        return into.scatter(1, per_token(index, x).expand_as(x), x)
 
     def slot_of(self) -> Tensor:
         """For each logical position the slot that holds it, int64 (B, S); meaningless for those that none holds."""
@@ -114,6 +117,16 @@ def rightmost(mask: Tensor, width: int) -> Tensor:
 def leftmost(mask: Tensor, width: int) -> Tensor:
     """Columns of the True entries of bool (B, K), ascending and left-aligned: int64 (B, width), False ones last."""
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+
+
+def per_token(x: Tensor, like: Tensor) -> Tensor:
+    """(B, K) with as many axes as `like`, (B, K, ...)."""
+    return x.view(*x.shape, *[1] * (like.ndim - 2))
+
+
+def blank(x: Tensor, valid: Tensor, padding: float = 0.0) -> Tensor:
+    """`x`, (B, K, ...), with `padding` where not `valid`, bool (B, K)."""
+    return x.masked_fill(~per_token(valid.to(x.device), x), padding)
 
 
 def take(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -75,6 +75,30 @@ def decode_mask(
     return local if kind == "flat" else _finished(local, layout.sizes, local.shape[-1] - layout.width, like, kind)
 
 
+def bidirectional_mask(mask: Tensor | None, layout: Layout, like: Tensor, kind: Kind) -> Tensor | None:
+    """The mask for slots of `layout` that all attend to each other, as in the blocks of a vision tower.
+
+    mask: None, or the logical one, (B|1, 1, 1 or S, S). like: a tensor with the device and dtype of the queries.
+    Queries of which nothing visible remains, such as padding of a crop, see everything: a row that may attend to
+    nothing would become NaN and spread.
+    """
+    if mask is None and layout.valid is None and layout.sizes is None:
+        return None
+    if mask is None:
+        local = layout.present[:, None, None, :]
+    else:
+        local = layout.gather(mask, dim=3)
+        local = local if mask.shape[2] == 1 else layout.gather(local, dim=2)
+        local = local if layout.valid is None else _hide(local, ~layout.valid[:, None, None, :])
+    local = _show(local, ~visible(local).any(-1, keepdim=True))
+    return _finished(local.to(like.device), layout.sizes, 0, like, kind)
+
+
+def visible(mask: Tensor) -> Tensor:
+    """A mask, bool or additive, as bool: additive ones hide with the lowest number of some dtype, or with -inf."""
+    return mask if _is_bool(mask) else mask > max(torch.finfo(mask.dtype).min / 2, -1e30)
+
+
 def _flat(mask: Tensor | None, queries: Layout, keys: Layout) -> Tensor | None:
     if queries is not keys:
         raise Unsupported("frozen visual tokens need a mask that flash kernels do not take; use sdpa or eager")

@@ -1,7 +1,7 @@
-"""Towers that take all pictures as one sequence of tokens: what their blocks get beside the states is cut along.
+"""Towers that take all images as one sequence of tokens: what their blocks get beside the states is cut along.
 
 Such a sequence is one row of the tower's batch. Rotations have one entry for each token; borders say where the part of
-each picture, frame or window ends (https://arxiv.org/abs/2409.12191), or a mask does.
+each image, video frame or window ends (https://arxiv.org/abs/2409.12191), or a mask does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.tower.tokens import Left
+from prunekit.engine.tokens.layout import Layout
 
 ROTATIONS, BORDERS = "position_embeddings", "cu_seqlens"
 
@@ -29,21 +29,14 @@ def as_row(original: Callable[..., Any], hidden: Tensor) -> Callable[..., Any]:
     return block
 
 
-def cut_along(kwargs: Mapping[str, Any], left: Left) -> dict[str, Any]:
-    """A block's arguments on the tokens that are left of the one sequence."""
-    local = dict(kwargs)
+def cut_along(kwargs: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """A block's arguments on the tokens that remain of the one sequence."""
+    local, index = dict(kwargs), layout.index[0]
     if local.get(ROTATIONS) is not None:
-        index = left.index[0]
         local[ROTATIONS] = tuple(part.index_select(0, index.to(part.device)) for part in local[ROTATIONS])
     if local.get(BORDERS) is not None:
-        local[BORDERS] = _borders(local[BORDERS], left)
+        borders: Tensor = local[BORDERS]
+        before = torch.searchsorted(index.to(borders.device), borders.to(index.dtype))
+        local[BORDERS] = torch.unique_consecutive(before).to(borders.dtype)  # without parts that lost every token
         local.pop("max_seqlen", None)  # of the whole; only flash kernels want it
     return local
-
-
-def _borders(borders: Tensor, left: Left) -> Tensor:
-    """Cumulated lengths of the parts, of what is left; parts of which nothing is left are gone."""
-    index = left.index[0].to(borders.device)
-    before = torch.searchsorted(index, borders.to(index.dtype))
-    ends: Tensor = torch.unique_consecutive(before)
-    return ends.to(borders.dtype)

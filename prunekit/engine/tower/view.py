@@ -1,50 +1,47 @@
-"""What hooks may ask for at a site inside the vision tower: the visual tokens of each picture as they stand there.
+"""What hooks may ask for at a site inside the vision tower: the visual tokens of each input as they stand there.
 
-Inside the tower every picture is a sample of its own: `generate` encodes pictures before anything says in which row of
-the prompt each will stand.
+Inside the tower every image or video is a sample of its own: `generate` encodes them before anything says in which row
+of the prompt each will stand.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunekit.engine.tokens.layout import leftmost
+from prunekit.engine.tokens.layout import blank, leftmost, take
+from prunekit.engine.tower.encoding import Encoding
+from prunekit.engine.tower.needs import ARGUMENTS
+from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.inputs import OF_TOWER, requests
-
-if TYPE_CHECKING:
-    from prunekit.engine.tower.run import TowerRun
-
-# What hooks get at a tower site; everything else belongs to the prompt or the decoder.
-ARGUMENTS = frozenset(
-    {"scores", "keep", "hidden", "coords", "frames", "sizes", "valid", "count", "cut", "seed", "state", *OF_TOWER}
-)
+from prunekit.strategy.inputs import OF_TOWER, cut_for_sample
+from prunekit.strategy.tower_requests import EncoderSpec
 
 
 @dataclass(frozen=True)
 class TowerView:
-    """The visual tokens that reach one cut in the tower. B counts pictures, V is without tokens that have no patch.
+    """The visual tokens that reach one cut in the tower. B counts images and videos, V is without tokens that have no
+    patch.
 
-    states: float (R, T, W), those of the tower's tokens at the site. left: bool (B, all visual tokens of a picture).
-    counts: of each picture, how many are left. count: how many to leave, None if the stage takes no `keep`.
+    states: float (R, T, W), those of the tower's tokens at the site. present: bool (B, all visual tokens of an input).
+    counts: of each input, how many remain. count: how many to keep, None if the stage takes no `keep`.
     """
 
-    run: TowerRun
+    encoding: Encoding
     place: Cut
     states: Tensor
-    left: Tensor
+    present: Tensor
     counts: tuple[int, ...]
     count: tuple[int, ...] | None
 
     @property
     def state(self) -> dict[Any, Any]:
-        return self.run.stage_states.setdefault(self.place.stage.index, {})
+        return self.encoding.stage_states.setdefault(self.place.stage.index, {})
 
     @property
     def cut(self) -> int:
@@ -52,8 +49,8 @@ class TowerView:
 
     @cached_property
     def ordinals(self) -> Tensor:
-        """Their numbers among the visual tokens of their picture, int64 (B, V), meaningless on padding."""
-        return leftmost(self.left, max(self.counts))
+        """Their numbers among the visual tokens of their input, int64 (B, V), meaningless on padding."""
+        return leftmost(self.present, max(self.counts))
 
     @cached_property
     def valid(self) -> Tensor:
@@ -61,66 +58,68 @@ class TowerView:
         return columns < torch.tensor(self.counts, device=self.ordinals.device)[:, None]
 
     def pick(self, x: Tensor, padding: float = 0) -> Tensor:
-        """Of a table of all visual tokens (B, all, ...) those that are left, (B, V, ...)."""
-        ordinals, valid = self.ordinals.to(x.device), self.valid.to(x.device)
-        shape = (*ordinals.shape, *[1] * (x.ndim - 2))
-        found = x.gather(1, ordinals.view(shape).expand(*ordinals.shape, *x.shape[2:]))
-        return found.masked_fill(~valid.view(shape), padding)
+        """Of a table of all visual tokens (B, all, ...) those that remain, (B, V, ...)."""
+        return blank(take(x, self.ordinals, 1), self.valid, padding)
 
     @cached_property
     def hidden(self) -> Tensor:
-        states = self.states
-        if not self.place.stage.trainable:
-            states = states.detach()
-        return self.pick(self.run.units.mean(states))
+        states = self.states if self.place.stage.trainable else self.states.detach()
+        return self.pick(self.encoding.patches.mean(states))
 
     @cached_property
-    def places(self) -> Tensor:
-        """Number of the picture in its own prompt, unknown here and 0; then as `Modality.coords`: int64 (B, V, 6)."""
-        tables = self.run.places
-        table = torch.full((len(tables), self.left.shape[1], 6), -1, dtype=torch.int64, device=self.left.device)
-        for number, found in enumerate(tables):
-            table[number, : len(found), 0], table[number, : len(found), 1:] = 0, found.to(table.device)
-        return self.pick(table, -1)
+    def coords(self) -> Tensor:
+        """The number of the input is 0: its prompt is not known yet."""
+        coords = self._places.clone()
+        coords[..., 0] = torch.where(self.valid, 0, -1)
+        return coords
 
     @property
-    def coords(self) -> Tensor:
-        return self.places[..., [0, 2, 3, 4, 5]]
+    def index(self) -> Tensor:
+        """int64 (B, V), -1 on padding."""
+        return self.ordinals.masked_fill(~self.valid, -1)
 
     @property
     def frames(self) -> Tensor:
-        return self.places[..., 1]
+        return self._places[..., 0]
 
     @cached_property
+    def _places(self) -> Tensor:
+        """As `Modality.coords`, int64 (B, V, 5)."""
+        tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
+        return self.pick(tables.to(self.valid.device), -1)
+
+    @property  # made anew each time: a hook may write to what it gets
     def sizes(self) -> Tensor:
-        return self.pick(self.run.sizes, 1)
+        return self.pick(self.encoding.sizes, 1)
 
     @property
     def seed(self) -> tuple[int, ...]:
-        return self.run.seeds
+        return self.encoding.seeds
+
+    @cached_property
+    def _of_tower(self) -> dict[str, Any]:
+        """Inputs that the stage's strategy declares, once each."""
+        return {}
+
+    def get(self, name: str) -> Any:
+        """The input of hooks with this name. Raises Unsupported for those that need a prompt."""
+        if name not in ARGUMENTS:
+            raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
+        if name == "valid":
+            return self.valid.clone()  # a hook that writes to it harms nobody
+        if name not in OF_TOWER:
+            return getattr(self, name)
+        if name not in self._of_tower:
+            self._of_tower[name] = of_declared(self.place.stage.inputs, name, self._declared)
+        return self._of_tower[name]
 
     def of_sample(self, name: str, b: int) -> Any:
-        """Input `name` of picture b: unpadded, without the batch axis; `state` is a dict of the picture's own."""
-        value = getattr(self, name)
-        if name == "state":
-            return value.setdefault(b, {})
-        if value is None or name == "cut":
-            return value
-        if name in ("count", "seed"):
-            return value[b]
-        if isinstance(value, tuple):
-            return tuple(one[b, : self.counts[b]] for one in value)
-        return value[b, : self.counts[b]]
+        """Input `name` of image or video b: unpadded, without the batch axis; `state` is a dict of its own."""
+        value, count = self.get(name), self.counts[b]
+        if name in OF_TOWER:
+            return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
+        return cut_for_sample(name, value, b, {"V": count})
 
-    def __getattr__(self, name: str) -> Any:
-        """An input of the tower, as the stage's strategy declares it."""
-        if name not in OF_TOWER:
-            raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
-        declared = requests(self.place.stage.inputs, name)
-        found = tuple(self._input(spec) for spec in declared)
-        several = isinstance(self.place.stage.inputs.get(name), tuple)
-        return found if several else found[0]
-
-    def _input(self, spec: Any) -> Tensor:
-        found = self.run.table(self.run.plan.resolve(spec, self.place.site))
-        return found if getattr(spec, "of", "patches") == "cls" else self.pick(found)
+    def _declared(self, spec: EncoderSpec) -> Tensor:
+        table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))
+        return table if getattr(spec, "of", "patches") == "cls" else self.pick(table)

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from prunekit_evals.micro import model_path
 from prunekit_evals.micro.card_tables import shown
 from prunekit_evals.micro.measure import measure
-from prunekit_evals.micro.record import known, load, packed, save
+from prunekit_evals.micro.record import earlier, load, packed, save
 
 from prunekit.loading import model_identity
 
@@ -38,12 +38,12 @@ def test_what_was_measured_is_what_the_weights_answer():
 
 def test_a_model_that_was_measured_is_not_measured_again(tmp_path):
     file = tmp_path / "measured.jsonl"
-    assert known(file, "aaa", 3) is None
+    assert earlier(file, "aaa", 3) is None
     one = {"dense": {"pope": {"dense": packed([True, False, True])}}}
     save(file, {"pope": ["existence"] * 3}, {"2": "aaa"}, {"2": one})
-    assert known(file, "aaa", 3) == one
-    assert known(file, "bbb", 3) is None  # other weights
-    assert known(file, "aaa", 4) is None  # other questions
+    assert earlier(file, "aaa", 3) == one
+    assert earlier(file, "bbb", 3) is None  # other weights
+    assert earlier(file, "aaa", 4) is None  # other questions
 
 
 def test_the_card_is_of_the_shipped_weights():

@@ -1,0 +1,115 @@
+"""What one attention call was given, and the rows that follow from it: a few queries at a time.
+
+Pure tensors. The numbers are those that the layer's own attention has in its softmax, whichever kernel it runs: scaled
+products, soft cap, then the mask as the layer got it.
+
+Shape letters: B batch, A heads, A_kv key and value heads, L queries of the layer, K keys, Q rows asked for, D numbers
+of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit.engine.tokens.masks import visible
+from prunekit.errors import Unsupported
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What one attention call was given, detached.
+
+    query: (B, A, L, D). key, value: (B, A_kv, K, D). mask: None, bool or additive (B|1, 1|A, L, K), or bool (B, K) of
+    the keys that are no padding, as flash kernels get it. causal: whether queries see no later keys, where `mask` does
+    not already say so. window: how many keys back a query sees, there too; None: all.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    softcap: float | None = None
+    causal: bool = True
+    window: int | None = None
+
+    @classmethod
+    def of(
+        cls, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, arguments: Mapping[str, Any]
+    ) -> Attended:
+        """From the arguments of an attention function. Raises Unsupported for kinds whose rows are not known."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise Unsupported(f"attention rows and keys are not available with a {type(mask).__name__} as mask")
+        extra = [name for name in ("s_aux", "position_bias") if arguments.get(name) is not None]
+        if extra:
+            raise Unsupported(f"attention rows and keys are not available where attention has {extra[0]}")
+        scaling, causal = arguments.get("scaling"), arguments.get("is_causal")
+        return cls(
+            query.detach(), key.detach(), value.detach(), None if mask is None else mask.detach(),
+            query.shape[-1] ** -0.5 if scaling is None else scaling, arguments.get("softcap"),
+            bool(getattr(module, "is_causal", True) if causal is None else causal), arguments.get("sliding_window"),
+        )  # fmt: skip
+
+    def narrowed(self, keys: int) -> Attended:
+        """The same with the first keys only, if there are more."""
+        if self.key.shape[2] <= keys:
+            return self
+        mask = self.mask if self.mask is None else self.mask[..., :keys]
+        return replace(self, key=self.key[:, :, :keys], value=self.value[:, :, :keys], mask=mask)
+
+    def logits(self, slots: Tensor) -> Tensor:
+        """Scaled products of the queries in int64 (B, Q) with all keys, float (B, A, Q, K)."""
+        batch, heads, _, dim = self.query.shape
+        index = slots[:, None, :, None].expand(-1, heads, -1, dim)
+        chosen = self.query.gather(2, index)
+        grouped = chosen.reshape(batch, self.key.shape[1], -1, dim)  # heads that share keys lie side by side
+        products = (grouped @ self.key.transpose(-1, -2)).view(batch, heads, slots.shape[1], -1) * self.scaling
+        return products if self.softcap is None else torch.tanh(products / self.softcap) * self.softcap
+
+    def seen(self, slots: Tensor) -> Tensor | None:
+        """What the queries in int64 (B, Q) see: bool, or additive as the mask is, (B, 1|A, Q, K); None: everything."""
+        if self.mask is not None and self.mask.ndim == 4:
+            mask = self.mask.expand(slots.shape[0], -1, -1, -1)
+            if mask.shape[2] == 1:  # one row for all queries
+                return mask
+            return mask.gather(2, slots[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        seen = None if self.mask is None else self.mask.bool()[:, None, None, :]
+        keys = torch.arange(self.key.shape[2], device=slots.device)
+        behind = (slots + self.key.shape[2] - self.query.shape[2])[:, None, :, None] - keys
+        if self.causal:
+            seen = behind >= 0 if seen is None else seen & (behind >= 0)
+        if self.window is not None:
+            seen = behind < self.window if seen is None else seen & (behind < self.window)
+        return seen
+
+    def scores(self, slots: Tensor, visual: Tensor | None, domain: str) -> Tensor:
+        """The rows of the queries in int64 (B, Q) in one of the domains of `Rows`, float (B, A, Q, K).
+
+        visual: bool (B, K), the keys of the domain `visual`, which alone needs them.
+        """
+        logits = self.logits(slots)
+        if domain == "logits":
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        seen = self.seen(slots)
+        if domain == "softmax" or visual is None:
+            return probabilities(logits, seen)
+        inside = visual[:, None, None, :]
+        inside = inside if seen is None else inside & visible(seen)
+        rows = probabilities(logits, seen, inside)
+        return rows.masked_fill(~inside.any(-1, keepdim=True), 0.0)
+
+
+def probabilities(logits: Tensor, seen: Tensor | None, inside: Tensor | None = None) -> Tensor:
+    """The softmax over the last axis of what a query sees, in at least float32.
+
+    seen: bool, or additive; None: everything. inside: bool, keys beyond which the row is not normalised.
+    """
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)

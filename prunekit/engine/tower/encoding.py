@@ -1,0 +1,197 @@
+"""The state of one call of an encoding method: which tokens of the tower remain, and what was recorded of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.tower_rows import heads_together, pooled_row, read
+from prunekit.engine.prompt.visual_inputs import VisualInputs
+from prunekit.engine.tokens.layout import Layout
+from prunekit.engine.tower.needs import TowerNeeds
+from prunekit.engine.tower.patches import Patches, layout_of
+from prunekit.engine.tower.record import Decision, TowerRecord
+from prunekit.errors import Unsupported
+from prunekit.families.base import Modality
+from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features
+
+
+@dataclass
+class Encoding:
+    """The tower during one call of an encoding method. arguments: of that call, by name.
+
+    shape: rows and tokens of the tower's batch, known once a block has been called. layout: of the tokens that remain;
+    None: all. attended: what was read of a block's attention, in one call or several, and the layout then. states: the
+    output of blocks, (R, T, W), by number.
+    """
+
+    needs: TowerNeeds
+    modality: Modality
+    arguments: Mapping[str, Any]
+    shape: tuple[int, int] | None = None
+    layout: Layout | None = None
+    decisions: list[Decision] = field(default_factory=list)
+    stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    attended: dict[EncoderSpec, tuple[Layout | None, list[Tensor]]] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
+    pool_states: Tensor | None = None
+    block_tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def patches(self) -> Patches:
+        """The visual tokens in tokens of the tower; known once the first block has been called."""
+        if self.shape is None:
+            raise Unsupported("the vision tower's blocks have not run, so there is nothing to read of it or to cut")
+        rows, tokens = self.shape
+        tower = self.needs.tower
+        if tower.patch_groups is None:
+            return Patches.plain(rows, tokens, tower.leading).to(self.device)
+        tables = tower.patch_groups(self.modality.name, self.arguments, rows, tokens - tower.leading)
+        return Patches.of(tables, tokens, tower.leading).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where decisions are kept."""
+        pixels = self.arguments.get(self.modality.pixels)
+        return pixels.device if isinstance(pixels, Tensor) else torch.device("cpu")
+
+    @cached_property
+    def present(self) -> Tensor:
+        """Which visual tokens remain: bool (B, V). Rebound by every cut."""
+        return self.patches.present
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Sizes of the visual tokens, float (B, V). Rebound by cuts that give sizes."""
+        return torch.ones(self.patches.present.shape, device=self.device)
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many visual tokens remain of each image or video. Rebound by every cut."""
+        return self.patches.made
+
+    @cached_property
+    def visual(self) -> VisualInputs:
+        """The images or videos that are being encoded."""
+        return VisualInputs(self.modality, self.arguments, self.patches.counts)
+
+    @cached_property
+    def seeds(self) -> tuple[int, ...]:
+        """One number for each image or video, from its pixels alone."""
+        sums = self.visual.checksums
+        if sums is None:
+            raise Unsupported("the pixels of each image cannot be told apart, so a stage in the tower has no `seed`")
+        return tuple(number & (1 << 56) - 1 for number in sums)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Tokens of each row of the tower's batch before any cut; in a packed tower, of each image or video."""
+        assert self.shape is not None
+        return self._packed(self.patches.made) if self.needs.tower.packed else (self.shape[1],) * self.shape[0]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Those that remain. Rebound by every cut."""
+        return self.whole
+
+    def _packed(self, counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(count * self.patches.index.shape[-1] for count in counts)
+
+    def drop(self, keep: Tensor) -> None:
+        """Only the visual tokens in bool (B, V) remain; one read back from the device."""
+        assert self.shape is not None
+        rows, tokens = self.shape
+        index = self.patches.index
+        flat = torch.ones(rows * tokens, dtype=torch.bool, device=keep.device)
+        present = flat.index_fill(0, index[self.patches.present & ~keep].flatten(), False).view(rows, tokens)
+        numbers = torch.cat([present.sum(1), keep.sum(1)]).tolist()
+        lengths, self.counts, self.present = numbers[:rows], tuple(numbers[rows:]), keep
+        self.lengths = self._packed(self.counts) if self.needs.tower.packed else tuple(lengths)
+        sizes = None
+        if any(decision.sizes is not None for decision in self.decisions):
+            spread = self.sizes[keep][:, None].expand_as(index[keep])
+            sizes = torch.ones(rows * tokens, dtype=self.sizes.dtype, device=keep.device)
+            sizes = sizes.index_put((index[keep].flatten(),), spread.flatten()).view(rows, tokens)
+        if sizes is not None or min(lengths) < tokens:
+            self.layout = layout_of(present, lengths, sizes)
+
+    def take(self, block: int, attended: Attended) -> None:
+        """Record what is asked of a block's attention, whose queries see keys before and behind them."""
+        attended = replace(attended, causal=False)
+        for spec in self.needs.reads[block]:
+            assert not isinstance(spec, Features)
+            self.attended.setdefault(spec, (self.layout, []))[1].append(read(spec, attended))
+
+    def tokens(self, spec: EncoderSpec) -> Tensor:
+        """What was recorded for a resolved `spec` of all tokens of the tower, (R, T, ...)."""
+        if isinstance(spec, Features):
+            return self.states[spec.layer or 0]
+        if isinstance(spec, EncoderRows) and spec.query == POOL:
+            if self.pool_states is None or self.needs.tower.pool is None:
+                raise Unsupported("the pooling head of the vision tower did not run, so there is no row of its query")
+            return heads_together(pooled_row(self.needs.tower.pool, self.pool_states), spec.heads)
+        if spec not in self.attended:
+            raise Unsupported(
+                f"{spec} could not be read: the block's attention did not ask transformers' AttentionInterface for its "
+                "kernel; use stages that need no attention of the vision tower"
+            )
+        layout, parts = self.attended[spec]
+        states = torch.cat(parts, dim=1)
+        if layout is None:
+            return states
+        return layout.put(states, states.new_zeros(states.shape[0], layout.length, *states.shape[2:]))
+
+    def table(self, spec: EncoderSpec) -> Tensor:
+        """What was recorded for a resolved `spec`: of all visual tokens, (B, V, ...), or of CLS tokens, (B, E, ...)."""
+        states = self.tokens(spec)
+        return self.patches.first_of(states) if getattr(spec, "of", "patches") == "cls" else self.patches.mean(states)
+
+    @torch.no_grad()
+    def record(self, features: Sequence[Tensor]) -> TowerRecord:
+        """What goes along with the images or videos, after the call.
+
+        features: its `pooler_output`, one entry for each. Raises Unsupported when visual tokens are not those that the
+        family's file says.
+        """
+        needs, counts = self.needs, tuple(map(len, features))
+        if not self._ran() and not needs.blocks:
+            return TowerRecord({spec: [one.detach() for one in features] for spec in needs.carried})
+        patches = self.patches
+        if patches.counts != counts:
+            raise Unsupported(
+                f"the encoder made {counts} visual tokens, the family's file expects {patches.counts} of this tower; "
+                "use stages that neither cut nor read the vision tower"
+            )
+        extras = kept = None
+        if needs.extras and needs.tower.projector is not None:
+            feature = self.states[needs.tower.feature_block][:, 0]
+            extras = [needs.tower.projector(feature[list(rows)]) for rows in patches.rows]
+        if needs.cuts:
+            kept = [row[:count] for row, count in zip(self.present | ~patches.present, counts, strict=True)]
+        # A packed tower's one row holds all; it is counted input by input.
+        rows = tuple((number,) for number in range(len(counts))) if needs.tower.packed else patches.rows
+        blocks = range(len(needs.tower.layers) if needs.cuts else 0)
+        entered = tuple(self.block_tokens.get(number, self.whole) for number in blocks)
+        inputs = {spec: self._of_each(spec, features, counts) for spec in needs.carried}
+        return TowerRecord(inputs, extras, kept, tuple(self.decisions), patches.present, rows, entered)
+
+    def _ran(self) -> bool:
+        """Whether the tower's batch is known, be it from what was read alone."""
+        if self.shape is None:
+            states = [torch.cat(parts, 1) for _, parts in self.attended.values()]
+            states += [] if self.pool_states is None else [self.pool_states]
+            self.shape = (states[0].shape[0], states[0].shape[1]) if states else None
+        return self.shape is not None
+
+    def _of_each(self, spec: EncoderSpec, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        if isinstance(spec, Features) and spec.projected:
+            return [one.detach() for one in features]
+        cls = getattr(spec, "of", "patches") == "cls"
+        lengths = map(len, self.patches.rows) if cls else counts
+        return [row[:length] for row, length in zip(self.table(spec), lengths, strict=True)]

@@ -1,0 +1,116 @@
+"""What a pipeline wants of a model's vision tower: cuts in it and things to read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from prunekit.engine.tokens.masks import Kind, kind_of
+from prunekit.errors import Unsupported
+from prunekit.families.base import Parts, Tower
+from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.stage import Cut
+from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, requests
+from prunekit.strategy.sites import Site
+from prunekit.strategy.tower_requests import (
+    POOL,
+    EncoderRows,
+    EncoderSpec,
+    Features,
+    resolved,
+)
+
+# What hooks get at a tower site; everything else belongs to the prompt or the decoder.
+ARGUMENTS = frozenset(one.name for hook in TOKEN_HOOKS for one in inputs_of(hook) if "tower" in one.regions)
+
+
+@dataclass(frozen=True)
+class TowerNeeds:
+    """The cuts of a pipeline in a vision tower, and what its stages read there.
+
+    reads: for each block what is read of its attention. states: blocks whose output is kept. carried: what goes along
+    to the prompt. pools: the pooling head's input is kept. extras: the CLS tokens go through the projector.
+    """
+
+    tower: Tower
+    cuts: tuple[Cut, ...]
+    reads: Mapping[int, tuple[EncoderSpec, ...]]
+    states: frozenset[int]
+    carried: tuple[EncoderSpec, ...]
+    pools: bool
+    extras: bool
+
+    @classmethod
+    def of(cls, bound: BoundPipeline, parts: Parts) -> TowerNeeds | None:
+        """What `bound` wants of the tower of `parts`; None: nothing. What a tower cannot give, `bind` has refused."""
+        cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
+        reading = [
+            (cut.site, spec)
+            for cut in bound.asked
+            for name in OF_TOWER
+            if cut.stage.asks_for(name)
+            for spec in requests(cut.stage.inputs, name)
+        ]
+        extras = any(cut.stage.extras for cut in bound.cuts)
+        if not (cuts or reading or extras):
+            return None
+        tower = parts.tower
+        assert tower is not None, "checked when the pipeline was bound"
+        blocks, feature_block = len(tower.layers), tower.feature_block
+        specs = [(site, resolved(spec, site, blocks, feature_block)) for site, spec in reading]
+        reads: dict[int, tuple[EncoderSpec, ...]] = {}
+        states = {feature_block} if extras else set()
+        for spec in dict.fromkeys(spec for _, spec in specs if spec.layer is not None):
+            assert spec.layer is not None
+            if isinstance(spec, Features):
+                states.add(spec.layer)
+            else:
+                reads[spec.layer] = (*reads.get(spec.layer, ()), spec)
+        carried = tuple(dict.fromkeys(spec for site, spec in specs if site.place != "vision"))
+        pools = any(isinstance(spec, EncoderRows) and spec.query == POOL for _, spec in specs)
+        return cls(tower, tuple(cuts), reads, frozenset(states), carried, pools, extras)
+
+    def resolve(self, spec: EncoderSpec, site: Site) -> EncoderSpec:
+        """`spec` with the number of its block; without one where it is of no block."""
+        return resolved(spec, site, len(self.tower.layers), self.tower.feature_block)
+
+    def cuts_at(self, number: int, point: str) -> list[Cut]:
+        """The cuts in or after block `number`."""
+        return [cut for cut in self.cuts if cut.site.layer == number and cut.site.point == point]
+
+    @property
+    def blocks(self) -> bool:
+        """Something happens in the tower itself; projected features are there without."""
+        return bool(self.cuts or self.reads or self.states or self.pools)
+
+    @cached_property
+    def takes_masks(self) -> bool:
+        """Its attention takes masks; towers that attend part by part take none."""
+        attention = getattr(self.tower.layers[0], self.tower.attention)
+        return "attention_mask" in inspect.signature(type(attention).forward).parameters
+
+    @cached_property
+    def mask_kind(self) -> Kind:
+        """The kind of mask that it takes."""
+        return kind_of(_implementation(self.tower)) or "bool"
+
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Raise Unsupported for a call of an encoding method that takes features of another block."""
+        chosen = arguments.get("vision_feature_layer")
+        if chosen is None:
+            return
+        states = len(self.tower.layers) + 1
+        latest = max(one % states for one in ([chosen] if isinstance(chosen, int) else chosen))
+        if latest != self.tower.feature_layer % states:
+            raise Unsupported(
+                f"vision_feature_layer={chosen} in a call differs from the model's config, by which stages that cut or "
+                "read the vision tower were checked; set it in the config"
+            )
+
+
+def _implementation(tower: Tower) -> str:
+    config: Any = getattr(getattr(tower.layers[0], tower.attention), "config", None)
+    return str(getattr(config, "_attn_implementation", "eager"))

@@ -1,0 +1,193 @@
+"""What the vision tower recorded about images and videos, and how it meets the prompt that shows them.
+
+Visual tokens that were dropped inside the tower leave the sequence at the decoder's input, before any stage there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekit.engine.prompt.prompt import Prompt, VisualInput
+from prunekit.engine.tokens.layout import blank, take
+from prunekit.errors import Unsupported
+from prunekit.families.base import Tower
+from prunekit.pipeline.stage import Cut
+from prunekit.records import StageEvent
+from prunekit.strategy.inputs import request, requests
+from prunekit.strategy.tower_requests import EncoderSpec, resolved
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A cut's answer, kept on its device until somebody asks for a report.
+
+    entered, keep: bool (B, V) over all visual tokens of each input, those that entered and that stayed; tokens without
+    a patch are in neither. asked: how many to keep of each, None for a stage that decides by itself. sizes: float
+    (B, V) where the cut gave any.
+    """
+
+    cut: Cut
+    entered: Tensor
+    keep: Tensor
+    asked: tuple[int, ...] | None
+    sizes: Tensor | None
+
+
+@dataclass(frozen=True)
+class TowerRecord:
+    """What one call of an encoding method recorded, one entry for each of its images or videos.
+
+    inputs: by resolved declaration, (V, ...), or (E, ...) of CLS tokens. extras: (E, H), the CLS tokens through the
+    projector. kept: bool (V,), visual tokens that no cut dropped; None: there were no cuts. decisions: of the cuts.
+    made: bool (B, V), visual tokens that have patches. rows: of the tower's batch, those of each input; a packed
+    tower counts as one for each. block_tokens: for each block, the tokens of each row that entered it; empty without
+    cuts.
+    """
+
+    inputs: dict[EncoderSpec, list[Tensor]]
+    extras: list[Tensor] | None = None
+    kept: list[Tensor] | None = None
+    decisions: tuple[Decision, ...] = ()
+    made: Tensor | None = None
+    rows: tuple[tuple[int, ...], ...] = ()
+    block_tokens: tuple[tuple[int, ...], ...] = ()
+
+
+def of_declared(inputs: Mapping[str, Any], name: str, make: Callable[[Any], Tensor]) -> Any:
+    """Input `name` of the tower as a strategy requests it: one tensor for one request, a tuple for a tuple."""
+    declared = request(inputs, name)
+    return tuple(map(make, declared)) if isinstance(declared, tuple) else make(declared)
+
+
+def row_of_declared(inputs: Mapping[str, Any], name: str, value: Any, b: int, count: int, crops: int) -> Any:
+    """Sample b of such an input, without padding: of its `count` visual tokens, or of its CLS tokens, one a crop."""
+    parts = zip(value if isinstance(value, tuple) else (value,), requests(inputs, name), strict=True)
+    rows = tuple(part[b, : crops if getattr(spec, "of", "patches") == "cls" else count] for part, spec in parts)
+    return rows if isinstance(value, tuple) else rows[0]
+
+
+def encoder_input(prompt: Prompt, tower: Tower | None, cut: Cut, name: str, ordinals: Tensor, valid: Tensor) -> Any:
+    """Input `name` of the tower for a stage at the decoder's input or later.
+
+    ordinals, valid: of the visual tokens that reach the stage, int64 and bool (B, V). Returns a tensor (B, V, ...), or
+    (B, E, ...) of CLS tokens, or a tuple of them. Raises Unsupported for features that were encoded elsewhere.
+    """
+    assert tower is not None, "checked by TowerNeeds.of"
+
+    def make(spec: EncoderSpec) -> Tensor:
+        key = resolved(spec, cut.site, len(tower.layers), tower.feature_block)
+        if getattr(spec, "of", "patches") == "cls":
+            return _per_crop([[record.inputs[key][one.at] for one, record in row] for row in _by_row(prompt)])
+        return blank(take(_of_visual(prompt, key), ordinals, 1), valid)
+
+    return of_declared(cut.stage.inputs, name, make)
+
+
+def extras(prompt: Prompt) -> Tensor:
+    """The projected CLS tokens of each row, float (B, E, H), zeros behind those of rows with fewer."""
+    return _per_crop([[record.extras[one.at] for one, record in row if record.extras] for row in _by_row(prompt)])
+
+
+def crops(prompt: Prompt) -> tuple[int, ...]:
+    """How many crops, and so CLS tokens, each row shows."""
+    return tuple(sum(len(record.rows[one.at]) for one, record in row if record.rows) for row in _by_row(prompt))
+
+
+def _by_row(prompt: Prompt) -> list[list[tuple[VisualInput, TowerRecord]]]:
+    return [[(one, record_of(one.source)) for one in row] for row in prompt.by_row]
+
+
+def record_of(source: Any) -> TowerRecord:
+    """What was recorded with `source`. Raises Unsupported for features that were encoded outside of the block."""
+    if source.tower is None:
+        raise Unsupported(
+            f"these {source.modality.name} features were encoded outside of this prunekit.apply block, but its "
+            "pipeline cuts or reads the vision tower; give the pixels, or encode inside the block"
+        )
+    record: TowerRecord = source.tower
+    return record
+
+
+def _of_visual(prompt: Prompt, spec: EncoderSpec) -> Tensor:
+    """A recorded input of all original visual tokens of each row, float (B, V, ...); zeros on padding and text rows."""
+    table: Tensor | None = None
+    for b, row in enumerate(_by_row(prompt)):
+        for one, record in row:
+            value = record.inputs[spec][one.at]
+            if table is None:
+                table = value.new_zeros(*prompt.ids.shape, *value.shape[1:])
+            table[b, one.positions.to(table.device)] = value.to(table)
+    assert table is not None
+    return prompt.of_visual(table, 0)
+
+
+def _per_crop(rows: list[list[Tensor]]) -> Tensor:
+    some = next(one for row in rows for one in row)
+    empty = some.new_zeros(0, *some.shape[1:])
+    return torch.nn.utils.rnn.pad_sequence([torch.cat([empty, *row]) for row in rows], batch_first=True)
+
+
+def dropped_in_tower(prompt: Prompt) -> Tensor | None:
+    """Which visual tokens were dropped inside the tower, bool (B, S); None: there were no cuts."""
+    dropped = torch.zeros_like(prompt.real)
+    cuts = False
+    for b, row in enumerate(_by_row(prompt)):
+        for one, record in row:
+            if record.kept is not None:
+                cuts = True
+                dropped[b, one.positions] = ~record.kept[one.at].to(dropped.device)
+    return dropped if cuts else None
+
+
+def _records(prompt: Prompt) -> Iterator[TowerRecord]:
+    return (source.tower for source in prompt.sources if source.tower is not None)
+
+
+def tower_tokens(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
+    """Tokens of each sample that entered each block of the vision tower, all its inputs together; () without cuts."""
+    blocks = max((len(record.block_tokens) for record in _records(prompt)), default=0)
+    if not blocks:
+        return ()
+    return tuple(
+        tuple(
+            sum(record.block_tokens[block][of] for one, record in row for of in record.rows[one.at])
+            for block in range(blocks)
+        )
+        for row in _by_row(prompt)
+    )
+
+
+def tower_events(prompt: Prompt) -> list[StageEvent]:
+    """The cuts inside the tower as events of the prompt batch, in the order of the data."""
+    first = next(_records(prompt), TowerRecord({}))
+    return [_event(prompt, number, decision) for number, decision in enumerate(first.decisions)]
+
+
+def _event(prompt: Prompt, number: int, like: Decision) -> StageEvent:
+    entered, kept, asked, sizes = [], [], [], []
+    for b, row in enumerate(_by_row(prompt)):
+        before, wanted, after, of_row = 0, 0, [], []
+        for one, record in row:
+            decision, at, count = record.decisions[number], one.at, len(one.positions)
+            assert record.made is not None
+            apart = ~record.made[at, :count]  # visual tokens without patches, which no cut in the tower can drop
+            before += int((decision.entered[at, :count] | apart).sum())
+            wanted += int(apart.sum()) + (0 if decision.asked is None else decision.asked[at])
+            stay = (decision.keep[at, :count] | apart).to(prompt.ordinals.device)
+            after += prompt.ordinals[b, one.positions][stay].tolist()
+            if decision.sizes is not None:
+                of_row += decision.sizes[at, :count].masked_fill(apart, 1)[stay.to(decision.sizes.device)].tolist()
+        entered.append(before)
+        asked.append(wanted)
+        kept.append(tuple(after))
+        sizes.append(tuple(of_row))
+    cut, of_each = like.cut, tuple(sizes) if like.sizes is not None else None
+    return StageEvent(
+        cut.stage.use, cut.stage.index, str(cut.site), tuple(entered), tuple(kept), False, of_each,
+        None if like.asked is None else tuple(asked),
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Sites that a model does not have, and inputs that do not exist there: all that its numbers alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prunekit.errors import Fault
+from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
+from prunekit.strategy.inputs import OF_DECODER_LAYERS, OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
+from prunekit.strategy.sites import ENCODER, Site
+from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
+
+# What is wrong, and what to do.
+Problem = tuple[str, str]
+
+
+def site_faults(stages: Sequence[Stage], cuts: Sequence[Cut], shape: ModelShape) -> Iterator[Fault]:
+    """Sites that this model does not have, or at which a stage cannot get what it asks for."""
+    for cut in cuts:
+        problem = _site_problem(cut, cuts, shape) or _input_problem(cut, cuts, shape)
+        if problem:
+            yield cut.stage.fault(cut.key("at"), *problem)
+    cutting = {cut.stage.index for cut in cuts}
+    for stage in stages:
+        if stage.is_router and stage.index not in cutting:
+            problem = _input_problem(Cut(ENCODER, stage, None, 0), cuts, shape)
+            if problem:
+                yield stage.fault("use", *problem)
+
+
+def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem | None:
+    site, use = cut.site, cut.stage.use
+    if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
+        message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
+        return message, "name an earlier layer"
+    if site.place == "pixels":
+        return "this version cannot cut images before the tower sees them", "cut at 'vision.0' or later"
+    if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
+        message = f"the layers of {shape.family} run attention and MLP side by side: there is no state between them"
+        return message, f"cut at '{site.layer}' or '{site.layer}.after'"
+    if site.place == "vision" and (problem := _tower_site_problem(cut, cuts, shape.tower)):
+        return problem
+    if reason := cut.stage.sites.reason_against(site):
+        return f"'{use}' cannot act at '{site}': it {reason}", ""
+    if cut.stage.is_router and site.in_tower:
+        return f"'{use}' decides at the decoder input, after '{site}'", "name 'encoder' or a layer"
+    return None
+
+
+def _tower_site_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None) -> Problem | None:
+    number = cut.site.layer or 0
+    if tower is None:
+        return "this model's vision tower cannot be cut", "cut at 'encoder' or later"
+    if number >= tower.blocks:
+        message = f"there is no tower block {number}: the tower has blocks 0 to {tower.blocks - 1}"
+        return message, "name an earlier one"
+    if number > tower.feature_block:
+        message = f"{tower.features}, so a cut behind block {number} changes nothing that the decoder sees"
+        return message, "cut earlier, or at 'encoder'"
+    if tower.attention not in MASKED:
+        message = f"the vision tower runs on '{tower.attention}', which takes no masks of single tokens"
+        return message, "load the tower with sdpa or eager, or cut at 'encoder'"
+    if cut.number == 0 and any(other.stage.index == cut.stage.index and not other.site.in_tower for other in cuts):
+        message = "in the tower a sample is an image, behind it a prompt, so one stage cannot act at both"
+        return message, "split the stage in two"
+    return None
+
+
+def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem | None:
+    """Of what the stage asks for at this cut, the first that cannot be given."""
+    use, site, tower = cut.stage.use, cut.asked_at, shape.tower
+    if site.in_tower and (absent := _absent(cut)):
+        return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
+    if cut.stage.asks_for("forward") and ("forward" in _absent(cut) or site.point == "mid"):
+        return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
+    if cut.stage.asks_for("positions") and not shape.rotary:
+        return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
+    of_tower = ["extras"] * bool(cut.stage.extras) + [name for name in OF_TOWER if cut.stage.asks_for(name)]
+    if of_tower and tower is None:
+        return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"
+    if tower is not None and cut.stage.extras and (problem := _extras_problem(cut, tower)):
+        return problem
+    for name in of_tower:
+        for request in requests(cut.stage.inputs, name):
+            if tower is not None and (problem := _request_problem(request, site, cuts, tower)):
+                return f"'{use}' asks for {name}, {request}: {problem[0]}", problem[1]
+    try:
+        cut.reads(shape.layers)
+    except ValueError as error:
+        return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
+    return _ahead_problem(cut, shape)
+
+
+def _ahead_problem(cut: Cut, shape: ModelShape) -> Problem | None:
+    """Why the attention of the layer ahead is not known behind a layer, if the stage asks for it."""
+    site, use = cut.asked_at, cut.stage.use
+    names = [name for name in OF_DECODER_LAYERS if cut.stage.asks_for(name)]
+    looks = any(request.layer == "next" for name in names for request in requests(cut.stage.inputs, name))
+    if not looks or site.layer is None or site.point != "after":
+        return None
+    ahead, kinds = site.layer + 1, shape.layer_kinds
+    if ahead <= shape.logical_until:
+        message = f"'{use}' looks ahead at layer {ahead}, but this model adds features of its images in between"
+        return message, f"name '{ahead}'"
+    if kinds and kinds[ahead] not in kinds[:ahead]:
+        message = f"'{use}' looks ahead at layer {ahead}, but no layer of its kind, {kinds[ahead]}, has run before"
+        return message, f"name '{ahead}'"
+    return None
+
+
+def _absent(cut: Cut) -> list[str]:
+    """Inputs that the stage asks for and that do not exist at the cut's site, in the order of their table."""
+    region = region_of(cut.asked_at)
+    rows = (one for hook in TOKEN_HOOKS for one in inputs_of(hook) if one.name in cut.stage.requests(hook))
+    return list(dict.fromkeys(one.name for one in rows if region not in one.regions))
+
+
+def _extras_problem(cut: Cut, tower: TowerShape) -> Problem | None:
+    extras = f"'{cut.stage.use}' takes extras ({', '.join(cut.stage.extras)})"
+    if cut.site != ENCODER:
+        return f"{extras}, which are there at 'encoder' only", "name 'encoder'"
+    reason = None
+    if not tower.leading:
+        reason = "there is no CLS token in this vision tower"
+    elif not tower.projects_tokens:
+        reason = "the projector of this model does not map single tokens, so its CLS token cannot be projected"
+    elif tower.feature_block < 0:
+        reason = "the projector gets the tower's input, which no block has made"
+    return None if reason is None else (f"{extras}, but {reason}", "use another strategy")
+
+
+def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], tower: TowerShape) -> Problem | None:
+    """Why a tower with these numbers cannot give what is requested at `site`."""
+    inside = site.place == "vision"
+    if "cls" in (getattr(request, "of", ""), getattr(request, "query", "")) and not tower.leading:
+        return "this vision tower has no CLS token", "request query='mean', or inputs of the patches"
+    if isinstance(request, EncoderRows) and request.query == POOL:
+        if not tower.pool:
+            return "this vision tower has no pooling head", "request query='cls' or 'mean'"
+        if any(cut.site.place == "vision" for cut in cuts):
+            message = "the pooling head would also attend to what cuts in the tower have dropped"
+            return message, "read the pooling head or cut in the tower, not both"
+        return None
+    if isinstance(request, Features) and request.projected:
+        return ("inside the tower nothing has been projected yet", "name 'encoder'") if inside else None
+    block = resolved(request, site, tower.blocks, tower.feature_block).layer
+    if block is None or block not in range(tower.blocks):
+        return f"there is no block {request.layer}: the vision tower has blocks 0 to {tower.blocks - 1}", ""
+    if inside and site.layer is not None and block > site.layer:
+        return f"block {block} has not run yet at '{site}'", "request an earlier block, or name a later site"
+    if inside and isinstance(request, Features) and site.point == "mid" and block == site.layer:
+        return f"block {block} has not run to its end at '{site}'", "ask for `hidden`"
+    return None
