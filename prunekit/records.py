@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunekit.cost import Cost
+from prunekit.cost import FLOPS_OF, Cost
 from prunekit.strategy.decisions import LayerAction, LayerPlan
 
 
@@ -64,7 +64,8 @@ class RunReport:
         """Plain data for `json.dump`."""
         data = asdict(self)
         data["plans"] = [plan_data(plan) for plan in self.plans]
-        data["cost"] |= {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
+        fractions = {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
+        data["cost"] |= {**fractions, "flops_of": FLOPS_OF}
         return data
 
     def __str__(self) -> str:
@@ -80,9 +81,8 @@ class RunReport:
         lines.append(
             f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
         )
-        lines.append(
-            f"  prefill FLOPs {self.cost.flops_fraction:.1%} of dense, KV {self.cost.kv_fraction:.1%} of dense"
-        )
+        flops, kv = self.cost.flops_fraction, self.cost.kv_fraction
+        lines.append(f"  prefill FLOPs of the decoder {flops:.1%} of dense, KV {kv:.1%} of dense")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -98,25 +98,25 @@ def plan_data(plan: LayerPlan) -> dict[str, Any]:
 
 def plan_lines(plan: LayerPlan) -> list[str]:
     """`skip: layers 4, 5`; what only one phase does says which."""
-    found: dict[str, list[int]] = {}
+    listed: dict[str, list[int]] = {}
     for layer in sorted(plan.layers):
         prefill, decode = plan[layer], plan.decoding(layer)
         if decode is prefill.in_decoding and prefill is not LayerAction.RUN:
-            found.setdefault(prefill.value, []).append(layer)
+            listed.setdefault(prefill.value, []).append(layer)
             continue
         for phase, action in (("prefill", prefill), ("decoding", decode)):
             if action is not LayerAction.RUN:
-                found.setdefault(f"{action.value} in {phase}", []).append(layer)
-    return [f"  {what}: layers {_listed(layers)}" for what, layers in found.items()]
+                listed.setdefault(f"{action.value} in {phase}", []).append(layer)
+    return [f"  {what}: layers {_listed(layers)}" for what, layers in listed.items()]
 
 
 def _distinct(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """Without repetition, in order; a plan holds dicts and has no hash."""
-    found: list[LayerPlan] = []
+    distinct: list[LayerPlan] = []
     for plan in plans:
-        if plan not in found:
-            found.append(plan)
-    return found
+        if plan not in distinct:
+            distinct.append(plan)
+    return distinct
 
 
 def _listed(numbers: Sequence[int]) -> str:
