@@ -16,7 +16,7 @@ class StageEvent:
 
     index: of the stage in the pipeline, from 0; `stage` is the name of its strategy.
     kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
-    entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
+    entered: per sample, how many visual tokens reached the stage. crop: the others leave the KV of earlier layers too.
     sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
     asked: per sample, how many tokens the budget said to keep; None: the stage decides by itself.
     """
@@ -38,7 +38,7 @@ class RunReport:
     layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
     mlp_tokens[b][l]: tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
     kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
-    kept_tokens: visual tokens left after the last stage.
+    kept_tokens: visual tokens that remain after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
     among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.

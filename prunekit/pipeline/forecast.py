@@ -102,7 +102,7 @@ def _visual(bound: BoundPipeline, original: int, decided: bool) -> tuple[list[in
     """Visual tokens that enter each layer, those that stay inside it, and how many leave after the prefill."""
     counts = visual_counts(bound.cuts, original, decided)
     layers = range(bound.shape.layers)
-    # Cuts are in the order of the data, so that how many came before tells what is left.
+    # Cuts are in the order of the data, so that how many came before tells how many remain.
     before = [sum(cut.site.reach <= layer for cut in bound.cuts) for layer in layers]
     inside = [sum(cut.site <= Site(layer, "layer", "mid") for cut in bound.cuts) for layer in layers]
     gone = sum(counts[at] - counts[at + 1] for at, cut in enumerate(bound.cuts) if cut.site == PREFILL_END)
