@@ -33,11 +33,6 @@ class ShortGPT:
             raise ValueError("drop: leave out at least one layer")
 
     @hookimpl
-    def files(self) -> tuple[Path, ...]:
-        """The calibration."""
-        return () if self.calibration is None else (self.calibration,)
-
-    @hookimpl
     def plan_layers(self, shape: ModelShape) -> LayerPlan:
         """The same plan for every sample; of equally influential layers the later ones go."""
         if self.calibration is None:

@@ -35,11 +35,6 @@ class VTW:
         return valid & False
 
     @hookimpl
-    def files(self) -> tuple[Path, ...]:
-        """The calibration."""
-        return () if self.calibration is None else (self.calibration,)
-
-    @hookimpl
     def check(self, shape: ModelShape) -> None:
         """Refuse the calibration of another model."""
         if self.calibration is not None and (wrong := read_artefact(self.calibration, "vtw").refusal(shape)):

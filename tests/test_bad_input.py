@@ -187,6 +187,47 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
         "stages:\n  - {use: random, keep: 0.5, seed: 99999999999999999999}\n",
         [r"F:2:36: stages\[0\].seed: the number does not fit into 64 bits"],
     ),
+    "interpolation to nothing": (
+        "vars: {keep: 0.5}\nstages:\n  - use: random\n    keep: ${vars.kep}\n    seed: ${oc.env:PRUNEKIT_NONE}\n",
+        [
+            r"F:4:11: stages\[0\].keep: '\$\{vars.kep\}' refers to 'vars.kep', which .* \(did you mean 'vars.keep'\?\)",
+            r"F:5:11: stages\[0\].seed: .* needs the environment variable 'PRUNEKIT_NONE' \(set it, or give a default",
+        ],
+    ),
+    "interpolation in a circle": (
+        "vars:\n  a: ${vars.b}\n  b: ${vars.a}\nstages:\n  - use: random\n    keep: 5\n",
+        [
+            r"F:2:6: vars.a: '\$\{vars.b\}' leads back to itself, in a circle \(break the circle\)",
+            r"F:3:6: vars.b: '\$\{vars.a\}' leads back to itself",
+            r"F:6:11: stages\[0\].keep: must be a fraction in \(0, 1\], not 5",
+        ],
+    ),
+    "interpolation of the wrong kind": (
+        "vars: {m: {a: 1}}\nstages:\n  - use: random\n    keep: ${vars.m}\n    seed: ${vars.m.a}5x\n",
+        [
+            r"F:4:11: stages\[0\].keep: must be a fraction in \(0, 1\], not a mapping \(it comes from '\$\{vars.m\}'\)",
+            r"F:5:11: stages\[0\].seed: must be a whole number, not '15x' \(.*it comes from '\$\{vars.m.a\}5x'\)",
+        ],
+    ),
+    "interpolation that is none": (
+        "stages:\n  - use: random\n    keep: ${vars.keep\n    seed: ${os.system:ls}\n",
+        [
+            r"F:3:11: stages\[0\].keep: '\$\{vars.keep' is not an interpolation: .* \(close each \$\{ with \};",
+            r"F:4:11: stages\[0\].seed: .* needs the resolver 'os.system', which does not exist",
+        ],
+    ),
+    "a value that must be set": (
+        "stages:\n  - use: random\n    keep: ???\n",
+        [r"F:3:11: stages\[0\].keep: must be set: \?\?\? stands for a value that is missing \(such as stages"],
+    ),
+    "merge key": (
+        "stages:\n  - use: dense\n    <<: {use: random}\n",
+        [r"F:3:5: stages\[0\].<<: merge keys \(`<<`\) are not supported \(use `extends`, or `vars` and"],
+    ),
+    "a range is no list": (
+        "stages:\n  - use: skip_layers\n    layers: 2-4\n",
+        [r"F:3:13: stages\[0\].layers: must be a list, .*, not '2-4' \(write every number: \[2, ..., 4\]\)"],
+    ),
     "name": ("name: ../evil\nstages: [{use: dense}]\n", [r"F:1:7: name: '../evil' must be letters, digits"]),
     "name that is a number": (
         "name: 3\nstages: [{use: dense}]\n",
@@ -273,6 +314,26 @@ def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "show", path, "--set", "stages[0].keep=0.5", "--set", "stages[0].keep=5")
     assert "override 2:1:16: stages[0].keep: must be a fraction in (0, 1], not 5" in said
     assert "stages[0].keep: is missing" in refused(capsys, "show", path, "--set", "stages[0].keep=null")
+
+
+def test_bare_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("good.yaml", "a=b.yaml"):
+        (tmp_path / name).write_text("stages:\n  - {use: random, keep: 0.5}\n")
+    assert "override 1:1:15: stages[0].keep: must be" in refused(capsys, "show", "good.yaml", "stages.0.keep=5")
+    both = ["validate", "good.yaml", "stages.0.keep=0.25", "a=b.yaml", "--json", "stages.0.seed=3"]
+    assert main.main(both) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [row["source"] for row in files] == ["good.yaml", "a=b.yaml"]
+    assert main.main(["show", "good.yaml", "--json", "stages.0.keep=0.25", "stages.0.seed=3", "name=good"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha"] == files[0]["sha"]
+    assert "nothing to validate: name a pipeline file" in refused(capsys, "validate", "stages.0.keep=5")
+    assert "no such file: 'stages.0.keep=5'" in refused(capsys, "show", "stages.0.keep=5")
+    two, unknown = ["show", "good.yaml", "other.yaml"], ["show", "good.yaml", "--foo", "name=x"]
+    for arguments in (["list", "plugins", "a=b"], unknown, two):
+        with pytest.raises(SystemExit) as stop:
+            main.main(arguments)
+        assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
 
 
 class TestModels:

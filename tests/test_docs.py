@@ -1,9 +1,10 @@
 """The documentation cannot go stale: its code runs, its output is what the program prints, its tables are complete.
 
 In README.md and every page of docs/: `python` blocks run in order in one namespace per file, and a `text` block after
-one is what it prints; `yaml` blocks with `stages:` build; in `console` blocks the lines `$ prunekit ...` and
-`$ pytest ...` run, and what follows is what they print (`...` stands for anything). A comment before a block changes
-that: `<!-- file: NAME -->` writes it to a file that later blocks see, `<!-- not run: WHY -->` leaves it out.
+one is what it prints; `yaml` blocks with `stages:` build; in `console` blocks the lines `$ prunekit ...`,
+`$ pytest ...` and `$ python ...` run, and what follows is what they print (`...` stands for anything). A comment before
+a block changes that: `<!-- file: NAME -->` writes it to a file that later blocks see, `<!-- not run: WHY -->` leaves it
+out.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def test_blocks(page: Path, desk: Path) -> None:
     for block in blocks(page):
         place = f"{name_of(page)}:{block.line}"
         if block.order == "file":
-            (desk / str(block.value)).write_text(block.text)
+            file = desk / str(block.value)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(block.text)
         if block.order is not None:
             continue
         if block.kind == "python":
@@ -117,9 +120,9 @@ def commands(text: str) -> Iterator[tuple[str, str]]:
 
 def check_output(place: str, command: str, expected: str) -> None:
     words = shlex.split(command, comments=True)
-    assert words[0] in ("prunekit", "pytest"), f"{place}: put <!-- not run: WHY --> before the block"
-    said = printed_by_pytest(words[1:]) if words[0] == "pytest" else printed_by_prunekit(words[1:])
-    check_equal(place, command, expected, said)
+    runners = {"prunekit": printed_by_prunekit, "pytest": printed_by_pytest, "python": printed_by_python}
+    assert words[0] in runners, f"{place}: put <!-- not run: WHY --> before the block"
+    check_equal(place, command, expected, runners[words[0]](words[1:]))
 
 
 def check_equal(place: str, command: str, expected: str, said: str) -> None:
@@ -137,6 +140,12 @@ def printed_by_prunekit(arguments: list[str]) -> str:
 def printed_by_pytest(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def printed_by_python(arguments: list[str]) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

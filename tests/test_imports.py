@@ -249,7 +249,7 @@ def test_length(source: Source) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
-HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "pandas", "PIL")
+HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "omegaconf", "pandas", "PIL")
 LOOK = """
 import sys
 sys.argv = ["prunekit", *{arguments!r}]
@@ -262,7 +262,7 @@ print(code, [name for name in {heavy!r} if name in sys.modules], file=sys.stderr
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"], ["list", "pipelines"]], ids=" ".join)
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     code = LOOK.format(arguments=arguments, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from prunekit import __version__, plugins
 from prunekit.cli import calibrate, doctor, run, show, train
 from prunekit.cli import list as listing
+from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
 
 EPILOG = """\
@@ -84,7 +85,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    namespace = parser().parse_args(arguments)
+    top = parser()
+    namespace, unparsed = top.parse_known_args(arguments)
+    if unknown := take_overrides(namespace, unparsed):
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
     command: Command | None = getattr(namespace, "run", None)
     if command is None:
         raise PluginError("this command does nothing: its plugin set no `run`")

@@ -19,11 +19,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "show",
         help="a pipeline with every default filled in, and what it does to a model",
         description="The resolved pipeline and its hash; with --model also its sites, layers, tokens and FLOPs there.",
-        epilog="example: prunekit show compose --model micro --set stages[0].keep=0.3",
+        epilog="example: prunekit show compose --model micro stages.0.keep=0.3",
     )
     show.add_argument("pipeline", help="a pipeline file, or a name of `prunekit list pipelines`")
     add_common(show)
     show.add_argument("--text-tokens", type=positive, default=64, metavar="N", help="prompt tokens beside the image")
+    show.add_argument("--resolved", action="store_true", help="only the resolved pipeline, as a file of the same hash")
     show.set_defaults(run=run_show)
     check = commands.add_parser(
         "validate",
@@ -45,7 +46,7 @@ def add_common(command: argparse.ArgumentParser, model: bool = False) -> None:
     command.add_argument("--download", action="store_true", help="a model that is not here may be fetched from the hub")
     command.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="change one value, such as stages[0].keep=0.3; may be repeated",
+        help="change one value, such as stages[0].keep=0.3; may be repeated; a bare KEY=VALUE does the same",
     )  # fmt: skip
     command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
 
@@ -64,6 +65,9 @@ def run_show(namespace: argparse.Namespace) -> int:
 
     pipeline = build(namespace.pipeline, namespace.overrides)
     bound = pipeline.bind(loading.load_shape(namespace.model, namespace.download)) if namespace.model else None
+    if namespace.resolved:
+        print(pipeline.resolved, end="")
+        return 0
     if namespace.json:
         data = _pipeline_data(pipeline)
         if bound:
@@ -83,7 +87,10 @@ def run_show(namespace: argparse.Namespace) -> int:
 def run_validate(namespace: argparse.Namespace) -> int:
     """Check every file and report every fault."""
     from prunekit import loading
+    from prunekit.errors import InputError
 
+    if not namespace.pipelines:
+        raise InputError("nothing to validate: name a pipeline file")
     shape = loading.load_shape(namespace.model, namespace.download) if namespace.model else None
     rows = [_validated(source, namespace, shape) for source in namespace.pipelines]
     bad = [row for row in rows if not row["ok"]]

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from prunekit import plugins
 from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
@@ -20,6 +18,8 @@ from prunekit.pipeline.stage import Cut, Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
+from prunekit.spec.compose import Source
+from prunekit.spec.writing import to_yaml
 from prunekit.strategy.decisions import MASKED, ModelShape
 from prunekit.strategy.sites import Keep, Site
 
@@ -32,8 +32,8 @@ class Pipeline:
     """Stages that are ready to meet a model.
 
     source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
-    sha: 16 hex digits of `resolved`, prunekit's version, the versions of the distributions of its strategies, and the
-        files that they rest on.
+    sha: 16 hex digits of `resolved` with the mere names of paths, prunekit's version, the versions of the distributions
+        of its strategies, and the files that they rest on.
     description: as the file has it; it is not in the hash.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     budget: what the stages that are left open may keep together; None: there is none.
@@ -74,30 +74,35 @@ class Pipeline:
         return f"# {self.sha}\n{self.resolved}"
 
 
-def build(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), registry: Registry | None = None
-) -> Pipeline:
-    """Read and check a pipeline: a path, a registered name, a dict, or YAML or JSON text.
+def build(source: Source, overrides: Sequence[str] = (), registry: Registry | None = None) -> Pipeline:
+    """Read and check a pipeline: a path, a registered name, YAML or JSON text, a dict, an OmegaConf container or a
+    structured config.
 
     overrides: `key=value` texts such as `stages[0].keep=0.3`. registry: None takes what the installed plugins register.
     Raises SpecError with every fault of the file, PluginError when a plugin is broken.
     """
     registry = plugins.registry() if registry is None else registry
-    spec, broken = schema.read(file_of(source, registry), overrides)
-    faults = list(broken)
+    read, early = schema.read(file_of(source, registry), overrides)
+    faults: list[Fault] = []
     # A budget that cannot be read is one fault; stages that it leaves open are no others.
-    budgeted = spec.budget is not None or any(fault.key.partition(".")[0] == "budget" for fault in broken)
-    made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(spec.stages) if one.use]
-    stages = tuple(stage for stage in made if stage is not None)
+    budgeted = read.budget is not None or any(fault.key.partition(".")[0] == "budget" for fault in early)
+    made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
+    # A stage with a fault is compared with no other: where it acts and what it keeps may be another than it will be.
+    stages = tuple(stage for stage in made if stage is not None and not any(map(stage.owns, early)))
     # What can be seen without a model; `bind` looks again once it knows the depth, with which defaults may scale.
     faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
     faults += layer_plans.rival_faults(stages)
     faults += statements.file_faults(stages)
+    faults = [*early, *read.resolution.judge(faults)]
     if faults:
         raise SpecError(_sorted(faults))
-    resolved = _resolved(spec, stages)
-    sha = _sha(resolved, stages)
-    return Pipeline(spec.name, stages, spec.source, resolved, sha, spec.positions, spec.budget, spec.description)
+    data: dict[str, Any] = {"name": read.name}
+    if read.positions != "keep":
+        data["positions"] = read.positions
+    if read.budget is not None:
+        data["budget"] = read.budget.as_data()
+    resolved, sha = _identity(data, stages)
+    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget, read.description)
 
 
 def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
@@ -116,7 +121,7 @@ def _check_attention(shape: ModelShape) -> None:
         )
 
 
-def file_of(source: str | Path | Mapping[str, Any], registry: Registry) -> str | Path | Mapping[str, Any]:
+def file_of(source: Source, registry: Registry) -> Source:
     """The file of the pipeline that `source` names; a source that is no name, or a file of this name, as it is.
 
     Raises SpecError, with suggestions, for a name that is not registered.
@@ -148,8 +153,8 @@ def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
     order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
     stages = _numbered(order)
     data = {"name": f"{outer.name}+{inner.name}", "positions": inner.positions}
-    resolved = yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
-    return Pipeline(data["name"], stages, inner.source, resolved, _sha(resolved, stages), inner.positions)
+    resolved, sha = _identity(data, stages)
+    return Pipeline(data["name"], stages, inner.source, resolved, sha, inner.positions)
 
 
 def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
@@ -161,16 +166,22 @@ def _sorted(faults: Sequence[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda one: (one.where.file, one.where.line, one.where.col) if one.where else ("", 0, 0))
 
 
-def _resolved(spec: schema.PipelineSpec, stages: Sequence[Stage]) -> str:
-    data: dict[str, Any] = {"name": spec.name}
-    if spec.positions != "keep":
-        data["positions"] = spec.positions
-    if spec.budget is not None:
-        data["budget"] = spec.budget.as_data()
-    return yaml.safe_dump({**data, "stages": [_stage_data(stage) for stage in stages]}, sort_keys=False)
+def _identity(data: Mapping[str, Any], stages: Sequence[Stage]) -> tuple[str, str]:
+    """The resolved YAML of a pipeline, `data` beside its stages, and its hash.
+
+    In the hash a path is its last name, and the content of the file: where a checkout lies changes nothing.
+    """
+    from prunekit import __version__
+
+    resolved = to_yaml({**data, "stages": [_stage_data(stage, str) for stage in stages]})
+    named = to_yaml({**data, "stages": [_stage_data(stage, lambda path: path.name) for stage in stages]})
+    origins = sorted({stage.origin for stage in stages})
+    parts = [named, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
+    return resolved, hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _stage_data(stage: Stage) -> dict[str, Any]:
+def _stage_data(stage: Stage, path: Callable[[Path], str]) -> dict[str, Any]:
+    """A stage as the file has it, with its defaults; `path` writes paths."""
     data: dict[str, Any] = {"use": stage.use}
     if stage.cuts_tokens and (sites := stage.known_sites) is not None:
         data["at"] = _one_or_all([_site_data(site) for site in sites])
@@ -179,7 +190,7 @@ def _stage_data(stage: Stage) -> dict[str, Any]:
         data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
     for field in dataclasses.fields(stage.strategy):
         if field.init:
-            data[field.name] = _plain(getattr(stage.strategy, field.name))
+            data[field.name] = _plain(getattr(stage.strategy, field.name), path)
     return data
 
 
@@ -201,17 +212,11 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, path: Callable[[Path], str]) -> Any:
+    if isinstance(value, Path):
+        return path(value)
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [_plain(item, path) for item in value]
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, path) for key, item in value.items()}
     return value
-
-
-def _sha(resolved: str, stages: Sequence[Stage]) -> str:
-    from prunekit import __version__
-
-    origins = sorted({stage.origin for stage in stages})
-    parts = [resolved, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

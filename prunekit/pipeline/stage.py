@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -153,6 +155,10 @@ class Stage:
         """It implements this hook among those of `StatementHooks`."""
         return bool(getattr(self.hook, statement).get_hookimpls())
 
+    def owns(self, fault: Fault) -> bool:
+        """The fault is this stage's, or that of a value in it."""
+        return re.match(rf"stages\[{self.index}\](\.|$)", fault.key) is not None
+
     def fault(self, key: str, message: str, hint: str = "", on_name: bool = False) -> Fault:
         """A fault at a value of this stage, or with `on_name` at its key; an empty key means the stage itself."""
         path = f"stages[{self.index}]" + (f".{key}" if key else "")
@@ -225,7 +231,8 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     before = len(faults)
     faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
-    values = options.check(cls, spec.options, declare.stage_keys(cls), problems)
+    folders = {key: Path(where.file).parent for key, where in spec.keys.items() if where is not None}
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, folders)
     made = None if problems else _created(cls, draft, values, entry, problems)
     faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += _site_faults(cls, made, draft)

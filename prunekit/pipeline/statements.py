@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,11 @@ from prunekit.strategy.decisions import ModelShape
 def file_faults(stages: Sequence[Stage]) -> Iterator[Fault]:
     """Files that strategies name and that cannot be read."""
     for stage in stages:
+        missing = {name: path for name, path in _options(stage).items() if not path.exists()}
+        for name, path in missing.items():
+            yield stage.fault(name, f"no such file: '{path}'", "a relative path begins at the pipeline's own folder")
         try:
-            for path in _files(stage):
+            for path in () if missing else _files(stage):
                 with path.open("rb"):
                     pass
         except OSError as error:
@@ -67,7 +71,13 @@ def selection_flops(stage: Stage, shape: ModelShape, text: int, visual: int) -> 
 
 
 def _files(stage: Stage) -> tuple[Path, ...]:
-    return tuple(Path(path) for path in _state(stage, "files") or ())
+    return (*(Path(path) for path in _state(stage, "files") or ()), *_options(stage).values())
+
+
+def _options(stage: Stage) -> dict[str, Path]:
+    """The files that its options name, by option."""
+    values = ((one.name, getattr(stage.strategy, one.name)) for one in dataclasses.fields(stage.strategy))
+    return {name: value for name, value in values if isinstance(value, Path) and not value.is_dir()}
 
 
 def _protected(stage: Stage, shape: ModelShape) -> frozenset[int]:

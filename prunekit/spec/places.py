@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from prunekit.errors import Fault, Where
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 INT_LIMIT = 1 << 63  # what a tensor or a seed can hold
+MISSING = "???"  # OmegaConf's mark of a value that must be set elsewhere
 
 Scalar = str | int | float | bool | None
 
@@ -57,14 +57,14 @@ class Node:
 
     def places(self, path: str) -> dict[str, Where | None]:
         """The place of this value and of everything in it, by key path below `path`."""
-        found = {path: self.where}
+        table = {path: self.where}
         if isinstance(self.data, dict):
             for key, node in self.data.items():
-                found |= node.places(f"{path}.{key}")
+                table |= node.places(join(path, key))
         elif isinstance(self.data, list):
             for index, node in enumerate(self.data):
-                found |= node.places(f"{path}[{index}]")
-        return found
+                table |= node.places(join(path, index))
+        return table
 
 
 def read_file(path: Path, at: Fault, faults: list[Fault]) -> str | None:
@@ -113,25 +113,6 @@ def parse(text: str, file: str, faults: list[Fault]) -> Node | None:
     return _convert(root, file, "", faults) if root else None
 
 
-def from_data(value: object, path: str, faults: list[Fault], depth: int = 0) -> Node:
-    """The tree of plain Python data; its places are None. Adds to `faults` what YAML could not have said."""
-    if depth > MAX_DEPTH:
-        faults.append(Fault(None, path[:80], f"is nested more than {MAX_DEPTH} levels deep"))
-        return Node(None)
-    if isinstance(value, Mapping):
-        bad = [key for key in value if not isinstance(key, str)]
-        faults.extend(Fault(None, path, f"key {key!r} is not text") for key in bad)
-        items = ((key, child) for key, child in value.items() if isinstance(key, str))
-        return Node({key: from_data(child, _join(path, key), faults, depth + 1) for key, child in items})
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return Node([from_data(child, f"{path}[{i}]", faults, depth + 1) for i, child in enumerate(value)])
-    if value is None or isinstance(value, str | int | float | bool):
-        _check_int(value, None, path, faults)
-        return Node(value)
-    faults.append(Fault(None, path, f"{value!r} is not plain data", "use text, numbers, lists and dicts"))
-    return Node(None)
-
-
 class _Reader(yaml.SafeLoader):
     """Composes nodes, refusing what could name Python objects (tags) or blow up (anchors, depth)."""
 
@@ -168,47 +149,65 @@ def _convert(node: Any, file: str, path: str, faults: list[Fault], key: Where | 
         return Node(items, where, key or where)
     if isinstance(node, yaml.MappingNode):
         return Node(_entries(node, file, path, faults), where, key or where)
-    text = node.value
-    plain = node.style is None
-    return Node(_scalar(text, where, path, faults) if plain else text, where, key or where)
+    value = scalar(node.value) if node.style is None else node.value
+    return Node(value if check_int(value, where, path, faults) else 0, where, key or where)
 
 
 def _entries(node: yaml.MappingNode, file: str, path: str, faults: list[Fault]) -> dict[str, Node]:
-    found: dict[str, Node] = {}
+    entries: dict[str, Node] = {}
     for name, child in node.value:
         place = Where(file, name.start_mark.line + 1, name.start_mark.column + 1)
         if not isinstance(name, yaml.ScalarNode):
             faults.append(Fault(place, path, "a key must be a name, not a list or a mapping"))
             continue
-        value = _convert(child, file, _join(path, name.value), faults, place)
-        if name.value in found:
-            first = found[name.value].key
+        if name.value == "<<" and name.style is None:
+            faults.append(
+                Fault(
+                    place,
+                    join(path, "<<"),
+                    "merge keys (`<<`) are not supported",
+                    "use `extends`, or `vars` and ${...}",
+                )
+            )
+            continue
+        value = _convert(child, file, join(path, name.value), faults, place)
+        if name.value in entries:
+            first = entries[name.value].key
             hint = f"first on line {first.line}; keep one of them" if first else ""
-            faults.append(Fault(place, _join(path, name.value), "this key stands here twice", hint))
-        found.setdefault(name.value, value)
-    return found
+            faults.append(Fault(place, join(path, name.value), "this key stands here twice", hint))
+        entries.setdefault(name.value, value)
+    return entries
 
 
-def _scalar(text: str, where: Where, path: str, faults: list[Fault]) -> Scalar:
+def scalar(text: str) -> Scalar:
+    """The value of plain, unquoted text."""
     if text in _CORE:
         return _CORE[text]
     if _INT.fullmatch(text):
-        value = int(text) if len(text) < 30 else INT_LIMIT
-        return value if _check_int(value, where, path, faults) else 0
+        return int(text) if len(text) < 30 else INT_LIMIT
     if _FLOAT.fullmatch(text):
         return float(text.replace(".inf", "inf").replace(".nan", "nan").replace(".I", "I").replace(".N", "N"))
     return text
 
 
-def _check_int(value: object, where: Where | None, path: str, faults: list[Fault]) -> bool:
+def check_int(value: object, where: Where | None, path: str, faults: list[Fault]) -> bool:
+    """Whether a value is no whole number, or one that fits into 64 bits; else a fault."""
     if isinstance(value, int) and not -INT_LIMIT <= value < INT_LIMIT:
         faults.append(Fault(where, path, "the number does not fit into 64 bits"))
         return False
     return True
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def join(path: str, step: str | int) -> str:
+    """The key path of an entry: `stages` and 0 are `stages[0]`, that and `keep` are `stages[0].keep`."""
+    if isinstance(step, int):
+        return f"{path}[{step}]"
+    return f"{path}.{step}" if path else step
+
+
+def escape(text: str) -> str:
+    """The text that OmegaConf reads as `text` itself: no `${` in it is resolved."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _no(at: Fault, message: str, hint: str, faults: list[Fault]) -> str | None:

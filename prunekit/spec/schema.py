@@ -6,19 +6,19 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
 from prunekit.spec.budget_keys import Budget, read_budget, read_keeps, read_layers
-from prunekit.spec.compose import gather
+from prunekit.spec.compose import Source, compose
+from prunekit.spec.interpolation import Resolution
 from prunekit.spec.places import Node
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site
 
 __all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]
 
-TOP_KEYS = ("name", "description", "extends", "positions", "budget", "stages")
+TOP_KEYS = ("name", "description", "extends", "vars", "positions", "budget", "stages")
 POSITIONS = ("keep", "renumber")
 NAMED_SITES = ("encoder", "prefill_end", "pixels")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -51,6 +51,7 @@ class PipelineSpec:
 
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     budget: what stages that name no `keep` may keep together.
+    resolution: what became of values that are not simply written in the file; it judges later faults.
     """
 
     name: str
@@ -59,12 +60,15 @@ class PipelineSpec:
     description: str = ""
     positions: Literal["keep", "renumber"] = "keep"
     budget: Budget | None = None
+    resolution: Resolution = field(default_factory=Resolution)
 
 
-def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> PipelineSpec:
-    """Read a pipeline: a path, a dict, or YAML or JSON text (begins with `{` or holds a newline).
+def load(source: Source, overrides: Sequence[str] = ()) -> PipelineSpec:
+    """Read a pipeline: a path, YAML or JSON text (begins with `{` or holds a newline), a dict or a list of stages.
 
-    overrides: `key=value` texts such as `stages[0].keep=0.3`, applied last; `stages[0].keep=null` takes a key out.
+    Dicts and lists may be OmegaConf's own, `DictConfig` and `ListConfig`, or hold some; a structured config is a dict.
+    overrides: `key=value` texts such as `stages[0].keep=0.3`, applied after `extends` and before `${...}` is resolved;
+        `stages[0].keep=null` takes a key out.
     Raises SpecError with every fault of the text; strategies and their options are checked by `pipeline.build`.
     """
     spec, faults = read(source, overrides)
@@ -73,31 +77,32 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     return spec
 
 
-def read(
-    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
-) -> tuple[PipelineSpec, tuple[Fault, ...]]:
+def read(source: Source, overrides: Sequence[str] = ()) -> tuple[PipelineSpec, tuple[Fault, ...]]:
     """As `load`, but with the faults beside what could be read, so that more can be checked before all are raised.
 
     A stage whose `use` cannot be read has `use == ""`.
     """
     faults: list[Fault] = []
-    found = gather(source, overrides, frozenset((*TOP_KEYS, *STAGE_KEYS)), faults)
-    label, values, unread = found.label, found.values, bool(faults)
+    composed = compose(source, overrides, frozenset((*TOP_KEYS, *STAGE_KEYS)), faults)
+    label, values = composed.label, composed.values
     if values is None:
-        return PipelineSpec(found.name, (), label), tuple(faults)
-    faults.extend(_unknown_key(node, key, "", TOP_KEYS) for key, node in values.items() if key not in TOP_KEYS)
-    name = _name(values.get("name"), found.name, faults)
-    description = _text(values.get("description"), "description", faults) or ""
-    positions = _positions(values.get("positions"), faults)
-    budget = read_budget(values.get("budget"), faults)
+        return PipelineSpec(composed.name, (), label), tuple(faults)
+    later: list[Fault] = []
+    later.extend(_unknown_key(node, key, "", TOP_KEYS) for key, node in values.items() if key not in TOP_KEYS)
+    name = _name(values.get("name"), composed.name, later)
+    description = _text(values.get("description"), "description", later) or ""
+    positions = _positions(values.get("positions"), later)
+    budget = read_budget(values.get("budget"), later)
     if "stages" in values:
-        stages = _stages(values["stages"], faults)
+        stages = _stages(values["stages"], later)
     else:
         stages = ()
-        if not unread:  # what could not be read may have held them
+        if not faults:  # what could not be read may have held them
             start = None if label == "<dict>" else Where(label, 1, 1)
-            faults.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
-    return PipelineSpec(name, stages, label, description, positions, budget), tuple(faults)
+            later.append(Fault(start, "stages", "is missing", "a pipeline needs a list of stages"))
+    faults += composed.resolution.judge(later)
+    spec = PipelineSpec(name, stages, label, description, positions, budget, composed.resolution)
+    return spec, tuple(faults)
 
 
 def _stages(node: Node, faults: list[Fault]) -> tuple[StageSpec, ...]:
@@ -202,6 +207,6 @@ def _text(node: Node | None, key: str, faults: list[Fault]) -> str | None:
     return None
 
 
-def _unknown_key(node: Node, key: str, path: str, known: Sequence[str]) -> Fault:
-    hint = f"{did_you_mean(key, known)}known keys: {', '.join(known)}"
+def _unknown_key(node: Node, key: str, path: str, keys: Sequence[str]) -> Fault:
+    hint = f"{did_you_mean(key, keys)}known keys: {', '.join(keys)}"
     return Fault(node.key, f"{path}.{key}" if path else key, "unknown key", hint)

@@ -52,11 +52,12 @@ class RouterFile:
         return f"the router was made for another model ({name}): {told}; train one for this model: `prunekit train`"
 
 
-def find(weights: str) -> Path:
+def find(weights: str | Path) -> Path:
     """The folder of a router: the name of one that is shipped, a path, or a hub id that is in the local cache.
 
     Raises ValueError that says what is not there.
     """
+    weights = str(weights)
     shipped = SHIPPED / weights
     if re.fullmatch(r"[\w.-]+", weights) and (shipped / CONFIG).is_file():
         return shipped

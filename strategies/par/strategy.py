@@ -28,7 +28,8 @@ UNTRAINED = "the router is untrained: its choices are as good as random ones (`w
 class Par:
     """A small router ranks visual tokens and decoder layers for each sample; the stage's budget cuts both rankings.
 
-    weights: a router folder, a hub id or the name of a shipped router; null: an untrained one, which needs `seed`.
+    weights: a router folder, relative to the pipeline file, a hub id or the name of a shipped router; null: an
+        untrained one, which needs `seed`.
     depth, width, heads, attention: of the router; null takes what the router's file says, for a new one 1 block, width
         512, a head for each 64 numbers, bidirectional. width `model`: blocks of the LVLM's own size.
     init: how a new router starts: at `random`, or, in training, as copies of the LVLM's first blocks, `llm_first`.
@@ -37,7 +38,7 @@ class Par:
         ones counted from the end.
     """
 
-    weights: str | None
+    weights: Path | str | None
     seed: int | None = None
     depth: int | None = None
     width: int | Literal["model"] | None = None
@@ -73,7 +74,7 @@ class Par:
         """Raise ValueError, beginning with the option's name, for a model that this router cannot serve."""
         self._config(shape)
         if self.weights is not None:
-            _at("weights", lambda: files.check(files.find(str(self.weights))))
+            _at("weights", lambda: files.check(files.find(self.weights)))
         self.protected_layers(shape)
 
     @hookimpl
@@ -125,7 +126,7 @@ class Par:
         """The architecture on a model: the file's, or that of the options. Raises ValueError."""
         if self.weights is None:
             return config_of(shape, self.depth or 1, self.width or WIDTH, self.heads, self.attention or "bidirectional")
-        found = _at("weights", lambda: files.read(files.find(str(self.weights))))
+        found = _at("weights", lambda: files.read(files.find(self.weights)))
         if (refusal := found.refusal(shape)) is not None:
             raise ValueError(f"weights: {refusal}")
         mine: dict[str, Any] = {"depth": self.depth, "heads": self.heads, "attention": self.attention}

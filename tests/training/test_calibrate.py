@@ -83,7 +83,7 @@ def test_shortgpt_leaves_out_the_least_influential_layers(micro, written):
     assert {layer: action.value for layer, action in bound.plan} == dict.fromkeys(least, "skip")
     generating = build({"stages": [{**SHORT, "calibration": str(path), "phase": "prefill"}]}).bind(shape)
     assert {layer: action.value for layer, action in generating.plan} == dict.fromkeys(least, "fill_kv")
-    assert generating.plan.decode == {}
+    assert {generating.plan.decoding(layer).value for layer in least} == {"run"}
 
 
 def test_vtw_stands_where_the_divergence_allows(written):
@@ -136,6 +136,8 @@ class TestRefusals:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(SpecError, match=r"stages\[0\]\.calibration: cannot read '.*none\.json'"):
             build({"stages": [{"use": "vtw", "calibration": str(tmp_path / "none.json")}]})
+        with pytest.raises(SpecError, match=r"stages\[0\]\.calibration: no such file: '.*none\.json'"):
+            build({"stages": [{**SHORT, "calibration": str(tmp_path / "none.json")}]})
 
     def test_another_model(self, written):
         other = dataclasses.replace(loading.load_shape("micro"), layers=12)
