@@ -403,7 +403,7 @@ KEEP_LAYERS: dict[str, tuple[str, list[str]]] = {
     ),
     "beside static skips": (
         two("use: plan, skip: [3, 4]", "use: router, keep_layers: 9"),
-        ["3:32: keep_layers: asks for 9 layers, but another stage skips 3, 4, which leaves 8 (keep less here or skip"],
+        ["3:32: keep_layers: asks for 9 layers, but another stage skips 3, 4, which leaves 8 (keep fewer layers, or"],
     ),
     "below what is read": (
         two("use: layerrouter, keep_layers: 2", "use: previous, at: [2, 4, 6], keep: 0.5"),
