@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 import prunekit
 from prunekit import plugins
 from prunekit.cli import main
-from prunekit.errors import SpecError
+from prunekit.errors import InputError, SpecError
 from prunekit.registry import Registry
 from prunekit.spec import schema
 from prunekit.spec.places import escape
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 APP = {
     "keep": 0.5,
@@ -99,6 +100,20 @@ class TestContainers:
         config.stages[0].seed = value
         (fault,) = faults_of(config)
         assert "is not plain data" in fault
+
+
+def test_apply_takes_what_load_takes() -> None:
+    config = OmegaConf.create({"keep": 0.25, "p": {"stages": [{"use": "random", "keep": "${keep}"}]}})
+    model, inputs = tiny_llava(), tiny_inputs(images=(1,))
+    for source, overrides, kept in ((config.p, (), 4), (config.p.stages, ["stages.0.keep=0.5"], 8)):
+        with prunekit.apply(model, source, overrides) as run:
+            model(**inputs)
+        assert run.report is not None and run.report.kept_tokens == (kept,)
+    with (
+        pytest.raises(InputError, match="overrides change a pipeline as it is read"),
+        prunekit.apply(model, prunekit.load(config.p), ["stages.0.keep=0.5"]),
+    ):
+        pass
 
 
 @dataclass
@@ -313,6 +328,19 @@ class TestPaths:
         assert self.load(base, "stages[0].folder=w.bin").stages[0].strategy.folder == here
         assert self.load(base, f"stages[0].folder={here}").stages[0].strategy.folder == here
         assert self.load(base, "stages[0].folder=~/w.bin").stages[0].strategy.folder == tmp_path / "home" / "w.bin"
+
+    def test_a_variable_starts_where_it_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("base/w.bin", "own/w.bin", "elsewhere/w.bin"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).touch()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        base, own = tmp_path / "base" / "p.yaml", tmp_path / "own" / "p.yaml"
+        base.write_text("vars: {w: w.bin, v: '${vars.w}'}\nstages: [{use: anything, folder: '${vars.v}'}]\n")
+        own.write_text("extends: ../base/p.yaml\nvars: {w: w.bin}\n")
+        folders = [self.load(*source).stages[0].strategy.folder for source in ((base,), (own,), (own, "vars.w=w.bin"))]
+        assert [folder.resolve().parent.name for folder in folders] == ["base", "own", "elsewhere"]
+        base.write_text("vars: {w: w}\nstages: [{use: anything, folder: '${vars.w}.bin'}]\n")
+        assert self.load(base).stages[0].strategy.folder == tmp_path / "base" / "w.bin"
 
     def test_the_hash_takes_name_and_content_not_where_it_lies(self, tmp_path: Path) -> None:
         made = {}
