@@ -25,7 +25,7 @@ from prunekit import (
     hookimpl,
     strategy,
 )
-from prunekit.errors import SpecError, Unsupported
+from prunekit.errors import PluginError, SpecError, Unsupported
 from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.strategy.decisions import TowerShape
@@ -516,6 +516,14 @@ def test_every_fault_with_its_place(registry: Registry, text: str, said: list[st
 
 def test_there_are_at_least_ten_of_each() -> None:
     assert all(len(table) >= 10 for table in (LISTS, SITES, KEEP_LAYERS, ROUTERS, POSITIONS))
+
+
+def test_defaults_of_several_sites_are_a_schedule() -> None:
+    several: Any = (Site(8), Site(16))
+    with pytest.raises(ValueError, match=r"it takes one Site, or a function of N; several sites are a schedule"):
+        Sites(default=several)
+    with pytest.raises(PluginError, match=r"gave \(Site\(.*it gives one Site, and several sites are a schedule"):
+        Sites(default=lambda layers: several).resolve(32)
 
 
 @pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])

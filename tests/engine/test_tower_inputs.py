@@ -248,7 +248,7 @@ REFUSED = {
     "a block that is not there": ("llava", [(Beyond, {"at": "encoder", "keep": 0.5})], "blocks 0 to 2"),
     "a block that has not run": ("llava", [(Ahead, {"at": "vision.1", "keep": 0.5})], "has not run yet"),
     "a cut behind the features": ("llava", [(Norms, {"at": "vision.2", "keep": 0.5})], "after block 1"),
-    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "cannot cut pictures"),
+    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "cannot cut images"),
     "tower and decoder in one stage": (
         "llava", [(Norms, {"at": ["vision.0", 2], "keep": [0.5, 0.25]})], "split the stage in two"
     ),
