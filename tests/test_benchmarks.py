@@ -23,18 +23,16 @@ def test_the_documented_figures_are_the_measured_ones() -> None:
     assert cpu.into(text, cpu.rendered(figures)) == text
 
 
-def test_prints_every_table_and_writes_the_figures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_every_table_and_writes_the_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "figures.json"
     assert cpu.main(["--tiny", "--rounds", "1", "--out", str(out)]) == 0
     figures = json.loads(out.read_text())
     assert set(figures) == {"about", *cpu.SECTIONS}
     assert figures["about"]["rounds"] == 1 and figures["about"]["size"]["layers"] == 8
     printed = capsys.readouterr().out
-    for section in ("prefill", "par", "peers", "decode", "batch", "memory"):
+    for section in ("prefill", "par", "peers", "decode", "launch", "batch", "memory"):
         assert all(f"| {row[next(iter(row))]} |" in printed for row in figures[section]), section
-    assert len(cpu.targets(figures)) == 8
+    assert len(cpu.targets(figures)) == 9
     for row in figures["memory"]:
         assert row["kv"] == row["kv_stated"]
         assert row["peak"] >= row["kv"]

@@ -159,6 +159,15 @@ def test_evals_has_no_circles() -> None:
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
 
 
+@pytest.mark.parametrize("module", ["oracle", "reported", "stock", "tower", "precision"])
+def test_the_reference_shares_no_code_with_the_engine(module: str) -> None:
+    """Nor with what the engine is made of: it reads families and records, and knows transformers."""
+    mine = {module_of(name) for name in imports(BY_NAME[f"prunekit.verify.{module}"]) if name.startswith("prunekit.")}
+    assert {str(room(name)) for name in mine} <= {"families", "records", "strategy", "verify"}
+    own = {name.rpartition(".")[2] for name in mine if room(name) == "verify"}
+    assert own <= {"oracle", "reported", "stock", "tower", "precision"}
+
+
 @pytest.mark.parametrize("source", sources("prunekit_strategies"), ids=str)
 def test_strategies_import_public_names_only(source: Source) -> None:
     own = ".".join(source.module.split(".")[:2]) + "."  # a strategy in several files has a folder of its own

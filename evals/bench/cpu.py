@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 import transformers
-from prunekit_evals.bench import sections
+from prunekit_evals.bench import launch, sections
 from prunekit_evals.bench.workload import BATCH, FULL, PRUNES_NOTHING, TINY
 
 import prunekit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"  # of a checkout
 FIGURES, PAGE = DOCS / "performance.json", DOCS / "performance.md"
-SECTIONS = ("prefill", "par", "scoring", "peers", "decode", "batch", "memory")
+SECTIONS = ("prefill", "par", "scoring", "peers", "decode", "launch", "batch", "memory")
 
 
 def measure(section: str, rounds: int, tiny: bool) -> Any:
@@ -44,6 +44,7 @@ def measure(section: str, rounds: int, tiny: bool) -> Any:
         "scoring": lambda: sections.scoring_share(size, rounds),
         "peers": lambda: sections.peers(size, rounds),
         "decode": lambda: sections.decode_rows(size, rounds),
+        "launch": lambda: launch.launch_rows(rounds, ("dense", "fastv-k2-r25") if tiny else None),
         "batch": lambda: sections.batch_rows(TINY if tiny else BATCH, max(rounds // 3, 1)),
         "memory": lambda: sections.memory_rows(size),
     }
@@ -81,6 +82,9 @@ def targets(figures: Mapping[str, Any]) -> list[Target]:
     if "decode" in figures:
         slowest = max(row["ratio"] for row in figures["decode"] if row["pipeline"] != "dense")
         listed.append(Target("decoding step, pruned / dense, the slowest of four", slowest, 1.0))
+    if "launch" in figures:
+        slowest = max(row["ratio"] for row in figures["launch"])
+        listed.append(Target("launch-bound decoding step, pruned / dense, the slowest shipped pipeline", slowest, 1.03))
     if "scoring" in figures:
         listed.append(Target("FastV's scoring under sdpa / dense prefill", figures["scoring"], 0.01))
     if "batch" in figures:
@@ -124,6 +128,10 @@ def rendered(figures: Mapping[str, Any]) -> dict[str, str]:
         "peers": lambda: table("run | CPU s | of dense | wall, of dense", rows("peers", *times)),
         "decode": lambda: table(
             "pipeline | ms a step | of dense", rows("decode", "{pipeline}", "{ms:.1f}", "{ratio:.3f}")
+        ),
+        "launch": lambda: table(
+            "pipeline | ms a step | of dense | Python calls beyond dense",
+            rows("launch", "{pipeline}", "{ms:.2f}", "{ratio:.3f}", "{calls:.0f}"),
         ),
         "batch": lambda: table(
             "pipeline | tokens a second | of equal rows | slots filled: prompt | and in the last layer",

@@ -42,7 +42,8 @@ def measure_prefill(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt
     inputs = encode(loaded, prompts)
 
     def once(chosen: Pipeline | None) -> float:
-        with torch.inference_mode(), prunekit.apply(loaded.model, chosen) if chosen else nullcontext():
+        pruned = prunekit.apply(loaded.model, chosen, processor=loaded.processor) if chosen else nullcontext()
+        with torch.inference_mode(), pruned:
             start = clock(loaded)
             loaded.model(**inputs, use_cache=True, logits_to_keep=1)
             return clock(loaded) - start

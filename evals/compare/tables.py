@@ -10,7 +10,7 @@ from typing import Any
 
 from prunekit_evals.compare import stats
 from prunekit_evals.compare.stats import Estimate
-from prunekit_evals.run import identity, results
+from prunekit_evals.run import results
 from prunekit_evals.run.results import Cell, Conditions
 
 from prunekit import loading
@@ -84,7 +84,7 @@ def _marked(table: Table) -> Table:
     told = table.conditions
     if told.model != MICRO:
         return table
-    now = identity.model_identity(loading.resolve(MICRO))
+    now = loading.model_identity(loading.resolve(MICRO))
     if now == told.identity:
         return table
     note = f"stale: {MICRO} was {told.identity} and is {now} now; evaluate again to compare with new results"

@@ -131,7 +131,7 @@ def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: D
     inputs = encode(loaded, prompts)
     length = inputs["input_ids"].shape[1]
     pad = loaded.processor.tokenizer.pad_token_id
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline) as run:
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
         start = clock(loaded)
         output = loaded.model.generate(**inputs, **dict(how.arguments), pad_token_id=pad)
         tally.seconds += clock(loaded) - start
@@ -179,7 +179,7 @@ def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) 
     ids = ids.to(loaded.device)
     if ids.shape[1] == 0:
         raise InputError(f"the continuation {continuation!r} has no tokens")
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline):
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor):
         first = loaded.model(**inputs, use_cache=True, logits_to_keep=1)
         logits = first.logits[:, -1:]
         if ids.shape[1] > 1:

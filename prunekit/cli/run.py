@@ -56,7 +56,7 @@ def run(namespace: argparse.Namespace) -> int:
     data: dict[str, Any] = {"pipeline": pipeline.name, "sha": pipeline.sha, "model": namespace.model}
     if namespace.compare_dense:
         data["dense_answer"], data["dense_seconds"] = answer(model, processor, inputs, namespace.max_new_tokens)
-    with apply(model, pipeline) as attached:
+    with apply(model, pipeline, processor=processor) as attached:
         data["answer"], data["seconds"] = answer(model, processor, inputs, namespace.max_new_tokens)
         report = attached.report
     if namespace.json:

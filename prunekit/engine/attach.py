@@ -51,6 +51,7 @@ class Attached:
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
+        self._check_processor()
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
@@ -93,6 +94,14 @@ class Attached:
             raise
         base.__dict__[_ATTACHED] = self
 
+    def _check_processor(self) -> None:
+        reading = [stage.label for stage in self.pipeline.stages if stage.asks_for("question")]
+        if reading and self.processor is None:
+            raise Unsupported(
+                f"{reading[0]} asks for `question`, the user's words, which only the model's processor can read from "
+                "the prompt: apply(model, pipeline, processor=processor)"
+            )
+
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
         replace(parts.base, "forward", self._base_forward)
@@ -101,7 +110,7 @@ class Attached:
         replace(parts.text, "forward", self._text_forward)
         if self.active:
             generate.override(self._overrides, self.model)
-            if self.pipeline.positions == "renumber":
+            if self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
@@ -211,7 +220,7 @@ class Attached:
                 call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
-                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size())
+                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
             return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)

@@ -8,6 +8,7 @@ from typing import Literal
 from prunekit.pipeline import layer_plans
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import LayerPlan, ModelShape
+from prunekit.strategy.sites import ENCODER
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class BoundPipeline:
     def routers(self) -> tuple[Stage, ...]:
         """Stages that decide for each sample before the decoder, in the order of the file."""
         return tuple(stage for stage in self.stages if stage.is_router)
+
+    @property
+    def asked(self) -> tuple[Cut, ...]:
+        """Where strategies are asked: token stages at each of their cuts, routers once, at the decoder input."""
+        routers = tuple(Cut(ENCODER, router, None, 0) for router in self.routers)
+        return (*(cut for cut in self.cuts if not cut.stage.is_router), *routers)
 
     @property
     def layer_budget(self) -> int | None:

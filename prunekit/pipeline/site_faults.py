@@ -74,6 +74,8 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
     if cut.stage.asks_for("forward") and ("forward" in _absent(cut) or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
+    if cut.stage.asks_for("positions") and not shape.rotary:
+        return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
     of_tower = ["extras"] * bool(cut.stage.extras) + [name for name in OF_TOWER if cut.stage.asks_for(name)]
     if of_tower and tower is None:
         return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"

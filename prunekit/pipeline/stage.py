@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -228,8 +227,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     before = len(faults)
     faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
-    folders = {key: Path(where.file).parent for key, where in spec.keys.items() if where is not None}
-    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, folders)
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, spec.folders)
     made = None if problems else _created(cls, draft, values, entry, problems)
     faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += _site_faults(cls, made, draft)

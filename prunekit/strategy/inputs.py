@@ -181,12 +181,22 @@ def inputs_of(hook: str) -> tuple[Input, ...]:
     return tuple(one for one in INPUTS if hook in one.hooks)
 
 
-def input_of(hook: str, name: str) -> Input:
-    """The row of one argument of `hook`. Raises KeyError."""
-    return _BY_HOOK[hook][name]
+def cut_for_sample(name: str, value: Any, b: int, lengths: Mapping[str, int]) -> Any:
+    """What sample `b` of the batch sees of an input over visual or text tokens: no B axis, no padding.
+
+    value: of the batch; a dict holds one dict for each sample, and None stays None. lengths: of the sample, by the
+    letter of the axis.
+    """
+    row = _OVER_TOKENS[name]
+    if value is None or not row.axes:
+        return value
+    if isinstance(value, dict):
+        return value.setdefault(b, {})
+    return value[b, : lengths[row.length]] if row.length else value[b]
 
 
-_BY_HOOK = {hook: {one.name: one for one in inputs_of(hook)} for hook in _ALL}
+# `route` has inputs over the sequence under the same names; it cuts those itself.
+_OVER_TOKENS = {one.name: one for one in INPUTS if one.hooks != ("route",)}
 
 
 def region_of(site: Site) -> Region:

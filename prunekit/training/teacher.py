@@ -85,8 +85,11 @@ class Teacher:
     `is_alone`; candidates are then run with pictures encoded once, prompt and answer in one forward.
     """
 
-    def __init__(self, model: Any, pipeline: Pipeline, bound: BoundPipeline, recipe: Recipe) -> None:
+    def __init__(
+        self, model: Any, pipeline: Pipeline, bound: BoundPipeline, recipe: Recipe, processor: Any = None
+    ) -> None:
         self.model, self.pipeline, self.bound, self.recipe = model, pipeline, bound, recipe
+        self.processor = processor
         self.stage, self.parts = router_of(pipeline), proved_parts(model)
         check_cuts(bound, self.stage)
         self.alone = is_alone(pipeline, bound) and self.parts.rotary is not None
@@ -105,7 +108,7 @@ class Teacher:
 
     def decide(self, inputs: Mapping[str, Tensor], answers: Answers, by: Decide) -> tuple[Tensor, Actions, Shown]:
         """Run one decision for each sample: its KL (B,), what was decided, and what the router was shown."""
-        with Attached(self.model, self.pipeline, self.parts) as run:
+        with Attached(self.model, self.pipeline, self.parts, self.processor) as run:
             return self._decided(run, inputs, answers, by)
 
     def _decided(
@@ -127,7 +130,7 @@ class Teacher:
 
         seeds: one for each sample; every candidate draws its noise from it and its own number.
         """
-        with Attached(self.model, self.pipeline, self.parts) as run:
+        with Attached(self.model, self.pipeline, self.parts, self.processor) as run:
             kl, actions, seen = self._decided(run, inputs, answers, plainly(learner))
             kls, tried = [kl], [actions]
             for number in range(1, self.recipe.candidates):

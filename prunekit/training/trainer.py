@@ -50,7 +50,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.parts = proved_parts(self.model)
         self.bound = self.pipeline.bind(self.parts.shape())
-        self.teacher = Teacher(self.model, self.pipeline, self.bound, self.recipe)
+        self.teacher = Teacher(self.model, self.pipeline, self.bound, self.recipe, self.processor)
         self.model.requires_grad_(False)
         self.learner = learner_of(self.teacher.stage, self.bound.shape, self.parts)
         self.learner.module.to(self.model.device)

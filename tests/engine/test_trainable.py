@@ -30,7 +30,7 @@ class Gated:
         return Selection(keep, weights)
 
 
-@strategy(keep="refused")
+@strategy(trainable=False)
 class Measured(Gated):
     """The same without a claim to be trained."""
 

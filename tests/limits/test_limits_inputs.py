@@ -22,7 +22,6 @@ from prunekit.engine.attention.attended import Attended
 from prunekit.engine.decoder.aside import _unrotated
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs, Readings
-from prunekit.engine.decoder.view import View
 from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout
 from prunekit.engine.tokens.positions import Rotations
@@ -90,13 +89,6 @@ def test_layers_that_a_router_skips():
     state = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP))
     with said("a stage reads the attention of layer 1, which a router skips for some sample"):
         Readings(state, Needs(read=frozenset({1})))._check_plans()
-
-
-def test_forward_of_single_samples():
-    """The strategy's check tells it first; the engine would too."""
-    view = SimpleNamespace(get=lambda name: None, place=SimpleNamespace(label="stage 0"))
-    with said("and a strategy with per_sample=True sees one sample"):
-        View.of_sample(view, "forward", 0)
 
 
 def test_what_the_decoder_adds_between_its_layers():

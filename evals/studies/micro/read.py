@@ -71,7 +71,7 @@ def everything(batch: int) -> Cut:
     return Cut(0, torch.arange(TOKENS).expand(batch, -1))
 
 
-def answer_states(model: LlavaForConditionalGeneration, features: Tensor, cut: Cut, packer: Packer,
+def answer_states(model: LlavaForConditionalGeneration, features: Tensor, visible: Cut, packer: Packer,
                   packed: Packed, **kwargs: object) -> Tensor:  # fmt: skip
     """Last hidden states of all question rows, `[B, sum(count * length), H]`.
 
@@ -79,9 +79,9 @@ def answer_states(model: LlavaForConditionalGeneration, features: Tensor, cut: C
     `kwargs` go to the attention.
     """
     B, lead = len(features), len(packer.prefix)
-    keep = cut.keep
-    if cut.layer:
-        kwargs, keep = kwargs | {"cut": (cut.layer, cut.hidden(lead))}, everything(B).keep
+    keep = visible.keep
+    if visible.layer:
+        kwargs, keep = kwargs | {"cut": (visible.layer, visible.hidden(lead))}, everything(B).keep
     embed = model.get_input_embeddings()
     shown = features.gather(1, keep[..., None].expand(-1, -1, features.shape[-1]))
     before = embed(torch.tensor(packer.prefix)).expand(B, -1, -1)

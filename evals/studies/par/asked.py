@@ -98,7 +98,7 @@ def batches(loaded: Loaded, items: Sequence[Item], task: str | None) -> Iterator
         some = items[begin : begin + BATCH]
         asked = [_prompt(loaded, shown.image, wording(question, task)) for shown, question in some]
         encoded = encode(loaded, asked)
-        with torch.inference_mode(), prunekit.apply(loaded.model, traced):
+        with torch.inference_mode(), prunekit.apply(loaded.model, traced, processor=loaded.processor):
             seen = loaded.model.get_image_features(pixel_values=encoded["pixel_values"])
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         yield Batch({**inputs, "mm_encoder_outputs": {"image": seen}}, tuple(q.answer for _, q in some))
@@ -122,7 +122,7 @@ def said(loaded: Loaded, pipeline: Pipeline, batch: Batch) -> tuple[list[str], A
     """Greedy answers under a pipeline, and the run's report."""
     tokenizer = loaded.processor.tokenizer
     most = max(len(tokenizer(f" {answer}", add_special_tokens=False).input_ids) for answer in batch.answers) + 1
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline) as run:
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
         output = loaded.model.generate(
             **batch.inputs, max_new_tokens=most, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )

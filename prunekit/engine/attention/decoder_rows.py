@@ -30,17 +30,17 @@ def attention(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, co
     if isinstance(spec.heads, int) and spec.heads > heads:
         raise PluginError(f"Rows(heads={spec.heads}) asks for more heads than the {heads} that the model has")
     top = _top_heads(states, slots, valid, visual, spec) if isinstance(spec.heads, int) else None
-    found, total = [], None
-    for rows, there in _blocks(states, slots, valid, visual, spec):
+    parts, total = [], None
+    for rows, real in _blocks(states, slots, valid, visual, spec):
         reduced = _over_heads(rows, spec.heads, top)
-        there = there if reduced.ndim == 3 else there[:, None]
+        real = real if reduced.ndim == 3 else real[:, None]
         if spec.over == "none":
-            found.append(_cut(reduced.masked_fill(~there[..., None], 0.0), columns))
+            parts.append(_cut(reduced.masked_fill(~real[..., None], 0.0), columns))
             continue
-        part = _over_queries(reduced, there[..., None], spec.over)
+        part = _over_queries(reduced, real[..., None], spec.over)
         total = part if total is None else torch.maximum(total, part) if spec.over == "max" else total + part
     if spec.over == "none":
-        return torch.cat(found, dim=-1)
+        return torch.cat(parts, dim=-1)
     assert total is not None
     number = valid.sum(1).view(-1, *[1] * (total.ndim - 1))
     if spec.over == "max":
@@ -60,7 +60,7 @@ def keys(states: Attended, columns: Tensor, spec: Keys | Values) -> Tensor:
 def _blocks(
     states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, spec: Rows
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows (B, A, q, K) of a few queries at a time, and which of them are there, bool (B, q)."""
+    """Rows (B, A, q, K) of a few queries at a time, and which of them are no padding, bool (B, q)."""
     batch, heads = states.query.shape[:2]
     step = max(BLOCK_BYTES // (batch * heads * states.key.shape[2] * 4), 1)
     for start in range(0, slots.shape[1], step):
@@ -71,8 +71,8 @@ def _blocks(
 def _top_heads(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, spec: Rows) -> Tensor:
     """The heads with the largest sums over queries and visual columns, bool (B, A)."""
     mass: Tensor | None = None
-    for rows, there in _blocks(states, slots, valid, visual, spec):
-        inside = rows.masked_fill(~(there[:, None, :, None] & visual[:, None, None, :]), 0.0).sum((2, 3))
+    for rows, real in _blocks(states, slots, valid, visual, spec):
+        inside = rows.masked_fill(~(real[:, None, :, None] & visual[:, None, None, :]), 0.0).sum((2, 3))
         mass = inside if mass is None else mass + inside
     assert mass is not None and isinstance(spec.heads, int)
     order = mass.argsort(dim=1, descending=True, stable=True)[:, : spec.heads]
@@ -87,10 +87,10 @@ def _over_heads(rows: Tensor, heads: str | int, top: Tensor | None) -> Tensor:
     return rows.mean(1) if heads == "mean" else rows.amax(1) if heads == "max" else rows.sum(1)
 
 
-def _over_queries(rows: Tensor, there: Tensor, over: str) -> Tensor:
+def _over_queries(rows: Tensor, real: Tensor, over: str) -> Tensor:
     if over == "max":
-        return rows.masked_fill(~there, -torch.inf).amax(-2)
-    return rows.masked_fill(~there, 0.0).sum(-2)
+        return rows.masked_fill(~real, -torch.inf).amax(-2)
+    return rows.masked_fill(~real, 0.0).sum(-2)
 
 
 def _cut(rows: Tensor, columns: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ class Needs:
     again for queries and keys without rotation. entered: layers whose input is kept.
     behind: layers inside which a cut reads the layer before.
     embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
+    positions: whether the rotary module's position ids are kept.
     """
 
     recorded: frozenset[int] = frozenset()
@@ -47,6 +48,7 @@ class Needs:
     behind: frozenset[int] = frozenset()
     embeds: bool = False
     kernels: bool = False
+    positions: bool = False
 
     @classmethod
     def of(cls, bound: BoundPipeline) -> Needs:
@@ -55,9 +57,9 @@ class Needs:
         read: set[int] = set()
         entered: set[int] = set()
         behind: set[int] = set()
-        embeds = kernels = False
+        embeds = kernels = positions = False
         layers = bound.shape.layers
-        for cut in bound.cuts:
+        for cut in bound.asked:
             names = _named(cut)
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
@@ -74,7 +76,10 @@ class Needs:
                 entered.add(before)
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-        return cls(frozenset(record), frozenset(read), frozenset(entered | read), frozenset(behind), embeds, kernels)
+            positions = positions or "positions" in names
+        entered |= read
+        layers_of = (frozenset(record), frozenset(read), frozenset(entered), frozenset(behind))
+        return cls(*layers_of, embeds, kernels, positions)
 
     def attach(self, overrides: Overrides) -> None:
         """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
@@ -84,7 +89,7 @@ class Needs:
 
 
 def _named(cut: Cut) -> frozenset[str]:
-    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text")
+    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions")
     return frozenset(name for name in names if cut.stage.asks_for(name))
 
 

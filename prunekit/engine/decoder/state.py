@@ -57,6 +57,7 @@ class BatchState:
     """One prompt batch under one pipeline. Lives on the KV cache that the batch fills.
 
     itemsize: bytes of one number of the hidden states, and so of the KV cache.
+    processor: that of the model, for hooks that read the prompt as text; None: no hook does.
     layout: the tokens that are alive; None: all. counts, lengths: visual and all tokens of each row that are alive.
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
@@ -68,6 +69,7 @@ class BatchState:
     parts: Parts
     prompt: Prompt
     itemsize: int
+    processor: Any = None
     layout: Layout | None = None
     counts: tuple[int, ...] = field(init=False)
     lengths: tuple[int, ...] = field(init=False)

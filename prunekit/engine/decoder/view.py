@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
@@ -16,18 +17,13 @@ from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings, Run, taken
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.prompt.prompt import Prompt
+from prunekit.engine.prompt.question import questions
 from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tower import record
-from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
-
-# Inputs that belong to the whole batch, those with one entry per sample, and those with one per text token.
-SHARED = frozenset({"cut", "norm"})
-SINGLE = frozenset({"count", "seed"})
-TEXT = frozenset({"text", "text_hidden", "text_keys", "text_after", "text_valid"})
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,6 +179,29 @@ class View:
     def extras(self) -> Tensor:
         return record.extras(self.prompt)
 
+    @property
+    def extras_valid(self) -> Tensor:
+        crops = torch.tensor(record.crops(self.prompt), device=self.tokens.slots.device)
+        return torch.arange(int(crops.max()), device=crops.device) < crops[:, None]
+
+    @property
+    def index(self) -> Tensor:
+        return self.tokens.ordinals.masked_fill(~self.tokens.valid, -1)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        axes = [take(axis, self.tokens.positions, 1) for axis in self.here.forward_pass.rotations.ids]
+        return blank(torch.stack(axes, dim=-1), self.tokens.valid, -1)
+
+    @property
+    def text_ids(self) -> Tensor:
+        return self.prompt.ids.gather(1, self.tokens.text_positions).masked_fill(~self.tokens.text_valid, -1)
+
+    @cached_property
+    def question(self) -> tuple[str, ...]:
+        rows = zip(self.text_ids.tolist(), self.tokens.text_counts, strict=True)
+        return questions(self.tokens.state.processor, [ids[:count] for ids, count in rows])
+
     @cached_property
     def _of_tower(self) -> dict[str, Any]:
         """Inputs of the vision tower, once each."""
@@ -202,34 +221,21 @@ class View:
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of sample b: unpadded, without the batch axis; `state` is a dict of the sample's own."""
         value = self.get(name)
-        if name == "state":
-            return value.setdefault(b, {})
-        if name == "forward":
-            raise Unsupported(
-                f"{self.place.label}: `forward` runs the whole batch, and a strategy with per_sample=True sees one "
-                "sample; leave out per_sample, or forward"
-            )
-        if value is None or name in SHARED:
-            return value
-        if name in SINGLE:
-            return value[b]
-        if name == "extras":
-            return value[b, : record.crops(self.prompt)[b]]
         if name in table.OF_TOWER:
             crops = record.crops(self.prompt)[b]
             return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
-        if name in table.OF_DECODER_LAYERS:
-            declared = table.requests(self.place.stage.inputs, name)
-            parts = value if isinstance(value, tuple) else (value,)
-            ones = tuple(self._one(name, part, spec, b) for part, spec in zip(parts, declared, strict=True))
-            return ones if isinstance(value, tuple) else ones[0]
-        return value[b, : self._length(name, b)]
+        lengths = {"V": self.counts[b], "T": self.tokens.text_counts[b]}
+        if name.startswith("extras"):
+            lengths["E"] = record.crops(self.prompt)[b]
+        if name not in table.OF_DECODER_LAYERS:
+            return table.cut_for_sample(name, value, b, lengths)
+        declared = table.requests(self.place.stage.inputs, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        ones = tuple(self._one(name, part, spec, b, lengths) for part, spec in zip(parts, declared, strict=True))
+        return ones if isinstance(value, tuple) else ones[0]
 
-    def _length(self, name: str, b: int) -> int:
-        return self.tokens.text_counts[b] if name in TEXT else self.counts[b]
-
-    def _one(self, name: str, value: Tensor, spec: Any, b: int) -> Tensor:
-        one = value[b, : self._length(name, b)]
+    def _one(self, name: str, value: Tensor, spec: Any, b: int, lengths: Mapping[str, int]) -> Tensor:
+        one: Tensor = table.cut_for_sample(name, value, b, lengths)
         if not (isinstance(spec, decoder_requests.Rows) and spec.over == "none"):
             return one
         _, valid = self.readings.queries(spec, self._attended(spec)[1])

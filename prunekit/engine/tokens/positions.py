@@ -45,6 +45,12 @@ class Rotations:
         self.made.append(_Made(rotary, module, states, ids, args[2:], others))
         return rotary
 
+    @property
+    def ids(self) -> Tensor:
+        """Position ids of the complete sequence, int64 (axes, B|1, S), as the rotary module got them."""
+        ids = self.made[0].ids
+        return ids if ids.ndim == 3 else ids[None]
+
     def local(self, rotary: Any, layout: Layout | None, rows: Tensor | None, prefill: bool) -> Any:
         """The rotations, (cos, sin), of the slots of `layout` for batch rows `rows` (None: all)."""
         if layout is not None and layout.shift is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from prunekit.engine.tokens.masks import Kind, kind_of
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts, Tower
-from prunekit.pipeline.build import BoundPipeline
+from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, requests
 from prunekit.strategy.sites import Site
@@ -49,7 +49,7 @@ class TowerNeeds:
         cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
         reading = [
             (cut.site, spec)
-            for cut in bound.cuts
+            for cut in bound.asked
             for name in OF_TOWER
             if cut.stage.asks_for(name)
             for spec in requests(cut.stage.inputs, name)

@@ -19,7 +19,7 @@ from prunekit.engine.tower.needs import ARGUMENTS
 from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.inputs import OF_TOWER
+from prunekit.strategy.inputs import OF_TOWER, cut_for_sample
 from prunekit.strategy.tower_requests import EncoderSpec
 
 
@@ -52,8 +52,7 @@ class TowerView:
         """Their numbers among the visual tokens of their input, int64 (B, V), meaningless on padding."""
         return leftmost(self.present, max(self.counts))
 
-    # Made anew each time, as the next one: a hook may write to what it gets.
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         columns = torch.arange(self.ordinals.shape[1], device=self.ordinals.device)
         return columns < torch.tensor(self.counts, device=self.ordinals.device)[:, None]
@@ -89,7 +88,7 @@ class TowerView:
         tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
-    @property
+    @property  # made anew each time: a hook may write to what it gets
     def sizes(self) -> Tensor:
         return self.pick(self.encoding.sizes, 1)
 
@@ -117,15 +116,9 @@ class TowerView:
     def of_sample(self, name: str, b: int) -> Any:
         """Input `name` of image or video b: unpadded, without the batch axis; `state` is a dict of its own."""
         value, count = self.get(name), self.counts[b]
-        if name == "state":
-            return value.setdefault(b, {})
-        if value is None or name == "cut":
-            return value
-        if name in ("count", "seed"):
-            return value[b]
         if name in OF_TOWER:
             return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
-        return value[b, :count]
+        return cut_for_sample(name, value, b, {"V": count})
 
     def _declared(self, spec: EncoderSpec) -> Tensor:
         table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))

@@ -292,7 +292,7 @@ def _steps(stage, progress):
     return [stage.loss(range(base, base + stage.scenes), progress)[1] for base in STEPS]
 
 
-def test_each_stage_pays_its_own_scaffold_and_none_at_the_end(monkeypatch):
+def test_each_stage_has_its_own_scaffold_and_none_at_the_end(monkeypatch):
     read, glance = Read(0, {}), Glance(0, {})
     assert all({"pointing", "naming"} <= set(m) and "glance" not in m for m in _steps(read, 0.3))
     late = _steps(glance, 0.3)
