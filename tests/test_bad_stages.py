@@ -108,6 +108,12 @@ class Running(Score):
 
 
 @strategy()
+class Positions(Score):
+    @hookimpl
+    def score_tokens(self, positions: Any) -> Any: ...
+
+
+@strategy()
 class Router:
     @hookimpl
     def route(self, embeds: Any) -> Route: ...
@@ -150,7 +156,7 @@ class Plan:
 
 STRATEGIES = (
     Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
-    OwnLayers, Plan, Running, TowerRouter,
+    OwnLayers, Plan, Running, TowerRouter, Positions,
 )  # fmt: skip
 
 
@@ -549,6 +555,8 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
          "2:24: .*'running' asks for forward, but no layer can be run from '2.mid'"),
         ("use: running, at: prefill_end, keep: 1", {},
          "2:24: .*'running' asks for forward, but no layer can be run from 'prefill_end'"),
+        ("use: positions, at: 2, keep: 1", {"rotary": False},
+         "2:26: .*'positions' asks for positions, but the stub decoder has no rotary ones"),
         ("use: towerrouter, at: vision.1, keep: 1", {},
          "2:28: .*'towerrouter' decides at the decoder input, after 'vision.1'"),
         ("use: score, at: vision.3, keep: 1", {"tower": TowerShape(6, 2)},
