@@ -18,6 +18,7 @@ from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 # What FLOPs and their fractions are of, for whoever reads a record.
 FLOPS_OF = "prefill of the decoder's layers, with the decisions that strategies price; not tower, projector and head"
 
+
 @dataclass(frozen=True)
 class Work:
     """What one decoder layer did for one sample at prefill.

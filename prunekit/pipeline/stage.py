@@ -108,12 +108,9 @@ class Stage:
         if sites is None and schedule is not None:
             sites = tuple(site for site, _ in schedule)
         if sites is None:
-            default = self.sites.default
-            if not isinstance(default, Site):
-                if layers is None:
-                    return None
-                default = default(layers)
-            sites = (default,)
+            if layers is None and not isinstance(self.sites.default, Site):
+                return None
+            sites = (self.sites.resolve(layers or 0),)
         keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
         return tuple(zip(sites, keeps * len(sites) if len(keeps) == 1 else keeps, strict=True))
 
