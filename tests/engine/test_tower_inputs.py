@@ -156,7 +156,7 @@ def test_rows_after_a_cut_are_over_what_is_left():
     keep[0, list(run.report.events[0].kept[0])] = True
     keep[1:].view(-1)[list(run.report.events[0].kept[1])] = True
     _, attended, maps, _ = naive_states(model, inputs["pixel_values"], [(0, "after", lambda *_: (keep, None, None))])
-    inside, behind = Later.seen
+    inside, behind = Later.SEEN
     row = maps[1][:, :, 0, 1:].mean(1)
     for picture in range(3):
         assert (inside[0][picture] - row[picture][keep[picture]]).abs().max() < 1e-9
@@ -169,11 +169,11 @@ def test_rows_after_a_cut_are_over_what_is_left():
 class Later:
     """Takes down rows and keys."""
 
-    seen: ClassVar[list] = []
+    SEEN: ClassVar[list] = []
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, valid):
-        self.seen.append((encoder_attention, encoder_keys))
+        self.SEEN.append((encoder_attention, encoder_keys))
         return valid
 
 
