@@ -94,12 +94,12 @@ def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
 class Fixed:
     """Keeps at the door what a list says."""
 
-    kept: ClassVar[tuple] = ()
+    KEPT: ClassVar[tuple] = ()
 
     @hookimpl
     def select_tokens(self, valid):
         keep = torch.zeros_like(valid)
-        for row, kept in enumerate(self.kept):
+        for row, kept in enumerate(self.KEPT):
             keep[row, list(kept)] = True
         return Selection(keep)
 
@@ -157,7 +157,7 @@ def test_a_cut_equals_masking(name, attention, at):
     starts = [sum(run.report.visual_tokens[:row]) for row in range(len(event.kept))]
     kept = torch.zeros(sum(run.report.visual_tokens), dtype=torch.bool)
     kept[[start + one for start, row in zip(starts, event.kept, strict=True) for one in row]] = True
-    Fixed.kept = event.kept
+    Fixed.KEPT = event.kept
     with torch.no_grad(), masked(model, units, kept, 1), prunekit.apply(model, piped((Fixed, {"at": "encoder"}))):
         expected = model(**batch).logits
     assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-9
