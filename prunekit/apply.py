@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from prunekit.engine.attach import Attached
+from prunekit.errors import InputError
 from prunekit.pipeline.build import Pipeline, build
+from prunekit.spec.compose import Source
 from prunekit.verify.proof import proved_parts
 
 
 @contextmanager
 def apply(
     model: PreTrainedModel,
-    pipeline: Pipeline | str | Path | Mapping[str, Any],
+    pipeline: Pipeline | Source,
     overrides: Sequence[str] = (),
     *,
     processor: Any = None,
 ) -> Iterator[Attached]:
     """Within the block, `model` really drops the tokens and skips the layers that `pipeline` says.
 
-    pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`.
+    pipeline: a `Pipeline`, or anything that `prunekit.load` takes. overrides: `key=value` strings, as for `load`;
+    none with a `Pipeline`.
     processor: the model's processor or tokenizer, which strategies that read the prompt as text need; None: such a
     strategy is refused. A model without a family file is proved first, on a tiny twin, which takes seconds, once for
     each config.
@@ -34,6 +36,8 @@ def apply(
     that is wrong or does not fit the model, Unsupported for a model or a call that cannot be pruned exactly; both
     before any compute.
     """
+    if isinstance(pipeline, Pipeline) and overrides:
+        raise InputError("overrides change a pipeline as it is read: give them to prunekit.load, or the file to apply")
     built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides)
     with Attached(model, built, proved_parts(model), processor) as attached:
         yield attached

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 
+# What FLOPs and their fractions are of, for whoever reads a record.
+FLOPS_OF = "prefill of the decoder's layers, with the decisions that strategies price; not tower, projector and head"
+
 
 @dataclass(frozen=True)
 class Work:
@@ -32,6 +35,8 @@ class Work:
 @dataclass(frozen=True)
 class Cost:
     """What the prefill of a prompt batch cost, and what it would have cost dense; one entry per sample.
+
+    FLOPs are those of the decoder's layers: vision tower, projector and language-model head are not in them.
 
     decision_flops: the part of `prefill_flops` that the stages' own decisions took, as far as they say.
     """
@@ -88,7 +93,7 @@ def work_flops(shape: ModelShape, work: Sequence[Work]) -> int:
 def kv_tokens(layer_tokens: Sequence[int], plan: LayerPlan) -> tuple[int, ...]:
     """KV entries that each layer holds for one sample after the prefill, when nothing is cropped."""
     held = (plan[layer].writes_kv and plan.decoding(layer).writes_kv for layer in range(len(layer_tokens)))
-    return tuple(tokens if there else 0 for tokens, there in zip(layer_tokens, held, strict=True))
+    return tuple(tokens if holds else 0 for tokens, holds in zip(layer_tokens, held, strict=True))
 
 
 def cost_of(

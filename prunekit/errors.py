@@ -54,11 +54,11 @@ class SpecError(PrunekitError, ValueError):
 class UnknownName(PrunekitError, LookupError):
     """A name that nothing registered. `message` and `hint` are the two halves of the text."""
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+    def __init__(self, kind: str, name: str, names: Iterable[str]) -> None:
+        self.kind, self.name, self.names = kind, name, tuple(sorted(names))
         self.message = f"unknown {kind} '{name}'"
-        listed = ", ".join(self.known[:20]) + (", ..." if len(self.known) > 20 else "")
-        self.hint = f"{did_you_mean(name, self.known)}known: {listed or 'none'}; see `prunekit list`"
+        listed = ", ".join(self.names[:20]) + (", ..." if len(self.names) > 20 else "")
+        self.hint = f"{did_you_mean(name, self.names)}known: {listed or 'none'}; see `prunekit list`"
         super().__init__(f"{self.message} ({self.hint})")
 
 
@@ -89,8 +89,8 @@ class PrunekitWarning(UserWarning):
     """Something that a reader of the results should know."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`did you mean 'fastv'? ` with a trailing blank, or an empty string when nothing known is close to `name`."""
-    folded = {one.casefold(): one for one in known}
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """`did you mean 'fastv'? ` with a trailing blank, or an empty string when none of `names` is close to `name`."""
+    folded = {one.casefold(): one for one in names}
     close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
     return f"did you mean '{folded[close[0]]}'? " if close else ""

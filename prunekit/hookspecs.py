@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from prunekit.records import RunReport, StageEvent
     from prunekit.registry import Registry
     from prunekit.strategy.artefact import CalibrationPrompt
-    from prunekit.strategy.decisions import LayerPlan, ModelShape, Route, Selection
+    from prunekit.strategy.decisions import LayerPlan, ModelShape, Owners, Route, Selection
 
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
@@ -81,11 +81,12 @@ class TokenHooks:
 
     @hookspec(firstresult=True)
     @_with_inputs
-    def merge_tokens(self) -> Tensor | None:
+    def merge_tokens(self) -> Tensor | Owners | None:
         """Decide where dropped tokens go, once it is known which stay.
 
         Arguments: the inputs of token hooks; `keep`, bool (B, V), is what was selected.
-        Returns: what `Selection` takes for a merge; None: dropped tokens are gone.
+        Returns: `Owners`, who joins whom; or weights, float (B, V, V + E), as `Selection.weights` takes them; None:
+        dropped tokens are gone.
         Stops at the first result that is not None. Not called where `select_tokens` has already said.
         """
         raise NotImplementedError

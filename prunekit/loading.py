@@ -35,8 +35,8 @@ def resolve(name: str | Path) -> Path | str:
     """
     text = str(name)
     registry = plugins.registry()
-    known = tuple(entry.name for entry in registry.models())
-    if isinstance(name, str) and name in known:
+    short = tuple(entry.name for entry in registry.models())
+    if isinstance(name, str) and name in short:
         path = _call(name)
     elif Path(name).exists():
         path = Path(name)
@@ -45,7 +45,7 @@ def resolve(name: str | Path) -> Path | str:
     elif "/" in text or "\\" in text or isinstance(name, Path):
         raise InputError(f"no such model folder: '{text}' (name a folder, a hub id such as org/name, or a short name)")
     else:
-        raise UnknownName("model", text, known)
+        raise UnknownName("model", text, short)
     if not (path / "config.json").is_file():
         raise InputError(f"'{path}' is no model folder: it has no config.json")
     return path
@@ -62,7 +62,7 @@ def load(
 
     dtype: None takes float32 on the CPU and the checkpoint's own elsewhere. device: None takes a GPU if there is one.
     attn: transformers' `attn_implementation`; None takes its default. download: whether a hub may be asked.
-    Pictures are always prepared by the PIL backend, so that scores do not depend on what else is installed.
+    Images are always prepared by the PIL backend, so that scores do not depend on what else is installed.
     Raises InputError when the model is not there, is not a vision-language model or lacks weights, or for an unknown
     dtype or device.
     """
@@ -70,19 +70,19 @@ def load(
 
     auto: Any = transformers  # its factories are not typed
     path = resolve(name)
-    place = _device(device)
-    kind = _dtype(dtype) if dtype is not None else ("auto" if place.type != "cpu" else _dtype("float32"))
+    target = _device(device)
+    kind = _dtype(dtype) if dtype is not None else ("auto" if target.type != "cpu" else _dtype("float32"))
     extra = {"attn_implementation": attn} if attn else {}
     with _explained(path, download):
         local: dict[str, Any] = {"local_files_only": not download}
         processor = auto.AutoProcessor.from_pretrained(path, backend="pil", **local)
-        model, found = auto.AutoModelForImageTextToText.from_pretrained(
+        model, loaded = auto.AutoModelForImageTextToText.from_pretrained(
             path, dtype=kind, output_loading_info=True, **local, **extra
         )
-    if found["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(found["missing_keys"])
+    if loaded["missing_keys"]:  # transformers would go on with random numbers
+        missing = sorted(loaded["missing_keys"])
         raise InputError(f"model '{path}' has no weights for {len(missing)} parameters, such as {missing[0]}")
-    return model.to(place).eval(), processor
+    return model.to(target).eval(), processor
 
 
 def load_shape(name: str | Path, download: bool = False) -> ModelShape:
@@ -152,12 +152,12 @@ def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
-        torch.empty(1, device=place)
+        target = torch.device(device)
+        torch.empty(1, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"device '{device}' cannot be used: {reason} (try 'cpu' or 'cuda')") from error
-    return place
+    return target
 
 
 def _dtype(dtype: torch.dtype | str) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunekit.cost import Cost
+from prunekit.cost import FLOPS_OF, Cost
 from prunekit.strategy.decisions import LayerAction, LayerPlan
 
 
@@ -16,7 +16,7 @@ class StageEvent:
 
     index: of the stage in the pipeline, from 0; `stage` is the name of its strategy.
     kept: per sample, the kept tokens as indices among its original visual tokens, ascending.
-    entered: per sample, how many visual tokens reached the stage. crop: the others left the KV of earlier layers too.
+    entered: per sample, how many visual tokens reached the stage. crop: the others leave the KV of earlier layers too.
     sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
     asked: per sample, how many tokens the budget said to keep; None: the stage decides by itself.
     """
@@ -38,7 +38,7 @@ class RunReport:
     layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
     mlp_tokens[b][l]: tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
     kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
-    kept_tokens: visual tokens left after the last stage.
+    kept_tokens: visual tokens that remain after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
     among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.
@@ -64,7 +64,8 @@ class RunReport:
         """Plain data for `json.dump`."""
         data = asdict(self)
         data["plans"] = [plan_data(plan) for plan in self.plans]
-        data["cost"] |= {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
+        fractions = {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
+        data["cost"] |= {**fractions, "flops_of": FLOPS_OF}
         return data
 
     def __str__(self) -> str:
@@ -80,9 +81,8 @@ class RunReport:
         lines.append(
             f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
         )
-        lines.append(
-            f"  prefill FLOPs {self.cost.flops_fraction:.1%} of dense, KV {self.cost.kv_fraction:.1%} of dense"
-        )
+        flops, kv = self.cost.flops_fraction, self.cost.kv_fraction
+        lines.append(f"  prefill FLOPs of the decoder {flops:.1%} of dense, KV {kv:.1%} of dense")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -98,25 +98,25 @@ def plan_data(plan: LayerPlan) -> dict[str, Any]:
 
 def plan_lines(plan: LayerPlan) -> list[str]:
     """`skip: layers 4, 5`; what only one phase does says which."""
-    found: dict[str, list[int]] = {}
+    listed: dict[str, list[int]] = {}
     for layer in sorted(plan.layers):
         prefill, decode = plan[layer], plan.decoding(layer)
         if decode is prefill.in_decoding and prefill is not LayerAction.RUN:
-            found.setdefault(prefill.value, []).append(layer)
+            listed.setdefault(prefill.value, []).append(layer)
             continue
         for phase, action in (("prefill", prefill), ("decoding", decode)):
             if action is not LayerAction.RUN:
-                found.setdefault(f"{action.value} in {phase}", []).append(layer)
-    return [f"  {what}: layers {_listed(layers)}" for what, layers in found.items()]
+                listed.setdefault(f"{action.value} in {phase}", []).append(layer)
+    return [f"  {what}: layers {_listed(layers)}" for what, layers in listed.items()]
 
 
 def _distinct(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """Without repetition, in order; a plan holds dicts and has no hash."""
-    found: list[LayerPlan] = []
+    distinct: list[LayerPlan] = []
     for plan in plans:
-        if plan not in found:
-            found.append(plan)
-    return found
+        if plan not in distinct:
+            distinct.append(plan)
+    return distinct
 
 
 def _listed(numbers: Sequence[int]) -> str:

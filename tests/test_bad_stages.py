@@ -25,7 +25,7 @@ from prunekit import (
     hookimpl,
     strategy,
 )
-from prunekit.errors import SpecError, Unsupported
+from prunekit.errors import PluginError, SpecError, Unsupported
 from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.strategy.decisions import TowerShape
@@ -108,6 +108,12 @@ class Running(Score):
 
 
 @strategy()
+class Positions(Score):
+    @hookimpl
+    def score_tokens(self, positions: Any) -> Any: ...
+
+
+@strategy()
 class Router:
     @hookimpl
     def route(self, embeds: Any) -> Route: ...
@@ -150,7 +156,7 @@ class Plan:
 
 STRATEGIES = (
     Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
-    OwnLayers, Plan, Running, TowerRouter,
+    OwnLayers, Plan, Running, TowerRouter, Positions,
 )  # fmt: skip
 
 
@@ -403,7 +409,7 @@ KEEP_LAYERS: dict[str, tuple[str, list[str]]] = {
     ),
     "beside static skips": (
         two("use: plan, skip: [3, 4]", "use: router, keep_layers: 9"),
-        ["3:32: keep_layers: asks for 9 layers, but another stage skips 3, 4, which leaves 8 (keep less here or skip"],
+        ["3:32: keep_layers: asks for 9 layers, but another stage skips 3, 4, which leaves 8 (keep fewer layers, or"],
     ),
     "below what is read": (
         two("use: layerrouter, keep_layers: 2", "use: previous, at: [2, 4, 6], keep: 0.5"),
@@ -518,6 +524,14 @@ def test_there_are_at_least_ten_of_each() -> None:
     assert all(len(table) >= 10 for table in (LISTS, SITES, KEEP_LAYERS, ROUTERS, POSITIONS))
 
 
+def test_defaults_of_several_sites_are_a_schedule() -> None:
+    several: Any = (Site(8), Site(16))
+    with pytest.raises(ValueError, match=r"it takes one Site, or a function of N; several sites are a schedule"):
+        Sites(default=several)
+    with pytest.raises(PluginError, match=r"gave \(Site\(.*it gives one Site, and several sites are a schedule"):
+        Sites(default=lambda layers: several).resolve(32)
+
+
 @pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])
 def test_a_tower_that_cannot_be_cut(registry: Registry, keys: str) -> None:
     with pytest.raises(SpecError, match=r"2:22: .*this model's vision tower cannot be cut \(cut at 'encoder' or later"):
@@ -541,6 +555,8 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
          "2:24: .*'running' asks for forward, but no layer can be run from '2.mid'"),
         ("use: running, at: prefill_end, keep: 1", {},
          "2:24: .*'running' asks for forward, but no layer can be run from 'prefill_end'"),
+        ("use: positions, at: 2, keep: 1", {"rotary": False},
+         "2:26: .*'positions' asks for positions, but the stub decoder has no rotary ones"),
         ("use: towerrouter, at: vision.1, keep: 1", {},
          "2:28: .*'towerrouter' decides at the decoder input, after 'vision.1'"),
         ("use: score, at: vision.3, keep: 1", {"tower": TowerShape(6, 2)},

@@ -152,7 +152,8 @@ class TestShow:
     def test_json(self, capsys: pytest.CaptureFixture[str], model: Path) -> None:
         arguments = ("show", PIPELINES / "compose.yaml", "--json", "--set", "stages[0].keep=0.25", "--set", "name=mine")
         data = json.loads(run(capsys, *arguments, "--model", model, "--text-tokens", 10))
-        assert data["name"] == "mine"
+        assert data["name"] == "mine" and data["positions"] == "keep" and data["budget"] is None
+        assert data["model"]["tokens_at_most"] is False and "projector" in data["model"]["flops_of"]
         assert data["stages"][0]["keep"] == 0.25 and data["stages"][2]["layers"] == [7]
         assert data["model"]["layer_tokens"] == [14] * 4 + [12] * 6
         assert data["model"]["kv_tokens"] == [14] * 4 + [12] * 3 + [0] + [12] * 2
@@ -163,13 +164,13 @@ class TestShow:
         assert data["model"]["kv_fraction"] == pytest.approx([(14 * 4 + 12 * 5) / 260] * 2)
         assert "model" not in json.loads(run(capsys, *arguments))
 
-    def test_a_picture_dependent_model_shows_no_tokens(
+    def test_a_model_whose_tokens_depend_on_the_image_shows_none(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shape = ModelShape("stub", 10, 8, 2, 4, 1, 1, 16, None)
         monkeypatch.setattr(loading, "load_shape", lambda name, download: shape)
         out = run(capsys, "show", PIPELINES / "compose.yaml", "--model", "any")
-        assert "picture-dependent visual tokens an image" in out and "FLOPs" not in out
+        assert "image-dependent visual tokens an image" in out and "FLOPs" not in out
 
 
 class TestValidate:

@@ -30,7 +30,7 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     assert data["ok"] and data["refused"] is None and data["model"] == str(path)
     assert data["family"] == "qwen_vl" and data["family_file"]
     assert data["decoder"]["layers"] == 8 and data["decoder"]["logical_until"] == 2
-    assert [picture["name"] for picture in data["pictures"]] == ["image", "video"]
+    assert [one["name"] for one in data["visual_inputs"]] == ["image", "video"]
     assert len(data["proof"]) == 6 and all(case["error"] < 1e-9 for case in data["proof"])
 
 

@@ -68,10 +68,19 @@ class PricedRouter(Late):
         return 1000 * (text + visual)
 
 
+@strategy(keep="refused", sites=Sites(end=True))
+class Half:
+    """Decides by itself: half of what reaches it."""
+
+    @hookimpl
+    def select_tokens(self, valid: torch.Tensor) -> torch.Tensor:
+        return valid & (torch.arange(valid.shape[1]) % 2 == 0)
+
+
 class Plugin:
     @hookimpl
     def prunekit_register(self, registry: Any) -> None:
-        for cls in (Early, Late, Whole, Priced, PricedRouter):
+        for cls in (Early, Late, Whole, Priced, PricedRouter, Half):
             registry.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
 
 
@@ -120,6 +129,7 @@ def test_promised_and_reported(model: Any, name: str) -> None:
         model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
     report = run.report
     assert found is not None and report is not None
+    assert not found.at_most
     assert found.layer_tokens == report.layer_tokens[0]
     assert found.mlp_tokens == report.mlp_tokens[0]
     assert found.kv_tokens == report.kv_tokens[0]
@@ -147,6 +157,31 @@ def test_what_a_router_does_is_within_the_promised_range(model: Any, stages: lis
     assert found.kv[0] - 1e-9 <= run.report.cost.kv_fraction <= found.kv[1] + 1e-9
     if built.stages[-1].use != "early":
         assert found.flops[0] < 1
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"use": "half", "at": 2}],
+        [{"use": "early", "at": 1, "keep": 0.75}, {"use": "half", "at": "2.mid"}, {"use": "late", "keep_layers": 4}],
+        [{"use": "half", "at": ["encoder", "prefill_end"]}, {"use": "skip_layers", "layers": [4]}],
+    ],
+    ids=str,
+)
+def test_what_a_stage_decides_by_itself_is_within_the_promised_range(model: Any, stages: list[dict[str, Any]]) -> None:
+    """From leaving nothing to leaving everything; token counts are then the most."""
+    built = build.build({"stages": stages})
+    promised = forecast(built.bind(families.find(model).shape()), TEXT)
+    with prunekit.apply(model, built) as run:
+        model.generate(**INPUTS, max_new_tokens=2, do_sample=False)
+    assert promised is not None and run.report is not None
+    assert promised.at_most
+    assert promised.flops[0] < run.report.cost.flops_fraction < promised.flops[1]
+    assert promised.kv[0] < run.report.cost.kv_fraction < promised.kv[1]
+    for most, real in (
+        (promised.layer_tokens, run.report.layer_tokens[0]), (promised.mlp_tokens, run.report.mlp_tokens[0]),
+    ):  # fmt: skip
+        assert all(a >= b for a, b in zip(most, real, strict=True))
 
 
 def test_what_decisions_cost_by_their_own_account(model: Any) -> None:

@@ -125,11 +125,12 @@ def test_every_file_stands_in_the_documented_rooms() -> None:
 
 @pytest.mark.parametrize("source", sources("prunekit"), ids=str)
 def test_the_core_imports_only_upwards(source: Source) -> None:
+    """Also for type checkers; what `prunekit` exports it may name so."""
     here = room(source.module)
-    for name in imports(source):
+    for name in imports(source) if here is None else every_import(source):
         assert name.split(".")[0] not in ("prunekit_strategies", "prunekit_evals", "lmms_eval"), name
         there = module_of(name)
-        if not there.startswith("prunekit."):
+        if not there.startswith("prunekit.") or source.module == there:
             continue
         assert here is not None, f"prunekit/__init__.py imports {name} at once; its names are lazy"
         assert room(there) == here or LEVEL[str(room(there))] < LEVEL[here], f"{source} must not import {there}"
@@ -153,10 +154,39 @@ def test_the_order_of_evals_is_the_documented_one() -> None:
     assert " < ".join(EVALS_ORDER) in " ".join(text.split())
 
 
-def test_evals_has_no_circles() -> None:
-    edges = {source.module: {module_of(name) for name in every_import(source)} for source in sources("prunekit_evals")}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_imports_itself_through_others(package: str) -> None:
+    """Also for type checkers. `prunekit` itself exports lazily."""
+    edges = {one.module: {module_of(name) for name in every_import(one)} for one in sources(package)}
+    edges.pop("prunekit", None)
     graph = {module: {one for one in targets if one in edges and one != module} for module, targets in edges.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, naming the circle
+
+
+ENGINE = (
+    "overrides", "tokens", "attention", "cache", "prompt", "asking", "tower", "decoder", "summary", "observers",
+    "attach",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("source", [one for one in sources("prunekit") if room(one.module) == "engine"], ids=str)
+def test_the_rooms_of_the_engine_import_only_upwards(source: Source) -> None:
+    if source.module == "prunekit.engine":
+        return
+    own = ENGINE.index(source.module.split(".")[2])
+    for name in every_import(source):
+        there = module_of(name)
+        if there.startswith("prunekit.engine."):
+            assert ENGINE.index(there.split(".")[2]) <= own, f"{source} must not import {there}"
+
+
+@pytest.mark.parametrize("module", ["oracle", "reported", "stock", "tower", "precision"])
+def test_the_reference_shares_no_code_with_the_engine(module: str) -> None:
+    """Nor with what the engine is made of: it reads families and records, and knows transformers."""
+    mine = {module_of(name) for name in imports(BY_NAME[f"prunekit.verify.{module}"]) if name.startswith("prunekit.")}
+    assert {str(room(name)) for name in mine} <= {"families", "records", "strategy", "verify"}
+    own = {name.rpartition(".")[2] for name in mine if room(name) == "verify"}
+    assert own <= {"oracle", "reported", "stock", "tower", "precision"}
 
 
 @pytest.mark.parametrize("source", sources("prunekit_strategies"), ids=str)

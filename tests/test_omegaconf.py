@@ -18,12 +18,12 @@ from omegaconf import OmegaConf
 import prunekit
 from prunekit import plugins
 from prunekit.cli import main
-from prunekit.errors import SpecError
+from prunekit.errors import InputError, SpecError
 from prunekit.registry import Registry
 from prunekit.spec import schema
 from prunekit.spec.places import escape
+from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
-ROOT = Path(__file__).parent.parent
 APP = {
     "keep": 0.5,
     "model": {"layers": [3, 4]},
@@ -100,6 +100,20 @@ class TestContainers:
         config.stages[0].seed = value
         (fault,) = faults_of(config)
         assert "is not plain data" in fault
+
+
+def test_apply_takes_what_load_takes() -> None:
+    config = OmegaConf.create({"keep": 0.25, "p": {"stages": [{"use": "random", "keep": "${keep}"}]}})
+    model, inputs = tiny_llava(), tiny_inputs(images=(1,))
+    for source, overrides, kept in ((config.p, (), 4), (config.p.stages, ["stages.0.keep=0.5"], 8)):
+        with prunekit.apply(model, source, overrides) as run:
+            model(**inputs)
+        assert run.report is not None and run.report.kept_tokens == (kept,)
+    with (
+        pytest.raises(InputError, match="overrides change a pipeline as it is read"),
+        prunekit.apply(model, prunekit.load(config.p), ["stages.0.keep=0.5"]),
+    ):
+        pass
 
 
 @dataclass
@@ -228,7 +242,7 @@ FLOATS = st.floats(allow_nan=False, allow_infinity=False)
 NAMED = st.dictionaries(st.text(max_size=3).filter(lambda key: "${" not in key), st.lists(FLOATS | TEXTS, max_size=2))
 
 
-@dataclass(frozen=True)
+@prunekit.strategy()
 class Anything:
     """Takes options of all kinds and drops nothing."""
 
@@ -264,14 +278,14 @@ class TestResolved:
         )  # fmt: skip
         assert yaml.safe_load(first.resolved)["name"] == "n"
 
-    @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+    @pytest.mark.parametrize("name", [entry.name for entry in plugins.registry().pipelines()])
     def test_shown_pipelines_load_to_the_same_hash(
-        self, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main.main(["show", "--resolved", str(path)]) == 0
+        assert main.main(["show", "--resolved", name]) == 0
         copy = tmp_path / "copy.yaml"
         copy.write_text(capsys.readouterr().out)
-        assert prunekit.load(copy).sha == prunekit.load(path).sha
+        assert prunekit.load(copy).sha == prunekit.load(name).sha
 
     def test_vars_and_what_it_extends_are_gone(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "base.yaml").write_text("vars: {k: 0.5}\nstages:\n  - {use: random, keep: '${vars.k}'}\n")
@@ -296,8 +310,10 @@ class TestPaths:
         return prunekit.load(source, overrides, registry())
 
     def test_they_start_from_the_file_that_names_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "files").mkdir()
-        (tmp_path / "elsewhere").mkdir()
+        for name in ("files/sub/w.bin", "elsewhere/w.bin", "home/w.bin"):
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.chdir(tmp_path / "elsewhere")
         base = tmp_path / "files" / "base.yaml"
         base.write_text("stages:\n  - use: anything\n    folder: sub/w.bin\n")
@@ -310,8 +326,21 @@ class TestPaths:
         assert self.load(text).stages[0].strategy.folder == here
         assert self.load({"stages": [{"use": "anything", "folder": Path("w.bin")}]}).stages[0].strategy.folder == here
         assert self.load(base, "stages[0].folder=w.bin").stages[0].strategy.folder == here
-        assert self.load(base, "stages[0].folder=/w.bin").stages[0].strategy.folder == Path("/w.bin")
-        assert self.load(base, "stages[0].folder=~/w").stages[0].strategy.folder == Path.home() / "w"
+        assert self.load(base, f"stages[0].folder={here}").stages[0].strategy.folder == here
+        assert self.load(base, "stages[0].folder=~/w.bin").stages[0].strategy.folder == tmp_path / "home" / "w.bin"
+
+    def test_a_variable_starts_where_it_is_written(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("base/w.bin", "own/w.bin", "elsewhere/w.bin"):
+            (tmp_path / name).parent.mkdir()
+            (tmp_path / name).touch()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        base, own = tmp_path / "base" / "p.yaml", tmp_path / "own" / "p.yaml"
+        base.write_text("vars: {w: w.bin, v: '${vars.w}'}\nstages: [{use: anything, folder: '${vars.v}'}]\n")
+        own.write_text("extends: ../base/p.yaml\nvars: {w: w.bin}\n")
+        folders = [self.load(*source).stages[0].strategy.folder for source in ((base,), (own,), (own, "vars.w=w.bin"))]
+        assert [folder.resolve().parent.name for folder in folders] == ["base", "own", "elsewhere"]
+        base.write_text("vars: {w: w}\nstages: [{use: anything, folder: '${vars.w}.bin'}]\n")
+        assert self.load(base).stages[0].strategy.folder == tmp_path / "base" / "w.bin"
 
     def test_the_hash_takes_name_and_content_not_where_it_lies(self, tmp_path: Path) -> None:
         made = {}

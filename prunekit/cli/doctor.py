@@ -6,6 +6,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,12 +82,12 @@ def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, A
             "rotary": parts.rotary,
             "logical_until": parts.logical_until,
         },
-        "pictures": [
+        "visual_inputs": [
             {"name": one.name, "method": one.method, "pixels": one.pixels, "token_ids": list(one.token_ids)}
             for one in parts.modalities
         ],
         "visual_tokens": parts.visual_tokens,
-        "tower": None if tower is None else {"blocks": len(tower.layers), "packed": tower.packed},
+        "tower": None if tower is None else {**asdict(tower.shape()), "packed": tower.packed},
         "attention_implementation": parts.attention_implementation,
         "caches": _caches(parts),
         "unsupported": list(_unsupported(parts, file)),
@@ -102,7 +103,7 @@ def _caches(parts: Parts) -> dict[str, int]:
 
 def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
     if not file:
-        yield "coords, frames: where visual tokens are in their pictures is known only to family files"
+        yield "coords, frames: where visual tokens are in their images is known only to family files"
     if parts.tower is None:
         yield "sites pixels and vision.N, inputs from the tower: this family declares no tower"
     if parts.mlp_norm is None:
@@ -114,11 +115,11 @@ def _proved(config: Any) -> dict[str, Any]:
     from prunekit.verify import proof
 
     try:
-        found = proof.prove(config)
+        proved = proof.prove(config)
     except Unsupported as error:
         return {"ok": False, "refused": str(error), "proof": None}
-    cases = [{"name": case.name, "error": case.error, "fault": case.fault} for case in found.cases]
-    return {"ok": found.holds, "refused": None if found.holds else "the proof does not hold", "proof": cases}
+    cases = [{"name": case.name, "error": case.error, "fault": case.fault} for case in proved.cases]
+    return {"ok": proved.holds, "refused": None if proved.holds else "the proof does not hold", "proof": cases}
 
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
@@ -133,6 +134,12 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
     yield f"{'verdict':<12}" + (f"refused: {data['refused']}" if data["refused"] else accepted)
 
 
+def _tower_line(tower: dict[str, Any]) -> str:
+    taken = "what enters the first" if tower["feature_block"] < 0 else f"the output of block {tower['feature_block']}"
+    leading = f", {tower['leading']} CLS in front" if tower["leading"] else ""
+    return f"blocks 0 to {tower['blocks'] - 1}{leading}; the projector gets {taken}"
+
+
 def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:
     decoder = data["decoder"]
     between = f", {decoder['mlp_norm']} between them" if decoder["mlp_norm"] else " side by side"
@@ -145,12 +152,12 @@ def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:
         ("caches", ", ".join(f"{kind} in {count} layers" for kind, count in data["caches"].items())),
         ("attention", data["attention_implementation"]),
     ]
-    for one in data["pictures"]:
+    for one in data["visual_inputs"]:
         ids = ", ".join(map(str, one["token_ids"]))
         rows.append((one["name"], f"{one['method']}({one['pixels']}) fills token id {ids}"))
     count = data["visual_tokens"]
-    rows.append(("tokens", f"{count} an image" if count else "as many as the picture asks for"))
+    rows.append(("tokens", f"{count} an image" if count else "as many as the image asks for"))
     tower = data["tower"]
-    rows.append(("tower", f"{tower['blocks']} blocks" if tower else "not declared"))
+    rows.append(("tower", _tower_line(tower) if tower else "not declared"))
     rows += [("" if number else "unsupported", reason) for number, reason in enumerate(data["unsupported"])]
     yield from (f"{name:<12}{text}" for name, text in rows)

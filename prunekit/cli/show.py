@@ -148,10 +148,19 @@ def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
         {"index": stage.index, "doc": _doc(stage), "origin": stage.origin, **row}
         for stage, row in zip(pipeline.stages, resolved["stages"], strict=True)
     ]
-    return {"name": pipeline.name, "sha": pipeline.sha, "source": pipeline.source, "stages": stages}
+    return {
+        "name": pipeline.name,
+        "description": pipeline.description,
+        "sha": pipeline.sha,
+        "source": pipeline.source,
+        "positions": pipeline.positions,
+        "budget": None if pipeline.budget is None else pipeline.budget.as_data(),
+        "stages": stages,
+    }
 
 
 def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
+    from prunekit.cost import FLOPS_OF
     from prunekit.pipeline.forecast import forecast
     from prunekit.records import plan_data
 
@@ -165,12 +174,18 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
         "routers": [_router_data(router, bound) for router in bound.routers],
         "plan": plan_data(bound.plan),
     }
-    if (found := forecast(bound, text_tokens)) is not None:
-        data["text_tokens"] = text_tokens
-        data["layer_tokens"], data["mlp_tokens"] = list(found.layer_tokens), list(found.mlp_tokens)
-        data["kv_tokens"] = list(found.kv_tokens)
-        data["prefill_flops_fraction"], data["kv_fraction"] = list(found.flops), list(found.kv)
-        data["decision_flops_fraction"] = found.decisions
+    if (figures := forecast(bound, text_tokens)) is not None:
+        data |= {
+            "text_tokens": text_tokens,
+            "layer_tokens": list(figures.layer_tokens),
+            "mlp_tokens": list(figures.mlp_tokens),
+            "kv_tokens": list(figures.kv_tokens),
+            "tokens_at_most": figures.at_most,
+            "prefill_flops_fraction": list(figures.flops),
+            "kv_fraction": list(figures.kv),
+            "decision_flops_fraction": figures.decisions,
+            "flops_of": FLOPS_OF,
+        }
     return data
 
 
@@ -193,7 +208,7 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
     from prunekit.records import plan_lines
 
     data = _bound_data(bound, text_tokens)
-    visual = data["visual_tokens"] or "picture-dependent"
+    visual = data["visual_tokens"] or "image-dependent"
     print(f"\non {model} ({data['family']}, {data['layers']} layers, {visual} visual tokens an image)")
     for cut in data["cuts"]:
         what = "drops all" if cut["drops_all"] else f"keeps {cut['keep'] or 'what it decides'}"
@@ -204,12 +219,13 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
         print(line)
     print(f"  positions: {'renumbered without gaps' if data['positions'] == 'renumber' else 'kept'}")
     if "layer_tokens" in data:
-        print(f"  tokens entering each layer, for one image and {text_tokens} text tokens:")
+        most = "at most, since a stage decides by itself, " if data["tokens_at_most"] else ""
+        print(f"  tokens entering each layer, {most}for one image and {text_tokens} text tokens:")
         print(f"    {' '.join(map(str, data['layer_tokens']))}")
         flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
         own = data["decision_flops_fraction"]
-        more = f", decisions another {own:.1%}" if own else ""
-        print(f"  prefill FLOPs {flops} of dense{more}, KV {kv} of dense")
+        more = f", decisions another {'at most ' * data['tokens_at_most']}{own:.1%}" if own else ""
+        print(f"  prefill FLOPs of the decoder {flops} of dense{more}, KV {kv} of dense")
 
 
 def _routed(router: dict[str, Any], layers: int) -> str:

@@ -27,7 +27,7 @@ def summarise(
     """The report of one prompt batch, with what follows from its counts.
 
     layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
-    remaining fields of `RunReport` that are known as they are.
+    remaining fields of `RunReport`, as they are.
     """
     kv = tuple(_kv_tokens(plan, row, events, b) for b, (plan, row) in enumerate(zip(plans, layer_tokens, strict=True)))
     every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
@@ -54,13 +54,13 @@ def summarise(
 def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, text: int, original: int) -> int:
     """FLOPs of what stages decided for one sample, as far as they say: token stages at each cut, routers once."""
     cuts = {(cut.stage.index, str(cut.site)): cut for cut in bound.cuts}
-    total, door = 0, original
+    total, routed = 0, original
     for event in events:
         cut = cuts[event.index, event.site]
         if not cut.stage.is_router:
             total += selection_flops(cut.stage, bound.shape, text, event.entered[sample])
-            door = len(event.kept[sample]) if cut.site <= ENCODER else door
-    return total + sum(selection_flops(router, bound.shape, text, door) for router in bound.routers)
+            routed = len(event.kept[sample]) if cut.site <= ENCODER else routed
+    return total + sum(selection_flops(router, bound.shape, text, routed) for router in bound.routers)
 
 
 def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int) -> tuple[int, ...]:

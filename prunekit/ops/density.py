@@ -16,10 +16,10 @@ def density_peaks(distance: Tensor, count: Counts, neighbours: int, valid: Tenso
 
     distance: float (B, V, V), symmetric, 0 of a token to itself. The density of a token is exp(-mean of the squared
     distances to its `neighbours` nearest tokens, itself the first of them), or to all where a row has fewer. Its
-    separation is the distance to the nearest denser token; for the densest the largest distance in its row of the
-    batch. Of equally dense tokens the lower index counts as denser, which takes the place of the random noise of
-    published code. Centres are the `count` tokens with the largest product of both (ties: lower index); every other
-    token joins the nearest centre.
+    separation is the distance to the nearest denser token; of equally dense ones the lower index counts as denser,
+    which takes the place of the random noise of published code. Centres are the densest token, whose separation is
+    defined as the largest of all, and the others with the largest product of both (ties: lower index), `count`
+    together. Every other token joins the nearest centre.
 
     Source: Du, Ding, Jia 2016 (https://doi.org/10.1016/j.knosys.2016.02.001), with the token itself among its
     neighbours as in SparseVLM (https://arxiv.org/abs/2410.04417, Gumpest/SparseVLMs@26a5f48), which passes Euclidean
@@ -34,8 +34,6 @@ def density_peaks(distance: Tensor, count: Counts, neighbours: int, valid: Tenso
     rank = ranks(log_density, present)
     denser = pairs & (rank.unsqueeze(-2) < rank.unsqueeze(-1))
     separation = distance.masked_fill(~denser, torch.inf).amin(-1)
-    largest = distance.masked_fill(~pairs, 0.0).amax((-2, -1)).unsqueeze(-1)
-    separation = torch.where(rank == 0, largest, separation)
     centres = top_k_mask(log_density + separation.log(), count, present)
     return nearest_kept(-distance, centres, valid)
 

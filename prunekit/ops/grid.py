@@ -23,7 +23,8 @@ def grid_cells(coords: Tensor, count: int) -> Tensor:
     """A cell number for each visual token: images are divided evenly, into at most `count` cells in all.
 
     coords: int64 (V, 5), as hooks get them: image, row, column, rows, columns. Returns int64 (V,). Images share
-    `count` in proportion to their grids; one whose share is less than a cell has -1 throughout.
+    `count` in proportion to their grids; one whose share is less than a cell has -1 throughout. Reads the grids'
+    sizes, so it waits for the device.
     """
     cells = torch.full((len(coords),), -1, dtype=torch.int64, device=coords.device)
     images, of_image = torch.unique(coords[:, 0], return_inverse=True)

@@ -11,20 +11,30 @@ import math
 
 from prunekit.errors import Fault, SpecError
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.forecast import Forecast, forecast
+from prunekit.pipeline.forecast import Forecast, forecast, visual_counts
 from prunekit.pipeline.stage import Cut
 from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.sites import Keep
 
 
 def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
-    """The pipeline with a budget of tokens at every cut. Raises SpecError for a budget that cannot be met."""
+    """The pipeline with a budget of tokens at every cut.
+
+    Raises SpecError for a budget that cannot be met, or that leaves a later stage less than it may keep.
+    """
     if not any(cut.stage.open for cut in bound.cuts):
         raise _error(budget, "", "no stage is left open", "leave out `keep` of one that takes it, or the budget")
     original = budget.visual_tokens or bound.shape.visual_tokens
     if original is None:
-        message = "is missing: this model's number of visual tokens depends on the picture"
+        message = "is missing: this model's number of visual tokens depends on the image"
         raise _error(budget, "visual_tokens", message, "name the number that the budget is for, such as 576")
+    solution = _solution(bound, budget, original)
+    if faults := _idle_faults(solution, original):
+        raise SpecError(faults)
+    return solution
+
+
+def _solution(bound: BoundPipeline, budget: Budget, original: int) -> BoundPipeline:
     least = _with(bound, original, 0.0)
     if (lowest := _cost(least, budget, original)) > budget.fraction:
         raise _out_of_reach(least, budget, original, lowest)
@@ -42,25 +52,37 @@ def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
 def _with(bound: BoundPipeline, original: int, multiplier: float) -> BoundPipeline:
     """Each open cut with the fraction of the original tokens that the multiplier gives it."""
     cuts: list[Cut] = []
-    left = original
     for cut in bound.cuts:
         if cut.stage.open:
-            left = min(max(math.floor(multiplier * left + 0.5), 1), left)
-            cuts.append(dataclasses.replace(cut, keep=Keep(left / original)))
-            continue
-        left = 0 if cut.drops_all else left if cut.keep is None else cut.keep.count(original, left)
+            entering = visual_counts(cuts, original)[-1]
+            count = min(max(math.floor(multiplier * entering + 0.5), 1), entering)
+            cut = dataclasses.replace(cut, keep=Keep(count / original))
         cuts.append(cut)
     return dataclasses.replace(bound, cuts=tuple(cuts))
 
 
+def _idle_faults(bound: BoundPipeline, original: int) -> list[Fault]:
+    """Cuts that an open stage before them leaves fewer tokens than they may keep, so that they never act."""
+    faults: list[Fault] = []
+    opened: Cut | None = None
+    for cut, entering in zip(bound.cuts, visual_counts(bound.cuts, original), strict=False):
+        if cut.stage.open:
+            opened = cut
+        elif opened and cut.keep and cut.keep.of == "original" and cut.keep.count(original, original) > entering:
+            key = cut.key("keep" if cut.keep.tokens is None else "keep_tokens")
+            message = f"asks for {cut.keep}, but with this budget {opened.label} leaves {entering} of {original} tokens"
+            faults.append(cut.stage.fault(key, message, "keep less here, leave it out, or allow a larger budget"))
+    return faults
+
+
 def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
-    """What the budget counts, as a fraction of the dense model's; where routers choose, the most that it can be."""
-    found = _forecast(bound, budget, original)
-    visual = [tokens - budget.text_tokens for tokens in found.layer_tokens]
+    """What the budget counts, as a fraction of the dense model's: the most that it can be, where it is not certain."""
+    figures = _forecast(bound, budget, original)
+    visual = [tokens - budget.text_tokens for tokens in figures.layer_tokens]
     if budget.of == "flops":
-        return found.flops[1] + found.decisions
+        return figures.flops[1] + figures.decisions
     if budget.of == "kv_bytes":
-        return found.kv[1]
+        return figures.kv[1]
     if budget.of == "layer_mean":
         return sum(visual) / (original * bound.shape.layers)
     return visual[-1] / original
@@ -68,9 +90,9 @@ def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
 
 def _forecast(bound: BoundPipeline, budget: Budget, original: int) -> Forecast:
     shape = dataclasses.replace(bound.shape, visual_tokens=original)
-    found = forecast(dataclasses.replace(bound, shape=shape), budget.text_tokens)
-    assert found is not None
-    return found
+    figures = forecast(dataclasses.replace(bound, shape=shape), budget.text_tokens)
+    assert figures is not None
+    return figures
 
 
 def _out_of_reach(least: BoundPipeline, budget: Budget, original: int, lowest: float) -> SpecError:

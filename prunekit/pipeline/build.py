@@ -34,6 +34,7 @@ class Pipeline:
     source: the file, `<inline>` or `<dict>`. resolved: canonical YAML with every default filled in.
     sha: 16 hex digits of `resolved` with the mere names of paths, prunekit's version, the versions of the distributions
         of its strategies, and the files that they rest on.
+    description: as the file has it; it is not in the hash.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
     budget: what the stages that are left open may keep together; None: there is none.
     """
@@ -45,6 +46,7 @@ class Pipeline:
     sha: str
     positions: Literal["keep", "renumber"] = "keep"
     budget: Budget | None = None
+    description: str = ""
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
         """The pipeline on a model with these numbers; what is accepted here, `apply` accepts.
@@ -82,11 +84,12 @@ def build(source: Source, overrides: Sequence[str] = (), registry: Registry | No
     registry = plugins.registry() if registry is None else registry
     read, early = schema.read(file_of(source, registry), overrides)
     faults: list[Fault] = []
-    budgeted = read.budget is not None
+    # A budget that cannot be read is one fault; stages that it leaves open are no others.
+    budgeted = read.budget is not None or any(fault.key.partition(".")[0] == "budget" for fault in early)
     made = [make(index, one, registry, faults, budgeted) for index, one in enumerate(read.stages) if one.use]
     # A stage with a fault is compared with no other: where it acts and what it keeps may be another than it will be.
     stages = tuple(stage for stage in made if stage is not None and not any(map(stage.owns, early)))
-    # What can be seen without a model; `bind` looks again once defaults that scale with the depth are places.
+    # What can be seen without a model; `bind` looks again once it knows the depth, with which defaults may scale.
     faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
     faults += layer_plans.rival_faults(stages)
     faults += statements.file_faults(stages)
@@ -99,7 +102,7 @@ def build(source: Source, overrides: Sequence[str] = (), registry: Registry | No
     if read.budget is not None:
         data["budget"] = read.budget.as_data()
     resolved, sha = _identity(data, stages)
-    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget)
+    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget, read.description)
 
 
 def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
@@ -159,7 +162,7 @@ def _numbered(stages: Sequence[Stage]) -> tuple[Stage, ...]:
 
 
 def _sorted(faults: Sequence[Fault]) -> list[Fault]:
-    """By place in the file; those without a place first, in the order found."""
+    """By their position in the file; those without one first, in the order in which they were met."""
     return sorted(faults, key=lambda one: (one.where.file, one.where.line, one.where.col) if one.where else ("", 0, 0))
 
 
@@ -200,8 +203,8 @@ def _budgets(keeps: Sequence[Keep]) -> dict[str, Any]:
         return {}
     if keeps[0].tokens is not None:
         return {"keep_tokens": _one_or_all([keep.tokens for keep in keeps])}
-    found = {"keep": _one_or_all([keep.fraction for keep in keeps])}
-    return found if keeps[0].of == "original" else {**found, "keep_of": keeps[0].of}
+    fractions = {"keep": _one_or_all([keep.fraction for keep in keeps])}
+    return fractions if keeps[0].of == "original" else {**fractions, "keep_of": keeps[0].of}
 
 
 def _one_or_all(values: list[Any]) -> Any:

@@ -19,25 +19,25 @@ def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
 
     layers: of the decoder; None leaves out stages whose default site scales with them.
     """
-    found = []
+    cuts: list[Cut] = []
     for stage in stages:
         unread = stage.sites_given is None and "at" in stage.names
         if unread or not stage.cuts_tokens:
             continue
         placements = stage.placements(layers) or ()
-        found += [Cut(site, stage, keep, number) for number, (site, keep) in enumerate(placements)]
-    return tuple(sorted(found, key=lambda cut: (cut.site, cut.stage.index)))
+        cuts += [Cut(site, stage, keep, number) for number, (site, keep) in enumerate(placements)]
+    return tuple(sorted(cuts, key=lambda cut: (cut.site, cut.stage.index)))
 
 
 def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | None) -> list[Fault]:
-    """Stages out of order, stages that find nothing left, and budgets above what is left.
+    """Stages out of order, stages without tokens to decide about, and budgets above what earlier ones leave.
 
     visual: the visual tokens of one image, None where they are not known.
     """
-    found = [*_order_faults(stages, cuts), *_router_faults(cuts)]
-    if found:  # what follows is then about the order that the file has
+    misplaced = [*_order_faults(stages, cuts), *_router_faults(cuts)]
+    if misplaced:  # what follows is then about the order that the file has
         cuts = sorted(cuts, key=lambda cut: cut.stage.index)
-    return [*found, *_gone_faults(cuts), *_budget_faults(cuts, visual)]
+    return [*misplaced, *_gone_faults(cuts), *_budget_faults(cuts, visual)]
 
 
 def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Fault]:
@@ -54,7 +54,7 @@ def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Faul
 
 
 def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
-    """Stages at the decoder input that are listed after a router there, which decides after them."""
+    """Stages at the decoder input that are listed after a router at the same site, which decides after them."""
     router = next((cut for cut in cuts if cut.stage.is_router and cut.site.place == "encoder"), None)
     for cut in cuts:
         if router and cut.site == router.site and not cut.stage.is_router and cut.stage.index > router.stage.index:
@@ -63,7 +63,7 @@ def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
 
 
 def _gone_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
-    """Stages that have no tokens left to decide about."""
+    """Stages behind one that leaves no tokens to decide about."""
     told: set[int] = set()
     for index, cut in enumerate(cuts):
         blind = next((earlier for earlier in cuts[:index] if earlier.drops_all), None)
@@ -85,7 +85,7 @@ def _budget_faults(cuts: Sequence[Cut], visual: int | None) -> Iterator[Fault]:
             if _asks_more(cut, earlier, visual):
                 key = "keep" if cut.keep and cut.keep.tokens is None else "keep_tokens"
                 message = f"asks for {cut.keep}, but {earlier.label} leaves only {earlier.keep}"
-                yield cut.stage.fault(cut.key(key), message, "keep less here or more there")
+                yield cut.stage.fault(cut.key(key), message, "keep less at this stage or more at that one")
                 break
 
 

@@ -1,12 +1,13 @@
-"""What a pipeline will do with a prompt of one picture, by its budgets alone: tokens, FLOPs and KV before any compute.
+"""What a pipeline will do with a prompt of one image, by its budgets alone: tokens, FLOPs and KV before any compute.
 
-A stage that merges may leave fewer tokens than its budget, one that decides by itself is taken to leave all, one may
-also crop the KV of earlier layers, and a router chooses its layers by the prompt: so figures are those of the budgets,
-and costs are a range where a router decides.
+Figures are those of the budgets: a stage that merges may leave fewer tokens, and one may also crop the KV of earlier
+layers. Costs are a range where a router chooses layers by the prompt or a stage decides by itself how many tokens to
+leave, which may be all that reach it or none.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,90 +24,113 @@ class Forecast:
     """Figures for one sample, layer by layer, if no router skips anything; and bounds with what routers may skip.
 
     layer_tokens: that enter each layer. mlp_tokens: that go through its MLP. kv_tokens: that it holds afterwards.
-    flops, kv: lowest and highest fraction of the dense model's prefill FLOPs, and of its KV entries.
-    decisions: FLOPs of the stages' own decisions, as far as they say, as a fraction of the same; not in `flops`.
+    at_most: these are upper bounds, since a stage decides by itself how many tokens it leaves.
+    flops, kv: lowest and highest fraction of the dense model's prefill FLOPs, and of its KV entries. FLOPs are those of
+        the decoder's layers; tower, projector and head are not in them.
+    decisions: FLOPs of the stages' own decisions, as far as they say, as a fraction of the same; not in `flops`. The
+        highest, where `at_most`.
     """
 
     layer_tokens: tuple[int, ...]
     mlp_tokens: tuple[int, ...]
     kv_tokens: tuple[int, ...]
+    at_most: bool
     flops: tuple[float, float]
     kv: tuple[float, float]
     decisions: float
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """Tokens that enter each layer, go through its MLP and stay in its KV, and its FLOPs."""
+
+    entering: tuple[int, ...]
+    mlp: tuple[int, ...]
+    kv: tuple[int, ...]
+    flops: tuple[int, ...]
+
+
 def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
-    """For one picture and `text_tokens` other tokens; None where the number of visual tokens depends on the picture."""
-    shape, plan = bound.shape, bound.plan
-    original = shape.visual_tokens
+    """For one image and `text_tokens` other tokens; None where the number of visual tokens depends on the image."""
+    shape, original = bound.shape, bound.shape.visual_tokens
     if original is None:
         return None
-    entering, inside, gone = _visual(bound, original)
-    tokens = tuple(visual + text_tokens for visual in entering)
-    # Frozen layers are for the text alone.
-    fed = [0 if plan[layer] is LayerAction.FREEZE else visual for layer, visual in enumerate(inside)]
-    mlp = tuple((visual + text_tokens) * plan[layer].feeds_mlp for layer, visual in enumerate(fed))
-    flops = [
-        cost.layer_flops(shape, tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer])
-        for layer in range(shape.layers)
-    ]
-    held = tuple(kept and kept - gone for kept in cost.kv_tokens(tokens, plan))
+    most = _layers(bound, original, text_tokens, decided=True)
+    least = _layers(bound, original, text_tokens, decided=False)
     dense = original + text_tokens
     dense_flops = cost.prefill_flops(shape, [dense] * shape.layers)
     return Forecast(
-        tokens,
-        mlp,
-        held,
-        _range(bound, flops, dense_flops),
-        _range(bound, held, dense * shape.layers),
+        most.entering,
+        most.mlp,
+        most.kv,
+        any(cut.keep is None and not cut.drops_all for cut in bound.cuts),
+        _range(bound, least.flops, most.flops, dense_flops),
+        _range(bound, least.kv, most.kv, dense * shape.layers),
         _decisions(bound, original, text_tokens) / dense_flops,
     )
 
 
-def _visual(bound: BoundPipeline, original: int) -> tuple[list[int], list[int], int]:
-    """Visual tokens that enter each layer, those that are left inside it, and how many leave after the prefill."""
-    entering, inside, left, gone = [], [], original, 0
-    cuts = list(bound.cuts)
-    for layer in range(bound.shape.layers):
-        while cuts and cuts[0].site.reach <= layer:
-            left = _after(cuts.pop(0), original, left)
-        entering.append(left)
-        while cuts and cuts[0].site == Site(layer, "layer", "mid"):
-            left = _after(cuts.pop(0), original, left)
-        inside.append(left)
-    for cut in cuts:
-        before, left = left, _after(cut, original, left)
-        gone += (before - left) * (cut.site == PREFILL_END)
-    return entering, inside, gone
+def visual_counts(cuts: Sequence[Cut], original: int, decided: bool = True) -> tuple[int, ...]:
+    """How many of the `original` visual tokens of a sample reach each cut and, as last entry, leave the last one.
+
+    decided: a stage that decides by itself leaves all that reach it; False: it leaves none.
+    """
+
+    def leaves(entering: int, cut: Cut) -> int:
+        if cut.drops_all or (cut.keep is None and not decided):
+            return 0
+        return entering if cut.keep is None else cut.keep.count(original, entering)
+
+    return tuple(itertools.accumulate(cuts, leaves, initial=original))
+
+
+def _layers(bound: BoundPipeline, original: int, text_tokens: int, decided: bool) -> _Layers:
+    shape, plan = bound.shape, bound.plan
+    entering, inside, gone = _visual(bound, original, decided)
+    tokens = tuple(visual + text_tokens for visual in entering)
+    # Frozen layers are for the text alone.
+    fed = [0 if plan[layer] is LayerAction.FREEZE else visual for layer, visual in enumerate(inside)]
+    mlp = tuple((visual + text_tokens) * plan[layer].feeds_mlp for layer, visual in enumerate(fed))
+    flops = tuple(
+        cost.layer_flops(shape, tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer])
+        for layer in range(shape.layers)
+    )
+    return _Layers(tokens, mlp, tuple(held and held - gone for held in cost.kv_tokens(tokens, plan)), flops)
+
+
+def _visual(bound: BoundPipeline, original: int, decided: bool) -> tuple[list[int], list[int], int]:
+    """Visual tokens that enter each layer, those that stay inside it, and how many leave after the prefill."""
+    counts = visual_counts(bound.cuts, original, decided)
+    layers = range(bound.shape.layers)
+    # Cuts are in the order of the data, so that how many came before tells how many remain.
+    before = [sum(cut.site.reach <= layer for cut in bound.cuts) for layer in layers]
+    inside = [sum(cut.site <= Site(layer, "layer", "mid") for cut in bound.cuts) for layer in layers]
+    gone = sum(counts[at] - counts[at + 1] for at, cut in enumerate(bound.cuts) if cut.site == PREFILL_END)
+    return [counts[at] for at in before], [counts[at] for at in inside], gone
 
 
 def _decisions(bound: BoundPipeline, original: int, text_tokens: int) -> int:
     """FLOPs of the decisions themselves: of token stages at each of their cuts, of routers once."""
-    total, left, door = 0, original, original
-    for cut in bound.cuts:
-        if not cut.stage.is_router:
-            total += selection_flops(cut.stage, bound.shape, text_tokens, left)
-        left = _after(cut, original, left)
-        if cut.site <= ENCODER and not cut.stage.is_router:
-            door = left
-    return total + sum(selection_flops(router, bound.shape, text_tokens, door) for router in bound.routers)
+    counts = visual_counts(bound.cuts, original)
+    total, routed = 0, original
+    for at, cut in enumerate(bound.cuts):
+        if cut.stage.is_router:
+            continue
+        total += selection_flops(cut.stage, bound.shape, text_tokens, counts[at])
+        if cut.site <= ENCODER:
+            routed = counts[at + 1]
+    return total + sum(selection_flops(router, bound.shape, text_tokens, routed) for router in bound.routers)
 
 
-def _after(cut: Cut, original: int, left: int) -> int:
-    if cut.drops_all:
-        return 0
-    return left if cut.keep is None else cut.keep.count(original, left)
-
-
-def _range(bound: BoundPipeline, each: Sequence[int], dense: int) -> tuple[float, float]:
+def _range(bound: BoundPipeline, least: Sequence[int], most: Sequence[int], dense: int) -> tuple[float, float]:
     """Lowest and highest sum of what layers cost, as a fraction of `dense`."""
-    total = sum(each)
     if not any(router.decides_layers for router in bound.routers):
-        return total / dense, total / dense
+        return sum(least) / dense, sum(most) / dense
     free = [layer for layer in range(bound.shape.layers) if layer not in bound.protected | bound.plan.layers]
-    costs = sorted(each[layer] for layer in free)
     if bound.layer_budget is None:  # the router decides by itself, between all and nothing that is free
-        return (total - sum(costs)) / dense, total / dense
+        return (sum(least) - sum(least[layer] for layer in free)) / dense, sum(most) / dense
     skipped = sum(bound.plan[layer] is LayerAction.SKIP for layer in bound.plan.layers)
     drop = max(0, min(bound.shape.layers - skipped - bound.layer_budget, len(free)))
-    return (total - sum(costs[len(costs) - drop :])) / dense, (total - sum(costs[:drop])) / dense
+    saved_most = sum(sorted(least[layer] for layer in free)[len(free) - drop :])
+    saved_least = sum(sorted(most[layer] for layer in free)[:drop])
+    return (sum(least) - saved_most) / dense, (sum(most) - saved_least) / dense

@@ -80,7 +80,7 @@ def routing_faults(
         yield router.fault("keep_layers", message, f"name at most {shape.layers}, or a fraction")
     elif count > most:
         message = f"asks for {count} layers, but another stage skips {_listed(skipped)}, which leaves {most}"
-        yield router.fault("keep_layers", message, "keep less here or skip less there")
+        yield router.fault("keep_layers", message, "keep fewer layers, or skip fewer")
     elif count < len(fixed):
         own = "it protects, or " if router.states("protected_layers") else ""
         message = f"leaves {count} layers, but {own}other stages read, cut inside or plan layers {_listed(fixed)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -109,12 +108,9 @@ class Stage:
         if sites is None and schedule is not None:
             sites = tuple(site for site, _ in schedule)
         if sites is None:
-            default = self.sites.default
-            if not isinstance(default, Site):
-                if layers is None:
-                    return None
-                default = default(layers)
-            sites = (default,)
+            if layers is None and not isinstance(self.sites.default, Site):
+                return None
+            sites = (self.sites.resolve(layers or 0),)
         keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
         return tuple(zip(sites, keeps * len(sites) if len(keeps) == 1 else keeps, strict=True))
 
@@ -231,8 +227,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     before = len(faults)
     faults += _key_faults(cls, draft)
     problems: list[options.Problem] = []
-    folders = {key: Path(where.file).parent for key, where in spec.keys.items() if where is not None}
-    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, folders)
+    values = options.check(cls, spec.options, declare.stage_keys(cls), problems, spec.folders)
     made = None if problems else _created(cls, draft, values, entry, problems)
     faults += [draft.fault(one.key, one.message, one.hint, one.unknown) for one in problems]
     faults += _site_faults(cls, made, draft)

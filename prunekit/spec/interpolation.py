@@ -81,7 +81,10 @@ def key_path(steps: Steps) -> str:
 
 
 class _Resolver:
-    """values: of the texts that are resolved, by their steps. failed: steps of those that have no value."""
+    """values: of the texts that are resolved, by their steps. failed: steps of those that have no value.
+
+    nodes: everything in the tree, resolved as far as it is by now, by key path.
+    """
 
     def __init__(
         self, tree: Node, texts: list[tuple[Steps, Node]], unread: frozenset[str], faults: list[Fault]
@@ -91,7 +94,7 @@ class _Resolver:
         self.root = OmegaConf.create(_hidden(tree, "", unread))
         self.waiting = texts
         self.faults = faults
-        self.keys = [key_path(steps) for steps, _ in _walk(tree, (), []) if steps]
+        self.nodes = {key_path(steps): node for steps, node in _walk(tree, (), []) if steps}
         self.values: dict[Steps, Node] = {}
         self.failed: list[Steps] = []
         self.room = MAX_RESOLVED
@@ -150,7 +153,7 @@ class _Resolver:
             self.failed.append(steps)
             self._set(steps, f"${{{FAILED}:}}")
         else:
-            self.values[steps] = result
+            self.values[steps] = self.nodes[key_path(steps)] = self._with_origin(result, str(node.data))
             self._set(steps, _escaped(result.plain()))
         return True
 
@@ -168,6 +171,12 @@ class _Resolver:
         if isinstance(value, str) and (WAITING in value or FAILED in value):  # a mapping inside a text
             raise LookupError(value)
         return value
+
+    def _with_origin(self, value: Node, text: str) -> Node:
+        """The value of `text`; if it is another one as a whole, also where that is written."""
+        match = re.fullmatch(r"\$\{([\w.\[\]]+)\}", text)
+        origin = self.nodes.get(match[1]) if match else None
+        return replace(value, written=origin.written or origin.where) if origin else value
 
     def _set(self, steps: Steps, value: Any) -> None:
         self._parent(steps)[steps[-1]] = value
@@ -195,7 +204,7 @@ class _Resolver:
             name = match[1]
             return f"needs the environment variable '{name}'", f"set it, or give a default: ${{oc.env:{name},default}}"
         if match := re.search(r"(?:Interpolation|Error resolving) key '(.+)'", reason):
-            hint = did_you_mean(match[1], self.keys).strip() or "values for ${...} go under `vars`"
+            hint = did_you_mean(match[1], self.nodes).strip() or "values for ${...} go under `vars`"
             return f"refers to '{match[1]}', which does not exist", hint
         if match := re.search(r"Unsupported interpolation type (\S+)", reason):
             hint = f"{did_you_mean(match[1], OWN_RESOLVERS)}resolvers of your own are registered with OmegaConf first"

@@ -32,11 +32,15 @@ _CORE = {form(word): value for word, value in _WORDS.items() for form in (str, s
 
 @dataclass(frozen=True)
 class Node:
-    """One value. `key` is the place of its key (its own for a list item); places are None for data from a dict."""
+    """One value, and where it stands; places are None for data from a dict.
+
+    key: the place of its key, for a list item its own. written: where `${...}` took it from, None when that is `where`.
+    """
 
     data: Scalar | list[Node] | dict[str, Node]
     where: Where | None = None
     key: Where | None = None
+    written: Where | None = None
 
     def __str__(self) -> str:
         """The value as messages show it, shortened."""
@@ -55,16 +59,22 @@ class Node:
             return [node.plain() for node in self.data]
         return self.data
 
-    def places(self, path: str) -> dict[str, Where | None]:
-        """The place of this value and of everything in it, by key path below `path`."""
-        table = {path: self.where}
+    @property
+    def folder(self) -> Path:
+        """Where a relative path that it holds starts from: beside the file in which it is written, if there is one."""
+        place = self.written or self.where
+        return Path(place.file).parent if place else Path()
+
+    def table(self, path: str) -> dict[str, Node]:
+        """This node and everything in it, by key path below `path`."""
+        nodes = {path: self}
         if isinstance(self.data, dict):
             for key, node in self.data.items():
-                table |= node.places(join(path, key))
+                nodes |= node.table(join(path, key))
         elif isinstance(self.data, list):
             for index, node in enumerate(self.data):
-                table |= node.places(join(path, index))
-        return table
+                nodes |= node.table(join(path, index))
+        return nodes
 
 
 def read_file(path: Path, at: Fault, faults: list[Fault]) -> str | None:

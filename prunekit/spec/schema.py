@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
@@ -33,6 +34,7 @@ class StageSpec:
     options: the strategy's own fields, plain data.
     where: of the stage; keys: of each value, by key path such as `layers[2]`; names: of each key itself. Places are
     None when the stage came from a dict.
+    folders: where a relative path starts from, by key path.
     """
 
     use: str
@@ -43,6 +45,7 @@ class StageSpec:
     where: Where | None = None
     keys: Mapping[str, Where | None] = field(default_factory=dict)
     names: Mapping[str, Where | None] = field(default_factory=dict)
+    folders: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,8 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
         faults.append(Fault(node.where, path, f"must be a mapping, not {node}", "write `- use: NAME`"))
         return StageSpec("", where=node.where)
     values = node.data
-    keys = {key: place for name, value in values.items() for key, place in value.places(name).items()}
+    nodes = {key: one for name, value in values.items() for key, one in value.table(name).items()}
+    keys, folders = {key: one.where for key, one in nodes.items()}, {key: one.folder for key, one in nodes.items()}
     options = {key: value.plain() for key, value in values.items() if key not in STAGE_KEYS}
     use = ""
     if "use" not in values:
@@ -132,7 +136,7 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
     keeps = read_keeps(values, path, many, faults)
     layers = read_layers(values.get("keep_layers"), f"{path}.keep_layers", faults)
     names = {name: value.key for name, value in values.items()}
-    return StageSpec(use, sites, keeps, layers, options, node.where, keys, names)
+    return StageSpec(use, sites, keeps, layers, options, node.where, keys, names, folders)
 
 
 def _sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:

@@ -231,8 +231,9 @@ def _takes(names: Iterable[str]) -> str:
 
 
 def _public(cls: type[Any]) -> Iterator[tuple[str, Any]]:
-    """Public names of the class and its bases that are no constants and no options."""
-    options = {name for base in cls.__mro__[:-1] for name in inspect.get_annotations(base)}
+    """Public names of the class and its bases that are no constants and no options; a ClassVar is no option."""
+    annotated = {name: kind for base in cls.__mro__[:-1] for name, kind in inspect.get_annotations(base).items()}
+    options = {name for name, kind in annotated.items() if "ClassVar" not in str(kind)}
     for base in cls.__mro__[:-1]:
         for name, value in base.__dict__.items():
             if not (name.startswith("_") or name.isupper() or name in options):

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import total_ordering
 from typing import Any, Literal, cast
 
+from prunekit.errors import PluginError
+
 # The order in which the data passes the places.
 PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
 POINTS = ("before", "mid", "after")
@@ -100,6 +102,9 @@ ENCODER = Site(None)
 PREFILL_END = Site(None, "prefill_end")
 
 
+SEVERAL = "several sites are a schedule: @strategy(schedule={Site(8): 0.5, Site(16): 0.25})"
+
+
 @dataclass(frozen=True)
 class Sites:
     """The sites that a token strategy allows, and the one it takes when the file names none.
@@ -119,9 +124,19 @@ class Sites:
     end: bool = False
     pixels: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a default that is neither a site nor a function."""
+        if not isinstance(self.default, Site) and not callable(self.default):
+            raise ValueError(f"Sites(default={self.default!r}): it takes one Site, or a function of N; {SEVERAL}")
+
     def resolve(self, layers: int) -> Site:
-        """The default site for a decoder of `layers` layers."""
-        return self.default(layers) if callable(self.default) else self.default
+        """The default site for a decoder of `layers` layers. Raises PluginError where the function gives another."""
+        if isinstance(self.default, Site):
+            return self.default
+        site = self.default(layers)
+        if not isinstance(site, Site):
+            raise PluginError(f"the function Sites(default=...) gave {site!r}; it gives one Site, and {SEVERAL}")
+        return site
 
     def reason_against(self, site: Site) -> str | None:
         """Why `site` is not allowed, or None if it is."""

@@ -7,7 +7,7 @@ of prompt and decoded tokens in one forward, no cache, nothing ever made shorter
   nothing about a family is written down here;
 - a token dropped at a site stays in the sequence, but its key column is masked in every layer from there on; one that
   leaves the KV cache later or only there (a crop, `prefill_end`) is masked for the decoded tokens alone;
-- a merged token's state is written into the slot of its anchor, the others are masked;
+- a merged token's state is written into the slot of its anchor, the others are masked, in decoder and tower alike;
 - a token's size is the logarithm added to its column of the mask;
 - a skipped layer runs and its output is thrown away for its input, for the prompt, the decoded tokens or both; of a
   skipped attention or MLP the output is zeros; a frozen token's output is its input;
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from prunekit.strategy.sites import Site
 from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
 from prunekit.verify.stock import StockRun, as_square, parts_of, stock_run_of, visual_mask
 from prunekit.verify.tower import tower_cuts
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 class Merge:
     """How the tokens that entered one event were summed into the kept ones.
 
-    weights: for each sample, float (kept, entered + E). extras: for each sample, float (E, H), the declared extras that
-    the last E columns stand for; None when there are none.
+    weights: for each sample, float (kept, entered + E); of an event inside the vision tower, for each image, float
+        (entered, entered), as `prunekit.verify.tower.tower_cuts` takes them.
+    extras: for each sample, float (E, H), the declared extras that the last E columns stand for; None when there are
+        none.
     """
 
     weights: Sequence[Tensor]
@@ -74,9 +77,10 @@ class MaskedReference:
     ) -> None:
         self.model, self.inputs, self.report, self.stock_run = model, inputs, report, stock_run
         self.stock = cast("Any", model)  # untyped, as the methods of transformers are
-        self.merges = {
-            number: merge if isinstance(merge, Merge) else Merge(merge) for number, merge in (merges or {}).items()
-        }
+        every = {n: merge if isinstance(merge, Merge) else Merge(merge) for n, merge in (merges or {}).items()}
+        inside = {n for n in every if Site.parse(report.events[n].site).in_tower}
+        self.merges = {n: merge for n, merge in every.items() if n not in inside}
+        self.tower_merges = {n: every[n].weights for n in inside}
         self.layers: Sequence[Any] = self.stock.get_decoder().layers
         self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
@@ -138,7 +142,7 @@ class MaskedReference:
         if self.stock_run is None or self.stock_run.length < self.inputs["input_ids"].shape[1] + steps - 1:
             self.stock_run = stock_run_of(self.model, self.inputs, steps)
         with ExitStack() as stack, as_square(self.model):
-            stack.enter_context(tower_cuts(self.model, self.inputs, self.report, self.visual))
+            stack.enter_context(tower_cuts(self.model, self.inputs, self.report, self.visual, self.tower_merges))
             for number, layer in enumerate(self.layers):
                 stack.enter_context(_before(layer, self._entering(number)))
                 stack.enter_context(_after(layer, self._leaving(number, layer)))

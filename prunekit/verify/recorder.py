@@ -39,16 +39,21 @@ class Recorder:
         """The merges of the one prompt batch that ran while recording, as `MaskedReference` takes them.
 
         beams: how many rows of the report belong to one prompt; the merges are those of the first of them.
-        Raises ValueError for a merge inside the vision tower, which the reference does not know.
+        Raises ValueError for a merge inside the vision tower under beams, which repeat images.
         """
         merges: dict[int, Merge] = {}
         before: tuple[Sequence[int], ...] = tuple(range(count) for count in report.visual_tokens)
         pending = list(self.calls.items())
         for number, event in enumerate(report.events):
             # A router's cut, and a stage that no sample reached, ask nobody.
-            if pending and pending[0][0][0] == event.stage:
-                merge = _merge(pending.pop(0)[1], event, before)
-                if merge is not None:
+            if pending and pending[0][0][1] == event.index:
+                calls = pending.pop(0)[1]
+                merge = None if all(call.weights is None for call in calls) else _merge(calls, event, before)
+                if merge is not None and Site.parse(event.site).in_tower:
+                    if beams > 1:
+                        raise ValueError(f"{event.stage} merges at {event.site}; under beams no reference follows it")
+                    merges[number] = merge
+                elif merge is not None:
                     extras = None if merge.extras is None else merge.extras[::beams]
                     merges[number] = Merge(merge.weights[::beams], extras)
             before = event.kept
@@ -107,7 +112,7 @@ def _matrix(weights: Tensor | Owners | None, valid: Tensor, sizes: Tensor) -> Te
     width = valid.shape[-1]
     factors = {"mean": torch.ones_like(sizes), "size_mean": sizes, "sum": weights.amounts}[weights.mode]
     assert factors is not None
-    rows = valid.reshape(-1, width), weights.owner.reshape(-1, width), factors.reshape(-1, width)
+    rows = [_batch(one, 1) for one in (valid, weights.owner, factors)]
     matrix = torch.zeros(len(rows[0]), width, width, dtype=torch.float64)
     for b, (valid_row, owner_row, factor_row) in enumerate(zip(*rows, strict=True)):
         for anchor in range(width):
@@ -118,13 +123,13 @@ def _matrix(weights: Tensor | Owners | None, valid: Tensor, sizes: Tensor) -> Te
     return matrix.view(*valid.shape, width)
 
 
-def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge | None:
-    """The merge of one event; None if every row just keeps."""
-    if all(call.weights is None for call in calls):
-        return None
-    if Site.parse(event.site).in_tower:
-        raise ValueError(f"{event.stage} merges at {event.site}; the masked reference knows merges in the decoder only")
+def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[int]]) -> Merge:
+    """The merge of one event."""
     rows = [row for call in calls for row in _rows(call)]
+    if Site.parse(event.site).in_tower:
+        counts = [int(present) for call in calls for present in _batch(call.valid, 1).sum(-1)]
+        matrices = zip((matrix for matrix, _ in rows), counts, strict=True)
+        return Merge(tuple(torch.eye(count) if matrix is None else matrix for matrix, count in matrices))
     if len(rows) != len(event.entered):
         # A strategy that takes one sample at a time is not asked about samples without visual tokens.
         asked = iter(rows)
@@ -142,17 +147,22 @@ def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[i
 
 def _rows(call: Call) -> Iterator[tuple[Tensor | None, Tensor | None]]:
     """For each sample of a call: weights (entered, entered + E) of its real tokens, and extras (E, H)."""
-    for row, present in enumerate(call.valid.reshape(-1, call.valid.shape[-1])):
-        extras = None if call.extras is None else call.extras.reshape(-1, *call.extras.shape[-2:])[row].detach().clone()
+    for row, present in enumerate(_batch(call.valid, 1)):
+        extras = None if call.extras is None else _batch(call.extras, 2)[row].detach().clone()
         if call.weights is None:
             yield None, extras
             continue
-        matrix = call.weights.reshape(-1, *call.weights.shape[-2:])[row].detach()
+        matrix = _batch(call.weights, 2)[row].detach()
         columns = torch.cat([present, present.new_ones(matrix.shape[-1] - len(present))])
         if len(columns) == len(present) and extras is not None:
             matrix = torch.cat([matrix, matrix.new_zeros(len(matrix), len(extras))], 1)
             columns = torch.cat([columns, columns.new_ones(len(extras))])
         yield matrix[present][:, columns], extras
+
+
+def _batch(x: Tensor, axes: int) -> Tensor:
+    """With a B axis: what a strategy that takes one sample at a time returns has `axes` axes."""
+    return x[None] if x.ndim == axes else x
 
 
 @contextmanager

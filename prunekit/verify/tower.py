@@ -1,78 +1,206 @@
 """The part of the masked reference that lies inside a vision tower: dropped patches are masked in later blocks.
 
 A visual token leaves with its patches. What a dropped patch has become in the end never reaches the decoder: its visual
-token is masked there from the first layer on. Patches of which no visual token is made stay.
+token is masked there from the first layer on. Patches of which no visual token is made stay. A merge sums visual tokens
+of one image patch by patch: their first patches with each other, their second ones, and so on.
 
-Shape letters: V visual tokens, p patches that become one visual token.
+Shape letters: V visual tokens of all prompts, p patches that become one visual token, W width of the tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from prunekit.families import find
+from prunekit.families.base import Tower
+from prunekit.records import RunReport, StageEvent
 from prunekit.strategy.sites import Site
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunekit.records import RunReport, StageEvent
 
 
 @contextmanager
 def tower_cuts(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], report: RunReport, visual: Sequence[Tensor]
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    report: RunReport,
+    visual: Sequence[Tensor],
+    merges: Mapping[int, Sequence[Tensor]],
 ) -> Iterator[None]:
     """While open, the tower of `model` replays the events of `report` that lie inside it.
 
-    visual: slots of the visual tokens of each row. Raises ValueError for prompts with videos, and for families that
-    declare no tower.
+    visual: slots of the visual tokens of each row. merges: of events in the tower, by number, for each image float
+    (entered, entered): row i says how the tokens that entered are summed into token i, if that is kept.
+    Raises ValueError for prompts with videos, and for families that declare no tower.
     """
     events = {n: event for n, event in enumerate(report.events) if Site.parse(event.site).place == "vision"}
     with ExitStack() as stack:
         if events:
-            tower: Any = find(model).tower
+            tower = find(model).tower
             if tower is None or "pixel_values_videos" in inputs:
                 raise ValueError("the masked reference cuts towers of families that declare one, and for images only")
             packed = stack.enter_context(_packed(tower))
+            replay = _Replay(tower, inputs, tuple(map(len, visual)), events, merges, packed)
             for number, block in enumerate(tower.layers):
-                # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
-                earlier = [event for event in events.values() if int(Site.parse(event.site).layer or 0) < number]
-                attention = getattr(block, tower.attention)
-                hook = _masking(tower, inputs, earlier, visual, packed)
-                stack.callback(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                replay.install(number, block, stack)
         yield
 
 
-def _masking(
-    tower: Any, inputs: Mapping[str, Tensor], events: Sequence[StageEvent], visual: Sequence[Tensor], packed: Packed
-) -> Any:
-    """A hook that masks in one attention what `events` have dropped."""
+@dataclass(frozen=True)
+class _Replay:
+    """What the hooks on one tower do. counts: visual tokens of each prompt. muted: parts of blocks that add nothing."""
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        state = args[0] if args else kwargs["hidden_states"]
-        bare = state.ndim == 2  # all images as one sequence, and no mask at all
-        rows, length = (1, state.shape[0]) if bare else state.shape[:2]
-        patches = length - tower.leading
-        bias = torch.zeros(rows, length, dtype=state.dtype, device=state.device)
-        groups = _patch_groups(tower, inputs, rows, patches)
-        for event in events:
-            bias[:, tower.leading :] += _bias(event, groups, visual, rows * patches).view(rows, patches).to(bias)
-        if bare:
-            packed[module] = bias[0]
-            return args, kwargs
-        columns = bias[:, None, None, :].expand(-1, 1, length, -1)
-        if len(args) > 1:
-            return (state, _both(args[1], columns), *args[2:]), kwargs
-        return args, kwargs | {"attention_mask": _both(kwargs.get("attention_mask"), columns)}
+    tower: Tower
+    inputs: Mapping[str, Tensor]
+    counts: tuple[int, ...]
+    events: Mapping[int, StageEvent]
+    merges: Mapping[int, Sequence[Tensor]]
+    packed: Packed
+    muted: set[str] = field(default_factory=set)
 
-    return hook
+    def install(self, number: int, block: nn.Module, stack: ExitStack) -> None:
+        """Put hooks on one block, until `stack` is closed."""
+        attention, mlp = getattr(block, self.tower.attention), getattr(block, self.tower.mlp)
+        stack.callback(attention.register_forward_pre_hook(self._masking(number), with_kwargs=True).remove)
+        if any(_site(self.events[event]).layer == number for event in self.merges):
+            stack.callback(attention.register_forward_hook(self._mutable("attention")).remove)
+            stack.callback(mlp.register_forward_hook(self._mutable("mlp")).remove)
+            # Not a hook: transformers notes the states of blocks before hooks see them.
+            block.__dict__["forward"] = self._merging(number, block.forward)
+            stack.callback(block.__dict__.pop, "forward")
+
+    def _masking(self, number: int) -> Callable[..., Any]:
+        """A hook that masks in one attention what earlier blocks have dropped."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            state = args[0] if args else kwargs["hidden_states"]
+            bare = state.ndim == 2  # all images as one sequence, and no mask at all
+            rows, length = (1, state.shape[0]) if bare else state.shape[:2]
+            patches = length - self.tower.leading
+            bias = torch.zeros(rows, length, dtype=state.dtype, device=state.device)
+            bias[:, self.tower.leading :] = self._bias(number, rows, patches).view(rows, patches).to(bias)
+            if bare:
+                self.packed[module] = bias[0]
+                return args, kwargs
+            columns = bias[:, None, None, :].expand(-1, 1, length, -1)
+            if len(args) > 1:
+                return (state, _both(args[1], columns), *args[2:]), kwargs
+            return args, kwargs | {"attention_mask": _both(kwargs.get("attention_mask"), columns)}
+
+        return hook
+
+    def _bias(self, number: int, rows: int, patches: int) -> Tensor:
+        """What is added to the logits of each patch in a block, float64: -inf if dropped, else the log of its size."""
+        groups = torch.cat(self._groups(rows, patches))
+        size = torch.ones(rows * patches, dtype=torch.float64)
+        dropped = torch.zeros(rows * patches, dtype=torch.bool)
+        for event in self.events.values():
+            # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
+            if int(_site(event).layer or 0) >= number:
+                continue
+            kept = self._kept(event)
+            stay, gone = groups[kept], groups[~kept]
+            dropped[gone[(gone >= 0) & ~torch.isin(gone, stay)]] = True
+            if event.sizes is not None:
+                values = torch.tensor([one for row in event.sizes for one in row], dtype=size.dtype)
+                size[stay[stay >= 0]] = values[:, None].expand_as(stay)[stay >= 0]
+        return size.log().masked_fill(dropped, -torch.inf)
+
+    def _merging(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a block, with what is merged inside and behind it."""
+        here = [event for event in self.merges if _site(self.events[event]).layer == number]
+        inside = [event for event in here if _site(self.events[event]).point == "mid"]
+        behind = [event for event in here if event not in inside]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not inside:
+                result = original(*args, **kwargs)
+            else:
+                # The block once without its MLP, then the merge, then once without its attention.
+                with self._without("mlp"):
+                    state = self._merged(inside, _first(original(*args, **kwargs)))
+                if args:
+                    args = (state, *args[1:])
+                else:
+                    kwargs["hidden_states"] = state
+                with self._without("attention"):
+                    result = original(*args, **kwargs)
+            output = self._merged(behind, _first(result))
+            return (output, *result[1:]) if isinstance(result, tuple) else output
+
+        return forward
+
+    def _merged(self, numbers: Sequence[int], state: Tensor) -> Tensor:
+        """The states of a block, float (rows, tokens, W) or (tokens, W), after these events have merged."""
+        rows, length = (1, state.shape[0]) if state.ndim == 2 else state.shape[:2]
+        whole = state.reshape(rows, length, -1).clone()
+        groups = self._groups(rows, length - self.tower.leading)
+        for number in numbers:
+            flat = whole[:, self.tower.leading :].flatten(0, 1)
+            alive, kept = self._before(number), self._kept(self.events[number])
+            sizes = list(map(len, groups))
+            decided = zip(torch.split(alive, sizes), torch.split(kept, sizes), strict=True)
+            for table, (entered, stay), weights in zip(groups, decided, self.merges[number], strict=True):
+                entered = entered & (table >= 0).all(-1)
+                cells, chosen = table[entered], stay[entered]
+                sums = weights[chosen].to(flat.dtype) @ flat[cells].flatten(1)
+                flat[cells[chosen]] = sums.view(*cells[chosen].shape, flat.shape[-1])
+            whole[:, self.tower.leading :] = flat.view(rows, -1, flat.shape[-1])
+        return whole.view_as(state)
+
+    def _before(self, number: int) -> Tensor:
+        """Visual tokens that enter an event, bool (V,)."""
+        earlier = [event for other, event in self.events.items() if other < number]
+        return self._kept(earlier[-1]) if earlier else torch.ones(sum(self.counts), dtype=torch.bool)
+
+    def _kept(self, event: StageEvent) -> Tensor:
+        """Visual tokens that an event keeps, bool (V,)."""
+        kept = [torch.zeros(count, dtype=torch.bool) for count in self.counts]
+        for row, numbers in zip(kept, event.kept, strict=True):
+            row[list(numbers)] = True
+        return torch.cat(kept)
+
+    def _groups(self, rows: int, patches: int) -> list[Tensor]:
+        """For each image of the prompts the patches of its visual tokens, int64 (tokens, p); -1 stands for none."""
+        if self.tower.patch_groups is None:
+            return list(torch.arange(rows * patches).view(rows, patches, 1))
+        tables = list(self.tower.patch_groups("image", self.inputs, rows, patches))
+        if (made := sum(map(len, tables))) != sum(self.counts):
+            raise ValueError(f"the prompts have {sum(self.counts)} visual tokens, the tower makes {made}")
+        return tables
+
+    def _mutable(self, part: str) -> Callable[..., Any]:
+        """A hook on attention or MLP, which then adds nothing to the residual while it is muted."""
+
+        def hook(_: nn.Module, args: Any, result: Any) -> Any:
+            if part not in self.muted:
+                return result
+            zeros = torch.zeros_like(_first(result))
+            return (zeros, *result[1:]) if isinstance(result, tuple) else zeros
+
+        return hook
+
+    @contextmanager
+    def _without(self, part: str) -> Iterator[None]:
+        self.muted.add(part)
+        try:
+            yield
+        finally:
+            self.muted.remove(part)
+
+
+def _site(event: StageEvent) -> Site:
+    return Site.parse(event.site)
+
+
+def _first(result: Any) -> Tensor:
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 # What is still to be added to the logits of each patch in the attentions of a packed tower, in the order of its chunks.
@@ -115,30 +243,3 @@ def _both(mask: Tensor | None, columns: Tensor) -> Tensor:
         own = torch.zeros_like(columns).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
         columns = columns + own
     return columns.clamp(min=torch.finfo(columns.dtype).min)
-
-
-def _patch_groups(tower: Any, inputs: Mapping[str, Tensor], rows: int, patches: int) -> Tensor:
-    """The patches of every visual token of the batch in the order of the prompts, int64 (V, p); -1 stands for none."""
-    if tower.patch_groups is None:
-        return torch.arange(rows * patches)[:, None]
-    return torch.cat(list(tower.patch_groups("image", inputs, rows, patches)))
-
-
-def _bias(event: StageEvent, groups: Tensor, visual: Sequence[Tensor], patches: int) -> Tensor:
-    """What one event adds to the logits of each patch, float64: -inf if dropped, else the log of its new size."""
-    bias = torch.zeros(patches, dtype=torch.float64)
-    first = 0
-    for row, slots in enumerate(visual):
-        mine = groups[first : first + len(slots)]
-        kept = torch.zeros(len(slots), dtype=torch.bool)
-        kept[list(event.kept[row])] = True
-        stay = mine[kept].flatten()
-        gone = mine[~kept].flatten()
-        bias[gone[(gone >= 0) & ~torch.isin(gone, stay)]] = -torch.inf
-        if event.sizes is not None:
-            sizes = torch.tensor(event.sizes[row], dtype=bias.dtype)[:, None].expand(-1, mine.shape[1]).flatten()
-            bias[stay] = sizes.log()
-        first += len(slots)
-    if first != len(groups):
-        raise ValueError(f"the prompts have {first} visual tokens, the tower makes {len(groups)}")
-    return bias

@@ -6,18 +6,33 @@ import pytest
 
 import prunekit
 from prunekit import Selection, hookimpl, plugins, strategy
+from prunekit.families import shape_of
+from prunekit.strategy.artefact import Artefact
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
+from prunekit.testing.tiny import tiny_llava
 
 # What a strategy needs beside its name; one that is missing here and cannot be built without options fails by name.
 OPTIONS = {
     "skip_layers": {"layers": [1, 4]},
     "freeze_layers": {"layers": [1, 4]},
     "par": {"weights": None, "seed": 0, "width": 32},
+    "shortgpt": {"drop": 2},
 }
 AT_MOST = {"pool"}
 NAMES = [entry.name for entry in plugins.registry().strategies()]
 
 globals().update({f"Test_{name}": contract(name, OPTIONS.get(name), at_most=name in AT_MOST) for name in NAMES})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _calibrated(tmp_path_factory):
+    """Strategies that need a calibration get one of the contract's model."""
+    shape = shape_of(tiny_llava())
+    about = {"id": "tiny", "family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
+    path = tmp_path_factory.mktemp("calibrations") / "shortgpt.json"
+    influence = [float(layer) for layer in range(shape.layers)]
+    Artefact(prunekit.__version__, "shortgpt", about, {"name": "none"}, {"influence": influence}).write(path)
+    globals()["Test_shortgpt"].options = {**OPTIONS["shortgpt"], "calibration": str(path)}
 
 
 def test_the_strategies_of_this_version_are_all_here():

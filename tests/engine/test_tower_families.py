@@ -94,12 +94,12 @@ def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
 class Fixed:
     """Keeps at the door what a list says."""
 
-    kept: ClassVar[tuple] = ()
+    KEPT: ClassVar[tuple] = ()
 
     @hookimpl
     def select_tokens(self, valid):
         keep = torch.zeros_like(valid)
-        for row, kept in enumerate(self.kept):
+        for row, kept in enumerate(self.KEPT):
             keep[row, list(kept)] = True
         return Selection(keep)
 
@@ -157,7 +157,7 @@ def test_a_cut_equals_masking(name, attention, at):
     starts = [sum(run.report.visual_tokens[:row]) for row in range(len(event.kept))]
     kept = torch.zeros(sum(run.report.visual_tokens), dtype=torch.bool)
     kept[[start + one for start, row in zip(starts, event.kept, strict=True) for one in row]] = True
-    Fixed.kept = event.kept
+    Fixed.KEPT = event.kept
     with torch.no_grad(), masked(model, units, kept, 1), prunekit.apply(model, piped((Fixed, {"at": "encoder"}))):
         expected = model(**batch).logits
     assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-9
@@ -213,11 +213,11 @@ class Maps(TorchFunctionMode):
 class Rows:
     """Takes down the mean row of the last block."""
 
-    seen: ClassVar[list] = []
+    SEEN: ClassVar[list] = []
 
     @hookimpl
     def select_tokens(self, encoder_attention, valid):
-        self.seen.append(encoder_attention)
+        self.SEEN.append(encoder_attention)
         return valid
 
 
@@ -239,7 +239,7 @@ def test_mean_rows_of_the_last_block(name):
     units = units_of(eager, "image", given, hidden)
     table = units.mean(torch.cat(received, 1))
     expected = torch.cat([row[:count] for row, count in zip(table, units.counts, strict=True)])
-    taken = torch.cat([r[:n] for r, n in zip(Rows.seen.pop(), run.report.visual_tokens, strict=True)])
+    taken = torch.cat([r[:n] for r, n in zip(Rows.SEEN.pop(), run.report.visual_tokens, strict=True)])
     assert (taken - expected).abs().max() < 1e-9
 
 
@@ -268,11 +268,11 @@ def test_videos_are_cut(name, kind):
 class Places:
     """Takes down all that is not of the tower itself."""
 
-    seen: ClassVar[list] = []
+    SEEN: ClassVar[list] = []
 
     @hookimpl
     def select_tokens(self, coords, frames, sizes, valid, count, cut, seed, hidden):
-        self.seen.append((coords, frames, sizes, valid, count, cut, seed, hidden))
+        self.SEEN.append((coords, frames, sizes, valid, count, cut, seed, hidden))
         return top_k_mask(-frames.double(), count, valid)
 
 
@@ -289,7 +289,7 @@ def test_places_seeds_and_counts_inside_the_tower(name):
     with leaf_after(tower.layers[0]) as found, torch.no_grad():
         _, given = encode(model, batch)
     units = units_of(model, "image", given, found[0])
-    first, second, again, _ = Places.seen[-4:]
+    first, second, again, _ = Places.SEEN[-4:]
     for picture, places in enumerate(modality.coords(given, units.counts)):
         there = units.present[picture, : len(places)]
         made = int(there.sum())

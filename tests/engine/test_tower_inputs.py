@@ -38,7 +38,7 @@ model_of = cache(tiny_llava)
 def _exact():
     with Float64Throughout(), torch.no_grad():
         yield
-    Everything.seen.clear()
+    Everything.SEEN.clear()
 
 
 def naive(model, pixels):
@@ -86,7 +86,7 @@ def test_everything_that_can_be_read(at, attention):
     with prunekit.apply(model, piped(*stages, (Everything, {"at": at}))) as run:
         model(**inputs)
     kept = [range(16), range(32)] if at == "encoder" else run.report.events[0].kept
-    (given,) = Everything.seen
+    (given,) = Everything.SEEN
     compare(given, naive(model, inputs["pixel_values"]), kept, BATCH[0])
 
 
@@ -96,7 +96,7 @@ def test_generate_encodes_before_it_calls():
         model.generate(**inputs, max_new_tokens=3, do_sample=False)
         alone = tiny_inputs((1, 1), (12, 9))  # older transformers mix the pictures of rows with several under beams
         model.generate(**alone, max_new_tokens=3, do_sample=False, num_beams=2)
-    plain, beams = Everything.seen
+    plain, beams = Everything.SEEN
     compare(plain, naive(model, inputs["pixel_values"]), [range(16), range(32)], BATCH[0])
     twice = alone["pixel_values"].repeat_interleave(2, 0)
     compare(beams, naive(model, twice), [range(16)] * 4, (1, 1, 1, 1))
@@ -156,7 +156,7 @@ def test_rows_after_a_cut_are_over_what_is_left():
     keep[0, list(run.report.events[0].kept[0])] = True
     keep[1:].view(-1)[list(run.report.events[0].kept[1])] = True
     _, attended, maps, _ = naive_states(model, inputs["pixel_values"], [(0, "after", lambda *_: (keep, None, None))])
-    inside, behind = Later.seen
+    inside, behind = Later.SEEN
     row = maps[1][:, :, 0, 1:].mean(1)
     for picture in range(3):
         assert (inside[0][picture] - row[picture][keep[picture]]).abs().max() < 1e-9
@@ -169,11 +169,11 @@ def test_rows_after_a_cut_are_over_what_is_left():
 class Later:
     """Takes down rows and keys."""
 
-    seen: ClassVar[list] = []
+    SEEN: ClassVar[list] = []
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, valid):
-        self.seen.append((encoder_attention, encoder_keys))
+        self.SEEN.append((encoder_attention, encoder_keys))
         return valid
 
 

@@ -119,13 +119,13 @@ EVERYTHING = {
 class Everything:
     """Takes down what it is given, and keeps the first half."""
 
-    seen: ClassVar[list] = []
+    SEEN: ClassVar[list] = []
 
     @hookimpl
     def select_tokens(self, encoder_attention, encoder_keys, encoder_values, encoder_queries, features, valid):
         names = "encoder_attention", "encoder_keys", "encoder_values", "encoder_queries", "features"
         given = encoder_attention, encoder_keys, encoder_values, encoder_queries, features
-        self.seen.append(dict(zip(names, given, strict=True)))
+        self.SEEN.append(dict(zip(names, given, strict=True)))
         return valid & (valid.cumsum(-1) * 2 <= valid.sum(-1, keepdim=True) + 1)
 
 

@@ -91,6 +91,15 @@ def test_layers_that_a_router_skips():
         Readings(state, Needs(read=frozenset({1})))._check_plans()
 
 
+def test_the_words_of_a_prompt_without_a_processor(model):
+    def select_tokens(self, question, valid):
+        return all_but_one(valid)
+
+    with refused("asks for `question`, the user's words, which only the model's processor can read", model):
+        with prunekit.apply(model, piped((strategy(select_tokens), {"at": 2}))):
+            pass
+
+
 def test_what_the_decoder_adds_between_its_layers():
     own = tiny_model("qwen3_vl", dtype=torch.float32)
     assert find(own).logical_until > 1

@@ -25,7 +25,7 @@ def ranks(scores: Row) -> list[int]:
 
 
 def top_k_mask(scores: Row, count: int) -> list[bool]:
-    chosen = best_first(range(len(scores)), scores.__getitem__)[:count]
+    chosen = set(best_first(range(len(scores)), scores.__getitem__)[:count])
     return [i in chosen for i in range(len(scores))]
 
 

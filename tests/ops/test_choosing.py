@@ -29,6 +29,18 @@ def test_ranks(batch: Ragged, seed: int) -> None:
         assert rank.sort().values.tolist() == [list(range(batch.width))] * len(rows)
 
 
+def test_many_ties_are_broken_by_the_lower_index() -> None:
+    """Of few entries an unstable sort is stable as well."""
+    scores = integers((3, 2000), 0, 2, seed=0)
+    for dtype in DTYPES:
+        mask = ops.top_k_mask(scores.to(dtype), 777)
+        assert mask.tolist() == [naive.top_k_mask(row, 777) for row in scores.tolist()]
+    groups = integers((3, 2000), 0, 4, seed=1)
+    mask = ops.group_top_k(scores, groups, torch.full((3, 5), 99))
+    rows = zip(scores.tolist(), groups.tolist(), strict=True)
+    assert mask.tolist() == [naive.group_top_k(*row, [99] * 5) for row in rows]
+
+
 def test_counts_may_stay_on_the_device() -> None:
     scores = torch.tensor([[1, 3, 2], [3, 2, 1]])
     counted = ops.top_k_mask(scores, torch.tensor([2, 1]))

@@ -58,6 +58,7 @@ def test_quotas_are_exact_whatever_the_weights(groups: int, total: int, seed: in
         ([1.0] * 8, 98, [49] * 8, 1, "fraction", [13, 13, 12, 12, 12, 12, 12, 12]),
         ([5.0, 3.0, 2.0], 4, [9, 9, 9], 0, "fraction", [2, 1, 1]),
         ([5.0, 3.0, 2.0], 4, [9, 9, 9], 0, "weight", [3, 1, 0]),
+        ([6.0, 9.0, 11.0], 20, [20, 28, 0], 0, "weight", [8, 12, 0]),  # shares are whole but for rounding
         ([8.0, 1.0, 1.0], 10, [4, 9, 9], 0, "fraction", [4, 3, 3]),
         ([1.0, 0.0, 0.0], 7, [3, 9, 9], 0, "fraction", [3, 2, 2]),
         ([0.0, 0.0, 1.0], 2, [5, 5, 5], 1, "fraction", [1, 0, 1]),

@@ -46,11 +46,22 @@ def test_of_an_odd_number_at_most_half_go() -> None:
 def test_density_peaks(batch: Ragged, seed: int, neighbours: int) -> None:
     case = Case(
         batch,
-        matrices={"distance": matrices_of(batch, seed, 0, 4, 0)},
+        matrices={"distance": [[[x / 4 for x in row] for row in m] for m in matrices_of(batch, seed, 0, 4, 0)]},
         numbers={"count": counts_of(batch, seed)},
         options={"neighbours": neighbours},
     )
     check(ops.density_peaks, naive.density_peaks, case, "owner")
+
+
+@given(seeds)
+def test_density_of_a_row_with_fewer_tokens_than_neighbours(seed: int) -> None:
+    """The mean is over the tokens that the row has."""
+    points = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    alone = torch.cdist(points, points)
+    padded = torch.zeros(12, 12, dtype=torch.float64)
+    padded[:6, :6] = alone
+    owner = ops.density_peaks(padded, 3, neighbours=12, valid=torch.arange(12) < 6)
+    assert owner[:6].tolist() == naive.density_peaks(alone.tolist(), 3, neighbours=12)
 
 
 def test_density_peaks_of_clear_clusters() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import naive
 import numpy as np
 import pytest
@@ -37,8 +39,8 @@ def test_nan_is_no_outlier_and_moves_no_quartile() -> None:
 @given(ragged(), seeds)
 def test_min_max(batch: Ragged, seed: int) -> None:
     rows = scores_of(batch, seed)
-    for dtype in DTYPES:
-        scaled = ops.min_max(batch.vector(rows, torch.nan, dtype), batch.valid)
+    for dtype, padding in itertools.product(DTYPES, (7.0, torch.nan)):
+        scaled = ops.min_max(batch.vector(rows, padding, dtype), batch.valid)
         assert not scaled[~batch.valid].any()
         for one, at, row in zip(scaled, batch.positions, rows, strict=True):
             if row:

@@ -76,6 +76,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a schedule of a router": (declared(RouterBody, schedule={Site(2): 0.5}), "is for strategies with token hooks"),
     "scores that nobody cuts": (declared(keep="refused"), "only scores, so how many tokens stay comes from `keep`"),
     "an attribute of old": (with_names(sites=Sites()), "is an argument of the decorator: @strategy(sites=...)"),
+    "a class variable": (
+        lambda: strategy()(type("Mine", (Body,), {"__annotations__": {"inputs": "ClassVar[dict]"}, "inputs": {}})),
+        "is an argument of the decorator: @strategy(inputs=...)",
+    ),
     "a misspelt attribute": (with_names(site=Sites()), "'site' is neither an option nor a keyword of @strategy (did"),
     "an option without a type": (with_names(order=2), "an option has an annotation, as in `order: float = 0.5`"),
     "a misspelt statement": (with_names(flop=lambda self: 0), "'flop' is no hook (did you mean 'flops'?"),
