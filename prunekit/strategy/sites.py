@@ -16,7 +16,7 @@ from prunekit.errors import PluginError
 PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
 POINTS = ("before", "mid", "after")
 WRITTEN = re.compile(r"(?P<tower>vision\.)?(?P<number>\d+)(\.(?P<point>mid|after))?")
-USE = "use 'encoder' (the decoder's door) or a layer number such as 2"
+USE = "use 'encoder' (the decoder input) or a layer number such as 2"
 
 
 @total_ordering
@@ -26,9 +26,9 @@ class Site:
 
     | written | number, place, point | where |
     | --- | --- | --- |
-    | `pixels` | None, pixels, before | pictures, before the tower |
+    | `pixels` | None, pixels, before | images and videos, before the vision tower |
     | `vision.3.mid`, `vision.3` | 3, vision, mid / after | tower: between attention and MLP of block 3, after it |
-    | `encoder` | None, encoder, before | the decoder's door |
+    | `encoder` | None, encoder, before | the decoder input |
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
@@ -53,12 +53,12 @@ class Site:
                 return cls(None, cast("Any", text))
             if text == "decode":
                 raise ValueError("site 'decode' is reserved: decoding steps see what prefill left")
-            if found := WRITTEN.fullmatch(text):
-                point = found["point"]
-                if found["tower"] and point != "after":
-                    return cls(int(found["number"]), "vision", cast("Any", point or "after"))
-                if not found["tower"]:
-                    return cls(int(found["number"]), "layer", cast("Any", point or "before"))
+            if written := WRITTEN.fullmatch(text):
+                point = written["point"]
+                if written["tower"] and point != "after":
+                    return cls(int(written["number"]), "vision", cast("Any", point or "after"))
+                if not written["tower"]:
+                    return cls(int(written["number"]), "layer", cast("Any", point or "before"))
         raise ValueError(f"{text!r} is not a site; {USE}")
 
     def __lt__(self, other: Site) -> bool:
@@ -87,7 +87,7 @@ class Site:
 
     @property
     def in_tower(self) -> bool:
-        """Before the decoder's door: `pixels` or inside the vision tower."""
+        """Before the decoder input: `pixels` or inside the vision tower."""
         return self.place in ("pixels", "vision")
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class Sites:
 
     `default` may be a function of the number of decoder layers N, for defaults that scale with depth; several default
     sites with their budgets are a `schedule` of `@strategy`.
-    encoder: the decoder's door is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
+    encoder: the decoder input is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
     of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
     tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.
     """
