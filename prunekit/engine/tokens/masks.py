@@ -79,9 +79,9 @@ def bidirectional_mask(mask: Tensor | None, layout: Layout, like: Tensor, kind: 
     """The mask for slots of `layout` that all attend to each other, as in the blocks of a vision tower.
 
     mask: None, or the logical one, (B|1, 1, 1 or S, S). like: a tensor with the device and dtype of the queries.
-    Queries of which nothing visible remains, such as padding of a crop, see all tokens of their row: one that may attend
-    to nothing would become NaN and spread. Fillings are seen only in rows that hold nothing else, whose states nobody
-    reads: how many a row has follows from the other rows.
+    Queries of which nothing visible remains, such as padding of a crop, see all tokens of their row: a query that may
+    attend to nothing would become NaN and spread. They do not see fillings, of which a row has as many as the other
+    rows make necessary; only in a row without any token, whose states nobody reads, fillings see each other.
     """
     if mask is None and layout.valid is None and layout.sizes is None:
         return None
