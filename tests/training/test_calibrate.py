@@ -143,7 +143,7 @@ class TestRefusals:
         other = dataclasses.replace(loading.load_shape("micro"), layers=12)
         for stage in ({"use": "vtw", "eta": 9.0}, SHORT):
             path = written / f"{stage['use']}.json"
-            with pytest.raises(SpecError, match="of a model with family llava, layers 8, hidden 160; this one has"):
+            with pytest.raises(SpecError, match=f"with family llava, layers 8, hidden {other.hidden}; this one has"):
                 build({"stages": [{**stage, "calibration": str(path)}]}).bind(other)
 
     def test_no_layer_is_good_enough(self, written):
