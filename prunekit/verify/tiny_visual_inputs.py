@@ -36,11 +36,14 @@ def tiles(config: Any, generator: Generator) -> VisualInput:
 
 
 def masked_tiles(config: Any, generator: Generator) -> VisualInput:
-    """As `tiles`, the last with empty columns at its right: also `pixel_attention_mask` (tiles, side, side)."""
+    """As `tiles`, the last with padding at its right: also `pixel_attention_mask` (tiles, side, side).
+
+    The padding is noise too: of patches that are all alike, rounding would decide which one a strategy keeps.
+    """
     pixels = tiles(config, generator)["pixel_values"]
     mask = torch.ones(len(pixels), *pixels.shape[-2:], dtype=torch.int64)
     mask[-1, :, mask.shape[-1] * 3 // 5 :] = 0
-    return {"pixel_values": pixels * mask[:, None], "pixel_attention_mask": mask}
+    return {"pixel_values": pixels, "pixel_attention_mask": mask}
 
 
 def any_size(config: Any, generator: Generator) -> VisualInput:

@@ -134,9 +134,11 @@ class Cell:
     def refused(self) -> str:
         """A part of the message of the refusal, or nothing."""
         text = str(PIPELINES[self.pipeline])
+        if self.way == "flash" and self.pipeline == "freeze":  # seen before anything runs
+            return "flash kernels do not take"
         if self.way == "flash" and self.family in SLIDING:
             return "more than the sliding window|side by side"
-        if self.way == "flash" and self.pipeline in ("sizes-twice", "freeze"):
+        if self.way == "flash" and self.pipeline == "sizes-twice":
             return "flash kernels do not take"
         if self.way == "static cache" and self.family in SLIDING:
             return "StaticSlidingWindowLayer|side by side"
