@@ -152,6 +152,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "huge": (b"#" * (1 << 20) + b"\n", [r"F:1:1: is larger than 1048576 bytes"]),
     "not yaml": ("stages: [\n", [r"F:2:1: not YAML: "]),
     "tabs": ("stages:\n\t- use: random\n", [r"F:2:1: not YAML: .*\(indent with blanks\)"]),
+    "an unquoted interpolation": (
+        "vars: {keep: ${oc.env:KEEP}}\n",
+        [r"F:1:15: not YAML: .*put quotes around a value with \$\{\.\.\.\}"],
+    ),
     "two documents": ("stages: []\n---\nstages: []\n", [r"F:2:1: not YAML: expected a single document"]),
     "too deep": ("stages: " + "[" * 100 + "]" * 100 + "\n", [r"F:1:40: not YAML: nested over 32 levels deep"]),
     "duplicate keys": (
