@@ -52,6 +52,18 @@ class Batchwise:
 
 
 @strategy()
+class Reading:
+    """A baseline that reads: what it keeps depends on the words of the question."""
+
+    @hookimpl
+    def score_tokens(self, hidden, question):
+        import torch
+
+        signs = torch.tensor([1.0 if len(words) % 2 else -1.0 for words in question])
+        return hidden.sum(-1) * signs[:, None]
+
+
+@strategy()
 class Forgetful:
     """A baseline gone wrong: another draw at every call."""
 
@@ -112,7 +124,7 @@ class BrokenPlugin:
 
     @hookimpl
     def prunekit_register(self, registry):
-        for name, (cls, _) in BROKEN.items():
+        for name, cls in {"reading": Reading, **{name: cls for name, (cls, _) in BROKEN.items()}}.items():
             registry.strategy(name, f"{cls.__module__}:{cls.__name__}")
 
 
@@ -136,6 +148,14 @@ def test_a_rule_that_is_kept_passes_for_the_broken_too(broken):
     contract("greedy")().test_rows_do_not_depend_on_each_other()
     contract("blurred")().test_equals_the_masked_reference()
     contract("forgetful")().test_it_keeps_what_it_is_told_to()
+
+
+def test_a_strategy_that_reads_the_question_is_held_to_the_contract_as_any(broken):
+    class Held(contract("reading")):
+        pass
+
+    for rule in [name for name in dir(Held) if name.startswith("test_") and "says_where" not in name]:
+        getattr(Held(), rule)()
 
 
 def test_the_class_fits_the_strategy():
