@@ -185,7 +185,7 @@ LISTS: dict[str, tuple[str, list[str]]] = {
     "nothing in it": (one("use: score, at: [], keep: 0.5"), ["2:22: at: is empty (name at least one site, such as 2)"]),
     "no site in it": (
         one("use: score, at: [2, encodr], keep: 0.5"),
-        ["2:26: at[1]: 'encodr' is not a site; use 'encoder' (the decoder's door) or a layer number such as 2 "
+        ["2:26: at[1]: 'encodr' is not a site; use 'encoder' (the decoder input) or a layer number such as 2 "
          "(did you mean 'encoder'?)"],
     ),
     "a list in it": (one("use: score, at: [2, [4]], keep: 0.5"), ["2:26: at[1]: must be a site, not a list (such as"]),
@@ -291,7 +291,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "tower not allowed": (
         one("use: plain, at: vision.3, keep: 1"),
-        ["2:22: at: 'plain' cannot act at 'vision.3': it needs a decoder layer, 0 or later"],
+        ["2:22: at: 'plain' cannot act at 'vision.3': it needs 'encoder' or a decoder layer, 0 or later"],
     ),
     "end not allowed": (one("use: plain, at: prefill_end, keep: 1"), ["2:22: at: 'plain' cannot act at 'prefill_end'"]),
     "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),

@@ -16,7 +16,7 @@ from prunekit.errors import PluginError
 PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
 POINTS = ("before", "mid", "after")
 WRITTEN = re.compile(r"(?P<tower>vision\.)?(?P<number>\d+)(\.(?P<point>mid|after))?")
-USE = "use 'encoder' (the decoder's door) or a layer number such as 2"
+USE = "use 'encoder' (the decoder input) or a layer number such as 2"
 
 
 @total_ordering
@@ -28,7 +28,7 @@ class Site:
     | --- | --- | --- |
     | `pixels` | None, pixels, before | pictures, before the tower |
     | `vision.3.mid`, `vision.3` | 3, vision, mid / after | tower: between attention and MLP of block 3, after it |
-    | `encoder` | None, encoder, before | the decoder's door |
+    | `encoder` | None, encoder, before | the decoder input |
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
@@ -87,7 +87,7 @@ class Site:
 
     @property
     def in_tower(self) -> bool:
-        """Before the decoder's door: `pixels` or inside the vision tower."""
+        """Before the decoder input: `pixels` or inside the vision tower."""
         return self.place in ("pixels", "vision")
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ class Sites:
 
     `default` may be a function of the number of decoder layers N, for defaults that scale with depth; several default
     sites with their budgets are a `schedule` of `@strategy`.
-    encoder: the decoder's door is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
+    encoder: the decoder input is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
     of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
     tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.
     """
@@ -145,8 +145,9 @@ class Sites:
             "pixels": self.pixels,
         }  # fmt: skip
         if not allowed[site.place]:
-            first = f"a decoder layer, {self.lowest} or later" if self.decoder else "another place"
-            return f"needs {first}"
+            layers = f"a decoder layer, {self.lowest} or later"
+            names = {"encoder": "'encoder'", "layer": layers, "vision": "a tower site", "prefill_end": "'prefill_end'"}
+            return f"needs {' or '.join(name for place, name in names.items() if allowed[place])}"
         if site.place == "layer" and site.depth < self.lowest:
             return f"needs layer {self.lowest} or later"
         return None
