@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @strategy(keep="refused", drops_all=True)
 class Blind:
-    """Drop every visual token at the decoder's door."""
+    """Drop every visual token at the decoder input."""
 
     @hookimpl
     def select_tokens(self, valid: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""ShortV (https://arxiv.org/abs/2504.00502): in layers that hardly change visual tokens, the visual tokens stand still.
+"""ShortV (https://arxiv.org/abs/2504.00502): visual tokens pass unchanged through layers that would hardly change them.
 
-They are neither queries nor go through the MLP there; the other tokens attend to them as ever. Which layers: the paper
+There they are no queries and skip the MLP; the other tokens attend to them as before. Which layers: the paper
 orders them by how little freezing them changes the output; this strategy takes the list.
 """
 

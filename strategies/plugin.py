@@ -18,8 +18,8 @@ STRATEGIES = {
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
-    "shortgpt": ("shortgpt:ShortGPT", "layers that a calibration found to change least (ShortGPT)"),
-    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens stand still in listed layers (ShortV, ICCV 2025)"),
+    "shortgpt": ("shortgpt:ShortGPT", "the layers that change states least, by a calibration (ShortGPT)"),
+    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged (ShortV, ICCV 2025)"),
 }
 
 

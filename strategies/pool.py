@@ -1,4 +1,4 @@
-"""Baseline: average-pool the grid of visual tokens, as a smaller picture would; hard to beat (https://arxiv.org/abs/2502.11501)."""
+"""Baseline: average-pool the grid of visual tokens, as a smaller image would; hard to beat (https://arxiv.org/abs/2502.11501)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Pool:
     """Average the tokens of each cell of an even grid into the cell's middle token.
 
     The grid is the largest one with no more cells than `count`, so fewer tokens than asked for may be left: 16 of 17
-    on a square picture. Cells that an earlier stage emptied give no token.
+    on a square image. Cells that an earlier stage emptied give no token.
     """
 
     @hookimpl

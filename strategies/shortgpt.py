@@ -1,4 +1,4 @@
-"""ShortGPT (https://arxiv.org/abs/2403.03853): layers that hardly change what passes them are left out.
+"""ShortGPT (https://arxiv.org/abs/2403.03853): decoder layers that hardly change their input are left out.
 
 Rule: icip-cas/ShortGPT@9a2ee8d. Block influence of layer l is BI_l = mean over tokens of 1 - cos(input_l, output_l);
 the `drop` layers with the least influence go. `phase: prefill` is the variant for generation: the prefill leaves them
@@ -19,9 +19,9 @@ from prunekit import Artefact, CalibrationPrompt, LayerAction, LayerPlan, ModelS
 
 @strategy()
 class ShortGPT:
-    """Leave out the `drop` decoder layers that a calibration found to change states least.
+    """Leave out the `drop` decoder layers that change hidden states least, as a calibration measured.
 
-    calibration: a file of `prunekit calibrate`; null only while that is still to be written. phase: when.
+    calibration: a file of `prunekit calibrate`; null only until it is written. phase: when they are left out.
     """
 
     drop: int

@@ -13,7 +13,7 @@ ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "
 class SkipLayers:
     """Leave out decoder layers.
 
-    layers: their numbers, from 0. what: the whole layer, or only its attention or its MLP. phase: when.
+    layers: their numbers, from 0. what: the whole layer, or only its attention or its MLP. phase: in which phase.
     fill_kv: whole layers still write the keys and values of their input, for the phase that runs them.
     """
 

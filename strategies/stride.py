@@ -1,4 +1,4 @@
-"""Baseline: a uniform sub-grid of the picture, which takes no account of its content."""
+"""Baseline: a uniform sub-grid of the image, whatever it shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunekit.ops import grid_cells, middles
 
 @strategy(per_sample=True)
 class Stride:
-    """Keep the middle tokens of the cells of an even grid, and spread what is left of `count` over the other tokens."""
+    """Keep the middle tokens of the cells of an even grid, and spread the rest of `count` among the other tokens."""
 
     @hookimpl
     def select_tokens(self, coords: Tensor, count: int) -> Tensor:
@@ -19,5 +19,5 @@ class Stride:
         keep = middles(grid_cells(coords, count))
         rest = (~keep).nonzero()[:, 0]
         missing = count - (len(keep) - len(rest))
-        places = (2 * torch.arange(missing, device=rest.device) + 1) * len(rest) // (2 * max(missing, 1))
-        return keep.index_fill(0, rest[places], True)
+        spread = (2 * torch.arange(missing, device=rest.device) + 1) * len(rest) // (2 * max(missing, 1))
+        return keep.index_fill(0, rest[spread], True)

@@ -92,7 +92,8 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "site that the strategy does not know": (
         "stages:\n  - use: random\n    at: vision.3\n    keep: 0.5\n",
-        [r"F:3:9: stages\[0\].at: 'random' cannot act at 'vision.3': it needs 'encoder' or a decoder layer, 0 or later"],
+        [r"F:3:9: stages\[0\].at: 'random' cannot act at 'vision.3': it needs 'encoder' or a decoder layer, 0 or "
+         "later"],
     ),
     "site that the strategy forbids": (
         "stages:\n  - use: fastv\n    at: encoder\n    keep: 0.5\n",

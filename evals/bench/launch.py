@@ -1,7 +1,8 @@
 """Launch-bound decoding: steps so small that what a step costs is Python, as on a GPU at batch 1.
 
-The bundled model decodes after the prefill of every shipped pipeline. Each round times 32 steps dense, twice 32 under
-the pipeline and 32 dense again, so that a machine that slows down meanwhile meets both alike.
+The bundled model decodes 64 steps after the prefill of every shipped pipeline, and 64 dense, in turns of 8 steps:
+dense, pruned, pruned, dense. Turns so short meet the same machine, however busy it is. Only the steps are timed, after
+as many that warm up what putting the pipeline on has changed: Python specialises its code anew.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ import pstats
 import random
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,15 @@ from torch import Tensor
 import prunekit
 from prunekit import loading, plugins
 
-STEPS = 32  # of one timed run; two of each make a round
+STEPS, TURN, WARM = 64, 8, 8
 
 
 @dataclass(frozen=True)
 class Launch:
     """One pipeline at batch 1.
 
-    step: median CPU seconds of one decoding step. ratio: the median over rounds of that over the dense steps of the
-    same round. calls: Python calls of one step beyond those of a dense one; the same on every machine.
+    step: median CPU seconds of one decoding step. ratio: the median of that over a dense step, each of two turns beside
+    each other. calls: Python calls of one step beyond those of a dense one; the same on every machine.
     """
 
     pipeline: str
@@ -51,18 +51,67 @@ def launch_rows(rounds: int, pipelines: tuple[str, ...] | None = None) -> list[L
     for number in range(rounds + 1):  # the first does not count
         random.Random(number).shuffle(order)
         for name in order:
-            before, own, more, after = (_decode(model, one, inputs, _cpu) for one in (None, name, name, None))
-            times[name] += [(own + more, before + after)] * (number > 0)
-    dense = _decode(model, None, inputs, _calls)
+            times[name] += _turns(model, name, inputs) * (number > 0)
+    dense = _calls(_Decoding(model, None, inputs))
     return [
         Launch(
             name,
-            statistics.median(own for own, _ in times[name]) / (2 * STEPS),
+            statistics.median(own for own, _ in times[name]) / (2 * TURN),
             statistics.median(own / other for own, other in times[name]),
-            (_decode(model, name, inputs, _calls) - dense) / STEPS,
+            _calls(_Decoding(model, name, inputs)) - dense,
         )
         for name in names
     ]
+
+
+class _Decoding:
+    """Decoding after a prefill, a few steps at a time; between them the model is free."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, pipeline: str | None, inputs: dict[str, Tensor]) -> None:
+        self.model, self.pipeline, self.mask = model, pipeline, inputs["attention_mask"]
+        with self.applied():
+            self.cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+
+    def applied(self) -> AbstractContextManager[Any]:
+        """The pipeline on the model; nothing for the dense model."""
+        return nullcontext() if self.pipeline is None else prunekit.apply(self.model, self.pipeline)
+
+    @torch.inference_mode()
+    def steps(self, number: int) -> None:
+        """Decode so many tokens."""
+        token = torch.full((1, 1), 5)
+        for _ in range(number):
+            self.mask = torch.cat([self.mask, self.mask.new_ones(1, 1)], 1)
+            self.model(input_ids=token, attention_mask=self.mask, past_key_values=self.cache)
+
+
+def _turns(model: Any, pipeline: str, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """CPU seconds of two turns under the pipeline and of the two dense ones around them."""
+    dense, own = _Decoding(model, None, inputs), _Decoding(model, pipeline, inputs)
+    gc.collect()
+    times = []
+    for _ in range(STEPS // TURN // 2):
+        before, first, second, after = (_seconds(decoding) for decoding in (dense, own, own, dense))
+        times.append((first + second, before + after))
+    return times
+
+
+def _seconds(decoding: _Decoding) -> float:
+    """CPU seconds of one turn."""
+    with decoding.applied():
+        decoding.steps(WARM)
+        start = time.process_time()
+        decoding.steps(TURN)
+        return time.process_time() - start
+
+
+def _calls(decoding: _Decoding) -> float:
+    """Python calls of one step."""
+    profiler = cProfile.Profile()
+    with decoding.applied():
+        profiler.runcall(decoding.steps, STEPS)
+    return float(pstats.Stats(profiler).total_calls) / STEPS  # type: ignore[attr-defined]
 
 
 def _prompt(processor: Any) -> dict[str, Tensor]:
@@ -70,35 +119,3 @@ def _prompt(processor: Any) -> dict[str, Tensor]:
     content = [{"type": "image"}, {"type": "text", "text": "What is shown?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return dict(processor(text=text, images=[Image.new("RGB", (168, 168), "grey")], return_tensors="pt"))
-
-
-@torch.inference_mode()
-def _decode(
-    model: Any, pipeline: str | None, inputs: dict[str, Tensor], measure: Callable[[Callable[[], None]], float]
-) -> float:
-    """What `measure` says of `STEPS` decoding steps after a prefill."""
-    with nullcontext() if pipeline is None else prunekit.apply(model, pipeline):
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
-        prompt = inputs["attention_mask"]
-        token = torch.full((1, 1), 5)
-
-        def run() -> None:
-            mask = prompt
-            for _ in range(STEPS):
-                mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
-                model(input_ids=token, attention_mask=mask, past_key_values=cache)
-
-        gc.collect()
-        return measure(run)
-
-
-def _cpu(run: Callable[[], None]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def _calls(run: Callable[[], None]) -> float:
-    profiler = cProfile.Profile()
-    profiler.runcall(run)
-    return float(pstats.Stats(profiler).total_calls)  # type: ignore[attr-defined]

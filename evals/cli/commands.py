@@ -203,7 +203,7 @@ def _next(plan: Plan, seconds: float) -> str:
         f"prunekit compare {plan.out} --markdown": "the same table for a README",
         "prunekit show fastv-k2-r11 --model micro": "a pipeline as it runs, and what it costs",
         "prunekit list strategies": "what pipelines can be made of",
-        "prunekit eval fastv-k2-r11 --set 'stages[0].at=4' --model micro --tasks pope --limit 200": "",
+        "prunekit eval fastv-k2-r11 stages.0.at=4 --model micro --tasks pope --limit 200": "",
     }
     wide = max(len(command) for command, about in commands.items() if about)
     listed = (f"  {command:{wide}}  {about}".rstrip() for command, about in commands.items())

@@ -1,10 +1,37 @@
-"""Bare `key=value` arguments of a command line: overrides of its pipelines, as with --set."""
+"""Options that commands share, and bare `key=value` arguments: overrides of their pipelines, as with --set."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence
+
+
+def add_common(command: argparse.ArgumentParser, model: bool = False) -> None:
+    """Options that commands on a pipeline share; `model`: whether --model must be given."""
+    command.add_argument(
+        "--model", metavar="M", required=model, help="a short name such as micro, a model folder or a hub id"
+    )
+    command.add_argument("--download", action="store_true", help="a model that is not here may be fetched from the hub")
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value, such as stages[0].keep=0.3; may be repeated; a bare KEY=VALUE does the same",
+    )  # fmt: skip
+    command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def add_loading(command: argparse.ArgumentParser) -> None:
+    """Options that say how a model is loaded."""
+    command.add_argument("--dtype", metavar="T", help="of the model: float32, bfloat16; default: float32 on the CPU")
+    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    command.add_argument("--attn", metavar="A", help="attention implementation of the model: sdpa, eager")
 
 
 def is_override(word: str) -> bool:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from prunekit.cli.show import add_common, positive
+from prunekit.cli.arguments import add_common, add_loading, positive
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,9 +26,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command.add_argument("--stage", type=int, metavar="I", help="number of the stage, from 0, where several could be")
     command.add_argument("--seed", type=int, default=0, metavar="S", help="which prompts are drawn; default: 0")
     add_common(command, model=True)
-    command.add_argument("--dtype", metavar="T", help="of the model: float32, bfloat16; default: float32 on the CPU")
-    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    command.add_argument("--attn", metavar="A", help="attention implementation of the model: sdpa, eager")
+    add_loading(command)
     command.set_defaults(run=run)
 
 

@@ -137,7 +137,8 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 def _tower_line(tower: dict[str, Any]) -> str:
     taken = "what enters the first" if tower["feature_block"] < 0 else f"the output of block {tower['feature_block']}"
     leading = f", {tower['leading']} CLS in front" if tower["leading"] else ""
-    return f"blocks 0 to {tower['blocks'] - 1}{leading}; the projector gets {taken}"
+    projected = "token by token" if tower["projects_tokens"] else "in full also behind a cut"
+    return f"blocks 0 to {tower['blocks'] - 1}{leading}; the projector gets {taken}, {projected}"
 
 
 def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:

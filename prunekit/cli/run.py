@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.cli.show import add_common, positive
+from prunekit.cli.arguments import add_common, add_loading, positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,9 +30,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_common(command, model=True)
     command.add_argument("--max-new-tokens", type=positive, default=32, metavar="N", help="length of the answer")
     command.add_argument("--compare-dense", action="store_true", help="answer without pruning, too")
-    command.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
-    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    command.add_argument("--attn", metavar="A", help="attention implementation: sdpa, eager")
+    add_loading(command)
     command.set_defaults(run=run)
 
 

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from prunekit.cli.arguments import add_common, positive
+
 if TYPE_CHECKING:
     from prunekit.errors import Fault
     from prunekit.pipeline.build import BoundPipeline, Cut, Pipeline, Stage
@@ -36,26 +38,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     add_common(check)
     check.add_argument("--syntax", action="store_true", help="only the files themselves; imports no strategy")
     check.set_defaults(run=run_validate)
-
-
-def add_common(command: argparse.ArgumentParser, model: bool = False) -> None:
-    """Options that commands on a pipeline share; `model`: whether --model must be given."""
-    command.add_argument(
-        "--model", metavar="M", required=model, help="a short name such as micro, a model folder or a hub id"
-    )
-    command.add_argument("--download", action="store_true", help="a model that is not here may be fetched from the hub")
-    command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="change one value, such as stages[0].keep=0.3; may be repeated; a bare KEY=VALUE does the same",
-    )  # fmt: skip
-    command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)
 
 
 def run_show(namespace: argparse.Namespace) -> int:

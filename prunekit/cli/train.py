@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from prunekit.cli.show import add_common
+from prunekit.cli.arguments import add_common, add_loading
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,9 +30,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--train", action="append", default=[], dest="changes", metavar="KEY=VALUE",
         help="change one training option, such as lr=0.001; may be repeated",
     )  # fmt: skip
-    command.add_argument("--dtype", metavar="T", help="of the model: float32, bfloat16; default: float32 on the CPU")
-    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    command.add_argument("--attn", metavar="A", help="attention implementation of the model: sdpa, eager")
+    add_loading(command)
     command.add_argument("--restart", action="store_true", help="begin anew, whatever is in the folder")
     command.set_defaults(run=run)
 

@@ -52,6 +52,8 @@ class Attached:
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
         self._check_processor()
+        # One that changes nothing leaves the layers alone.
+        self.active = self.bound.acts
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
@@ -59,7 +61,7 @@ class Attached:
         self._newest: BatchState | None = None
         self._report: tuple[BatchState, RunReport] | None = None
         self._overrides = Overrides()
-        self._left = False
+        self._detached = False
         self._tower = TowerNeeds.of(self.bound, self.parts)
 
     def __enter__(self) -> Self:
@@ -117,14 +119,9 @@ class Attached:
                 blocks.override(self._overrides, self._tower)
             self.needs.attach(self._overrides)
 
-    @property
-    def active(self) -> bool:
-        """Whether the pipeline changes anything; one that does not leaves the layers alone."""
-        return self.bound.acts
-
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
-        self._left = True
+        self._detached = True
         if self.parts.base.__dict__.get(_ATTACHED) not in (self, self.outer, None):
             return  # an inner block has outlived this one; it acts for both, and will not put this one back
         self.parts.base.__dict__.pop(_ATTACHED, None)
@@ -133,7 +130,7 @@ class Attached:
         finally:
             static.forget(self.model)
             outer, self.outer = self.outer, None
-            while outer is not None and outer._left:
+            while outer is not None and outer._detached:
                 outer = outer.outer
             if outer is not None:
                 outer._put_in(outer.parts)
@@ -151,7 +148,7 @@ class Attached:
             )
 
     def _encode(self, modality: Modality) -> Callable[..., Any]:
-        """Take notes while a method of the base model encodes pictures (`generate` encodes before it calls)."""
+        """Record what a method of the base model encodes (`generate` encodes before it calls the model)."""
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
             signature = inspect.signature(original)

@@ -44,7 +44,9 @@ class Tower:
     mlp: names of the two parts of a block, each added to the residual. leading: tokens in front of the patches, such as
     CLS. feature_layer: which hidden state the projector gets, counted as in `output_hidden_states` (-1 the last; of
     several, the latest). projector: from tower features to the decoder's width, token by token; None where it mixes or
-    pools them. pool: the head behind the blocks that attends from one learned query, where there is one.
+    pools them. Behind a cut it runs on what visual tokens still need, if it gets the tower's rows with all tokens or
+    without the first; what it gets in other numbers, such as pooled frames, it maps in full. pool: the head behind the
+    blocks that attends from one learned query, where there is one.
     patch_groups: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches
     of a row (without `leading`) to int64 (V, p) for each image or video: the patches, numbered through all rows, that
     become each of its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual

@@ -63,8 +63,8 @@ def token_params(module: nn.Module, config: Any) -> int:
 def _check_layers(text: Any, layers: nn.ModuleList) -> None:
     for number, layer in enumerate(layers):
         if not isinstance(getattr(layer, ATTENTION, None), nn.Module):
-            there = ", ".join(_children(layer))
-            raise _unknown(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {there}")
+            parts = ", ".join(_children(layer))
+            raise _unknown(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {parts}")
         if not _mlp(layer):
             raise _unknown(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
         if _norms(layer) not in NORMS:

@@ -201,7 +201,7 @@ class TowerShape:
 class ModelShape:
     """The numbers of a model that pipelines are checked and costed against.
 
-    visual_tokens: per image, or None where it depends on the picture.
+    visual_tokens: per image, or None where it depends on the image.
     attention_params, mlp_params: weights of the matrix products of one decoder layer's attention and MLP, those that
         one token uses (of a mixture of experts, the router and the chosen experts). output_params: the part of
         attention_params in the output projection.

@@ -26,7 +26,7 @@ class Site:
 
     | written | number, place, point | where |
     | --- | --- | --- |
-    | `pixels` | None, pixels, before | pictures, before the tower |
+    | `pixels` | None, pixels, before | images and videos, before the vision tower |
     | `vision.3.mid`, `vision.3` | 3, vision, mid / after | tower: between attention and MLP of block 3, after it |
     | `encoder` | None, encoder, before | the decoder input |
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
@@ -53,12 +53,12 @@ class Site:
                 return cls(None, cast("Any", text))
             if text == "decode":
                 raise ValueError("site 'decode' is reserved: decoding steps see what prefill left")
-            if found := WRITTEN.fullmatch(text):
-                point = found["point"]
-                if found["tower"] and point != "after":
-                    return cls(int(found["number"]), "vision", cast("Any", point or "after"))
-                if not found["tower"]:
-                    return cls(int(found["number"]), "layer", cast("Any", point or "before"))
+            if written := WRITTEN.fullmatch(text):
+                point = written["point"]
+                if written["tower"] and point != "after":
+                    return cls(int(written["number"]), "vision", cast("Any", point or "after"))
+                if not written["tower"]:
+                    return cls(int(written["number"]), "layer", cast("Any", point or "before"))
         raise ValueError(f"{text!r} is not a site; {USE}")
 
     def __lt__(self, other: Site) -> bool:

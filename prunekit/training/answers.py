@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 from prunekit.training.recipe import Recipe
 
-# Inputs with one entry for each token of the prompt of which it is known what they are for the tokens of an answer.
+# Inputs with one entry for each token of the prompt that can be continued for the tokens of an answer.
 _BESIDE = frozenset({"input_ids", "attention_mask", "mm_token_type_ids"})
 
 
@@ -30,7 +30,7 @@ class Answers:
 
 
 class _Forced(LogitsProcessor):
-    """Makes greedy decoding say given tokens; the raw logits are taken before."""
+    """Forces greedy decoding to generate `tokens`; the raw logits are recorded before this processor acts."""
 
     def __init__(self, tokens: Tensor, prompt: int) -> None:
         self.tokens, self.prompt = tokens, prompt
@@ -53,8 +53,8 @@ def dense_answers(model: Any, inputs: Mapping[str, Tensor], most: int) -> Answer
     return Answers(tokens, before == 0, logits)
 
 
-def told_logits(model: Any, inputs: Mapping[str, Tensor], answers: Answers) -> Tensor:
-    """Logits, float32 (B, T, vocabulary), of the model as it is pruned now, while it is made to give these answers."""
+def forced_logits(model: Any, inputs: Mapping[str, Tensor], answers: Answers) -> Tensor:
+    """Logits, float32 (B, T, vocabulary), of the model as it is pruned now, when it is forced to these answers."""
     forced = _Forced(answers.tokens, inputs["input_ids"].shape[1])
     length = answers.tokens.shape[1]
     output = _generate(model, inputs, length, min_new_tokens=length, logits_processor=[forced])
@@ -62,8 +62,8 @@ def told_logits(model: Any, inputs: Mapping[str, Tensor], answers: Answers) -> T
 
 
 def can_be_at_once(inputs: Mapping[str, Any], answers: Answers, visual_ids: Sequence[int]) -> bool:
-    """Whether prompts and answers can be one forward: nothing unknown lies beside the ids, and no visual token stands
-    at the end of a prompt or in an answer, where it would be taken for one of the prompt's.
+    """Whether one forward can run prompts and answers: every input of the ids' shape can be continued, and no visual
+    token is at the end of a prompt or in an answer, where it would count as one of the prompt's.
     """
     ids = inputs["input_ids"]
     beside = {name for name, one in inputs.items() if isinstance(one, Tensor) and one.shape[:2] == ids.shape[:2]}
@@ -74,24 +74,24 @@ def can_be_at_once(inputs: Mapping[str, Any], answers: Answers, visual_ids: Sequ
 
 
 def at_once(model: Any, inputs: Mapping[str, Any], answers: Answers) -> Tensor:
-    """As `told_logits`, by one forward over prompts and answers, padded on the left, in place of decoding steps.
+    """As `forced_logits`, by one forward over prompts and answers, padded on the left, in place of decoding steps.
 
-    It is the same where what a pipeline does to the prompt holds for every token after it. What is not valid of an
-    answer gets logits that mean nothing. Raises nothing of its own: see `can_be_at_once`.
+    Equal to it where the pipeline treats every token after the prompt as it treats the prompt's last one. Tokens of an
+    answer that are not valid get meaningless logits. Checks nothing itself: see `can_be_at_once`.
     """
     ids, length = inputs["input_ids"], answers.tokens.shape[1]
     mask = inputs.get("attention_mask", torch.ones_like(ids))
     mask = torch.cat([mask, answers.valid[:, 1:].to(mask)], 1)
     order = mask.argsort(dim=1, stable=True)  # all padding to the left
-    given = dict(inputs) | {"attention_mask": mask.gather(1, order)}
-    for name in _BESIDE & given.keys() - {"attention_mask"}:
+    joined = dict(inputs) | {"attention_mask": mask.gather(1, order)}
+    for name in _BESIDE & joined.keys() - {"attention_mask"}:
         more = answers.tokens[:, :-1].to(ids) if name == "input_ids" else ids.new_zeros(len(ids), length - 1)
-        given[name] = torch.cat([given[name], more.to(given[name])], 1).gather(1, order)
+        joined[name] = torch.cat([joined[name], more.to(joined[name])], 1).gather(1, order)
     with torch.no_grad():
-        logits: Tensor = model(**given, use_cache=False, logits_to_keep=length).logits.float()
+        logits: Tensor = model(**joined, use_cache=False, logits_to_keep=length).logits.float()
     counts = answers.valid.sum(1, keepdim=True)
-    places = length - counts + torch.arange(length, device=ids.device)
-    return logits.gather(1, places.clamp(max=length - 1)[..., None].expand(-1, -1, logits.shape[-1]))
+    steps = length - counts + torch.arange(length, device=ids.device)  # the valid end of each row
+    return logits.gather(1, steps.clamp(max=length - 1)[..., None].expand(-1, -1, logits.shape[-1]))
 
 
 def divergence(answers: Answers, logits: Tensor, recipe: Recipe) -> Tensor:

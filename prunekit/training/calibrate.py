@@ -1,4 +1,4 @@
-"""Calibration: what the strategy of a stage finds out about a frozen model on some prompts, as an artefact."""
+"""Calibration: what the strategy of a stage measures on a frozen model and some prompts, as an artefact."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from prunekit.verify.proof import proved_parts
 
 def stage_of(pipeline: Pipeline, number: int | None) -> Stage:
     """The stage to calibrate: `number`, or the only one that can be. Raises InputError, Unsupported."""
-    able = [stage for stage in pipeline.stages if stage.states("calibrate")]
-    if not able:
+    supported = [stage for stage in pipeline.stages if stage.states("calibrate")]
+    if not supported:
         used = ", ".join(stage.use for stage in pipeline.stages)
         raise Unsupported(f"no stage of '{pipeline.name}' can be calibrated: {used} implement no hook `calibrate`")
-    if number is None and len(able) > 1:
-        raise InputError(f"several stages can be calibrated (name one with --stage: {_numbers(able)})")
-    chosen = [stage for stage in able if number in (None, stage.index)]
+    if number is None and len(supported) > 1:
+        raise InputError(f"several stages can be calibrated (name one with --stage: {_numbers(supported)})")
+    chosen = [stage for stage in supported if number in (None, stage.index)]
     if not chosen:
-        raise InputError(f"stage {number} of '{pipeline.name}' cannot be calibrated (name one of {_numbers(able)})")
+        names = _numbers(supported)
+        raise InputError(f"stage {number} of '{pipeline.name}' cannot be calibrated (name one of {names})")
     return chosen[0]
 
 
 def calibrate(
     stage: Stage, model: Any, processor: Any, data: Source, prompts: int, *, seed: int = 0, model_id: str, name: str
 ) -> Artefact:
-    """What the stage's strategy finds out on `prompts` prompts of `data`, drawn with `seed`; the model is not changed.
+    """What the stage's strategy measures on `prompts` prompts of `data`, drawn with `seed`; the model is not changed.
 
     model_id: names the weights. name: of the data. Raises PluginError when the strategy fails or returns something
     that JSON cannot hold, and Unsupported for a model that cannot be pruned.
@@ -69,7 +70,7 @@ class Prompt:
 
     @torch.no_grad()
     def logits(self, stages: Sequence[Mapping[str, Any]] = ()) -> Tensor:
-        """Logits of the token behind the prompt, float32 (vocabulary,), under a pipeline of `stages` or dense."""
+        """Logits of the token after the prompt, float32 (vocabulary,), under a pipeline of `stages` or dense."""
         if not stages:
             return self._last_logits()
         pipeline = build({"name": "calibration", "stages": [dict(stage) for stage in stages]})

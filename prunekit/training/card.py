@@ -7,7 +7,7 @@ from typing import Any
 
 
 def card_of(model_id: str, training: Mapping[str, Any]) -> str:
-    """What it was made for, from what, how, and what was measured on the way. All figures are held-out KL."""
+    """The model, the data, the recipe and the measurements of a training. All figures are held-out KL."""
     data, curve = training["data"], training["curve"]
     start, end = curve[0], curve[-1]
     lines = [

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: one file, whole or not there, from which it goes on as if it had never stopped."""
+"""Checkpoints of a training: one file, complete or absent, from which training resumes as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training is. curve: what was measured, in order, plain data."""
+    """How far a training is: steps done. curve: measurements so far, in order, plain data."""
 
     step: int
     curve: tuple[Mapping[str, float], ...] = ()
@@ -36,10 +36,10 @@ def save(
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
     plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    told = {"step": progress.step, "curve": list(progress.curve), "identity": dict(identity)}
+    metadata = {"step": progress.step, "curve": list(progress.curve), "identity": dict(identity)}
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{NAME}.part"
-    save_file(plain, part, metadata={"prunekit": json.dumps(told)})
+    save_file(plain, part, metadata={"prunekit": json.dumps(metadata)})
     with part.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(part, folder / NAME)
@@ -56,13 +56,13 @@ def restore(
         return None
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {})["prunekit"])
+            metadata = json.loads((file.metadata() or {})["prunekit"])
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise InputError(f"'{path}' is no checkpoint of a training: {error} (remove it, or use --restart)") from error
     mine = json.loads(json.dumps(dict(identity)))
-    if told["identity"] != mine:
-        other = sorted(key for key in {*mine, *told["identity"]} if mine.get(key) != told["identity"].get(key))
+    if metadata["identity"] != mine:
+        other = sorted(key for key in {*mine, *metadata["identity"]} if mine.get(key) != metadata["identity"].get(key))
         raise InputError(
             f"'{path}' belongs to another training: {', '.join(other)} differ (name another folder, or use --restart)"
         )
@@ -73,11 +73,11 @@ def restore(
         number, _, key = name.partition(".")
         state.setdefault(int(number), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return Progress(int(told["step"]), tuple(told["curve"]))
+    return Progress(int(metadata["step"]), tuple(metadata["curve"]))
 
 
 def remove(folder: Path) -> None:
-    """Take the checkpoint away, if there is one."""
+    """Delete the checkpoint, if there is one."""
     (folder / NAME).unlink(missing_ok=True)
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt: its pictures and what is asked."""
+    """One prompt: its images and the question."""
 
     images: tuple[Image, ...]
     prompt: str
@@ -85,13 +85,13 @@ class JsonLines:
 def source(name: str) -> Source:
     """The data of this name, or the JSONL file at this path. Raises InputError, UnknownName."""
     registry = plugins.registry()
-    known = tuple(entry.name for entry in registry.sources())
-    if name in known:
-        found: Source = registry.get_source(name)()
-        return found
+    names = tuple(entry.name for entry in registry.sources())
+    if name in names:
+        data: Source = registry.get_source(name)()
+        return data
     if Path(name).exists() or name.endswith((".jsonl", ".json")) or "/" in name:
         return JsonLines(Path(name))
-    raise UnknownName("data", name, (*known, "a .jsonl file"))
+    raise UnknownName("data", name, (*names, "a .jsonl file"))
 
 
 def order(total: int, seed: int, count: int) -> list[int]:
@@ -104,7 +104,7 @@ def order(total: int, seed: int, count: int) -> list[int]:
 
 
 def encode(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
-    """Model inputs of a batch, padded on the left, each prompt in the words of the model's chat template.
+    """Model inputs of a batch, padded on the left, each prompt in the model's chat template.
 
     Raises InputError when the model brings no chat template, or a prompt holds its image placeholder.
     """
@@ -115,8 +115,8 @@ def encode(processor: Any, samples: Sequence[Sample]) -> dict[str, Any]:
     for sample in samples:
         if placeholder and placeholder in sample.prompt:
             raise InputError(
-                f"a prompt holds '{placeholder}', which stands for an image: {sample.prompt!r} (leave it out: pictures "
-                "stand before the words)"
+                f"a prompt holds '{placeholder}', which stands for an image: {sample.prompt!r} (leave it out: images "
+                "come before the text)"
             )
         content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.prompt}]
         texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))

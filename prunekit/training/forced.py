@@ -1,4 +1,4 @@
-"""Putting decisions on a model in place of a router's own, and taking down what the router is shown."""
+"""Decisions that replace a router's own on a model, and a record of what the router is given to decide on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Decide = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Shown:
-    """What a router sees of a batch, padded on the right: embeds float (B, S, H), visual and valid bool (B, S)."""
+    """What a router is given of a batch, padded on the right: embeds float (B, S, H), visual and valid bool (B, S)."""
 
     embeds: Tensor
     visual: Tensor
@@ -29,15 +29,15 @@ class Shown:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        found: list[int] = self.valid.sum(1).tolist()
-        return found
+        counts: list[int] = self.valid.sum(1).tolist()
+        return counts
 
 
 @dataclass
-class _Teller:
+class _Decider:
     """Stands in for a router's `route`: row by row, `decide(row, embeds, visual)` gives scores (S,) and (N,).
 
-    behind: how many tokens of each row stand behind its prompt; the router is not shown them. None: none.
+    behind: how many tokens of each row follow its prompt, which the router is not given. None: none.
     """
 
     decide: Decide
@@ -46,7 +46,7 @@ class _Teller:
 
     @hookimpl(tryfirst=True)
     def route(self, embeds: Tensor, visual: Tensor, valid: Tensor) -> Route:
-        """Answer in place of the strategy, for one sample or for the batch, as it is called."""
+        """The decision in place of the strategy's, for one sample or for the batch, as it is called."""
         if embeds.ndim == 2:
             tokens, layers = self._row(embeds, visual)
             return Route(tokens, layers)
@@ -65,21 +65,21 @@ class _Teller:
 
 
 @contextmanager
-def deciding(stage: Stage, decide: Decide, behind: Sequence[int] | None = None) -> Iterator[_Teller]:
+def deciding(stage: Stage, decide: Decide, behind: Sequence[int] | None = None) -> Iterator[_Decider]:
     """Within the block, `decide` answers for the router of `stage`; one prefill at a time.
 
-    behind: tokens of each row that stand behind its prompt, which are kept from the router.
+    behind: how many tokens of each row follow its prompt, which the router is not given. None: none.
     """
-    teller = _Teller(decide, behind)
-    stage.manager.register(teller, name="told")
+    decider = _Decider(decide, behind)
+    stage.manager.register(decider, name="decider")
     try:
-        yield teller
+        yield decider
     finally:
-        stage.manager.unregister(teller)
+        stage.manager.unregister(decider)
 
 
 def shown(seen: Sequence[tuple[Tensor, Tensor]]) -> Shown:
-    """What was taken down, as one batch."""
+    """The recorded rows as one batch."""
     embeds = pad_sequence([row for row, _ in seen], batch_first=True)
     visual = pad_sequence([row for _, row in seen], batch_first=True)
     valid = pad_sequence([torch.ones_like(row) for _, row in seen], batch_first=True)

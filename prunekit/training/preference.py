@@ -1,8 +1,9 @@
 """Contrastive preference learning (https://arxiv.org/abs/2310.13639) on pairs of decisions, and sparsity.
 
 A decision is taken as independent coin flips with the router's probabilities: log p(a) is the sum over visual tokens of
-a log p + (1 - a) log(1 - p), and the same over the layers about which the router decides. Which loss PAR has is not
-known; its code speaks of offline preferences, of a positive and a negative part, and of sparsity of tokens and layers.
+a log p + (1 - a) log(1 - p), and the same over the layers about which the router decides. Which loss PAR has is
+not published; its code speaks of offline preferences, of a positive and a negative part, and of sparsity of tokens and
+layers.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def log_likelihood(scores: Scores, actions: Actions, seen: Shown, teacher: Teach
     """log p of what was decided for each sample, float32 (B,)."""
     mean = teacher.recipe.likelihood == "normalised"
     return sum(
-        (_over(chosen * F.logsigmoid(logits) + (1 - chosen) * F.logsigmoid(-logits), there, mean)
-         for logits, chosen, there in _groups(scores, actions, seen, teacher)),
+        (_total(chosen * F.logsigmoid(logits) + (1 - chosen) * F.logsigmoid(-logits), counts, mean)
+         for logits, chosen, counts in _groups(scores, actions, seen, teacher)),
         start=torch.zeros(len(seen.valid), device=seen.valid.device),
     )  # fmt: skip
 
@@ -74,8 +75,8 @@ def log_likelihood(scores: Scores, actions: Actions, seen: Shown, teacher: Teach
 def _sparsity(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> Tensor:
     """How far the mean probability of keeping is from the share that stays, squared; float32 (B,)."""
     total = torch.zeros(len(seen.valid), device=seen.valid.device)
-    for logits, chosen, there in _groups(scores, actions, seen, teacher):
-        total = total + (_over(logits.sigmoid(), there, True) - _over(chosen, there, True)).square()
+    for logits, chosen, counts in _groups(scores, actions, seen, teacher):
+        total = total + (_total(logits.sigmoid(), counts, True) - _total(chosen, counts, True)).square()
     return total
 
 
@@ -83,17 +84,17 @@ def _groups(scores: Scores, actions: Actions, seen: Shown, teacher: Teacher) -> 
     """Logits, decisions (float, from 0 to 1) and which of them count, of tokens and of layers, as far as the router
     decides about them.
     """
-    found = []
+    groups = []
     if teacher.cuts_tokens:
-        found.append((scores[0].float(), actions.tokens.float(), seen.visual))
+        groups.append((scores[0].float(), actions.tokens.float(), seen.visual))
     if teacher.skips_layers:
         free = torch.zeros_like(actions.layers)
         free[:, list(teacher.free)] = True
-        found.append((scores[1].float(), actions.layers.float(), free))
-    return found
+        groups.append((scores[1].float(), actions.layers.float(), free))
+    return groups
 
 
-def _over(values: Tensor, there: Tensor, mean: bool) -> Tensor:
-    """Sum or mean over the second axis, of what is there; 0 of nothing."""
-    total = values.masked_fill(~there, 0.0).sum(1)
-    return total / there.sum(1).clamp(min=1) if mean else total
+def _total(values: Tensor, counts: Tensor, mean: bool) -> Tensor:
+    """Sum or mean of the values that count, along the second axis; 0 where none does."""
+    total = values.masked_fill(~counts, 0.0).sum(1)
+    return total / counts.sum(1).clamp(min=1) if mean else total

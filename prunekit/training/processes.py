@@ -1,4 +1,4 @@
-"""Several processes that train one router, through Accelerate if they were started by it; else this one alone.
+"""Several processes that train one router, through Accelerate if they were started by it; otherwise only this one.
 
 Each process takes every n-th prompt of a batch and the gradients are added up, so that a step is the same step.
 """
@@ -22,7 +22,7 @@ class Processes:
     """This process among `count`, with its number and its device (None: the caller's choice).
 
     wanted: the device that the user named; `cpu` takes the CPU where there is a GPU. Raises InputError for a process
-    that was told of others and does not find them, since each would train by itself.
+    that should have others and does not reach them, since each would train by itself.
     """
 
     def __init__(self, wanted: str | None = None) -> None:
@@ -36,19 +36,19 @@ class Processes:
                 raise InputError(
                     "training in several processes needs accelerate (pip install prunekit[train])"
                 ) from error
-            # It forms no group of processes on a machine without a GPU unless it is told that the CPU is meant.
+            # It forms no group of processes on a machine without a GPU unless it is told to use the CPU.
             try:
                 self._accelerator = Accelerator(cpu=wanted == "cpu" or not torch.accelerator.is_available())
             except ValueError as error:
                 raise InputError(f"the {self.count} processes do not find each other: {error} ({LAUNCH})") from error
             if self._accelerator.num_processes != self.count:
-                found = self._accelerator.num_processes
-                raise InputError(f"WORLD_SIZE tells of {self.count} processes, and there are {found} ({LAUNCH})")
+                running = self._accelerator.num_processes
+                raise InputError(f"WORLD_SIZE says {self.count} processes, and {running} are running ({LAUNCH})")
             self.number, self.device = self._accelerator.process_index, self._accelerator.device
 
     @property
     def first(self) -> bool:
-        """It writes and speaks for all."""
+        """Whether this is the process that writes files and output."""
         return self.number == 0
 
     def check_batch(self, batch: int) -> None:
@@ -68,8 +68,8 @@ class Processes:
             return list(values)
         device = self.device or torch.device("cpu")
         wide = torch.float32 if device.type == "mps" else torch.float64
-        found: list[float] = self._accelerator.reduce(torch.tensor(values, dtype=wide, device=device), "sum").tolist()
-        return found
+        totals: list[float] = self._accelerator.reduce(torch.tensor(values, dtype=wide, device=device), "sum").tolist()
+        return totals
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by the sum over the processes."""
@@ -80,6 +80,6 @@ class Processes:
             parameter.grad = self._accelerator.reduce(grad, "sum")
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Until every process has come to this point."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()

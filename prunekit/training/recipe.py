@@ -19,7 +19,7 @@ MOST = 2**31  # seeds of samples and candidates are multiples of it
 @dataclass(frozen=True)
 class Recipe:
     """The options of a training. The defaults of samples, batch, rounds and lr are those that did best on the bundled
-    model (docs/decisions/par-recipe.md); the authors' values are not known.
+    model (docs/decisions/par-recipe.md); the authors' values are not published.
 
     seed: of the order of the data and of all noise. samples: how many prompts are seen; steps: of the optimizer, None
         for samples / batch. batch: prompts of one step. held_out: prompts that are only measured on.

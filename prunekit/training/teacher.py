@@ -18,11 +18,11 @@ from prunekit.pipeline.stage import Stage
 from prunekit.records import RunReport
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import PREFILL_END
-from prunekit.training.answers import Answers, at_once, can_be_at_once, dense_answers, divergence, told_logits
+from prunekit.training.answers import Answers, at_once, can_be_at_once, dense_answers, divergence, forced_logits
 from prunekit.training.forced import Decide, Shown, deciding, shown
 from prunekit.training.learner import Learner
-from prunekit.training.pictures import encoded_once
 from prunekit.training.recipe import Recipe
+from prunekit.training.visual_inputs import encoded_once
 from prunekit.verify.proof import proved_parts
 
 
@@ -82,7 +82,7 @@ class Teacher:
 
     free: decoder layers about which the router decides. token_share: fraction of the visual tokens that stay, of each
     sample; layer_share: of the free layers. None where the pipeline gives the router no such budget. alone: as
-    `is_alone`; candidates are then run with pictures encoded once, prompt and answer in one forward.
+    `is_alone`; candidates then run with visual inputs encoded once, prompt and answer in one forward.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Teacher:
         self.cuts_tokens = bool(self.stage.keeps)
         self.skips_layers = bound.layer_budget is not None and bool(self.free)
 
-    def remembering(self) -> AbstractContextManager[None]:
-        """Within the block, which is of one batch, pictures are encoded once where that changes nothing."""
+    def encoding_once(self) -> AbstractContextManager[None]:
+        """Within the block, which is of one batch, visual inputs are encoded once, where that changes nothing."""
         return encoded_once(self.parts) if self.alone else nullcontext()
 
     def answers(self, inputs: Mapping[str, Tensor]) -> Answers:
@@ -117,16 +117,16 @@ class Teacher:
         """As `decide`, with the pipeline on the model already."""
         once = self.alone and can_be_at_once(inputs, answers, self.parts.visual_ids)
         behind: list[int] | None = (answers.valid.sum(1) - 1).tolist() if once else None
-        with deciding(self.stage, by, behind) as teller:
-            logits = (at_once if once else told_logits)(self.model, inputs, answers)
+        with deciding(self.stage, by, behind) as decider:
+            logits = (at_once if once else forced_logits)(self.model, inputs, answers)
         assert run.report is not None
-        seen = shown(teller.seen)
+        seen = shown(decider.seen)
         return divergence(answers, logits, self.recipe), self._actions(run.report, seen), seen
 
     def pairs(
         self, learner: Learner, inputs: Mapping[str, Tensor], answers: Answers, seeds: Sequence[int]
     ) -> tuple[Pairs, Shown]:
-        """Try candidates from this router, the first without noise, and find the best and the worst of each sample.
+        """Try candidates from this router, the first without noise; the best and the worst of each sample.
 
         seeds: one for each sample; every candidate draws its noise from it and its own number.
         """
@@ -136,10 +136,10 @@ class Teacher:
             for number in range(1, self.recipe.candidates):
                 mine = [seed * 1_000_003 + number for seed in seeds]
                 scores = self._noisy(learner, seen, mine)
-                kl, actions, _ = self._decided(run, inputs, answers, told(scores, seen))
+                kl, actions, _ = self._decided(run, inputs, answers, fixed(scores, seen))
                 kls.append(kl)
                 tried.append(actions)
-        every = _overflown_last(torch.stack(kls))
+        every = _finite(torch.stack(kls))
         best = every.argmin(0)
         worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
         gap = every.gather(0, worst[None])[0] - every.gather(0, best[None])[0]
@@ -170,7 +170,7 @@ class Teacher:
         return Actions(pad_sequence(kept, batch_first=True), running.to(seen.valid.device))
 
     def _kept(self, report: RunReport, row: int, seen: Shown) -> Tensor:
-        """Float (S,): at which share of the router's cuts the visual tokens, at the places where it saw them, stay."""
+        """Float (S,), at the positions of the router's input: at what share of its cuts each visual token stays."""
         visual = seen.visual[row]
         if not self.cuts_tokens or not bool(visual.any()):
             return visual.float()
@@ -193,8 +193,8 @@ def plainly(learner: Learner) -> Decide:
     return decide
 
 
-def told(scores: tuple[Tensor, Tensor], seen: Shown) -> Decide:
-    """Scores that are known already, (B, S) and (B, N)."""
+def fixed(scores: tuple[Tensor, Tensor], seen: Shown) -> Decide:
+    """Decisions by scores computed before, (B, S) and (B, N)."""
     lengths = seen.lengths
     return lambda row, embeds, visual: (scores[0][row, : lengths[row]], scores[1][row])
 
@@ -210,11 +210,11 @@ def at_random(layers: int, seeds: Sequence[int]) -> Decide:
     return decide
 
 
-def _overflown_last(kl: Tensor) -> Tensor:
-    """KLs (candidates, B) in which one that is no number counts as much as the worst of its sample that is one."""
-    numbers = kl.isfinite()
-    worst = kl.masked_fill(~numbers, 0.0).amax(0, keepdim=True)
-    return torch.where(numbers, kl, worst)
+def _finite(kl: Tensor) -> Tensor:
+    """KLs (candidates, B) in which one that overflowed counts as the largest finite one of its sample."""
+    finite = kl.isfinite()
+    worst = kl.masked_fill(~finite, 0.0).amax(0, keepdim=True)
+    return torch.where(finite, kl, worst)
 
 
 def _chosen(tried: Sequence[Actions], which: Tensor) -> Actions:

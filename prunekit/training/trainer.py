@@ -1,4 +1,4 @@
-"""The loop: candidates, pairs, a step of the optimizer, now and then a measurement and a checkpoint."""
+"""The training loop: candidates, pairs, a step of the optimizer, at intervals a measurement and a checkpoint."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Trainer:
         rest = len(self.source) - self.recipe.held_out
         if rest < self.recipe.batch:
             raise InputError(
-                f"the data holds {len(self.source)} prompts; {self.recipe.held_out} are held out, and what is left is "
+                f"the data holds {len(self.source)} prompts; {self.recipe.held_out} are held out, and the rest is "
                 f"less than a batch of {self.recipe.batch} (give more, or set held_out or batch lower)"
             )
         self.order = order(rest, self.recipe.seed, self.recipe.total * self.recipe.batch)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint has to share with the training that goes on with it."""
+        """What a checkpoint and the training that resumes from it have in common."""
         return {
             "recipe": as_data(self.recipe), "pipeline": self.pipeline.sha, "data": self.source.digest,
             "model": self.model_id, "processes": self.processes.count,
@@ -106,7 +106,7 @@ class Trainer:
         mine = self.processes.share(numbers)
         inputs = self._inputs(mine)
         seeds = [self.recipe.seed * 2_147_483_647 + step * self.recipe.batch + numbers.index(one) for one in mine]
-        with self.teacher.remembering():
+        with self.teacher.encoding_once():
             pairs, seen = self.teacher.pairs(self.base, inputs, self.teacher.answers(inputs), seeds)
         loss = self._loss(pairs, seen)
         useful = self.processes.sums([float(loss.pairs)])[0]
@@ -118,13 +118,13 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.recipe.clip))
         if not math.isfinite(norm):
             raise InputError(
-                f"step {step + 1}: the gradient is no number any more ({norm}), and the step was not made (set "
+                f"step {step + 1}: the gradient is not finite ({norm}), and the step was not made (set "
                 "lr lower, and begin anew with --restart)"
             )
         self.optimizer.step()
-        return self._told(step + 1, loss, pairs, useful, norm, len(numbers))
+        return self._measured(step + 1, loss, pairs, useful, norm, len(numbers))
 
-    def _told(self, step: int, loss: Loss, pairs: Pairs, useful: float, norm: float, batch: int) -> Measured:
+    def _measured(self, step: int, loss: Loss, pairs: Pairs, useful: float, norm: float, batch: int) -> Measured:
         difference = pairs.better.difference(pairs.worse)[pairs.useful].sum()
         parts = [loss.preference, loss.sparsity, difference, pairs.kl[0].sum(), pairs.kl.amin(0).sum()]
         preference, sparsity, changed, plain, best = self.processes.sums([float(part.detach()) for part in parts])
@@ -170,7 +170,7 @@ class Trainer:
             decide = by if make is None else make(mine)
             assert decide is not None
             inputs = self._inputs([first + number for number in mine])
-            with self.teacher.remembering():
+            with self.teacher.encoding_once():
                 total += float(self.teacher.decide(inputs, self.teacher.answers(inputs), decide)[0].sum())
         return self.processes.sums([total])[0] / self.recipe.held_out
 
@@ -202,7 +202,7 @@ class Trainer:
 
 
 def finished(folder: Path) -> bool:
-    """A router stands in the folder, and no checkpoint of a training that is not over."""
+    """Whether the folder holds a router, and no checkpoint of an unfinished training."""
     return (folder / "config.json").is_file() and not (folder / checkpoint.NAME).is_file()
 
 

@@ -2,7 +2,7 @@
 
 The paper's text on the router could not be consulted and the released code ships no config, so depth and initialisation
 are options. The released code has blocks of the LVLM's own width; a narrow router, whose input is projected down first,
-is a deviation of ours: at the shape of a 7B model one full block costs more than 3 % of the prefill.
+is prunekit's deviation: at the shape of a 7B model one full block costs more than 3 % of the prefill.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class RouterConfig:
     """A router's architecture.
 
     hidden, layers: of the LVLM's decoder; there is one layer token for each of its layers. depth: blocks. width: of the
-    blocks. heads, kv_heads, head_dim: of their attention. mlp: inner width of their gated MLP. attention: who sees
-    whom, see `router`. bias: the projections to queries, keys and values have one. theta: base of the rotations.
-    eps: of the norms.
+    blocks. heads, kv_heads, head_dim: of their attention. mlp: inner width of their gated MLP. attention: who
+    attends to whom, see `router`. bias: the projections to queries, keys and values have one. theta: base of the
+    rotations. eps: of the norms.
     """
 
     hidden: int
@@ -56,7 +56,7 @@ class RouterConfig:
         return self.width != self.hidden
 
     def flops(self, prompt: int) -> int:
-        """FLOPs for a prompt of so many tokens, a multiply-add counted as two: projection down, blocks and head, with
+        """FLOPs for a prompt of `prompt` tokens, a multiply-add counted as two: projection down, blocks and head, with
         attention counted as the full square, as `cost` does for the decoder.
         """
         tokens, inner = prompt + self.layers, self.heads * self.head_dim

@@ -35,7 +35,7 @@ NUMBERS = ("family", "layers", "hidden", "heads", "head_dim", "attention_params"
 class RouterFile:
     """What a router's config.json says. model: `NUMBERS` of its LVLM, and `id`, the name it was trained under.
 
-    training: how it was trained, plain data; empty for one that was not.
+    training: how it was trained, plain data; empty for an untrained one.
     """
 
     architecture: RouterConfig
@@ -55,7 +55,7 @@ class RouterFile:
 def find(weights: str | Path) -> Path:
     """The folder of a router: the name of one that is shipped, a path, or a hub id that is in the local cache.
 
-    Raises ValueError that says what is not there.
+    Raises ValueError that says what is missing.
     """
     weights = str(weights)
     shipped = SHIPPED / weights
@@ -66,9 +66,9 @@ def find(weights: str | Path) -> Path:
         return cached
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if not folder.is_dir():
-        known = ", ".join(sorted(path.name for path in SHIPPED.glob("*/"))) or "none"
+        names = ", ".join(sorted(path.name for path in SHIPPED.glob("*/"))) or "none"
         raise ValueError(
-            f"there is no router '{weights}': no such folder, not in the hub's cache, not shipped ({known}); train one "
+            f"there is no router '{weights}': no such folder, not in the hub's cache, not shipped ({names}); train one "
             "with `prunekit train`, or write null for an untrained one"
         )
     if missing:
@@ -102,17 +102,17 @@ def read(folder: Path) -> RouterFile:
 
 
 def _architecture(data: Mapping[str, Any]) -> RouterConfig:
-    given = _of(dict, data, "architecture")
+    values = _of(dict, data, "architecture")
     fields = {field.name: field for field in dataclasses.fields(RouterConfig)}
-    for name in given.keys() - fields.keys():
+    for name in values.keys() - fields.keys():
         raise ValueError(f"its architecture has an unknown '{name}'")
     for name, field in fields.items():
-        if name not in given and field.default is dataclasses.MISSING:
+        if name not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"its architecture lacks '{name}'")
     for name, kind in (("theta", float), ("eps", float), ("bias", bool)):
-        if not isinstance(given.get(name, fields[name].default), (kind, int) if kind is float else kind):
-            raise ValueError(f"its {name} is {given[name]!r}")
-    return RouterConfig(**given)
+        if not isinstance(values.get(name, fields[name].default), (kind, int) if kind is float else kind):
+            raise ValueError(f"its {name} is {values[name]!r}")
+    return RouterConfig(**values)
 
 
 def _of(kind: type, data: Mapping[str, Any], key: str) -> Any:
@@ -130,16 +130,16 @@ def check(folder: Path) -> None:
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            found = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            stored = {name: tuple(part.get_shape()) for name, part in parts.items()}
             odd = [name for name, part in parts.items() if not part.get_dtype().startswith(("F", "BF"))]
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, _said(error)) from error
-    told = [f"it lacks '{name}'" for name in wanted.keys() - found.keys()]
-    told += [f"'{name}' is none of its parts" for name in found.keys() - wanted.keys()]
+    told = [f"it lacks '{name}'" for name in wanted.keys() - stored.keys()]
+    told += [f"'{name}' is none of its parts" for name in stored.keys() - wanted.keys()]
     told += [
-        f"'{name}' has the shape {found[name]}, not {shape}"
+        f"'{name}' has the shape {stored[name]}, not {shape}"
         for name, shape in wanted.items()
-        if found.get(name, shape) != shape
+        if stored.get(name, shape) != shape
     ]
     if told := sorted(told) + [f"'{name}' holds no fractions" for name in odd]:
         raise _damaged(folder, "; ".join(told[:3]))
@@ -168,7 +168,7 @@ def _damaged(folder: Path, told: str) -> ValueError:
 
 
 def save(router: Router, folder: Path, model: Mapping[str, Any], training: Mapping[str, Any], card: str) -> None:
-    """Write a router folder; each file is complete or not there, also when the process is killed."""
+    """Write a router folder; each file is complete or absent, also when the process is killed."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

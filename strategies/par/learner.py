@@ -27,8 +27,8 @@ class Learner:
 
     def scores(self, embeds: Tensor, visual: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of positions, float (B, S), and of decoder layers, float (B, N), from float (B, S, H), bool (B, S)."""
-        found: tuple[Tensor, Tensor] = self.module(embeds, visual, valid)
-        return found
+        scores: tuple[Tensor, Tensor] = self.module(embeds, visual, valid)
+        return scores
 
     def noisy(
         self, embeds: Tensor, visual: Tensor, valid: Tensor, std: float, seeds: Sequence[int]

@@ -3,10 +3,10 @@
 One learnable token for each decoder layer stands behind the prompt; a linear head gives every position one score, of
 which those of visual tokens and of layer tokens count. Blocks are Llama's: RMSNorm, rotary positions, gated MLP.
 
-Who sees whom, `attention`:
-    bidirectional: everybody sees everybody. Ours.
+Who attends to whom, `attention`:
+    bidirectional: every token to every other. prunekit's own.
     causal: the order of the prompt, layer tokens last, as in the released code
-        (ASGO-MM/Pruning-All-Rounder@1890d44, multimodal_selector/selector.py). Where the picture stands before the
+        (ASGO-MM/Pruning-All-Rounder@1890d44, multimodal_selector/selector.py). Where the image comes before the
         question, the scores of its tokens then do not depend on the question.
     text_first: causal, but as if all text stood before all visual tokens.
 """
@@ -102,48 +102,48 @@ class Router(nn.Module):
         rows, layers = len(embeds), self.config.layers
         x = embeds if self.project is None else self.project(embeds)
         x = torch.cat([x, self.layer_tokens.to(x.dtype).expand(rows, -1, -1)], 1)
-        there = F.pad(valid, (0, layers), value=True)
-        places = self._places(visual, valid)
-        rotation = self._rotation(places, x)
-        mask = self._mask(places, there)
+        tokens = F.pad(valid, (0, layers), value=True)
+        positions = self._positions(visual, valid)
+        rotation = self._rotation(positions, x)
+        mask = self._mask(positions, tokens)
         for number, block in enumerate(self.blocks):
-            x = block(x, rotation, mask if noise is None else self._noisy(mask, there, noise, number, x))
+            x = block(x, rotation, mask if noise is None else self._noisy(mask, tokens, noise, number, x))
         scores = self.score(self.norm(x))[..., 0]
         return scores[:, :-layers], scores[:, -layers:]
 
-    def _places(self, visual: Tensor, valid: Tensor) -> Tensor:
-        """Position of every token, int64 (B, S + N); of padding, any."""
+    def _positions(self, visual: Tensor, valid: Tensor) -> Tensor:
+        """Position of every token, int64 (B, S + N); of padding, any value."""
         if self.config.attention == "text_first":
             text = valid & ~visual
-            places = torch.where(visual, text.sum(1, keepdim=True) + visual.cumsum(1), text.cumsum(1)) - 1
+            positions = torch.where(visual, text.sum(1, keepdim=True) + visual.cumsum(1), text.cumsum(1)) - 1
         else:
-            places = valid.cumsum(1) - 1
+            positions = valid.cumsum(1) - 1
         behind = torch.arange(self.config.layers, device=valid.device) + valid.sum(1, keepdim=True)
-        return torch.cat([places.clamp(min=0), behind], 1)
+        return torch.cat([positions.clamp(min=0), behind], 1)
 
-    def _mask(self, places: Tensor, there: Tensor) -> Tensor | None:
-        """Who sees whom, bool (B, 1, n, n); None: all see all. Padding sees everything, so that no row is empty."""
-        if self.config.attention == "bidirectional" and bool(there.all()):
+    def _mask(self, positions: Tensor, tokens: Tensor) -> Tensor | None:
+        """Who attends to whom, bool (B, 1, n, n); None: all to all. Padding attends to all, so that no row is empty."""
+        if self.config.attention == "bidirectional" and bool(tokens.all()):
             return None
-        mask = there[:, None, :].expand(-1, there.shape[1], -1)
+        mask = tokens[:, None, :].expand(-1, tokens.shape[1], -1)
         if self.config.attention != "bidirectional":
-            mask = mask & (places[:, None, :] <= places[:, :, None])
-        return (mask | ~there[:, :, None])[:, None]
+            mask = mask & (positions[:, None, :] <= positions[:, :, None])
+        return (mask | ~tokens[:, :, None])[:, None]
 
-    def _noisy(self, mask: Tensor | None, there: Tensor, noise: Noise, number: int, x: Tensor) -> Tensor:
+    def _noisy(self, mask: Tensor | None, tokens: Tensor, noise: Noise, number: int, x: Tensor) -> Tensor:
         """The mask of one block with its noise, float (B, heads, n, n); it reaches sdpa as an additive mask."""
-        rows, width = there.shape
+        rows, width = tokens.shape
         added = torch.zeros(rows, self.config.heads, width, width, dtype=x.dtype, device=x.device)
         for row, seed in enumerate(noise.seeds):
-            here = there[row].nonzero()[:, 0]
+            own = tokens[row].nonzero()[:, 0]
             generator = torch.Generator().manual_seed((seed * 1009 + number) % 2**63)
-            drawn = torch.randn(self.config.heads, len(here), len(here), generator=generator) * noise.std
-            added[row, :, here[:, None], here] = drawn.to(added)
+            drawn = torch.randn(self.config.heads, len(own), len(own), generator=generator) * noise.std
+            added[row, :, own[:, None], own] = drawn.to(added)
         return added if mask is None else added.masked_fill(~mask, -torch.inf)
 
-    def _rotation(self, places: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotation(self, positions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         half = torch.arange(0, self.config.head_dim, 2, device=x.device, dtype=torch.float32) / self.config.head_dim
-        angles = places[..., None].float() * self.config.theta**-half
+        angles = positions[..., None].float() * self.config.theta**-half
         angles = torch.cat([angles, angles], -1)[:, None]
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 

@@ -1,6 +1,6 @@
 """Routers before any training (PAR, https://arxiv.org/abs/2412.06458): random, or copies of the LVLM's first blocks.
 
-How the authors start is not known: their code has the generic normal initialisation, and no code that copies blocks.
+How the authors start is not published: their code has the generic normal initialisation, and none that copies blocks.
 """
 
 from __future__ import annotations
@@ -71,16 +71,16 @@ def router_of_layers(
 
 def _copy(block: Block, layer: nn.Module) -> None:
     wanted = block.state_dict()
-    found: dict[str, Tensor] = {}
+    copied: dict[str, Tensor] = {}
     for mine, theirs in COPIED.items():
         for name, value in _part(layer, theirs).state_dict().items():
-            found[f"{mine}.{name}"] = value.detach().to(torch.float32).cpu()
-    odd = [name for name in wanted if name not in found or found[name].shape != wanted[name].shape]
-    extra = sorted(found.keys() - wanted.keys())
-    known = sum(parameter.numel() for parameter in layer.parameters())
-    if odd or extra or known != sum(value.numel() for value in wanted.values()):
+            copied[f"{mine}.{name}"] = value.detach().to(torch.float32).cpu()
+    odd = [name for name in wanted if name not in copied or copied[name].shape != wanted[name].shape]
+    extra = sorted(copied.keys() - wanted.keys())
+    total = sum(parameter.numel() for parameter in layer.parameters())
+    if odd or extra or total != sum(value.numel() for value in wanted.values()):
         raise _unlike([*odd, *extra])
-    block.load_state_dict(found)
+    block.load_state_dict(copied)
 
 
 def _part(layer: nn.Module, path: str) -> nn.Module:

@@ -1,7 +1,7 @@
 """PAR, Pruning All-Rounder (https://arxiv.org/abs/2412.06458): one router ranks visual tokens and decoder layers.
 
-Rules from the released code, ASGO-MM/Pruning-All-Rounder@1890d44, which masks where prunekit drops and skips; what that
-code and the figures of the paper leave open is an option here, and docs/par.md says which.
+Rules from the released code, ASGO-MM/Pruning-All-Rounder@1890d44, which masks where prunekit drops and skips. Choices
+that neither that code nor the paper's figures settle are options here; docs/par.md lists them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Par:
 
     @hookimpl
     def files(self) -> Sequence[Path]:
-        """What its identity depends on besides its options."""
+        """The files that a pipeline's identity depends on besides the options."""
         if self.weights is None:
             return ()
         folder = _at("weights", files.find, self.weights)
@@ -126,16 +126,16 @@ class Par:
         """The architecture on a model: the file's, or that of the options. Raises ValueError."""
         if self.weights is None:
             return config_of(shape, self.depth or 1, self.width or WIDTH, self.heads, self.attention or "bidirectional")
-        found = _at("weights", lambda: files.read(files.find(self.weights)))
-        if (refusal := found.refusal(shape)) is not None:
+        file = _at("weights", lambda: files.read(files.find(self.weights)))
+        if (refusal := file.refusal(shape)) is not None:
             raise ValueError(f"weights: {refusal}")
         mine: dict[str, Any] = {"depth": self.depth, "heads": self.heads, "attention": self.attention}
         mine["width"] = shape.hidden if self.width == "model" else self.width
         for name, value in mine.items():
-            if value is not None and value != getattr(found.architecture, name):
-                theirs = getattr(found.architecture, name)
+            if value is not None and value != getattr(file.architecture, name):
+                theirs = getattr(file.architecture, name)
                 raise ValueError(f"{name}: the router in '{self.weights}' has {theirs}; leave it out, or train another")
-        return found.architecture
+        return file.architecture
 
     def _router(self, shape: ModelShape, like: Tensor) -> Router:
         if self.weights is not None:
@@ -157,7 +157,7 @@ def _untrained(
 
 
 def _whole(load: Callable[..., Router], *arguments: Any) -> Router:
-    """Load a router of which the names and shapes were checked before; what else is wrong with it is said as ours."""
+    """Load a router whose names and shapes were checked before; any other fault becomes an Unsupported."""
     try:
         return load(*arguments)
     except ValueError as error:

@@ -19,7 +19,7 @@ from prunekit.engine.tower.patches import Patches
 from prunekit.families import find
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderRows
-from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
+from prunekit.testing.tiny_families import row_of, takes_video, tiny_batch, tiny_model, tiny_names
 from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_model)
@@ -161,6 +161,21 @@ def test_a_cut_equals_masking(name, attention, at):
     with torch.no_grad(), masked(model, units, kept, 1), prunekit.apply(model, piped((Fixed, {"at": "encoder"}))):
         expected = model(**batch).logits
     assert (logits[:, -1] - expected[:, -1]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_tile_of_which_only_padding_is_kept_is_the_same_in_any_batch(attention):
+    """Its patches see each other, and not the slots that are filled up to the length of longer tiles."""
+    model = model_of("idefics3", attention)
+    batch = tiny_batch(model, (("image",), ("image",)))
+    columns = batch["pixel_attention_mask"][0, -1, 0]
+    assert columns[:56].any() and not columns[56:].any(), "the last of three columns of visual tokens is padding"
+    logits = []
+    for inputs, others in ((batch, [range(18)]), (row_of(batch, 0), [])):
+        Fixed.KEPT = ([0, 20, 23, 26], *others)  # of the first tile and of the last of three
+        with torch.no_grad(), prunekit.apply(model, piped((Fixed, {"at": "vision.0"}))):
+            logits.append(model(**inputs).logits[0, -1])
+    assert (logits[0] - logits[1]).abs().max() < 1e-9
 
 
 @contextmanager

@@ -107,7 +107,7 @@ def test_what_the_decoder_adds_between_its_layers():
         with prunekit.apply(own, piped((reads(layer="next"), {"at": "0.after"}))):
             pass
     with prunekit.apply(own, piped((runs(0, 1), {"at": 0}))):
-        with refused("forward cannot go on after layer 0: this model adds features of pictures", own, after=1):
+        with refused("forward cannot go on after layer 0: this model adds features of images", own, after=1):
             own(**tiny_batch(own))
 
 

@@ -1,4 +1,4 @@
-"""The contract of PAR, on models of several families, in batches whose rows have different numbers of pictures.
+"""The contract of PAR, on models of several families, in batches whose rows have different numbers of images.
 
 The rows below say which test shows what; each name is a test of this folder, and one row there must be for each point.
 
@@ -10,7 +10,7 @@ The rows below say which test shows what; each name is a test of this folder, an
 6  what is skipped is not called               test_no_part_of_a_skipped_layer_sees_a_row_that_skips_it
 7  only the causal router ignores the question test_the_question_moves_tokens_only_where_they_see_it
 8  noise: for candidates only, seeded, in sdpa test_noise_is_what_a_plain_softmax_adds, test_noise_is_for_candidates_only, test_noise_is_seeded_and_there_under_every_kernel
-9  text stays, wherever pictures stand         test_pictures_are_found_wherever_they_stand, test_text_stays_and_is_answered_from
+9  text stays, wherever images stand         test_images_are_seen_wherever_they_stand, test_text_stays_and_is_answered_from
 10 rows are as they would be alone             test_rows_are_as_they_would_be_alone, test_padding_changes_nothing
 11 training lowers the held-out KL             test_training_lowers_held_out_kl_below_chance_and_below_the_start
 12 the base model is as it was                 test_training_spares_the_model_and_moves_the_router
@@ -194,7 +194,7 @@ def test_the_question_moves_tokens_only_where_they_see_it(attention, blind):
     model, inputs = tiny_llava(), tiny_inputs((1,), 9)
     other = dict(inputs)
     other["input_ids"] = inputs["input_ids"].clone()
-    other["input_ids"][0, -4:] += 1  # all behind the picture
+    other["input_ids"][0, -4:] += 1  # all behind the image
     assert not (inputs["input_ids"][0, -4:] == IMAGE).any()
     same_tokens, same_layers = [], []
     for seed in range(6):
@@ -239,10 +239,10 @@ def test_noise_is_for_candidates_only():
     learner = pipeline.stages[0].strategy.learner(shape_of(model), parts.layers, 10000.0)
     learner.router.double()
     report, _ = run(model, pipeline, inputs)
-    with deciding(pipeline.stages[0], plainly(learner)) as teller:
+    with deciding(pipeline.stages[0], plainly(learner)) as decider:
         again, _ = run(model, pipeline, inputs)
     assert again.events == report.events and again.plans == report.plans
-    seen = shown(teller.seen)
+    seen = shown(decider.seen)
     plain = learner.scores(seen.embeds, seen.visual, seen.valid)
     noisy = learner.noisy(seen.embeds, seen.visual, seen.valid, 1.0, (1, 2))
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(plain, noisy, strict=True))
@@ -252,22 +252,22 @@ def test_noise_is_for_candidates_only():
 
 
 @pytest.mark.parametrize("place", ["first", "last", "between", "neighbours", "apart"])
-def test_pictures_are_found_wherever_they_stand(place):
+def test_images_are_seen_wherever_they_stand(place):
     model = tiny_llava()
-    words, picture = torch.arange(20, 30), torch.full((PER_IMAGE,), IMAGE)
+    words, image = torch.arange(20, 30), torch.full((PER_IMAGE,), IMAGE)
     pieces = {
-        "first": [picture, words], "last": [words, picture, words[:1]], "between": [words[:2], picture, words[2:]],
-        "neighbours": [words[:1], picture, picture, words[1:]],
-        "apart": [words[:5], picture, words[5:6], picture, words[6:]],
+        "first": [image, words], "last": [words, image, words[:1]], "between": [words[:2], image, words[2:]],
+        "neighbours": [words[:1], image, image, words[1:]],
+        "apart": [words[:5], image, words[5:6], image, words[6:]],
     }[place]  # fmt: skip
     ids = torch.cat([torch.tensor([BOS]), *pieces])[None]
     count = int((ids == IMAGE).sum()) // PER_IMAGE
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     inputs["pixel_values"] = torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     pipeline = par(keep=0.25, keep_layers=4)
-    with deciding(pipeline.stages[0], at_random(LAYERS, [4])) as teller:
+    with deciding(pipeline.stages[0], at_random(LAYERS, [4])) as decider:
         found = assert_equivalent(model, pipeline, inputs, steps=5)
-    seen = shown(teller.seen)
+    seen = shown(decider.seen)
     assert torch.equal(seen.visual, ids == IMAGE) and bool(seen.valid.all())
     words_there = ids != IMAGE
     assert torch.equal(seen.embeds[words_there], model.get_input_embeddings()(ids[words_there]))

@@ -16,7 +16,7 @@ from prunekit_strategies.par import files
 
 import prunekit
 from prunekit import loading
-from prunekit.training.answers import dense_answers, divergence, told_logits
+from prunekit.training.answers import dense_answers, divergence, forced_logits
 from prunekit.training.data import Sample, encode
 from prunekit.training.recipe import Recipe
 
@@ -62,7 +62,7 @@ def divergences(micro, *overrides):
         inputs = encode(processor, [PROMPTS[number] for number in range(begin, begin + 16)])
         answers = dense_answers(model, inputs, 8)
         with prunekit.apply(model, PRESET, overrides=list(overrides)) as run:
-            logits = told_logits(model, inputs, answers)
+            logits = forced_logits(model, inputs, answers)
         assert run.report is not None and run.report.cost.flops_fraction < 0.56  # long prompts cost most
         found.append(divergence(answers, logits, Recipe()))
     return torch.cat(found)
@@ -74,9 +74,9 @@ def right(micro, *overrides):
     rights, costs = [], []
     for task, described in zip(benchmark.TASKS, scene_prompts.TASKS, strict=True):
         items = benchmark.ITEMS[task](20)
-        pictures = ((Image.fromarray(np.asarray(shown.image)),) for shown, _ in items)
+        images = ((Image.fromarray(np.asarray(shown.image)),) for shown, _ in items)
         worded = (described.worded(question) for _, question in items)
-        samples = [Sample(*one) for one in zip(pictures, worded, strict=True)]
+        samples = [Sample(*one) for one in zip(images, worded, strict=True)]
         inputs = encode(processor, samples)
         with prunekit.apply(model, PRESET, overrides=list(overrides)) as run, torch.no_grad():
             told = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]

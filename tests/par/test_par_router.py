@@ -30,7 +30,7 @@ def router(attention="bidirectional", depth=2, width=16, seed=0) -> Router:
 
 
 def prompt(before=3, visual=6, after=4, seed=0) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings (1, S, H), visual and valid (1, S) of: text, one picture, the question."""
+    """Embeddings (1, S, H), visual and valid (1, S) of: text, one image, the question."""
     total = before + visual + after
     embeds = torch.randn(1, total, HIDDEN, generator=torch.Generator().manual_seed(seed)).double()
     shown = torch.zeros(1, total, dtype=torch.bool)

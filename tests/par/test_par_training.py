@@ -22,14 +22,14 @@ from prunekit import loading, plugins
 from prunekit.errors import InputError, UnknownName, Unsupported
 from prunekit.testing.tiny import IMAGE_SIZE
 from prunekit.training import checkpoint
-from prunekit.training.answers import at_once, can_be_at_once, dense_answers, divergence, told_logits
+from prunekit.training.answers import at_once, can_be_at_once, dense_answers, divergence, forced_logits
 from prunekit.training.data import JsonLines, Sample, encode, order, source
 from prunekit.training.forced import Shown
-from prunekit.training.pictures import encoded_once
 from prunekit.training.preference import log_likelihood, loss_of
 from prunekit.training.recipe import Recipe, read_recipe
 from prunekit.training.teacher import Actions, Pairs, Teacher, plainly
 from prunekit.training.trainer import Trainer, finished
+from prunekit.training.visual_inputs import encoded_once
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_checkpoint import save
@@ -89,7 +89,7 @@ def teacher(loaded, given=None, **changes) -> tuple[Teacher, Trainer]:
 def test_told_answers_without_pruning_have_the_dense_logits(loaded):
     model, inputs = loaded[0], batch(loaded)
     answers = dense_answers(model, inputs, 4)
-    logits = told_logits(model, inputs, answers)
+    logits = forced_logits(model, inputs, answers)
     assert answers.tokens.shape == (3, 4) and bool(answers.valid.all())
     assert (logits - answers.logits).abs().max() < 1e-5
     assert divergence(answers, logits, Recipe()).abs().max() < 1e-6
@@ -104,7 +104,7 @@ def test_answers_end_with_their_end_token(loaded):
     answers = dense_answers(model, inputs, 4)
     assert answers.valid[0].tolist() == [place < length for place in range(answers.tokens.shape[1])]
     assert torch.equal(answers.tokens[0, :length], free.tokens[0, :length])
-    logits = told_logits(model, inputs, answers)
+    logits = forced_logits(model, inputs, answers)
     assert (logits - answers.logits)[answers.valid].abs().max() < 1e-5
 
 
@@ -157,7 +157,7 @@ def test_a_decision_is_run_as_inference_runs_it(loaded):
     answers = tell.answers(inputs)
     kl, actions, seen = tell.decide(inputs, answers, plainly(made.learner))
     with prunekit.apply(loaded[0], pipeline()) as run:
-        logits = told_logits(loaded[0], inputs, answers)
+        logits = forced_logits(loaded[0], inputs, answers)
     assert torch.equal(kl, divergence(answers, logits, tell.recipe)) and kl.min() > 0
     assert actions.tokens.sum(1).tolist() == [4, 4, 4] and actions.layers.sum(1).tolist() == [4, 4, 4]
     for row, plan in enumerate(run.report.plans):
@@ -201,7 +201,7 @@ def test_pairs_are_the_best_and_the_worst_of_candidates_that_differ_by_seeded_no
 
 
 def ragged(loaded):
-    """Prompts of several lengths and one or two pictures, with answers of one to four tokens."""
+    """Prompts of several lengths and one or two images, with answers of one to four tokens."""
     samples = [Noise()[n] for n in range(4)]
     samples[1] = Sample(samples[1].images * 2, samples[1].prompt)
     inputs = encode(loaded[1], samples)
@@ -215,7 +215,7 @@ def ragged(loaded):
     "keys", [{"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"}]
 )
 def test_one_forward_over_prompt_and_answer_gives_what_decoding_gives(loaded, keys):
-    """Padded on the left, of several lengths and numbers of pictures, with rows that skip different layers."""
+    """Padded on the left, of several lengths and numbers of images, with rows that skip different layers."""
     inputs, answers = ragged(loaded)
     tell, made = teacher(loaded, pipeline(**keys))
     found = {}
@@ -228,7 +228,7 @@ def test_one_forward_over_prompt_and_answer_gives_what_decoding_gives(loaded, ke
     assert torch.equal(found[True][1].layers, found[False][1].layers)
     assert torch.equal(found[True][2].embeds, found[False][2].embeds)
     model = loaded[0]
-    logits = at_once(model, inputs, answers) - told_logits(model, inputs, answers)
+    logits = at_once(model, inputs, answers) - forced_logits(model, inputs, answers)
     assert logits[answers.valid].abs().max() < 1e-5
 
 
@@ -250,7 +250,7 @@ def test_candidates_share_what_the_tower_says(loaded):
     plain, _ = tell.pairs(made.learner, inputs, tell.answers(inputs), [1, 2, 3])
     calls: list[int] = []
     hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
-    with tell.remembering():
+    with tell.encoding_once():
         shared, _ = tell.pairs(made.learner, inputs, tell.answers(inputs), [1, 2, 3])
     hook.remove()
     assert len(calls) == 1 and torch.equal(plain.kl, shared.kl)

@@ -25,7 +25,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wrong")
     save(folder / "tiny", layers=6)
     picture(folder / "a.png")
-    (folder / "words.txt").write_text("no picture")
+    (folder / "words.txt").write_text("no image")
 
     def prompts(name, **changes):
         line = json.dumps({"image": "a.png", "prompt": "w10 w11", **changes})
@@ -35,7 +35,7 @@ def place(tmp_path_factory):
         (folder / name).write_text(json.dumps({"stages": stages, **keys}))
 
     prompts("data.jsonl")
-    prompts("pictures.jsonl", image="words.txt")
+    prompts("not-an-image.jsonl", image="words.txt")
     prompts("gone.jsonl", image="b.png")
     prompts("placeholder.jsonl", prompt="what is <image> here")
     pipeline("par.json", {**ROUTER, "keep": 0.25, "keep_layers": 4})
@@ -72,7 +72,7 @@ CASES = {
     "an unknown recipe key": ({"stepz": 3}, ["stepz: unknown key", "did you mean 'steps'"]),
     "a recipe value": ({"lr": -1}, ["lr: must be above 0", "-1"]),
     "more held out than there is": ({"held_out": 13}, ["holds 12 prompts", "13 are held out", "set held_out or batch"]),
-    "no image": ({"data": "pictures.jsonl"}, ["words.txt", "pictures.jsonl", "is not a readable image"]),
+    "no image": ({"data": "not-an-image.jsonl"}, ["words.txt", "not-an-image.jsonl", "is not a readable image"]),
     "an image that is gone": ({"data": "gone.jsonl"}, ["b.png", "gone.jsonl", "No such file"]),
     "a placeholder": ({"data": "placeholder.jsonl"}, ["<image>", "what is <image> here", "leave it out"]),
     "no data": ({"data": "nothing.jsonl"}, ["cannot read", "nothing.jsonl", "No such file"]),
@@ -112,7 +112,7 @@ def test_a_folder_that_holds_a_router(place, tmp_path, capsys):
 def test_a_training_that_diverges_stops(place, tmp_path, capsys):
     assert train(place, tmp_path, steps=4, lr=1e30, warmup=0, save_every=1) == 2
     said = capsys.readouterr().err
-    assert "the gradient is no number any more" in said and "set lr lower" in said
+    assert "the gradient is not finite" in said and "set lr lower" in said
     assert not (tmp_path / "router.safetensors").exists()
 
 

@@ -36,7 +36,7 @@ def router_flops(shape: ModelShape, width: Any, depth: int, prompt: int) -> int:
         router = Router(config_of(shape, depth, width))
         embeds = torch.empty(1, prompt, shape.hidden)
         there = torch.ones(1, prompt, dtype=torch.bool)
-    router._mask = lambda places, there: None  # type: ignore[method-assign]  # it asks a tensor for its values
+    router._mask = lambda positions, tokens: None  # type: ignore[method-assign]  # it asks a tensor for its values
     return counted(router, embeds, there, there)
 
 

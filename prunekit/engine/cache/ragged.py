@@ -71,8 +71,8 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def stored(self, rows: Sequence[int]) -> Tensor:
         """Where batch rows stand among the stored ones, int64."""
-        places = {row: place for place, row in enumerate(self.rows if self.rows is not None else range(len(self)))}
-        return torch.tensor([places[row] for row in rows], device=self._device)
+        number = {row: stored for stored, row in enumerate(self.rows if self.rows is not None else range(len(self)))}
+        return torch.tensor([number[row] for row in rows], device=self._device)
 
     def __len__(self) -> int:
         return 0 if self.keys is None else self.keys.shape[0]
@@ -101,8 +101,8 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self.layout is not None and removed > self.tail:
             raise Unsupported("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens")
         if removed and self.keys is not None and self.values is not None:
-            left = self.keys.shape[2] - removed
-            self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+            length = self.keys.shape[2] - removed
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
         self.logical -= removed
 
     def reset(self) -> None:
@@ -135,12 +135,12 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Follow a selection of rows that differ in what decoding does; returns it in terms of stored rows."""
         wanted = _as_list(rows)
         stored = range(len(self.actions)) if self.rows is None else self.rows  # type: ignore[arg-type]
-        places = {row: place for place, row in enumerate(stored)}
+        number = {row: index for index, row in enumerate(stored)}
         self.actions = tuple(self.actions[row] for row in wanted)  # type: ignore[index]
-        kept = [(new, places[old]) for new, old in enumerate(wanted) if old in places]
+        kept = [(new, number[old]) for new, old in enumerate(wanted) if old in number]
         self.rows = None if len(kept) == len(wanted) else tuple(new for new, _ in kept)
         # The same selection gives the same tensor, by which layers that share a layout go on sharing it.
-        return _shared(rows, tuple(place for _, place in kept))
+        return _shared(rows, tuple(index for _, index in kept))
 
 
 def adopt(cache: Cache, layers: Sequence[RaggedLayer], owner: object) -> None:
@@ -184,15 +184,16 @@ def owner_of(cache: Cache | None) -> Any:
 
 def _as_list(rows: Tensor) -> list[int]:
     """The host's copy of a selection, read back once for all layers."""
-    found: list[int] | None = getattr(rows, "_prunekit_rows", None)
-    if found is None:
-        found = rows.tolist()
-        rows._prunekit_rows = found  # type: ignore[attr-defined]
-    return found
+    listed: list[int] | None = getattr(rows, "_prunekit_rows", None)
+    if listed is None:
+        listed = rows.tolist()
+        rows._prunekit_rows = listed  # type: ignore[attr-defined]
+    return listed
 
 
-def _shared(rows: Tensor, places: tuple[int, ...]) -> Tensor:
-    known: dict[tuple[int, ...], Tensor] = rows.__dict__.setdefault("_prunekit_places", {})
-    if places not in known:
-        known[places] = torch.tensor(places, dtype=torch.int64, device=rows.device)
-    return known[places]
+def _shared(rows: Tensor, stored: tuple[int, ...]) -> Tensor:
+    """`stored` on the device; the same tensor for all layers that are asked for the same `rows`."""
+    made: dict[tuple[int, ...], Tensor] = rows.__dict__.setdefault("_prunekit_stored", {})
+    if stored not in made:
+        made[stored] = torch.tensor(stored, dtype=torch.int64, device=rows.device)
+    return made[stored]

@@ -1,7 +1,7 @@
 """Rows of one batch that do different things in one layer: stand-ins for the cache that each group of rows sees.
 
 A decoder layer hands keys and values to `past_key_values.update(...)` and attends to what comes back. Whoever stands
-there decides what is stored, for which rows, and what the layer attends to.
+in for it decides what is stored, for which rows, and what the layer attends to.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ class Shares:
         """Store what was written, in the order of the stored rows; what no group wrote is zeros that nobody reads."""
         if not self.written or not self.stored:
             return
-        places = {row: place for place, row in enumerate(self.stored)}
+        number = {row: index for index, row in enumerate(self.stored)}
         both = []
         for part in (1, 2):
             first: Tensor = self.written[0][part]  # type: ignore[assignment]
             whole = first.new_zeros(len(self.stored), *first.shape[1:])
             for rows, *states in self.written:
-                mine = [(local, places[row]) for local, row in enumerate(rows) if row in places]
+                mine = [(local, number[row]) for local, row in enumerate(rows) if row in number]
                 if mine:
                     taken = states[part - 1].index_select(0, _index([local for local, _ in mine], first))
-                    whole = whole.index_copy(0, _index([place for _, place in mine], first), taken)
+                    whole = whole.index_copy(0, _index([index for _, index in mine], first), taken)
             both.append(whole)
         self.store.update(*both)
 
@@ -121,5 +121,5 @@ class _Share:
         return torch.cat([earlier[0], keys], dim=2), torch.cat([earlier[1], values], dim=2)
 
 
-def _index(places: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(places, dtype=torch.int64, device=like.device)
+def _index(rows: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=like.device)

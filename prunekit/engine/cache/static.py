@@ -93,9 +93,9 @@ class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
             self._opened = False
         assert self.passed is not None and self.keys is not None and self.values is not None
         count = key_states.shape[2]
-        places = torch.arange(count, device=self.keys.device) + (self.passed - count + self.offset)
-        self.keys.index_copy_(2, places, key_states)
-        self.values.index_copy_(2, places, value_states)
+        slots = torch.arange(count, device=self.keys.device) + (self.passed - count + self.offset)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -124,7 +124,7 @@ def takes(cache: Cache) -> bool:
 
 
 def layers_for(cache: Cache, tokens: int) -> list[RaggedLayer]:
-    """Ragged layers of fixed size for the places of a StaticCache's own. Raises Unsupported for longer prompts."""
+    """Ragged layers of fixed size in place of a StaticCache's own. Raises Unsupported for longer prompts."""
     sizes = [layer.max_cache_len for layer in cache.layers]  # type: ignore[union-attr]
     if tokens > min(sizes):
         raise Unsupported(f"a prompt of {tokens} tokens does not fit into a static cache of {min(sizes)}")
@@ -157,7 +157,7 @@ def require(cache: Any) -> None:
 def decode(
     number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any], kind: masks.Kind
 ) -> Any:
-    """Layer `number` in a compiled decoding step: what `Step.run_layer` does, from the cache alone."""
+    """Layer `number` in a compiled decoding step: what `Decoding.run_layer` does, from the cache alone."""
     store: RaggedStaticLayer = kwargs["past_key_values"].layers[number]
     tokens, action, layout = hidden.shape[1], store.actions, store.layout
     if action is LayerAction.SKIP:

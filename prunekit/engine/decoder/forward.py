@@ -67,7 +67,7 @@ class Forward:
             if not 0 <= number < len(parts.layers):
                 raise PluginError(f"{self.cut.label}: forward asks for layer {number} of {len(parts.layers)}")
             if at < len(layers) - 1 and isinstance(layer, int) and number < parts.logical_until:
-                raise Unsupported(f"forward cannot go on after layer {number}: this model adds features of pictures")
+                raise Unsupported(f"forward cannot go on after layer {number}: this model adds features of images")
             module = parts.layers[number] if isinstance(layer, int) else layer
             run = self.readings.run_aside(here, number, states)
             attention = parts.attention if rows is not None and at == len(layers) - 1 else None

@@ -25,7 +25,7 @@ class LayerCall:
     """One call of decoder layer `number` for one group of rows.
 
     original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's
-    call, logical, for the whole batch. layout: of the group, None when all tokens are there. who: the group's rows, and
+    call, logical, for the whole batch. layout: of the group, None for all tokens. who: the group's rows, and
     rows: the same as an index, int64 (B',), None: all. cache: what the layer writes its keys to, None without one.
     """
 

@@ -22,20 +22,23 @@ def override(overrides: Overrides, parts: Parts, bound: BoundPipeline) -> None:
     """Override the layers of `parts`, and of their attention, norm and MLP what `bound` needs."""
     kind = masks.kind_of(parts.attention_implementation) or "bool"
     inside = {cut.site.layer for cut in bound.cuts if cut.site.in_decoder and cut.site.point == "mid"}
-    # A router may plan anything for any sample.
-    planned = set(range(len(parts.layers))) if bound.routers else set(bound.plan.layers)
     for number, layer in enumerate(parts.layers):
         overrides.replace(layer, "forward", _layer_forward(number, kind))
         if number in inside:
             _override_mid(overrides, parts, layer)
-        if number in planned and _may(bound, number, LayerAction.SKIP_ATTENTION):
+        if _may(bound, number, LayerAction.SKIP_ATTENTION):
             overrides.replace(getattr(layer, parts.attention), "forward", _attention_forward)
-        if number in planned and _may(bound, number, LayerAction.SKIP_MLP):
+        if _may(bound, number, LayerAction.SKIP_MLP):
             overrides.replace(getattr(layer, parts.mlp), "forward", _mlp_forward)
 
 
 def _may(bound: BoundPipeline, number: int, action: LayerAction) -> bool:
-    return bool(bound.routers) or action in (bound.plan[number], bound.plan.decoding(number))
+    """Whether a layer may do this for some sample: by the static plan, or as a router may plan.
+
+    A router with a budget of layers skips whole ones; one that decides by itself may plan anything.
+    """
+    free = any(router.decides_layers and router.keep_layers is None for router in bound.routers)
+    return free or action in (bound.plan[number], bound.plan.decoding(number))
 
 
 def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
@@ -117,7 +120,7 @@ def _cut_mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """An override of the decoder's rotary module: its calls are noted, to be made again with other positions."""
+    """An override of the decoder's rotary module: its calls are recorded, to be made again with other positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         current = current_pass()

@@ -54,10 +54,10 @@ class Prefill(ForwardPass):
         if number == 0:
             hidden = self.cutter.at_encoder(self.cutter.leave_tower(hidden), here)
         hidden = self.cutter.at(Site(number), hidden, here)
-        state.entered()
-        with self.readings.noting(here, hidden):
+        state.count_entering()
+        with self.readings.recording(here, hidden):
             hidden = self._act(here, original, hidden, cache)
-        state.left(number)
+        state.count_leaving(number)
         hidden = self.cutter.at(Site(number, "layer", "after"), hidden, here)
         if number < until and state.layout is not None:
             return state.layout.put(hidden, logical)

@@ -38,7 +38,7 @@ class Needs:
     recorded: layers whose queries, keys and values are recorded while they run. read: those, and layers that are called
     again for queries and keys without rotation. entered: layers whose input is kept.
     behind: layers inside which a cut reads the layer before.
-    embeds: whether the prompt's embeddings are kept. kernels: whether attention is looked at, in a run or ahead.
+    embeds: whether the prompt's embeddings are kept. kernels: whether attention is read, in a run or ahead.
     positions: whether the rotary module's position ids are kept.
     """
 
@@ -138,7 +138,7 @@ class Readings:
         self.heres.clear()
 
     @contextmanager
-    def noting(self, here: Here, hidden: Tensor) -> Iterator[None]:
+    def recording(self, here: Here, hidden: Tensor) -> Iterator[None]:
         """Within the block, decoder layer `here.number` runs on physical states (B, K, H)."""
         state, number = self.state, here.number
         if not (state.has_visual and (self.needs.kernels or self.needs.entered)):

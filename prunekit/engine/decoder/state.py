@@ -176,12 +176,12 @@ class BatchState:
         """What decoding does with a layer, row by row."""
         return tuple(plan.decoding(number) for plan in self.plans)
 
-    def entered(self) -> None:
+    def count_entering(self) -> None:
         """Count the tokens that are alive as those that enter the next layer."""
         self.layer_tokens.append(self.lengths)
         self.layer_visual.append(self.counts)
 
-    def left(self, number: int) -> None:
+    def count_leaving(self, number: int) -> None:
         """Count the tokens that went through the MLP of layer `number`."""
         rows = zip(self.plans, self.lengths, self.counts, strict=True)
         self.mlp_tokens.append(tuple(_fed(plan[number], tokens, visual) for plan, tokens, visual in rows))

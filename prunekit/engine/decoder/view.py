@@ -136,7 +136,7 @@ class View:
 
     @cached_property
     def _calls(self) -> dict[Any, tuple[Attended, Run]]:
-        """Layers that were looked at for this stage: several inputs may read the same one."""
+        """Calls of layers that were read for this stage: several inputs may read the same one."""
         return {}
 
     def _keys(self, spec: decoder_requests.Keys | decoder_requests.Values, positions: Tensor, valid: Tensor) -> Tensor:

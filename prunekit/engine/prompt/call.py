@@ -33,14 +33,15 @@ class Call:
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
         cache = self.given.get("past_key_values")
-        if cache is not None and ragged.owner_of(cache) is None:
+        is_prompt = ragged.owner_of(cache) is None
+        if cache is not None and is_prompt:
             ragged.check(cache, ragged.takes(cache) or static.takes(cache))
         mask = self.given.get("attention_mask")
-        if mask is not None and ragged.owner_of(cache) is None and flat_mask(mask) is None:
+        if mask is not None and is_prompt and flat_mask(mask) is None:
             raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
         if self.given.get("input_ids") is None:
             raise Unsupported("pass input_ids: prunekit finds the visual tokens by their ids, not in inputs_embeds")
-        if ragged.owner_of(cache) is None:
+        if is_prompt:
             self._refuse_incomplete(flat_mask(mask))
         self._refuse_checkpointing()
 

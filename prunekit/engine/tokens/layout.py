@@ -71,8 +71,8 @@ class Layout:
 
     def select(self, rows: Tensor) -> Layout:
         """The layout of batch rows `rows`, int64 (B',)."""
-        for known, layout in self._selected:
-            if known is rows:
+        for earlier, layout in self._selected:
+            if earlier is rows:
                 return layout
         local = rows.to(self.index.device)
         parts = (part if part is None else part[local] for part in (self.valid, self.sizes, self.shift))

@@ -79,8 +79,9 @@ def bidirectional_mask(mask: Tensor | None, layout: Layout, like: Tensor, kind: 
     """The mask for slots of `layout` that all attend to each other, as in the blocks of a vision tower.
 
     mask: None, or the logical one, (B|1, 1, 1 or S, S). like: a tensor with the device and dtype of the queries.
-    Queries of which nothing visible remains, such as padding of a crop, see everything: a row that may attend to
-    nothing would become NaN and spread.
+    Queries of which nothing visible remains, such as padding of a crop, see all tokens of their row: a query that may
+    attend to nothing would become NaN and spread. They do not see fillings, of which a row has as many as the other
+    rows make necessary; only in a row without any token, whose states nobody reads, fillings see each other.
     """
     if mask is None and layout.valid is None and layout.sizes is None:
         return None
@@ -90,7 +91,9 @@ def bidirectional_mask(mask: Tensor | None, layout: Layout, like: Tensor, kind: 
         local = layout.gather(mask, dim=3)
         local = local if mask.shape[2] == 1 else layout.gather(local, dim=2)
         local = local if layout.valid is None else _hide(local, ~layout.valid[:, None, None, :])
-    local = _show(local, ~visible(local).any(-1, keepdim=True))
+    present = layout.present[:, None, None, :]
+    shown = present | ~present.any(-1, keepdim=True)
+    local = _show(local, ~visible(local).any(-1, keepdim=True) & shown.to(local.device))
     return _finished(local.to(like.device), layout.sizes, 0, like, kind)
 
 

@@ -1,4 +1,4 @@
-"""Rotary positions of what is left: kept as they were, or renumbered so that no gap remains.
+"""Rotary positions of the tokens that remain: kept as they were, or renumbered so that no gap remains.
 
 A decoder makes the rotations of the whole logical sequence once and hands them to every layer. Kept positions are
 entries of those. Renumbered ones are made by the decoder's own rotary module from other position ids, so that every

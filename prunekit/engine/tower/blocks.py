@@ -1,8 +1,9 @@
-"""The blocks of a vision tower on the tokens that its cuts leave, put in place for the length of a `with` block.
+"""A vision tower and its projector on the tokens that cuts leave, put in place for the length of a `with` block.
 
 Between blocks states keep their logical shape (R, T, W), so that whatever picks hidden states by number still fits; a
 block takes the tokens that remain, runs on them and puts them back. Between attention and MLP a block is run in two
-halves: with an MLP that adds nothing, then, on what the cut left, with an attention that adds nothing.
+halves: with an MLP that adds nothing, then, on what the cut left, with an attention that adds nothing. A projector that
+maps single tokens gets those that visual tokens still need.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _RUN: ContextVar[TowerRun | None] = ContextVar("prunekit_tower", default=None)
 
 
 def override(overrides: Overrides, needs: TowerNeeds) -> None:
-    """Override the blocks of the tower that need it."""
+    """Override the blocks of the tower that need it, and the projector behind cuts."""
     tower = needs.tower
     first = min((cut.site.layer or 0 for cut in needs.cuts), default=len(tower.layers))
     if needs.reads:
@@ -54,6 +55,8 @@ def override(overrides: Overrides, needs: TowerNeeds) -> None:
             overrides.replace(getattr(block, tower.mlp), "forward", _mlp_forward)
     if needs.pools and tower.pool is not None:
         overrides.replace(tower.pool, "forward", _pool_forward)
+    if needs.cuts and tower.projector is not None:
+        overrides.replace(tower.projector, "forward", _projector_forward)
 
 
 @contextmanager
@@ -81,7 +84,7 @@ def _replays(block: nn.Module) -> bool:
 
 
 class TowerRun:
-    """Runs the blocks of a tower on the tokens that remain, with their cuts."""
+    """Runs the blocks of a tower on the tokens that remain, with their cuts, and the projector on what these leave."""
 
     def __init__(self, encoding: Encoding) -> None:
         self.encoding, self.needs = encoding, encoding.needs
@@ -111,6 +114,24 @@ class TowerRun:
             output = self._cut(cut, output)
             self._keep_state(number, output)
         return output[0] if flat else output
+
+    def run_projector(self, original: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
+        """The projector's output, float (R, T or T - 1, H), with zeros for tokens that no visual token needs any more.
+
+        features: float (R, T, W), or (R, T - 1, W) without the first token of each row; others, such as pooled frames,
+        are not the tower's tokens and are projected in full.
+        """
+        assert self.encoding.shape is not None, "a cut has decided"
+        rows, tokens = self.encoding.shape
+        if features.ndim != 3 or len(features) != rows or features.shape[1] not in (tokens, tokens - 1):
+            return original(features)
+        flat = features.flatten(0, 1)
+        index = self.encoding.to_project(tokens - features.shape[1]).to(flat.device)
+        if len(index) == len(flat):
+            return original(features)
+        inner = original(flat[index][None])[0]
+        output = inner.new_zeros(len(flat), inner.shape[-1]).index_copy(0, index, inner)
+        return output.view(rows, -1, output.shape[-1])
 
     def _keep_state(self, number: int, output: Tensor) -> None:
         if number in self.needs.states:
@@ -225,5 +246,15 @@ def _pool_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if run is not None:
             run.encoding.pool_states = hidden.detach()
         return original(hidden, *args, **kwargs)
+
+    return forward
+
+
+def _projector_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(features: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = _RUN.get()
+        if run is None or not run.encoding.decisions:
+            return original(features, *args, **kwargs)
+        return run.run_projector(lambda tokens: original(tokens, *args, **kwargs), features)
 
     return forward

@@ -13,7 +13,7 @@ from torch import Tensor
 from prunekit.engine.attention.attended import Attended
 from prunekit.engine.attention.tower_rows import heads_together, pooled_row, read
 from prunekit.engine.prompt.visual_inputs import VisualInputs
-from prunekit.engine.tokens.layout import Layout
+from prunekit.engine.tokens.layout import Layout, leftmost
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.patches import Patches, layout_of
 from prunekit.engine.tower.record import Decision, TowerRecord
@@ -120,6 +120,21 @@ class Encoding:
             sizes = sizes.index_put((index[keep].flatten(),), spread.flatten()).view(rows, tokens)
         if sizes is not None or min(lengths) < tokens:
             self.layout = layout_of(present, lengths, sizes)
+
+    def to_project(self, skipped: int) -> Tensor:
+        """Tokens that visual tokens still need of the projector, int64 (K,): leading ones, which may be visual tokens
+        themselves, and patches of visual tokens that remain. K is on the host without another read-back.
+
+        skipped: the projector's input is without so many first tokens of each row; the result counts without them.
+        """
+        assert self.shape is not None
+        rows, tokens = self.shape
+        index, leading = self.patches.index, self.needs.tower.leading
+        uses = self.present[..., None].expand_as(index).flatten().to(torch.int32)
+        needed = uses.new_zeros(rows * tokens).index_add_(0, index.flatten(), uses).view(rows, tokens) > 0
+        needed[:, :leading] = True
+        count = sum(self.counts) * index.shape[-1] + rows * max(leading - skipped, 0)
+        return leftmost(needed[:, skipped:].reshape(1, -1), count)[0]
 
     def take(self, block: int, attended: Attended) -> None:
         """Record what is asked of a block's attention, whose queries see keys before and behind them."""

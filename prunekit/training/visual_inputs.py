@@ -1,4 +1,4 @@
-"""Pictures are encoded once for all candidates of a batch: what the vision tower says of them stays the same."""
+"""Images and videos are encoded once for all candidates of a batch: the vision tower gives each the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunekit.families.base import Parts
 
 @contextmanager
 def encoded_once(parts: Parts) -> Iterator[None]:
-    """Within the block, the same arguments of a method that encodes pictures give the output that is known already.
+    """Within the block, a method that encodes images or videos returns its earlier output for equal arguments.
 
     For pipelines that leave the tower alone, and outside of any `apply`.
     """
@@ -29,14 +29,14 @@ def encoded_once(parts: Parts) -> Iterator[None]:
 
 
 def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
-    known: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    earlier: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
 
     def encode(*args: Any, **kwargs: Any) -> Any:
-        for before, named, output in known:
+        for before, named, output in earlier:
             if _same(args, before) and kwargs.keys() == named.keys() and all(_same(kwargs[k], named[k]) for k in named):
                 return output
         output = original(*args, **kwargs)
-        known.append((args, kwargs, output))
+        earlier.append((args, kwargs, output))
         return output
 
     return encode
