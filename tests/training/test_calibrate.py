@@ -160,7 +160,7 @@ class TestRefusals:
             build({"stages": [SHORT]}).bind(loading.load_shape("micro"))
 
     def test_stages_that_cannot_be_calibrated(self):
-        with pytest.raises(Unsupported, match="no stage of 'inline' can be calibrated: fastv implement no hook"):
+        with pytest.raises(Unsupported, match="no stage of 'inline' can be calibrated: none of fastv implements the"):
             stage_of(build({"stages": [{"use": "fastv", "keep": 0.5}]}), None)
         both = build({"stages": [{"use": "vtw"}, SHORT]})
         with pytest.raises(InputError, match=r"several stages can be calibrated \(name one with --stage: 0 \(vtw\), 1"):
