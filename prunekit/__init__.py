@@ -29,9 +29,8 @@ if TYPE_CHECKING:
     from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
     from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
 
-__version__ = "0.1.0"
-
 _WHERE = {
+    "__version__": ("version", "VERSION"),
     "apply": ("apply", "apply"),
     "load": ("pipeline.build", "build"),
     "hookimpl": ("hookspecs", "hookimpl"),

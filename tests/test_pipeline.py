@@ -217,7 +217,7 @@ class TestBuild:
         newer = Registry("stub", "stub-dist 1.1")
         newer.strategy("score", f"{__name__}:Score")
         assert build(newer, base).sha != sha
-        monkeypatch.setattr("prunekit.__version__", "99.0")
+        monkeypatch.setattr("prunekit.version.VERSION", "99.0")
         assert build(registry, base).sha != sha
 
     def test_lists_become_tuples_and_whole_numbers_numbers(self, registry: Registry) -> None:

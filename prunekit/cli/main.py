@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from prunekit import __version__, plugins
+from prunekit import plugins
 from prunekit.cli import calibrate, doctor, run, show, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
+from prunekit.version import VERSION
 
 EPILOG = """\
 examples:
@@ -67,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    top.add_argument("--version", action="version", version=f"prunekit {__version__}")
+    top.add_argument("--version", action="version", version=f"prunekit {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (listing, show, run, doctor, calibrate, train):

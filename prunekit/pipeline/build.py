@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prunekit import plugins
+from prunekit import plugins, version
 from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, statements
 from prunekit.pipeline.bound import BoundPipeline
@@ -171,12 +171,10 @@ def _identity(data: Mapping[str, Any], stages: Sequence[Stage]) -> tuple[str, st
 
     In the hash a path is its last name, and the content of the file: where a checkout lies changes nothing.
     """
-    from prunekit import __version__
-
     resolved = to_yaml({**data, "stages": [_stage_data(stage, str) for stage in stages]})
     named = to_yaml({**data, "stages": [_stage_data(stage, lambda path: path.name) for stage in stages]})
     origins = sorted({stage.origin for stage in stages})
-    parts = [named, f"prunekit {__version__}", *origins, *statements.file_digests(stages)]
+    parts = [named, f"prunekit {version.VERSION}", *origins, *statements.file_digests(stages)]
     return resolved, hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit import __version__
 from prunekit.engine.attach import Attached
 from prunekit.errors import InputError, PluginError, PrunekitError, Unsupported
 from prunekit.families.base import Parts
@@ -20,6 +19,7 @@ from prunekit.strategy.artefact import Artefact
 from prunekit.strategy.decisions import ModelShape
 from prunekit.training.data import Source, encode, order
 from prunekit.verify.proof import proved_parts
+from prunekit.version import VERSION
 
 
 def stage_of(pipeline: Pipeline, number: int | None) -> Stage:
@@ -56,7 +56,7 @@ def calibrate(
     result = _asked(stage, drawn, shape)
     about = {"id": model_id, "family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
     used = {"name": name, "digest": data.digest, "prompts": prompts, "seed": seed}
-    return Artefact(__version__, stage.use, about, used, result)
+    return Artefact(VERSION, stage.use, about, used, result)
 
 
 class Prompt:

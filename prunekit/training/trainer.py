@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import __version__
 from prunekit.errors import InputError
 from prunekit.pipeline.build import Pipeline
 from prunekit.training import checkpoint
@@ -25,6 +24,7 @@ from prunekit.training.processes import Processes
 from prunekit.training.recipe import Recipe, as_data
 from prunekit.training.teacher import Pairs, Teacher, at_random, plainly
 from prunekit.verify.proof import proved_parts
+from prunekit.version import VERSION
 
 Measured = dict[str, float]
 
@@ -192,7 +192,7 @@ class Trainer:
     def _save(self, progress: Progress) -> None:
         if self.processes.first:
             training = {
-                "prunekit": __version__, "pipeline": self.pipeline.resolved, "pipeline_sha": self.pipeline.sha,
+                "prunekit": VERSION, "pipeline": self.pipeline.resolved, "pipeline_sha": self.pipeline.sha,
                 "data": {"name": self.data_name, "digest": self.source.digest, "prompts": len(self.source)},
                 "recipe": as_data(self.recipe), "steps": progress.step, "curve": list(progress.curve),
             }  # fmt: skip

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit import Owners, Pipeline, Selection, hookimpl
+from prunekit.hookspecs import hookimpl
+from prunekit.pipeline.build import Pipeline
+from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.sites import Site
 from prunekit.verify.oracle import Merge
 

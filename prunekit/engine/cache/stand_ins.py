@@ -18,7 +18,7 @@ from prunekit.engine.cache.ragged import RaggedLayer
 
 
 class Grabbed(Exception):
-    """Thrown by a stand-in to leave a layer once its keys and values are known."""
+    """Thrown by a stand-in to leave a layer once its keys and values are computed."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 A prefill runs as on a growing cache. When it is over, each layer's keys and values move into buffers as long as what
 the layer kept plus the room that the cache has after the prompt, and decoding writes into them in place. Nothing on the
-way of a compiled decoding step looks at a context variable: what it needs stands on the cache's layers.
+way of a compiled decoding step reads a context variable: what it needs stands on the cache's layers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
 
     @property
     def sealed(self) -> bool:
-        """Whether the prefill is over and the buffers are there."""
+        """Whether the prefill is over and the buffers exist."""
         return self.passed is not None
 
     def begin(self, layout: Layout | None, actions: Sequence[LayerAction]) -> None:
