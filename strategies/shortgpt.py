@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from torch.nn.functional import cosine_similarity
 
-from prunekit import CalibrationPrompt, LayerAction, LayerPlan, ModelShape, hookimpl, read_artefact, strategy
+from prunekit import Artefact, CalibrationPrompt, LayerAction, LayerPlan, ModelShape, hookimpl, read_artefact, strategy
 
 
 @strategy()
@@ -31,18 +31,16 @@ class ShortGPT:
     def __post_init__(self) -> None:
         if self.drop < 1:
             raise ValueError("drop: leave out at least one layer")
+        self._artefact()
 
     @hookimpl
     def plan_layers(self, shape: ModelShape) -> LayerPlan:
         """The same plan for every sample; of equally influential layers the later ones go."""
-        if self.calibration is None:
+        artefact = self._artefact()
+        if artefact is None:
             raise ValueError("calibration: is missing; `prunekit calibrate` writes one")
         if self.drop >= shape.layers:
             raise ValueError(f"drop: the model has {shape.layers} layers, and one at least has to run")
-        try:
-            artefact = read_artefact(self.calibration, "shortgpt")
-        except ValueError as error:
-            raise ValueError(f"calibration: {error}") from error
         if wrong := artefact.refusal(shape):
             raise ValueError(f"calibration: {wrong}")
         influence = artefact.result["influence"]
@@ -61,3 +59,11 @@ class ShortGPT:
             for layer in range(shape.layers):
                 sums[layer] += float((1 - cosine_similarity(states[layer], states[layer + 1], dim=-1)).sum())
         return {"influence": [total / tokens for total in sums]}
+
+    def _artefact(self) -> Artefact | None:
+        if self.calibration is None:
+            return None
+        try:
+            return read_artefact(self.calibration, "shortgpt")
+        except ValueError as error:
+            raise ValueError(f"calibration: {error}") from error

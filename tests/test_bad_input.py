@@ -92,7 +92,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     ),
     "site that the strategy does not know": (
         "stages:\n  - use: random\n    at: vision.3\n    keep: 0.5\n",
-        [r"F:3:9: stages\[0\].at: 'random' cannot act at 'vision.3': it needs a decoder layer, 0 or later"],
+        [
+            r"F:3:9: stages\[0\].at: 'random' cannot act at 'vision.3': it needs 'encoder' or a decoder layer, 0 or "
+            "later"
+        ],
     ),
     "site that the strategy forbids": (
         "stages:\n  - use: fastv\n    at: encoder\n    keep: 0.5\n",
@@ -152,6 +155,10 @@ FILES: dict[str, tuple[str | bytes, list[str]]] = {
     "huge": (b"#" * (1 << 20) + b"\n", [r"F:1:1: is larger than 1048576 bytes"]),
     "not yaml": ("stages: [\n", [r"F:2:1: not YAML: "]),
     "tabs": ("stages:\n\t- use: random\n", [r"F:2:1: not YAML: .*\(indent with blanks\)"]),
+    "an unquoted interpolation": (
+        "vars: {keep: ${oc.env:KEEP}}\n",
+        [r"F:1:15: not YAML: .*put quotes around a value with \$\{\.\.\.\}"],
+    ),
     "two documents": ("stages: []\n---\nstages: []\n", [r"F:2:1: not YAML: expected a single document"]),
     "too deep": ("stages: " + "[" * 100 + "]" * 100 + "\n", [r"F:1:40: not YAML: nested over 32 levels deep"]),
     "duplicate keys": (
@@ -314,6 +321,12 @@ def test_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "show", path, "--set", "stages[0].keep=0.5", "--set", "stages[0].keep=5")
     assert "override 2:1:16: stages[0].keep: must be a fraction in (0, 1], not 5" in said
     assert "stages[0].keep: is missing" in refused(capsys, "show", path, "--set", "stages[0].keep=null")
+    said = refused(capsys, "show", path, "--set", "stages.0.keep.x=1")
+    assert "there is no 'x' to set here (0.5 holds no values of its own)" in said
+    said = refused(capsys, "show", path, "--set", "vars.keep=1")
+    assert (
+        "vars.keep: there is no 'vars' to set here (an override changes what stands under `vars`; write a new" in said
+    )
 
 
 def test_bare_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

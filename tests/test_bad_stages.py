@@ -291,7 +291,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "tower not allowed": (
         one("use: plain, at: vision.3, keep: 1"),
-        ["2:22: at: 'plain' cannot act at 'vision.3': it needs a decoder layer, 0 or later"],
+        ["2:22: at: 'plain' cannot act at 'vision.3': it needs 'encoder' or a decoder layer, 0 or later"],
     ),
     "end not allowed": (one("use: plain, at: prefill_end, keep: 1"), ["2:22: at: 'plain' cannot act at 'prefill_end'"]),
     "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),

@@ -136,10 +136,21 @@ class NoPlan:
         return {3: "skip"}
 
 
+@strategy()
+class OddPlan:
+    what: Literal["text", "key", "list", "decode"]
+
+    @hookimpl
+    def plan_layers(self) -> LayerPlan:
+        wrong: dict[str, Any] = {"text": {1: "skip"}, "key": {"1": LayerAction.SKIP}, "list": [1]}
+        return LayerPlan(wrong[self.what]) if self.what in wrong else LayerPlan({}, {1: "frozen"})  # type: ignore[dict-item]
+
+
 @pytest.fixture
 def registry() -> Registry:
     filled = Registry("stub", "stub-dist 1.0")
-    for cls in (Score, Select, Attend, Careless, DropAll, Plan, Typed, Undeclared, OddField, LostField, NoPlan):
+    plans = (Plan, NoPlan, OddPlan)
+    for cls in (Score, Select, Attend, Careless, DropAll, Typed, Undeclared, OddField, LostField, *plans):
         filled.strategy(cls.__name__.lower(), f"{__name__}:{cls.__name__}")
     return filled
 
@@ -475,6 +486,21 @@ class TestBind:
             build(registry, {"use": "plan", "layers": [12]}).bind(SHAPE)
         with pytest.raises(PluginError, match=r"plan_layers must return a LayerPlan, not {3: 'skip'}"):
             build(registry, {"use": "noplan"}).bind(SHAPE)
+
+    @pytest.mark.parametrize(
+        ("what", "said"),
+        [
+            ("text", "LayerPlan has 'skip' for layer 1 in `actions`; write LayerAction.SKIP"),
+            ("key", "LayerPlan has '1' in `actions`; layers are whole numbers from 0"),
+            ("list", "LayerPlan(actions=[1]): it takes a dict such as {3: LayerAction.SKIP}"),
+            ("decode", "LayerPlan has 'frozen' for layer 1 in `decode`; write one of LayerAction.RUN, "),
+        ],
+    )
+    def test_a_plan_of_something_else(self, registry: Registry, what: str, said: str) -> None:
+        with pytest.raises(PluginError) as caught:
+            build(registry, {"use": "oddplan", "what": what}).bind(SHAPE)
+        assert "stages[0] oddplan from stub-dist 1.0: plan_layers failed with" in str(caught.value)
+        assert said in str(caught.value) and "in_decoding" not in str(caught.value)
 
 
 FILES = sorted((Path(__file__).parent.parent / "strategies" / "pipelines").glob("*.yaml"))

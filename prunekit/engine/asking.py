@@ -85,13 +85,13 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
     if not isinstance(selection.crop, bool):
         raise PluginError(f"{stage.label}: select_tokens (crop) must be True or False, not {selection.crop!r}")
     keep = keep.to(valid.device) & valid
-    weights, sizes = selection.weights, selection.sizes
+    weights, sizes, merging = selection.weights, selection.sizes, "select_tokens"
     if weights is None and stage.hook.merge_tokens.get_hookimpls():
-        weights = call(stage, "merge_tokens", get, {"keep": keep.clone()})
+        weights, merging = call(stage, "merge_tokens", get, {"keep": keep.clone()}), "merge_tokens"
     if isinstance(weights, Owners):
-        weights = _owners(stage, weights, keep, valid, refusals)
+        weights = _owners(stage, merging, weights, keep, valid, refusals)
     elif weights is not None:
-        weights = _matrix(stage, weights, keep, _extras(stage, get), refusals)
+        weights = _matrix(stage, merging, weights, keep, _extras(stage, get), refusals)
     if sizes is not None:
         hook = "select_tokens (sizes)"
         sizes = _floats(stage, hook, sizes, valid.shape).to(valid.device)
@@ -100,36 +100,35 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
     return Selection(keep, weights, sizes, selection.crop)
 
 
-def _owners(stage: Stage, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals) -> Owners:
-    """Owners whose entries on padding go nowhere."""
-    owner = checked(stage, "merge_tokens (owner)", owners.owner, valid.shape).to(valid.device)
+def _owners(stage: Stage, hook: str, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals) -> Owners:
+    """Owners whose entries on padding go nowhere. hook: the one that returned them."""
+    told = f"{stage.label}: {hook} (owner)"
+    owner = checked(stage, f"{hook} (owner)", owners.owner, valid.shape).to(valid.device)
     if owner.dtype != torch.int64:
-        raise PluginError(f"{stage.label}: merge_tokens (owner) must be int64, not {owner.dtype}")
+        raise PluginError(f"{told} must be int64, not {owner.dtype}")
     owner = owner.masked_fill(~valid, -1)
     width = valid.shape[-1]
     refusals.add(
         (owner < -1) | (owner >= width),
-        f"{stage.label}: merge_tokens (owner) must name tokens 0 to {width - 1}, or -1 for a token that goes nowhere",
+        f"{told} must name tokens 0 to {width - 1}, or -1 for a token that goes nowhere",
     )
     itself = torch.arange(width, device=owner.device)
-    refusals.add(keep & (owner != itself), f"{stage.label}: merge_tokens (owner): a kept token must own itself")
+    refusals.add(keep & (owner != itself), f"{told}: a kept token must own itself")
     joined = keep.gather(-1, owner.clamp(0, width - 1))
-    refusals.add(
-        (owner >= 0) & ~joined,
-        f"{stage.label}: merge_tokens (owner) names a token that is not kept",
-    )
+    refusals.add((owner >= 0) & ~joined, f"{told} names a token that is not kept")
     amounts = owners.amounts
     if amounts is not None:
-        amounts = scores(stage, "merge_tokens (amounts)", amounts, valid, refusals)
+        amounts = scores(stage, f"{hook} (amounts)", amounts, valid, refusals)
     return Owners(owner, owners.mode, amounts)
 
 
-def _matrix(stage: Stage, weights: Any, keep: Tensor, extras: int, refusals: Refusals) -> Tensor:
-    """A dense merge, float (B, V, V + E), finite in the rows of kept tokens."""
+def _matrix(stage: Stage, hook: str, weights: Any, keep: Tensor, extras: int, refusals: Refusals) -> Tensor:
+    """A dense merge, float (B, V, V + E), finite in the rows of kept tokens. hook: the one that returned it."""
+    hook = f"{hook} (weights)"
     shape = (*keep.shape, keep.shape[-1] + extras)
-    matrix = _floats(stage, "merge_tokens", weights, shape)
+    matrix = _floats(stage, hook, weights, shape)
     wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
-    refusals.add(wrong.any().to(keep.device), f"{stage.label}: merge_tokens gave NaN or infinity to a kept token")
+    refusals.add(wrong.any().to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token")
     return matrix
 
 

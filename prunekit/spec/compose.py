@@ -226,7 +226,12 @@ def _entry(node: Node, step: str) -> Node | None:
 def _no_entry(node: Node, step: str, path: str, start: Where) -> Fault:
     names = list(node.data) if isinstance(node.data, dict) else []
     size = f"; it has {len(node.data)} entries, counted from 0" if isinstance(node.data, list) else ""
-    return Fault(start, path, f"there is no '{step}' to set here{size}", did_you_mean(step, names).strip())
+    hint = did_you_mean(step, names).strip()
+    if not hint and path.partition(".")[0] == "vars":
+        hint = "an override changes what stands under `vars`; write a new value into the file"
+    elif not isinstance(node.data, dict | list):
+        hint = f"{node} holds no values of its own"
+    return Fault(start, path, f"there is no '{step}' to set here{size}", hint)
 
 
 def _put(mapping: dict[str, Node], key: str, value: Node, removable: frozenset[str]) -> None:

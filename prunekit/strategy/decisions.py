@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +104,24 @@ class LayerPlan:
     """An action for each decoder layer that does not simply run; layers that are not named run.
 
     actions: in prefill. decode: in decoding; None: as in prefill, but frozen and filled layers run.
+    Raises TypeError for anything but numbers of layers with a `LayerAction` each.
     """
 
     actions: Mapping[int, LayerAction] = field(default_factory=dict)
     decode: Mapping[int, LayerAction] | None = None
+
+    def __post_init__(self) -> None:
+        phases: tuple[tuple[str, Any], ...] = (("actions", self.actions), ("decode", self.decode or {}))
+        for phase, actions in phases:
+            if not isinstance(actions, Mapping):
+                raise TypeError(f"LayerPlan({phase}={actions!r}): it takes a dict such as {{3: LayerAction.SKIP}}")
+            for layer, action in actions.items():
+                if not isinstance(layer, int) or isinstance(layer, bool):
+                    raise TypeError(f"LayerPlan has {layer!r} in `{phase}`; layers are whole numbers from 0")
+                if not isinstance(action, LayerAction):
+                    named = {one.value: f"LayerAction.{one.name}" for one in LayerAction}
+                    right = named.get(str(action), f"one of {', '.join(named.values())}")
+                    raise TypeError(f"LayerPlan has {action!r} for layer {layer} in `{phase}`; write {right}")
 
     def __getitem__(self, layer: int) -> LayerAction:
         return self.actions.get(layer, LayerAction.RUN)

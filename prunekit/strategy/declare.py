@@ -39,6 +39,9 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     "plan_layers": ("shape",),
     **STATEMENTS,
 }
+# What the decorator says that means something only for one kind of strategy; the rest is for both kinds.
+OF_TOKENS = ("schedule", "drops_all", "extras")
+OF_ROUTERS = ("keep_layers", "routes")
 EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
 Policy = Literal["required", "optional", "refused"]
 Routes = Literal["tokens", "layers"]
@@ -56,7 +59,8 @@ class Declaration:
         A strategy that refuses decides by itself. keep_layers: the same for how many layers a router lets run.
     schedule: default sites with the fraction that each keeps of the original tokens, `{Site(8): 0.5, Site(16): 0.25}`;
         or a function of the instance and the number of decoder layers. The file may then leave out `at` and `keep`.
-    per_sample: its token and router hooks are called once for each sample, without padding.
+    per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
+        axis, `count` and `seed` an int, `question` a str. They answer alike, such as float (V,) for scores.
     drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
     extras: what of the tower it takes beside the visual tokens, such as ("cls",). routes: what a router decides about.
     """
@@ -104,12 +108,16 @@ class Declaration:
 
 
 @dataclass_transform(frozen_default=True)
-def strategy(**declared: Any) -> Callable[[C], C]:
+def strategy(*bare: Any, **declared: Any) -> Callable[[C], C]:
     """Declare a strategy; the keywords are the fields of `Declaration`. A subclass inherits what it does not say anew.
 
     Raises PluginError, naming the class and the nearest right word, for keywords, methods, arguments and names that
     are not known, and for declarations that contradict each other.
     """
+
+    if bare:
+        name = getattr(bare[0], "__name__", repr(bare[0]))
+        raise PluginError(f"strategy {name}: @strategy takes keywords alone; with nothing to say write @strategy()")
 
     def declare(cls: C) -> C:
         who = f"strategy {cls.__name__} ({cls.__module__})"
@@ -121,6 +129,7 @@ def strategy(**declared: Any) -> Callable[[C], C]:
         made.__prunekit__ = declaration
         _check_fields(made, who)
         _check_hooks(made, declaration, who)
+        _check_declared(made, declared, who)
         return cast("C", made)
 
     return declare
@@ -280,17 +289,34 @@ def _check_hooks(cls: type[Any], declaration: Declaration, who: str) -> None:
         raise PluginError(f"{who} implements route and {others[0]}; a router is a strategy of its own: make it two")
     asked: set[str] = set()
     for hook in hooks:
-        names = _arguments(getattr(cls, hook))
-        for name in names:
-            if name not in HOOKS[hook]:
-                near = did_you_mean(name, HOOKS[hook])
-                raise PluginError(f"{who}: {hook} has no argument '{name}' ({near}{_takes(HOOKS[hook])})")
-        asked.update(names)
+        asked.update(_asked(cls, hook, who))
     if asked & {"extras", "extras_valid"} and not declaration.extras:
         raise PluginError(f"{who} asks for `extras` but declares none: @strategy(extras=('cls',))")
     if "forward" in asked and declaration.per_sample:
         raise PluginError(f"{who}: `forward` runs the whole batch; leave out per_sample")
     _check_budgets(cls, declaration, who)
+
+
+def _asked(cls: type[Any], hook: str, who: str) -> tuple[str, ...]:
+    """The arguments that a hook of the class asks for. pluggy hands over none that has a default."""
+    parameters = list(inspect.signature(getattr(cls, hook)).parameters.values())[1:]
+    for one in parameters:
+        if one.name not in HOOKS[hook] and one.default is one.empty:
+            near = did_you_mean(one.name, HOOKS[hook])
+            raise PluginError(f"{who}: {hook} has no argument '{one.name}' ({near}{_takes(HOOKS[hook])})")
+        if one.name in HOOKS[hook] and one.default is not one.empty:
+            raise PluginError(f"{who}: {hook} would never get '{one.name}', which has a default; write it without")
+    return tuple(one.name for one in parameters if one.default is one.empty)
+
+
+def _check_declared(cls: type[Any], declared: Mapping[str, Any], who: str) -> None:
+    """What the decorator says means something for a strategy with these hooks."""
+    for name in declared:
+        tokens, routers = is_token(cls) and name not in OF_ROUTERS, is_router(cls) and name not in OF_TOKENS
+        if not tokens and not routers:
+            kinds = "routers" if name in OF_ROUTERS else "strategies with token hooks"
+            both = "" if name in (*OF_ROUTERS, *OF_TOKENS) else " and routers"
+            raise PluginError(f"{who}: `{name}` is for {kinds}{both} (leave it out)")
 
 
 def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
@@ -300,13 +326,5 @@ def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
             f"{who} only scores, so how many tokens stay comes from `keep`: leave out keep={declaration.keep!r}, or "
             "implement select_tokens"
         )
-    if declaration.schedule is not None and (is_router(cls) or not is_token(cls)):
-        raise PluginError(f"{who}: `schedule` is for strategies with token hooks")
     if declaration.schedule is not None and declaration.keep == "refused":
         raise PluginError(f"{who}: `schedule` gives default budgets, which keep='refused' takes none of")
-
-
-def _arguments(method: Any) -> tuple[str, ...]:
-    """What a hook implementation asks for: its arguments without `self` and without those that have a default."""
-    parameters = list(inspect.signature(method).parameters.values())[1:]
-    return tuple(one.name for one in parameters if one.default is inspect.Parameter.empty)

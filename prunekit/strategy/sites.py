@@ -145,8 +145,9 @@ class Sites:
             "pixels": self.pixels,
         }  # fmt: skip
         if not allowed[site.place]:
-            first = f"a decoder layer, {self.lowest} or later" if self.decoder else "another place"
-            return f"needs {first}"
+            layers = f"a decoder layer, {self.lowest} or later"
+            names = {"encoder": "'encoder'", "layer": layers, "vision": "a tower site", "prefill_end": "'prefill_end'"}
+            return f"needs {' or '.join(name for place, name in names.items() if allowed[place])}"
         if site.place == "layer" and site.depth < self.lowest:
             return f"needs layer {self.lowest} or later"
         return None

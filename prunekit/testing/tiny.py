@@ -72,6 +72,14 @@ def tiny_inputs(
     return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
 
 
+class TinyWords:
+    """The tokenizer of tiny prompts, for strategies that ask for `question`: token 40 is the word `w40`."""
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """The words of these token ids, with blanks between them."""
+        return " ".join(f"w{one}" for one in ids if one > IMAGE or not skip_special_tokens)
+
+
 def row_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     """Row `row` of a batch of `tiny_inputs` as a batch of its own, without padding."""
     present = batch["attention_mask"][row].bool()

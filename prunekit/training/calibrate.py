@@ -27,7 +27,10 @@ def stage_of(pipeline: Pipeline, number: int | None) -> Stage:
     supported = [stage for stage in pipeline.stages if stage.states("calibrate")]
     if not supported:
         used = ", ".join(stage.use for stage in pipeline.stages)
-        raise Unsupported(f"no stage of '{pipeline.name}' can be calibrated: {used} implement no hook `calibrate`")
+        raise Unsupported(
+            f"no stage of '{pipeline.name}' can be calibrated: none of {used} implements the hook `calibrate` "
+            "(nothing is to be done: such strategies run without)"
+        )
     if number is None and len(supported) > 1:
         raise InputError(f"several stages can be calibrated (name one with --stage: {_numbers(supported)})")
     chosen = [stage for stage in supported if number in (None, stage.index)]

@@ -41,6 +41,10 @@ class Equivalence:
     cache: Any
     merges: Mapping[int, Merge | Sequence[Tensor]]
 
+    def __str__(self) -> str:
+        rows, steps = self.logits.shape[:2]
+        return f"{self.report}\n  {steps} steps of {rows} samples equal the masked reference to {self.error:.1e}"
+
 
 def compared(
     model: PreTrainedModel,
@@ -51,6 +55,7 @@ def compared(
     atol: float,
     merges: Merges | None = None,
     stock_run: StockRun | None = None,
+    processor: Any = None,
     **options: Any,
 ) -> Equivalence:
     """As `prunekit.verify.equivalence.assert_equivalent`, on a model of these parts. Observers are told nothing."""
@@ -60,7 +65,7 @@ def compared(
         options |= {"num_return_sequences": beams, "output_scores": True}
     exact = Float64Throughout() if model.dtype == torch.float64 else nullcontext()
     with exact, restored(model):
-        with recorded(pipeline) as record, Attached(model, pipeline, parts, observed=False) as run:
+        with recorded(pipeline) as record, Attached(model, pipeline, parts, processor, observed=False) as run:
             output = generate(model, inputs, max_new_tokens=steps + 1, **options)
         if run.report is None:
             raise AssertionError("the run left no report")

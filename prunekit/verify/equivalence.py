@@ -25,6 +25,7 @@ def assert_equivalent(
     atol: float = 1e-9,
     merges: Merges | None = None,
     stock_run: StockRun | None = None,
+    processor: Any = None,
     **options: Any,
 ) -> Equivalence:
     """Prefill and `steps` decode steps of the pruned model equal the masked reference; AssertionError if they do not.
@@ -39,8 +40,9 @@ def assert_equivalent(
     inputs: what `generate` takes, left-padded; `prunekit.testing.tiny_families` makes some for every family.
     merges: how events merged, from the report alone. None takes the weights that the strategy returned to the engine.
     stock_run: `prunekit.verify.stock.stock_run_of(model, inputs, steps + 1)`, to make it once for many pipelines.
+    processor: as for `prunekit.apply`, for strategies that ask for `question`.
     options: for `generate`, such as `num_beams` (all beams of a row are returned and compared).
     Raises ValueError when the model is not in float64 and `atol` is below 1e-6.
     """
     built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline)
-    return compared(model, proved_parts(model), built, inputs, steps, atol, merges, stock_run, **options)
+    return compared(model, proved_parts(model), built, inputs, steps, atol, merges, stock_run, processor, **options)

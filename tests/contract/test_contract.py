@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import prunekit
-from prunekit import Selection, hookimpl, plugins, strategy
+from prunekit import Selection, Sites, hookimpl, plugins, strategy
 from prunekit.families import shape_of
 from prunekit.strategy.artefact import Artefact
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
@@ -49,6 +49,38 @@ class Batchwise:
     @hookimpl
     def score_tokens(self, hidden):
         return hidden.sum(-1) * hidden.sum((1, 2)).argsort().argsort()[:, None] * (-1) ** len(hidden)
+
+
+@strategy()
+class Reading:
+    """A baseline that reads: what it keeps depends on the words of the question."""
+
+    @hookimpl
+    def score_tokens(self, hidden, question):
+        import torch
+
+        signs = torch.tensor([1.0 if len(words) % 2 else -1.0 for words in question])
+        return hidden.sum(-1) * signs[:, None]
+
+
+@strategy(sites=Sites(decoder=False), extras=("cls",))
+class Appending:
+    """A baseline that appends CLS at the decoder input: each CLS token takes the slot of the last kept tokens."""
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        return hidden.norm(dim=-1)
+
+    @hookimpl
+    def merge_tokens(self, hidden, keep, extras_valid):
+        import torch
+
+        slots = torch.eye(keep.shape[1], keep.shape[1] + extras_valid.shape[1]).repeat(len(keep), 1, 1)
+        for row, (kept, real) in enumerate(zip(keep, extras_valid, strict=True)):
+            for extra, slot in zip(real.nonzero()[:, 0], kept.nonzero()[:, 0].flip(0), strict=False):
+                slots[row, slot] = 0
+                slots[row, slot, keep.shape[1] + extra] = 1
+        return slots.to(hidden.dtype)
 
 
 @strategy()
@@ -98,6 +130,7 @@ class Remembers:
         return hidden.sum(-1)
 
 
+WHOLE = {"reading": Reading, "appending": Appending}
 BROKEN = {
     "batchwise": (Batchwise, ["test_rows_do_not_depend_on_each_other"]),
     "forgetful": (Forgetful, ["test_the_same_run_gives_the_same_result", "test_rows_do_not_depend_on_each_other"]),
@@ -112,7 +145,7 @@ class BrokenPlugin:
 
     @hookimpl
     def prunekit_register(self, registry):
-        for name, (cls, _) in BROKEN.items():
+        for name, cls in {**WHOLE, **{name: cls for name, (cls, _) in BROKEN.items()}}.items():
             registry.strategy(name, f"{cls.__module__}:{cls.__name__}")
 
 
@@ -136,6 +169,13 @@ def test_a_rule_that_is_kept_passes_for_the_broken_too(broken):
     contract("greedy")().test_rows_do_not_depend_on_each_other()
     contract("blurred")().test_equals_the_masked_reference()
     contract("forgetful")().test_it_keeps_what_it_is_told_to()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_strategies_of_other_inputs_meet_the_contract(broken, name):
+    made = contract(name)
+    for rule in [one for one in dir(made) if one.startswith("test_") and "says_where" not in one]:
+        getattr(made(), rule)()
 
 
 def test_the_class_fits_the_strategy():

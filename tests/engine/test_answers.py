@@ -125,14 +125,14 @@ ANSWERS = {
     "size 0": "select_tokens (sizes) must be finite and above 0",
     "size below 0": "select_tokens (sizes) must be finite and above 0",
     "size integers": "select_tokens (sizes) must return float, not torch.int64",
-    "weights nan": "merge_tokens gave NaN or infinity to a kept token",
-    "weights integers": "merge_tokens must return float",
-    "beyond": "merge_tokens (owner) must name tokens 0 to",
-    "below": "merge_tokens (owner) must name tokens 0 to",
-    "dropped": "merge_tokens (owner) names a token that is not kept",
-    "not itself": "merge_tokens (owner): a kept token must own itself",
-    "float owner": "merge_tokens (owner) must be int64, not torch.float32",
-    "amounts": "merge_tokens (amounts) returned NaN or infinity",
+    "weights nan": "select_tokens (weights) gave NaN or infinity to a kept token",
+    "weights integers": "select_tokens (weights) must return float",
+    "beyond": "select_tokens (owner) must name tokens 0 to",
+    "below": "select_tokens (owner) must name tokens 0 to",
+    "dropped": "select_tokens (owner) names a token that is not kept",
+    "not itself": "select_tokens (owner): a kept token must own itself",
+    "float owner": "select_tokens (owner) must be int64, not torch.float32",
+    "amounts": "select_tokens (amounts) returned NaN or infinity",
 }
 CASES = [(cls, what, SCORES[what]) for cls in (Scores, ScoresOne) for what in SCORES]
 CASES += [(cls, what, ANSWERS[what]) for cls in (Answers, AnswersOne) for what in ANSWERS]

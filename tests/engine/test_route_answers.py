@@ -71,6 +71,7 @@ answer("mlp 1")(lambda rows, length: Route(plans=[LayerPlan({1: LayerAction.SKIP
 answer("skip 9")(lambda rows, length: Route(plans=[LayerPlan({9: LayerAction.SKIP})] * rows))
 answer("one plan")(lambda rows, length: Route(plans=[LayerPlan()]))
 answer("no plans")(lambda rows, length: Route(plans=[{1: LayerAction.SKIP}] * rows))
+answer("plans of text")(lambda rows, length: Route(plans=[LayerPlan({1: "skip"})] * rows))
 answer("raises")(lambda rows, length: 1 // 0)
 
 
@@ -107,6 +108,7 @@ def run(model, *stages):
         ([{"use": "plans", "answer": "skip 9"}], "route plans layers [9], but the model has layers 0 to 5"),
         ([{"use": "plans", "answer": "one plan"}], "route gave 1 plans for 2 samples"),
         ([{"use": "plans", "answer": "no plans"}], "each needs a LayerPlan"),
+        ([{"use": "plans", "answer": "plans of text"}], "'skip' for layer 1 in `actions`; write LayerAction.SKIP"),
         (
             [{"use": "plans", "answer": "skip 1"}, {"use": "stride", "at": "1.mid", "keep": 0.5}],
             "layers [1] do not simply run, but other stages cut inside them",

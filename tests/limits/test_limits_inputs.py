@@ -45,7 +45,8 @@ def said(phrase):
 
 def strategy(hook, **traits):
     """A strategy class with one hook, given as a function of self and what it asks for."""
-    declared = {"keep": "refused", "keep_layers": "refused", "sites": EVERYWHERE, **traits}
+    usual = {"plan_layers": {}, "route": {"keep": "refused", "keep_layers": "refused", "sites": EVERYWHERE}}
+    declared = {**usual.get(hook.__name__, {"keep": "refused", "sites": EVERYWHERE}), **traits}
     return prunekit.strategy(**declared)(type("Strategy", (), {hook.__name__: hookimpl(hook)}))
 
 

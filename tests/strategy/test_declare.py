@@ -98,6 +98,19 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: strategy()(dataclasses.make_dataclass("Mine", [], bases=(Body,))), "leave out @dataclass"
     ),
     "nothing to do": (lambda: strategy()(type("Mine", (), {})), "implements none of score_tokens, select_tokens, plan"),
+    "no parentheses": (lambda: strategy(type("Mine (", (Body,), {})), "with nothing to say write @strategy()"),
+    "an argument with a default": (
+        with_names(select_tokens=hookimpl(lambda self, hidden=None: hidden)),
+        "select_tokens would never get 'hidden', which has a default; write it without",
+    ),
+    "routes of a token strategy": (declared(routes=("tokens",)), "`routes` is for routers (leave it out)"),
+    "layers of a token strategy": (declared(keep_layers="refused"), "`keep_layers` is for routers"),
+    "extras of a router": (declared(RouterBody, extras=("cls",)), "`extras` is for strategies with token hooks (leave"),
+    "a router that drops all": (declared(RouterBody, drops_all=True), "`drops_all` is for strategies with token hooks"),
+    "sites of layers": (
+        declared(type("L", (), {"plan_layers": marked("plan_layers", "shape")}), sites=Sites()),
+        "`sites` is for strategies with token hooks and routers (leave it out)",
+    ),
     "two strategies": (declared(type("Two", (Body, RouterBody), {})), "a router is a strategy of its own: make it two"),
     "extras that are not declared": (
         with_names(merge_tokens=marked("merge_tokens", "extras")), "asks for `extras` but declares none"
