@@ -179,9 +179,7 @@ class TestValidate:
         out = run(capsys, "validate", *files, "--model", "micro")  # to which the router of par.yaml belongs
         assert out.splitlines() == [f"{path}: ok ({build.build(path).sha})" for path in files]
         data = json.loads(run(capsys, "validate", files[0], "--json"))
-        assert data["files"] == [
-            {"source": str(files[0]), "ok": True, "sha": build.build(files[0]).sha, "faults": []}
-        ]
+        assert data["files"] == [{"source": str(files[0]), "ok": True, "sha": build.build(files[0]).sha, "faults": []}]
 
     def test_syntax_alone_knows_no_strategy(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         path = tmp_path / "unknown.yaml"

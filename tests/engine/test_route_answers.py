@@ -12,6 +12,7 @@ from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 LAYERS = 6
 ANSWERS = {}
+LONG = 32  # tokens; the shorter row of `run` has less, the longer one more
 
 
 @strategy()
@@ -30,9 +31,19 @@ class Plans(Says):
     pass
 
 
+@strategy(per_sample=True, keep_layers="refused")
+class OneByOne(Says):
+    """The same, asked about each sample alone."""
+
+    @hookimpl
+    def route(self, embeds):
+        return ANSWERS[self.answer](len(embeds))
+
+
 class Plugin:
     @hookimpl
     def prunekit_register(self, registry):
+        registry.strategy("one-by-one", f"{__name__}:OneByOne")
         registry.strategy("says", f"{__name__}:Says")
         registry.strategy("plans", f"{__name__}:Plans")
 
@@ -72,6 +83,12 @@ answer("skip 9")(lambda rows, length: Route(plans=[LayerPlan({9: LayerAction.SKI
 answer("one plan")(lambda rows, length: Route(plans=[LayerPlan()]))
 answer("no plans")(lambda rows, length: Route(plans=[{1: LayerAction.SKIP}] * rows))
 answer("plans of text")(lambda rows, length: Route(plans=[LayerPlan({1: "skip"})] * rows))
+answer("tokens of one")(lambda length: Route(torch.arange(length).float()))
+answer("tokens of a batch")(lambda length: Route(torch.zeros(1, length)))
+answer("few layers of one")(lambda length: Route(torch.zeros(length), layers=torch.zeros(LAYERS - 1)))
+answer("two plans of one")(lambda length: Route(plans=[LayerPlan(), LayerPlan()]))
+answer("skip 1 of one")(lambda length: Route(plans=[LayerPlan({1: LayerAction.SKIP})]))
+answer("plans of short ones")(lambda length: Route(plans=[LayerPlan({1: LayerAction.SKIP})] if length < LONG else None))
 answer("raises")(lambda rows, length: 1 // 0)
 
 
@@ -109,6 +126,10 @@ def run(model, *stages):
         ([{"use": "plans", "answer": "one plan"}], "route gave 1 plans for 2 samples"),
         ([{"use": "plans", "answer": "no plans"}], "each needs a LayerPlan"),
         ([{"use": "plans", "answer": "plans of text"}], "'skip' for layer 1 in `actions`; write LayerAction.SKIP"),
+        ([{"use": "one-by-one", "answer": "tokens of a batch", "keep": 0.5}], "must return a tensor of shape ("),
+        ([{"use": "one-by-one", "answer": "few layers of one", "keep": 0.5}], "of shape (6,), not (5,)"),
+        ([{"use": "one-by-one", "answer": "two plans of one"}], "route gave 2 plans for one sample"),
+        ([{"use": "one-by-one", "answer": "plans of short ones"}], "route gave plans for 1 of 2 samples"),
         (
             [{"use": "plans", "answer": "skip 1"}, {"use": "stride", "at": "1.mid", "keep": 0.5}],
             "layers [1] do not simply run, but other stages cut inside them",
@@ -127,7 +148,9 @@ def test_refused(model, stages, said):
     with pytest.raises(PluginError) as caught:
         run(model, *stages)
     assert said in str(caught.value)
-    assert f"stages[{next(i for i, s in enumerate(stages) if s['use'] in ('says', 'plans'))}]" in str(caught.value)
+    assert f"stages[{next(i for i, s in enumerate(stages) if s['use'] in ('says', 'plans', 'one-by-one'))}]" in str(
+        caught.value
+    )
 
 
 def test_taken(model):
@@ -139,6 +162,10 @@ def test_taken(model):
     assert all(dict(plan) == {1: LayerAction.SKIP} for plan in report.plans)  # layer 0 is read
     report = run(model, {"use": "plans", "answer": "mlp 1"}, {"use": "fastv", "at": 2, "keep": 0.5})
     assert all(dict(plan) == {1: LayerAction.SKIP_MLP} for plan in report.plans)
+    report = run(model, {"use": "one-by-one", "answer": "tokens of one", "keep": 0.25})
+    assert report.kept_tokens == (4, 8)
+    report = run(model, {"use": "one-by-one", "answer": "skip 1 of one"})
+    assert all(dict(plan) == {1: LayerAction.SKIP} for plan in report.plans)
 
 
 def test_a_router_of_tokens_that_also_scores_layers_leaves_them_alone(model):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import call, finite
+from prunekit.engine.asking import call, checked, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError
@@ -95,8 +95,9 @@ def _ask(view: View, embeds: Tensor) -> Route:
     answers = []
     for b, mine in enumerate(real):
         of_sample = {name: value[b, mine] for name, value in own.items()}
-        answers.append(_checked_route(stage, call(stage, "route", _inputs(view, of_sample, b), {})))
-    return _together(answers, real)
+        answer = _checked_route(stage, call(stage, "route", _inputs(view, of_sample, b), {}))
+        answers.append(_of_sample(stage, answer, len(of_sample["valid"]), state.bound.shape.layers))
+    return _together(stage, answers, real)
 
 
 def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[str], Any]:
@@ -117,19 +118,32 @@ def _checked_route(stage: Stage, answer: Any) -> Route:
     return answer
 
 
-def _together(answers: list[Route], real: Tensor) -> Route:
+def _of_sample(stage: Stage, answer: Route, length: int, layers: int) -> Route:
+    """An answer about one sample of this many tokens and layers, which has no axis B."""
+    for name, value, size in (("tokens", answer.tokens, length), ("layers", answer.layers, layers)):
+        if value is not None:
+            checked(stage, f"route ({name})", value, (size,))
+    if answer.plans is not None and len(answer.plans) != 1:
+        raise PluginError(f"{stage.label}: route gave {len(answer.plans)} plans for one sample; it needs one LayerPlan")
+    return answer
+
+
+def _together(stage: Stage, answers: list[Route], real: Tensor) -> Route:
     """Answers about single samples, without padding, as one about the batch."""
-    tokens = layers = plans = None
-    scores = [answer.tokens for answer in answers if answer.tokens is not None]
-    if len(scores) == len(answers):
-        tokens = scores[0].new_zeros(real.shape)
-        tokens = tokens.masked_scatter(real.to(tokens.device), torch.cat(scores))
-    lines = [answer.layers for answer in answers if answer.layers is not None]
-    if len(lines) == len(answers):
-        layers = torch.stack(lines)
-    chosen = [answer.plans for answer in answers if answer.plans is not None]
-    if len(chosen) == len(answers):
-        plans = tuple(plan for one in chosen for plan in one)
+    given: dict[str, list[Any]] = {}
+    for name in ("tokens", "layers", "plans"):
+        given[name] = [value for answer in answers if (value := getattr(answer, name)) is not None]
+        if 0 < len(given[name]) < len(answers):
+            raise PluginError(
+                f"{stage.label}: route gave {name} for {len(given[name])} of {len(answers)} samples; what it decides "
+                "about for one sample it must for all (a plan that changes nothing is LayerPlan())"
+            )
+    tokens = None
+    if given["tokens"]:
+        tokens = given["tokens"][0].new_zeros(real.shape)
+        tokens = tokens.masked_scatter(real.to(tokens.device), torch.cat(given["tokens"]))
+    layers = torch.stack(given["layers"]) if given["layers"] else None
+    plans = tuple(plan for (plan,) in given["plans"]) if given["plans"] else None
     notes = dict.fromkeys(answer.note for answer in answers if answer.note is not None)
     return Route(tokens, layers, plans, "; ".join(notes) or None)
 
