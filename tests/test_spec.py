@@ -59,12 +59,18 @@ def test_path_text_json_and_dict_say_the_same(tmp_path: Path) -> None:
         "name": "both",
         "stages": [{"use": "fastv", "at": 2, "keep": 0.25}, {"use": "skip_layers", "layers": (3, 5)}],
     }
-    sources = [write(tmp_path, "both.yaml", TEXT), str(tmp_path / "both.yaml"), TEXT, json.dumps(data), data]
+    line = "name: both, stages: [{use: fastv, at: 2, keep: 0.25}, {use: skip_layers, layers: [3, 5]}]"
+    written = [TEXT, json.dumps(data), json.dumps(data, separators=(",", ":")), f"{{{line}}}"]
+    sources = [write(tmp_path, "both.yaml", TEXT), str(tmp_path / "both.yaml"), *written, data]
     read = [schema.load(source) for source in sources]
     said = [[(one.use, one.sites, one.keeps, one.options) for one in each.stages] for each in read]
     assert all(one == said[0] for one in said)
-    assert [each.source for each in read[2:]] == ["<inline>", "<inline>", "<dict>"]
-    assert read[4].stages[0].where is None
+    assert [each.source for each in read[2:]] == ["<inline>"] * 4 + ["<dict>"]
+    assert read[-1].stages[0].where is None
+
+
+def test_one_line_of_yaml_is_no_path() -> None:
+    assert schema.load("stages: [{use: blind}]").source == "<inline>"
 
 
 @pytest.mark.parametrize(

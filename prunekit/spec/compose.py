@@ -77,7 +77,7 @@ def _read(source: Source, faults: list[Fault]) -> Composed:
         if is_config(data) and isinstance(tree.data, dict):
             tree.data.pop("vars", None)  # resolved where they belong: an override of one would change nothing
         return Composed("<dict>", "inline", _extended(tree, Path(), (), [0], faults))
-    if isinstance(data, str) and ("\n" in data or data.lstrip().startswith("{")):
+    if isinstance(data, str) and ("\n" in data or ": " in data or data.lstrip().startswith("{")):
         return Composed("<inline>", "inline", _top(data, "<inline>", Path(), (), [0], faults))
     if not isinstance(data, str | PathLike):
         message = f"a pipeline is a path, a dict or YAML text, not {type(data).__name__}"

@@ -32,7 +32,8 @@ class Site:
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
-    `Site(2)` is before decoder layer 2, `Site(None)` the encoder.
+    `Site(2)` is before decoder layer 2, `Site(None)` the encoder. Raises ValueError for a layer that is no whole number
+    from 0.
     """
 
     layer: int | None
@@ -40,6 +41,9 @@ class Site:
     point: Literal["before", "mid", "after"] = "before"
 
     def __post_init__(self) -> None:
+        layer: Any = self.layer
+        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
+            raise ValueError(f"Site({layer!r}): layers are whole numbers from 0 (Site.parse reads text)")
         if not self.place:
             object.__setattr__(self, "place", "encoder" if self.layer is None else "layer")
 

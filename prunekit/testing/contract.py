@@ -135,20 +135,26 @@ class LayerContract(StrategyContract):
 class TokenContract(StrategyContract):
     """A strategy that decides about visual tokens."""
 
+    def allows(self, site: int | str) -> bool:
+        """The strategy may act at this site, written as in a pipeline file."""
+        return self.build().stages[0].sites.reason_against(Site.parse(site)) is None
+
     def test_text_stays(self) -> None:
         """What leaves a sample is visual tokens, as many as the report says."""
         report, _ = self.run(self.model(), tiny_inputs(**MIXED))
+        at_end = any(event.site == "prefill_end" for event in report.events)
+        left = report.kv_tokens if at_end else report.layer_tokens
         for prompt, visual, kept, layers in zip(
-            report.prompt_tokens, report.visual_tokens, report.kept_tokens, report.layer_tokens, strict=True
+            report.prompt_tokens, report.visual_tokens, report.kept_tokens, left, strict=True
         ):
             assert layers[-1] == prompt - visual + kept
 
     def test_every_site_that_it_allows_is_exact(self) -> None:
-        """The decoder input if allowed, the lowest layer that it allows, and the last one."""
+        """Of each kind of place one, of decoder layers the first that it allows and the last."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
         tried = 0
-        for site in ("encoder", 0, 1, layers - 1):
-            if self.build().stages[0].sites.reason_against(Site.parse(site)) is None:
+        for site in ("vision.0.mid", "vision.0", "encoder", 0, 1, layers - 1, "prefill_end"):
+            if self.allows(site):
                 result = self.exact(tiny_inputs(**RAGGED), at=site)
                 assert result.report.events[0].site == str(site)
                 tried += 1
@@ -157,8 +163,8 @@ class TokenContract(StrategyContract):
     def test_it_follows_another_stage(self) -> None:
         """Where an earlier stage has thinned the tokens, it chooses among the kept ones."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
-        first = {"use": DRAWN, "keep": 0.8}
-        behind = "encoder" if self.build().stages[0].sites.reason_against(Site(layers - 2)) else layers - 2
+        behind = next(site for site in (layers - 2, "encoder", "prefill_end", "vision.1") if self.allows(site))
+        first = {"use": DRAWN, "keep": 0.8, "at": "vision.0" if behind == "vision.1" else "encoder"}
         second = {"use": self.use, **self.options, **self.keep, "at": behind}
         registry = with_own(plugins.registry())
         pipeline = prunekit.load({"name": self.use, "stages": [first, second]}, registry=registry)
@@ -173,7 +179,10 @@ class KeepContract(TokenContract):
     keep: ClassVar[Mapping[str, Any]] = {"keep": 0.4}
 
     def test_it_keeps_what_it_is_told_to(self) -> None:
-        """Fractions of 16 and 32 tokens, rounded half up, and absolute numbers; `at_most` allows fewer, never more."""
+        """Fractions of 16 and 32 tokens, rounded half up, and absolute numbers; `at_most` allows fewer, never more.
+
+        Inside the tower every image is a sample of its own.
+        """
         asked: list[tuple[dict[str, Any], tuple[int, ...]]] = [
             ({"keep": 0.25}, (8, 0, 4)),
             ({"keep": 0.47}, (15, 0, 8)),
@@ -184,6 +193,8 @@ class KeepContract(TokenContract):
         for keys, counts in asked:
             report, _ = self.run(self.model(), tiny_inputs(**MIXED), **keys)
             kept = tuple(map(len, report.events[0].kept))
+            if Site.parse(report.events[0].site).place == "vision":
+                counts = tuple(counts[-1] * images for images in MIXED["images"])
             if self.at_most:
                 # A pool leaves at least one token of each image, however few were asked for.
                 limits = tuple(max(count, images) for count, images in zip(counts, MIXED["images"], strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import prunekit
-from prunekit import Selection, Sites, hookimpl, plugins, strategy
+from prunekit import PREFILL_END, Selection, Site, Sites, hookimpl, plugins, strategy
 from prunekit.families import shape_of
 from prunekit.strategy.artefact import Artefact
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
@@ -130,7 +130,25 @@ class Remembers:
         return hidden.sum(-1)
 
 
-WHOLE = {"reading": Reading, "appending": Appending}
+@strategy(sites=Sites(tower=True, encoder=False, decoder=False, default=Site.parse("vision.0")))
+class InTower:
+    """A baseline that cuts inside the vision tower alone."""
+
+    @hookimpl
+    def score_tokens(self, hidden):
+        return hidden.norm(dim=-1)
+
+
+@strategy(sites=Sites(end=True, encoder=False, decoder=False, default=PREFILL_END))
+class AtEnd:
+    """A baseline that cuts what the prefill left in the cache alone."""
+
+    @hookimpl
+    def score_tokens(self, valid):
+        return valid.cumsum(-1).float()
+
+
+WHOLE = {"reading": Reading, "appending": Appending, "in-tower": InTower, "at-end": AtEnd}
 BROKEN = {
     "batchwise": (Batchwise, ["test_rows_do_not_depend_on_each_other"]),
     "forgetful": (Forgetful, ["test_the_same_run_gives_the_same_result", "test_rows_do_not_depend_on_each_other"]),

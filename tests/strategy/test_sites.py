@@ -1,0 +1,19 @@
+"""Sites as authors write them in code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prunekit import ENCODER, Site
+
+
+def test_a_number_is_a_layer_and_none_the_decoder_input() -> None:
+    assert (str(Site(2)), Site(None)) == ("2", ENCODER)
+
+
+@pytest.mark.parametrize("layer", [-1, "2", True, 1.5])
+def test_what_is_no_layer(layer: Any) -> None:
+    with pytest.raises(ValueError, match="whole numbers from 0"):
+        Site(layer)
