@@ -117,7 +117,7 @@ class Attached:
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
                 blocks.override(self._overrides, self._tower)
-            self.needs.attach(self._overrides)
+            self.needs.check_version()
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""

@@ -44,10 +44,6 @@ class Overrides:
 
         self._undo.append(undo)
 
-    def later(self, undo: Callable[[], None]) -> None:
-        """Call `undo` on the way out."""
-        self._undo.append(undo)
-
     def restore(self) -> None:
         """Undo everything, newest first. What can be undone is undone, then the first error is raised."""
         errors = []

@@ -192,18 +192,26 @@ def test_a_look_ahead_leaves_no_trace():
 
 def test_attention_interface_is_as_before_afterwards():
     before, registered = AttentionInterface.__dict__["get_interface"], dict(AttentionInterface._global_mapping)
-    asks = reader(["attention"], [])
-    with prunekit.apply(model_of("sdpa"), piped((asks, {"at": 2}))):
+    one, other = nn.Identity(), nn.Identity()
+    with tap.tapped({one: print}):
         assert AttentionInterface.__dict__["get_interface"] is not before
-        with prunekit.apply(model_of("eager"), piped((asks, {"at": 2}))):
+        with tap.tapped({other: print}):
             pass
         assert AttentionInterface.__dict__["get_interface"] is not before
-    with pytest.raises(RuntimeError), prunekit.apply(model_of("sdpa"), piped((asks, {"at": 2}))):
+    with pytest.raises(RuntimeError), tap.tapped({one: print}):
         raise RuntimeError
     assert AttentionInterface.__dict__["get_interface"] is before
     assert AttentionInterface._global_mapping == registered
-    with prunekit.apply(model_of("sdpa"), piped((reader(["hidden"], []), {"at": 2}))):
+    with tap.tapped({}):
         assert AttentionInterface.__dict__["get_interface"] is before, "nobody asks"
+
+
+def test_attention_interface_is_as_before_when_tokens_are_decoded():
+    """Taps are there while the layer runs whose attention is read, and not for the rest of the pipeline's block."""
+    before = AttentionInterface.__dict__["get_interface"]
+    with prunekit.apply(model_of("sdpa"), piped((reader(["attention"], []), {"at": 2}))):
+        model_of("sdpa")(**tiny_inputs())
+        assert AttentionInterface.__dict__["get_interface"] is before
 
 
 def test_an_older_transformers_is_refused(monkeypatch):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -64,10 +64,14 @@ _TAPS: ContextVar[Taps | None] = ContextVar("prunekit_taps", default=None)
 
 @contextmanager
 def tapped(taps: Taps) -> Iterator[None]:
-    """Within the block, `taps` get what their modules hand to their kernels, if `patch` is in; outer blocks do not."""
+    """Within the block, `taps` get what their modules hand to their kernels; those of outer blocks do not.
+
+    Blocks are short: decoding steps, where every call counts, find `AttentionInterface` as it was.
+    """
     token = _TAPS.set(taps)
     try:
-        yield
+        with _patch if taps else nullcontext():
+            yield
     finally:
         _TAPS.reset(token)
 
@@ -80,45 +84,47 @@ def recorded(record: Record) -> Iterator[Record]:
 
 
 class _Patch:
-    """Counts who needs taps; the first puts them on `AttentionInterface`, the last takes them off."""
+    """A block within which there are taps on `AttentionInterface`: of several at once the last takes them off."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.users = 0
         self.original: Callable[..., Any] | None = None
 
-    def acquire(self) -> None:
+    def __enter__(self) -> None:
         with self.lock:
             if self.users == 0:
-                self.original = _method()
+                self.original = method()
                 setattr(AttentionInterface, METHOD, _tapping(self.original))
             self.users += 1
 
-    def release(self) -> None:
+    def __exit__(self, *_: object) -> None:
         with self.lock:
             self.users -= 1
             if self.users == 0:
                 setattr(AttentionInterface, METHOD, self.original)
 
 
-def _method() -> Callable[..., Any]:
-    method: Callable[..., Any] | None = AttentionInterface.__dict__.get(METHOD)
-    if method is None:
+def method() -> Callable[..., Any]:
+    """The method of `AttentionInterface` that taps go on. Raises Unsupported for versions that have none."""
+    found: Callable[..., Any] | None = AttentionInterface.__dict__.get(METHOD)
+    if found is None:
         raise Unsupported(
             f"this transformers version has no AttentionInterface.{METHOD}, through which prunekit reads attention "
             "rows, keys and values; use a version that pyproject.toml names, or stages that need none"
         )
-    return method
+    return found
 
 
-patch = _Patch()
+_patch = _Patch()
 
 
 def _tapping(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_interface(self: AttentionInterface, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         function: Callable[..., Any] = original(self, *args, **kwargs)
-        if torch.compiler.is_compiling():  # context variables cannot be traced, and decoding steps are not tapped
+        # Context variables cannot be traced, and decoding steps are not tapped.
+        if torch.compiler.is_dynamo_compiling():
             return function
         taps = _TAPS.get()
         return function if taps is None else _around(function, taps)

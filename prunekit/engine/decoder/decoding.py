@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -21,24 +21,26 @@ _RUNS = (LayerAction.RUN, LayerAction.FREEZE)
 class Decoding(ForwardPass):
     """A pass of new tokens after the prompt. What it does with a layer stands on that layer's KV."""
 
+    _shared: dict[tuple[int, int, int], tuple[dict[str, Any], object]] = field(default_factory=dict)
+
     is_prefill = False
 
-    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        store: RaggedLayer = kwargs["past_key_values"].layers[number]
+    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        cache = kwargs["past_key_values"]
+        store: RaggedLayer = cache.layers[number]
         store.open(self.tokens)
         actions, layout = store.actions, store.layout
         if actions in _RUNS and layout is None:
             return original(hidden, **kwargs)
         if actions in _RUNS:
-            # Layers that share a layout share what differs from the arguments of the complete sequence.
-            of = (layout, kwargs.get("attention_mask"), kwargs.get("position_embeddings"))
-            changes = self.once(of, lambda: self._call(number, original, hidden, kwargs, store).changes())
-            return original(hidden, **{**kwargs, **changes})
-        call = self._call(number, original, hidden, kwargs, store)
+            mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+            # Layers that share a layout share what differs from the arguments of the complete sequence. Objects are
+            # told apart by identity, as in `once`, which would cost a closure for every layer.
+            key = (id(layout), id(mask), id(rotary))
+            if key not in self._shared:
+                changes = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache).changes()
+                self._shared[key] = changes, (layout, mask, rotary)
+            kwargs.update(self._shared[key][0])
+            return original(hidden, **kwargs)
+        call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
         return run_groups(call, actions, store) if isinstance(actions, tuple) else run_action(actions, call)
-
-    def _call(
-        self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any], store: RaggedLayer
-    ) -> LayerCall:
-        cache = kwargs["past_key_values"]
-        return LayerCall(self, number, original, hidden, kwargs, store.layout, range(len(hidden)), None, cache)

@@ -38,8 +38,11 @@ class ForwardPass(ABC):
     is_prefill: ClassVar[bool]
 
     @abstractmethod
-    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        """Do what was decided for layer `number`: cut tokens around it, skip it, or run it on what is alive."""
+    def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
+        """Do what was decided for layer `number`: cut tokens around it, skip it, or run it on what is alive.
+
+        kwargs: the arguments of its call, a dict of this call's own.
+        """
 
     def localised(self, layout: Layout | None, kwargs: Mapping[str, Any]) -> Layout | None:
         """The layout with what its rotary positions moved by, where the pipeline renumbers positions."""
@@ -55,9 +58,10 @@ class ForwardPass(ABC):
         Objects are told apart by identity, and kept beside the result: the address of a lost one is given out anew.
         """
         key = tuple(map(id, of))
-        if key not in self._memo:
-            self._memo[key] = make(), of
-        return self._memo[key][0]
+        found = self._memo.get(key)
+        if found is None:
+            found = self._memo[key] = make(), of
+        return found[0]
 
 
 @dataclass(frozen=True, repr=False)

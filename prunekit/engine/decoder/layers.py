@@ -56,7 +56,7 @@ def current_pass() -> ForwardPass | None:
 def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():  # the cheapest test: it is made for every layer and step
                 return static.decode(number, original, hidden_states, kwargs, kind)
             current = CURRENT.get()
             if current is None:

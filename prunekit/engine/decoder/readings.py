@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from prunekit.engine.attention.attended import Attended
 from prunekit.engine.attention.decoder_rows import attention
-from prunekit.engine.attention.tap import Record, patch, recorded
+from prunekit.engine.attention.tap import Record, method, recorded
 from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.aside import Aside
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState
-from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
@@ -81,11 +80,10 @@ class Needs:
         layers_of = (frozenset(record), frozenset(read), frozenset(entered), frozenset(behind))
         return cls(*layers_of, embeds, kernels, positions)
 
-    def attach(self, overrides: Overrides) -> None:
-        """Look at what attention modules hand to their kernels until `overrides` are taken out, if anybody needs it."""
+    def check_version(self) -> None:
+        """Raise Unsupported where something reads attention, which this version of transformers does not show."""
         if self.kernels:
-            patch.acquire()
-            overrides.later(patch.release)
+            method()
 
 
 def _named(cut: Cut) -> frozenset[str]:

@@ -27,13 +27,13 @@ class Call:
 
     def refuse_unsupported(self) -> None:
         """Raise Unsupported for what cannot be answered on fewer tokens."""
+        cache = self.given.get("past_key_values")
+        is_prompt = ragged.owner_of(cache) is None
         for name in ("output_attentions", "output_hidden_states"):
-            if self._asks(name):
+            if self._asks(name, is_prompt):
                 raise Unsupported(
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
-        cache = self.given.get("past_key_values")
-        is_prompt = ragged.owner_of(cache) is None
         if cache is not None and is_prompt:
             ragged.check(cache, ragged.takes(cache) or static.takes(cache))
         mask = self.given.get("attention_mask")
@@ -45,11 +45,12 @@ class Call:
             self._refuse_incomplete(flat_mask(mask))
         self._refuse_checkpointing()
 
-    def _asks(self, name: str) -> bool:
-        """Whether this call, or else a config, asks for an output of every layer."""
+    def _asks(self, name: str, is_prompt: bool) -> bool:
+        """Whether this call, or else a config when the prompt comes, asks for an output of every layer."""
         if self.given.get(name) is not None:
             return bool(self.given[name])
-        return any(bool(getattr(module.config, name, False)) for module in (self.parts.base, self.parts.text))
+        configs = (self.parts.base.config, self.parts.text.config) if is_prompt else ()
+        return any(bool(getattr(config, name, False)) for config in configs)
 
     def _refuse_incomplete(self, mask: Tensor | None) -> None:
         """Raise Unsupported for a prompt whose parts do not fit each other."""

@@ -55,10 +55,11 @@ class Rotations:
         """The rotations, (cos, sin), of the slots of `layout` for batch rows `rows` (None: all)."""
         if layout is not None and layout.shift is not None:
             return self._renumbered(rotary, layout, rows, prefill)
-        parts = (select_rows(part, rows, part.ndim - 3) for part in rotary)
+        if rows is not None:
+            rotary = tuple(select_rows(part, rows, part.ndim - 3) for part in rotary)
         if layout is None or not prefill:
-            return tuple(parts)
-        return tuple(take_rotary(part, layout.index) for part in parts)
+            return rotary
+        return tuple(take_rotary(part, layout.index) for part in rotary)
 
     def shifted(self, rotary: Any, layout: Layout) -> Layout:
         """`layout` with the number of position values, int64 (B,), that none of its tokens uses any more."""

@@ -44,8 +44,7 @@ def override(overrides: Overrides, needs: TowerNeeds) -> None:
     tower = needs.tower
     first = min((cut.site.layer or 0 for cut in needs.cuts), default=len(tower.layers))
     if needs.reads:
-        tap.patch.acquire()
-        overrides.later(tap.patch.release)
+        tap.method()
     for number, block in enumerate(tower.layers):
         if number >= first or number in needs.states:
             overrides.replace(block, "forward", partial(_block_forward, number))
