@@ -42,7 +42,7 @@ class Score:
 
 
 @strategy(sites=Sites(decoder=False))
-class Door:
+class Input:
     """Acts at the decoder input alone."""
 
     @hookimpl
@@ -55,6 +55,11 @@ class Plain:
 
     @hookimpl
     def score_tokens(self, hidden: Any) -> Any: ...
+
+
+@strategy(sites=Sites(encoder=False))
+class Later(Score):
+    """Acts at decoder layers, and names none."""
 
 
 @strategy()
@@ -155,8 +160,8 @@ class Plan:
 
 
 STRATEGIES = (
-    Score, Door, Plain, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter, Planner,
-    OwnLayers, Plan, Running, TowerRouter, Positions,
+    Score, Input, Plain, Later, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter,
+    Planner, OwnLayers, Plan, Running, TowerRouter, Positions,
 )  # fmt: skip
 
 
@@ -197,7 +202,7 @@ LISTS: dict[str, tuple[str, list[str]]] = {
         one("use: score, at: [4, 2], keep: 0.5"),
         ["2:26: at[1]: '2' stands after '4' (list sites in the order of the data, each once)"],
     ),
-    "the door after a layer": (
+    "the decoder input after a layer": (
         one("use: score, at: [4, encoder], keep: 0.5"),
         ["2:26: at[1]: 'encoder' stands after '4'"],
     ),
@@ -299,7 +304,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
         one("use: score, at: pixels, keep: 1"),
         ["2:22: at: this version cannot cut images before the tower sees them"],
     ),
-    "decoder not allowed": (one("use: door, at: 2.mid, keep: 1"), ["2:21: at: 'door' cannot act at '2.mid'"]),
+    "decoder not allowed": (one("use: input, at: 2.mid, keep: 1"), ["2:22: at: 'input' cannot act at '2.mid'"]),
     "one of a list not allowed": (
         one("use: plain, at: [encoder, 3, prefill_end], keep: 1"),
         ["2:35: at[2]: 'plain' cannot act at 'prefill_end'"],
@@ -316,7 +321,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
         one("use: own, at: 3, keep: 1"),
         ["2:20: at: 'own' cannot act at '3': attention of the layer that the site stands in is not there at '3'"],
     ),
-    "own layer at the door": (one("use: own, at: encoder, keep: 1"), ["2:20: at: 'own' cannot act at 'encoder'"]),
+    "own layer at the input": (one("use: own, at: encoder, keep: 1"), ["2:20: at: 'own' cannot act at 'encoder'"]),
     "looking ahead from inside": (
         one("use: ahead, at: 3.mid, keep: 1"),
         ["2:22: at: 'ahead' cannot act at '3.mid': attention of the layer ahead is not there at '3.mid'"],
@@ -446,7 +451,7 @@ ROUTERS: dict[str, tuple[str, list[str]]] = {
         one("use: router, at: vision.2, keep: 0.5"),
         ["2:23: at: 'router' cannot act at 'vision.2'"],
     ),
-    "before others at the door": (
+    "before others at the decoder input": (
         two("use: router, at: encoder, keep: 0.5", "use: score, at: encoder, keep: 0.25"),
         ["3:22: at: 'router' routes after all other stages at the decoder input, so also after this one (list it be"],
     ),
@@ -532,6 +537,11 @@ def test_defaults_of_several_sites_are_a_schedule() -> None:
         Sites(default=lambda layers: several).resolve(32)
 
 
+def test_a_default_that_is_not_allowed_is_a_site_that_is_missing(registry: Registry) -> None:
+    with pytest.raises(SpecError, match=r"2:5: stages\[0\]\.at: is missing: 'later' needs a decoder layer, 0 or later"):
+        build.build(one("use: later, keep: 1"), registry=registry).bind(SHAPE)
+
+
 @pytest.mark.parametrize("keys", ["use: score, at: vision.3, keep: 1", "use: score, at: vision.0.mid, keep: 1"])
 def test_a_tower_that_cannot_be_cut(registry: Registry, keys: str) -> None:
     with pytest.raises(SpecError, match=r"2:22: .*this model's vision tower cannot be cut \(cut at 'encoder' or later"):
@@ -613,11 +623,11 @@ GOOD: dict[str, tuple[str, list[tuple[str, str | None]]]] = {
         [("2", "0.5 of original"), ("4", "0.3 of original"), ("6", "0.25 of original")],
     ),
     "own layer after it": (one("use: own, at: 0.after, keep: 1"), [("0.after", "1 of original")]),
-    "ahead from the door": (
+    "ahead from the decoder input": (
         one("use: ahead, at: [encoder, 9], keep: 1"),
         [("encoder", "1 of original"), ("9", "1 of original")],
     ),
-    "a router after a stage at the door": (
+    "a router after a stage at the decoder input": (
         two("use: score, keep: 0.5", "use: router, keep_tokens: 9, keep_layers: 8"),
         [("encoder", "0.5 of original"), ("encoder", "9 tokens")],
     ),

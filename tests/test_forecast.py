@@ -185,7 +185,7 @@ def test_what_a_stage_decides_by_itself_is_within_the_promised_range(model: Any,
 
 
 def test_what_decisions_cost_by_their_own_account(model: Any) -> None:
-    """A token stage at each of its cuts, with what reaches it; a router once, with what the door leaves."""
+    """A token stage at each of its cuts, with what reaches it; a router once, behind those at the decoder input."""
     shape = families.find(model).shape()
     stages = [{"use": "priced", "at": ["encoder", 2], "keep": 0.5}, {"use": "pricedrouter", "at": 3, "keep": 0.25}]
     found = forecast(build.build({"stages": stages}).bind(shape), TEXT)

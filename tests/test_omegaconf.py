@@ -21,7 +21,7 @@ from prunekit.cli import main
 from prunekit.errors import InputError, SpecError
 from prunekit.registry import Registry
 from prunekit.spec import schema
-from prunekit.spec.places import escape
+from prunekit.spec.places import escaped
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 APP = {
@@ -267,9 +267,8 @@ class TestResolved:
     @settings(deadline=None)
     @given(st.fixed_dictionaries({}, optional={"text": OPTIONS, "many": st.lists(OPTIONS), "named": NAMED}))
     def test_it_loads_to_the_same_hash(self, options: dict[str, Any]) -> None:
-        escaped = _escaped(options)
         try:
-            first = prunekit.load({"name": "n", "stages": [{"use": "anything", **escaped}]}, (), registry())
+            first = prunekit.load({"name": "n", "stages": [{"use": "anything", **escaped(options)}]}, (), registry())
         except SpecError as error:  # a text that is exactly ???
             assert all("must be set" in str(fault) for fault in error.faults)
             return
@@ -296,14 +295,6 @@ class TestResolved:
         shown = capsys.readouterr().out
         assert shown == "name: own\nstages:\n- use: random\n  at: encoder\n  keep: 0.25\n  seed: 3\n"
         assert prunekit.load(shown).sha == prunekit.load(own, ["stages.0.seed=3"]).sha
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return escape(value) if isinstance(value, str) else value
 
 
 class TestPaths:

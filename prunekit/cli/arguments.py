@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def add_common(command: argparse.ArgumentParser, model: bool = False) -> None:
@@ -32,6 +36,28 @@ def add_loading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", metavar="T", help="of the model: float32, bfloat16; default: float32 on the CPU")
     command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     command.add_argument("--attn", metavar="A", help="attention implementation of the model: sdpa, eager")
+
+
+def load(namespace: argparse.Namespace, device: torch.device | str | None = None) -> tuple[Any, Any]:
+    """The model of --model as `add_loading` says, and its processor, without transformers' progress bars and advice.
+
+    device: goes before --device; None: that. Raises InputError as `prunekit.loading.load`.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    from prunekit import loading
+
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return loading.load(
+        namespace.model, namespace.dtype, device or namespace.device, namespace.attn, namespace.download
+    )
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    """The prompts that a command runs on."""
+    command.add_argument("--data", required=True, metavar="D", help="a registered source, or a .jsonl file with images")
 
 
 def is_override(word: str) -> bool:

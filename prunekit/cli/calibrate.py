@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from prunekit.cli.arguments import add_common, add_loading, positive
+from prunekit.cli.arguments import add_common, add_data, add_loading, load, positive
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -20,7 +20,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "prunekit show vtw-half --model micro --set stages[0].calibration=vtw-micro.json",
     )
     command.add_argument("pipeline", help="a pipeline file or name with a stage that can be calibrated")
-    command.add_argument("--data", required=True, metavar="D", help="a registered source, or a .jsonl file with images")
+    add_data(command)
     command.add_argument("--out", required=True, type=Path, metavar="FILE", help="where the artefact is written")
     command.add_argument("--prompts", type=positive, default=20, metavar="N", help="prompts to use; default: 20")
     command.add_argument("--stage", type=int, metavar="I", help="number of the stage, from 0, where several could be")
@@ -33,7 +33,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Calibrate. What can be checked without the weights is checked before they are loaded."""
     from prunekit import loading
-    from prunekit.cli.run import quiet
     from prunekit.errors import InputError
     from prunekit.pipeline.build import build
     from prunekit.training.calibrate import calibrate, stage_of
@@ -43,10 +42,7 @@ def run(namespace: argparse.Namespace) -> int:
     where, data = loading.resolve(namespace.model), source(namespace.data)
     if namespace.out.is_dir():
         raise InputError(f"'{namespace.out}' is a folder (name a file, such as {namespace.out / 'calibration.json'})")
-    quiet()
-    model, processor = loading.load(
-        namespace.model, namespace.dtype, namespace.device, namespace.attn, namespace.download
-    )
+    model, processor = load(namespace)
     artefact = calibrate(
         stage, model, processor, data, namespace.prompts, seed=namespace.seed,
         model_id=loading.model_identity(where) or str(where), name=namespace.data,

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit.cli.arguments import add_common, add_loading, positive
+from prunekit.cli.arguments import add_common, add_loading, load, positive
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,10 +46,7 @@ def run(namespace: argparse.Namespace) -> int:
     if not namespace.prompt.strip():
         raise InputError("the prompt is empty (ask something with --prompt)")
     pipeline.bind(loading.load_shape(namespace.model, namespace.download))
-    quiet()
-    model, processor = loading.load(
-        namespace.model, namespace.dtype, namespace.device, namespace.attn, namespace.download
-    )
+    model, processor = load(namespace)
     inputs = prepare(processor, namespace.prompt, images).to(model.device, model.dtype)
     data: dict[str, Any] = {"pipeline": pipeline.name, "sha": pipeline.sha, "model": namespace.model}
     if namespace.compare_dense:
@@ -108,15 +105,6 @@ def _open(path: Path) -> Image:
         raise InputError(f"'{path}' is a directory; name an image file") from error
     except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
         raise InputError(f"'{path}' is not a readable image: {error}") from error
-
-
-def quiet() -> None:
-    """Keep transformers' progress bars and advice out of the output."""
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _print(data: dict[str, Any], pipeline: Pipeline, report: object) -> None:

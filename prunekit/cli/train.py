@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from prunekit.cli.arguments import add_common, add_loading
+from prunekit.cli.arguments import add_common, add_data, add_loading, load
 
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,7 +22,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--data micro-scenes --out runs/router; a pipeline that names a router trains that one further",
     )
     command.add_argument("pipeline", help="a pipeline (file or name) with one router, and its training budget")
-    command.add_argument("--data", required=True, metavar="D", help="a registered source, or a .jsonl file with images")
+    add_data(command)
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the router")
     add_common(command, model=True)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="training options, as YAML")
@@ -38,7 +38,6 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Train. What can be checked without the weights is checked before they are loaded."""
     from prunekit import loading
-    from prunekit.cli.run import quiet
     from prunekit.errors import InputError
     from prunekit.pipeline.build import build
     from prunekit.training import checkpoint
@@ -60,10 +59,7 @@ def run(namespace: argparse.Namespace) -> int:
     _make(namespace.out)
     processes = Processes(namespace.device)
     processes.check_batch(recipe.batch)
-    quiet()
-    model, processor = loading.load(
-        namespace.model, namespace.dtype, processes.device or namespace.device, namespace.attn, namespace.download
-    )
+    model, processor = load(namespace, processes.device)
     trainer = Trainer(
         model, processor, pipeline, data, recipe, namespace.out, namespace.model, namespace.data, _say, processes
     )

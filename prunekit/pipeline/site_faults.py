@@ -42,6 +42,8 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
     if site.place == "vision" and (problem := _tower_site_problem(cut, cuts, shape.tower)):
         return problem
     if reason := cut.stage.sites.reason_against(site):
+        if cut.stage.sites_given is None:
+            return f"is missing: '{use}' {reason}", "name the site"
         return f"'{use}' cannot act at '{site}': it {reason}", ""
     if cut.stage.is_router and site.in_tower:
         return f"'{use}' decides at the decoder input, after '{site}'", "name 'encoder' or a layer"

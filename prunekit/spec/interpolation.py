@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prunekit.errors import Fault, did_you_mean
-from prunekit.spec.places import Node, escape, join
+from prunekit.spec.places import Node, escaped, join
 from prunekit.spec.python_data import from_data
 
 MAX_TEXTS = 250  # texts with `${...}` in one pipeline
@@ -154,7 +154,7 @@ class _Resolver:
             self._set(steps, f"${{{FAILED}:}}")
         else:
             self.values[steps] = self.nodes[key_path(steps)] = self._with_origin(result, str(node.data))
-            self._set(steps, _escaped(result.plain()))
+            self._set(steps, escaped(result.plain()))
         return True
 
     def _value(self, steps: Steps, text: str) -> Any:
@@ -249,14 +249,6 @@ def _replaced(node: Node, steps: Steps, values: dict[Steps, Node]) -> Node:
         items = [_replaced(child, (*steps, index), values) for index, child in enumerate(node.data)]
         return Node(items, node.where, node.key)
     return values.get(steps, node)
-
-
-def _escaped(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escaped(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_escaped(one) for one in value]
-    return escape(value) if isinstance(value, str) else value
 
 
 def _size(node: Node) -> int:

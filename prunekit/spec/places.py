@@ -230,6 +230,15 @@ def escape(text: str) -> str:
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
+def escaped(data: Any) -> Any:
+    """Plain data, dicts and lists of it, in which every text is escaped."""
+    if isinstance(data, dict):
+        return {key: escaped(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [escaped(value) for value in data]
+    return escape(data) if isinstance(data, str) else data
+
+
 def _no(at: Fault, message: str, hint: str, faults: list[Fault]) -> str | None:
     faults.append(Fault(at.where, at.key, message, hint))
     return None

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from prunekit.strategy.sites import Site
+from prunekit.verify.muting import without
 from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
 from prunekit.verify.stock import StockRun, as_square, parts_of, stock_run_of, visual_mask
 from prunekit.verify.tower import tower_cuts
@@ -209,10 +210,10 @@ class MaskedReference:
 
     def _in_two(self, layer: int, module: Any, state: Tensor, arguments: dict[str, Any]) -> Tensor:
         """The layer once without its MLP, then the merge, then the layer once without its attention."""
-        with self._without("mlp"):
+        with without(self.muted, "mlp"):
             between = module.forward(state, **arguments)
         between = self._moved(self.tables.mid[layer], between)
-        with self._without("attention"):
+        with without(self.muted, "attention"):
             return cast("Tensor", module.forward(between, **arguments))
 
     def _part(self, layer: int, part: str) -> Callable[[Any, dict[str, Any], Any], Any]:
@@ -228,14 +229,6 @@ class MaskedReference:
             return (first, *result[1:]) if isinstance(result, tuple) else first
 
         return edit
-
-    @contextmanager
-    def _without(self, part: str) -> Iterator[None]:
-        self.muted.add(part)
-        try:
-            yield
-        finally:
-            self.muted.remove(part)
 
     def _moved(self, moves: Sequence[Move], state: Tensor) -> Tensor:
         state = state.clone()

@@ -22,6 +22,7 @@ from prunekit.families import find
 from prunekit.families.base import Tower
 from prunekit.records import RunReport, StageEvent
 from prunekit.strategy.sites import Site
+from prunekit.verify.muting import without
 
 
 @contextmanager
@@ -122,13 +123,13 @@ class _Replay:
                 result = original(*args, **kwargs)
             else:
                 # The block once without its MLP, then the merge, then once without its attention.
-                with self._without("mlp"):
+                with without(self.muted, "mlp"):
                     state = self._merged(inside, _first(original(*args, **kwargs)))
                 if args:
                     args = (state, *args[1:])
                 else:
                     kwargs["hidden_states"] = state
-                with self._without("attention"):
+                with without(self.muted, "attention"):
                     result = original(*args, **kwargs)
             output = self._merged(behind, _first(result))
             return (output, *result[1:]) if isinstance(result, tuple) else output
@@ -184,14 +185,6 @@ class _Replay:
             return (zeros, *result[1:]) if isinstance(result, tuple) else zeros
 
         return hook
-
-    @contextmanager
-    def _without(self, part: str) -> Iterator[None]:
-        self.muted.add(part)
-        try:
-            yield
-        finally:
-            self.muted.remove(part)
 
 
 def _site(event: StageEvent) -> Site:

@@ -67,7 +67,7 @@ COMPOSED = {
         {"use": "skip_layers", "layers": [2], "what": "attention"},
         {"use": "skip_layers", "layers": [4], "what": "mlp"},
     ],
-    "three-at-one-door": [
+    "three-at-the-decoder-input": [
         {"use": "random", "keep": 0.9},
         {"use": "divprune", "keep": 0.6},
         {"use": "pool", "at": 0, "keep": 0.25},

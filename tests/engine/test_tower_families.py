@@ -92,7 +92,7 @@ def test_units_are_the_patches_that_a_visual_token_depends_on(name, kind):
 
 @strategy(sites=ANYWHERE, keep="refused")
 class Fixed:
-    """Keeps at the door what a list says."""
+    """Keeps at the decoder input what a list says."""
 
     KEPT: ClassVar[tuple] = ()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +21,6 @@ _RUNS = (LayerAction.RUN, LayerAction.FREEZE)
 class Decoding(ForwardPass):
     """A pass of new tokens after the prompt. What it does with a layer stands on that layer's KV."""
 
-    _shared: dict[tuple[int, int, int], tuple[dict[str, Any], object]] = field(default_factory=dict)
-
     is_prefill = False
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -34,13 +32,13 @@ class Decoding(ForwardPass):
             return original(hidden, **kwargs)
         if actions in _RUNS:
             mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-            # Layers that share a layout share what differs from the arguments of the complete sequence. Objects are
-            # told apart by identity, as in `once`, which would cost a closure for every layer.
+            # Layers that share a layout share what differs from the arguments of the complete sequence. This is `once`
+            # written out, without a closure for every layer.
             key = (id(layout), id(mask), id(rotary))
-            if key not in self._shared:
+            if key not in self._memo:
                 changes = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache).changes()
-                self._shared[key] = changes, (layout, mask, rotary)
-            kwargs.update(self._shared[key][0])
+                self._memo[key] = changes, (layout, mask, rotary)
+            kwargs.update(self._memo[key][0])
             return original(hidden, **kwargs)
         call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
         return run_groups(call, actions, store) if isinstance(actions, tuple) else run_action(actions, call)
