@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -63,8 +63,8 @@ def load(
     dtype: None takes float32 on the CPU and the checkpoint's own elsewhere. device: None takes a GPU if there is one.
     attn: transformers' `attn_implementation`; None takes its default. download: whether a hub may be asked.
     Images are always prepared by the PIL backend, so that scores do not depend on what else is installed.
-    Raises InputError when the model is not there, is not a vision-language model or lacks weights, or for an unknown
-    dtype or device.
+    Raises InputError when the model is not there, is not a vision-language model, lacks weights or has more than its
+    config knows, or for an unknown dtype or device.
     """
     import transformers
 
@@ -79,10 +79,19 @@ def load(
         model, loaded = auto.AutoModelForImageTextToText.from_pretrained(
             path, dtype=kind, output_loading_info=True, **local, **extra
         )
-    if loaded["missing_keys"]:  # transformers would go on with random numbers
-        missing = sorted(loaded["missing_keys"])
-        raise InputError(f"model '{path}' has no weights for {len(missing)} parameters, such as {missing[0]}")
+    _check_weights(path, loaded)
     return model.to(target).eval(), processor
+
+
+def _check_weights(path: Path | str, loaded: Mapping[str, Any]) -> None:
+    """Raise InputError unless the weights of a checkpoint are those that its config asks for, no fewer and no more."""
+    if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers
+        raise InputError(f"model '{path}' has no weights for {len(missing)} parameters, such as {missing[0]}")
+    if unused := sorted(loaded["unexpected_keys"]):  # it would go on without them
+        raise InputError(
+            f"model '{path}' has {len(unused)} weights that its config has no place for, such as {unused[0]} and "
+            f"{unused[-1]}; its config.json is not the one that it was saved with"
+        )
 
 
 def load_shape(name: str | Path, download: bool = False) -> ModelShape:

@@ -17,13 +17,24 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import cache_utils, modeling_utils
+from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 from transformers.models.llava_next import modeling_llava_next
 
 from prunekit.errors import Unsupported
 
 # The versions that the matrix of tests runs on, as pyproject.toml declares them.
-TESTED = ">=5.4,<6"
+TESTED = ">=5.4,<5.25"
+
+# What decoders and their layers call the KV cache that they are given, and models the one that they return.
+_NAMES_OF_CACHE = ("cache", "past_key_values")  # the newer, since transformers 5.24, first
+_TAKEN = inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters
+CACHE = next((name for name in _NAMES_OF_CACHE if name in _TAKEN), _NAMES_OF_CACHE[0])
+
+
+def todays_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a model's call with the KV cache under `CACHE`, whichever of its names the caller used."""
+    return {CACHE if name in _NAMES_OF_CACHE else name: value for name, value in arguments.items()}
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ def verify() -> None:
         raise Unsupported(
             f"transformers {transformers.__version__} is not as prunekit needs it (tested: {TESTED}):\n  "
             + "\n  ".join(problems)
-            + "\nInstall a tested version, or a newer prunekit."
+            + f"\nInstall a tested version, or a newer prunekit: pip install 'transformers{TESTED}'"
         )
 
 
@@ -153,7 +164,7 @@ def _layer_call() -> None:
     _expect(len(seen) == 1, "an override of a layer's forward on the instance is not called")
     args, kwargs = seen[0]
     _expect(len(args) == 1 and args[0].shape == (1, 3, 8), "a layer is not called with hidden states alone, then names")
-    wanted = {"attention_mask", "position_embeddings", "position_ids", "past_key_values"}
+    wanted = {"attention_mask", "position_embeddings", "position_ids", CACHE}
     _expect(wanted <= set(kwargs), f"a layer is called without {', '.join(sorted(wanted - set(kwargs)))}")
     _expect(len(kwargs["position_embeddings"]) == 2, "position_embeddings are not (cos, sin)")
     _expect(output["last_hidden_state"].shape == (1, 3, 8), "a decoder's output has no last_hidden_state")
@@ -162,7 +173,7 @@ def _layer_call() -> None:
 def _mask_sizes() -> None:
     decoder, seen = _decoder()
     kv: Any = cache_utils.DynamicCache()
-    decoder(inputs_embeds=torch.zeros(2, 3, 8), past_key_values=kv)
+    decoder(inputs_embeds=torch.zeros(2, 3, 8), **{CACHE: kv})
     kv.layers[0].__class__ = _Longer
     padded = torch.tensor([[0] + 7 * [1], 8 * [1]])
 
@@ -171,7 +182,7 @@ def _mask_sizes() -> None:
         return args[0]
 
     decoder.layers[0].forward = run
-    decoder(inputs_embeds=torch.zeros(2, 1, 8), past_key_values=kv, attention_mask=padded)
+    decoder(inputs_embeds=torch.zeros(2, 1, 8), attention_mask=padded, **{CACHE: kv})
     mask = seen[-1][1]["attention_mask"]
     _expect(isinstance(mask, Tensor) and mask.shape[-1] == 8, "masks are not sized by the cache's get_mask_sizes")
 

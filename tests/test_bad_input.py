@@ -395,6 +395,14 @@ class TestModels:
         config.write_text(json.dumps(data))
         assert "has no weights for" in self.refused(capsys, tmp_path)
 
+    def test_weights_of_more_layers(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = save(tmp_path, layers=4) / "config.json"
+        data = json.loads(config.read_text())
+        data["text_config"] |= {"num_hidden_layers": 2, "layer_types": None}
+        config.write_text(json.dumps(data))
+        said = self.refused(capsys, tmp_path)
+        assert "weights that its config has no place for, such as model.language_model.layers.2." in said
+
     def test_no_processor(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (save(tmp_path, layers=4) / "processor_config.json").unlink()
         assert f"model '{tmp_path}' does not load" in self.refused(capsys, tmp_path)

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from prunekit import upstream
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -29,13 +31,15 @@ def test_the_page_shows_the_results(versions: ModuleType) -> None:
     assert versions.table(versions.stored()) in text
 
 
-def test_the_declared_range_begins_with_the_oldest_that_ran(versions: ModuleType) -> None:
+def test_the_declared_range_is_the_range_that_ran(versions: ModuleType) -> None:
     results = versions.stored()
     assert [one.transformers for one in results] == list(versions.VERSIONS)
     assert not any(one.failed for one in results) and all(one.passed for one in results)
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    declared = re.search(r'"transformers>=(\d+\.\d+),<6"', project)
-    assert declared is not None and versions.VERSIONS[0] == f"{declared[1]}.0"
+    declared = re.search(r'"transformers(>=(\d+\.\d+),<(\d+)\.(\d+))"', project)
+    assert declared is not None and versions.VERSIONS[0] == f"{declared[2]}.0"
+    assert versions.VERSIONS[-1].startswith(f"{declared[3]}.{int(declared[4]) - 1}.")
+    assert upstream.TESTED == declared[1]
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"transformers=={versions.VERSIONS[-1]}" in pinned
 

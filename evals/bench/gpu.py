@@ -31,6 +31,7 @@ import transformers
 from prunekit_evals.bench.gpu_models import MODELS, Decoder, Model, build, inputs_of
 
 import prunekit
+from prunekit.upstream import CACHE
 
 Stages = list[dict[str, Any]]
 STEPS = 4
@@ -130,7 +131,7 @@ def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock
         box: list[Any] = []
 
         def prefill() -> None:
-            box[:] = [model(**inputs, use_cache=True).past_key_values]
+            box[:] = [model(**inputs, use_cache=True)[CACHE]]
 
         if before is None:
             memory = clock.memory(prefill)
@@ -140,7 +141,7 @@ def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock
         ids = inputs["input_ids"]
         token = ids.new_full((len(ids), 1), 20)
         for number in range(STEPS):
-            step = {"input_ids": token, "past_key_values": box[0]}  # no row is padded, so that no mask is needed
+            step = {"input_ids": token, CACHE: box[0]}  # no row is padded, so that no mask is needed
             taken = clock(lambda step=step: model(**step))
             before.steps += [taken] * (number > 0)  # the first one allocates
     return before

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import prunekit
 from prunekit import loading, plugins
+from prunekit.upstream import CACHE
 
 STEPS, TURN, WARM = 64, 8, 8
 
@@ -71,7 +72,7 @@ class _Decoding:
     def __init__(self, model: Any, pipeline: str | None, inputs: dict[str, Tensor]) -> None:
         self.model, self.pipeline, self.mask = model, pipeline, inputs["attention_mask"]
         with self.applied():
-            self.cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+            self.cache = model(**inputs, use_cache=True, logits_to_keep=1)[CACHE]
 
     def applied(self) -> AbstractContextManager[Any]:
         """The pipeline on the model; nothing for the dense model."""
@@ -83,7 +84,7 @@ class _Decoding:
         token = torch.full((1, 1), 5)
         for _ in range(number):
             self.mask = torch.cat([self.mask, self.mask.new_ones(1, 1)], 1)
-            self.model(input_ids=token, attention_mask=self.mask, past_key_values=self.cache)
+            self.model(input_ids=token, attention_mask=self.mask, **{CACHE: self.cache})
 
 
 def _turns(model: Any, pipeline: str, inputs: dict[str, Tensor]) -> list[tuple[float, float]]:

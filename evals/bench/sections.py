@@ -29,6 +29,8 @@ from prunekit_evals.bench.workload import (
 )
 from torch import Tensor, nn
 
+from prunekit.upstream import CACHE
+
 # Where the engine lets a stage compute its inputs and decide; what the profiler sums up as the cost of scoring.
 SCORING = ("engine/asking.py", "decide")
 # Text tokens of the eight rows of a ragged batch.
@@ -188,13 +190,13 @@ def decoding(model: Any, stages: list[Any] | None, inputs: dict[str, Any], steps
     mask: Tensor = inputs["attention_mask"]
     token = torch.full((len(mask), 1), 5)
     with applied(model, stages):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
 
         def run() -> None:
             seen = mask
             for _ in range(steps):
                 seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
-                model(input_ids=token, attention_mask=seen, past_key_values=cache)
+                model(input_ids=token, attention_mask=seen, **{CACHE: cache})
 
         yield run
 
@@ -262,7 +264,7 @@ def memory_of(model: Any, stages: list[Any] | None, inputs: dict[str, Any]) -> t
     """Peak bytes, bytes of keys and values in the cache, and KV bytes by the report."""
     with applied(model, stages) as run:
         with PeakMemory() as memory:
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[CACHE]
         kept = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
         held = sum(tensor.numel() * tensor.element_size() for tensor in kept)
         stated = held if run is None or run.report is None else sum(run.report.cost.kv_bytes)

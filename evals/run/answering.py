@@ -19,6 +19,7 @@ from prunekit import loading
 from prunekit.errors import InputError
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
+from prunekit.upstream import CACHE
 
 if TYPE_CHECKING:
     from prunekit.records import RunReport
@@ -184,9 +185,7 @@ def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) 
         logits = first.logits[:, -1:]
         if ids.shape[1] > 1:
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :-1])], 1)
-            rest = loaded.model(
-                input_ids=ids[:, :-1], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True
-            )
+            rest = loaded.model(input_ids=ids[:, :-1], attention_mask=mask, **{CACHE: first[CACHE]}, use_cache=True)
             logits = torch.cat([logits, rest.logits], 1)
     logs = logits.double().log_softmax(-1)
     chosen = logs.gather(-1, ids[..., None])[..., 0]

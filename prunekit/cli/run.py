@@ -90,12 +90,10 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tupl
 
 
 def _open(path: Path) -> Image:
+    import PIL.Image
+
     from prunekit.errors import InputError
 
-    try:
-        import PIL.Image
-    except ImportError as error:
-        raise InputError("images need pillow (pip install pillow)") from error
     try:
         with PIL.Image.open(path) as image:
             return image.convert("RGB")

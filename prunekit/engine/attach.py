@@ -31,6 +31,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
+from prunekit.upstream import CACHE, todays_names
 
 _ATTACHED = "__prunekit_attached__"
 
@@ -182,7 +183,7 @@ class Attached:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
-            call = Call(dict(zip(names, args, strict=False)) | kwargs, self.parts)
+            call = Call(todays_names(dict(zip(names, args, strict=False)) | kwargs), self.parts)
             if self.active:
                 call.refuse_unsupported()
             token = CALL.set(call)
@@ -197,7 +198,7 @@ class Attached:
         """Open a step around the decoder stack; after a prefill, give its output the logical length again."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE)
             if torch.compiler.is_compiling():
                 if self.active:
                     static.require(cache)

@@ -1,6 +1,6 @@
 """Calibration artefacts: what a strategy found out about a model on some prompts, as one JSON file that a stage names.
 
-    {"prunekit": "0.1.0", "strategy": "vtw", "model": {...}, "data": {...}, "result": {...}, "digest": "..."}
+{"prunekit": "0.1.0", "strategy": "vtw", "model": {...}, "data": {...}, "result": {...}, "digest": "..."}
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from prunekit.engine.attach import Attached
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import Pipeline
 from prunekit.records import RunReport, StageEvent
+from prunekit.upstream import CACHE
 from prunekit.verify.oracle import MaskedReference, Merge
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.recorder import recorded
@@ -76,8 +77,8 @@ def compared(
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference.tables, output.past_key_values, steps)
-    return Equivalence(report, output.sequences, logits, expected, error, output.past_key_values, stated)
+    _check_counts(report, reference.tables, output[CACHE], steps)
+    return Equivalence(report, output.sequences, logits, expected, error, output[CACHE], stated)
 
 
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Any:

@@ -23,6 +23,7 @@ from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
+from prunekit.upstream import CACHE
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import StockRun, stock_run_of
@@ -200,7 +201,7 @@ def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
     return Observed(touched[-1] + 1 if touched else 0, _per_token(arguments[0], entered[0]))
 
 
-USUAL = frozenset({"attention_mask", "position_ids", "position_embeddings", "past_key_values", "cache_position"})
+USUAL = frozenset({"attention_mask", "position_ids", "position_embeddings", CACHE, "cache_position"})
 
 
 def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:

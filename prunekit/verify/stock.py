@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from prunekit.upstream import CACHE
+
 # Attention implementations whose masks say for every query and key whether it is seen.
 SQUARE = ("sdpa", "eager")
 # The last words of their class names: LlamaAttention, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
@@ -104,7 +106,7 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
         for number, layer in enumerate(decoder.layers):
             stack.enter_context(_arguments(layer, layers[number], prompt.shape[0], calls))
         cast("Any", model).generate(
-            **inputs, past_key_values=DynamicCache(), do_sample=False, num_beams=1, max_new_tokens=steps,
+            **inputs, **{CACHE: DynamicCache()}, do_sample=False, num_beams=1, max_new_tokens=steps,
             min_new_tokens=steps,
         )  # fmt: skip
     return StockRun(prompt, prompt.shape[1] + steps - 1, layers)

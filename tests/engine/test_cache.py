@@ -10,6 +10,7 @@ from cases import BATCHES, pipeline
 
 import prunekit
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.oracle import MaskedReference
 from prunekit.verify.precision import Float64Throughout
 
@@ -32,13 +33,13 @@ def test_rows_keep_their_tokens(change, name, attention):
     tokens = torch.randint(IMAGE + 1, 100, (3, 3), generator=torch.Generator().manual_seed(0))
     with Float64Throughout():
         with prunekit.apply(model, pipeline(name)) as run:
-            cache = model(**inputs).past_key_values
+            cache = model(**inputs)[CACHE]
             alter(cache)
             mask, logits = inputs["attention_mask"][rows], []
             for step in range(2):
                 mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
                 given = {"input_ids": tokens[rows, step : step + 1], "attention_mask": mask}
-                logits.append(model(**given, past_key_values=cache).logits[:, -1])
+                logits.append(model(**given, **{CACHE: cache}).logits[:, -1])
         merges = pool_merges(pipeline(name)["stages"])(run.report)
         reference = MaskedReference(model, inputs, run.report, merges).logits(tokens)
     assert (torch.stack(logits, 1) - reference[rows, 1:]).abs().max() < 1e-9
@@ -51,11 +52,11 @@ def test_copies_of_a_cache_go_on_independently():
     mask = torch.cat([inputs["attention_mask"], inputs["attention_mask"].new_ones(3, 1)], 1)
 
     def after(token, cache):
-        return model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+        return model(input_ids=token, attention_mask=mask, **{CACHE: cache}).logits
 
     with Float64Throughout(), prunekit.apply(model, pipeline("divprune-fastv-skip")):
-        first = model(**inputs).past_key_values
-        expected = [after(token, model(**inputs).past_key_values) for token in tokens]
+        first = model(**inputs)[CACHE]
+        expected = [after(token, model(**inputs)[CACHE]) for token in tokens]
         copies = [copy.deepcopy(first) for _ in tokens]
         found = [after(token, one) for token, one in zip(tokens, copies, strict=True)]
     assert first.get_seq_length() + 1 == copies[0].get_seq_length()

@@ -13,6 +13,7 @@ import prunekit
 from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.positions import Rotations
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 
 LAYERS, STEPS = 6, 4
 model_of = cache(tiny_llava)
@@ -24,14 +25,14 @@ def decoding(stages, batch, positions="keep"):
     attached = None if stages is None else prunekit.apply(model, {"stages": stages, "positions": positions})
     if attached is not None:
         attached.__enter__()
-    cache, mask = model(**batch).past_key_values, batch["attention_mask"]
+    cache, mask = model(**batch)[CACHE], batch["attention_mask"]
     token = torch.full((len(mask), 1), 5)
 
     def run(steps):
         nonlocal mask
         for _ in range(steps):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+            model(input_ids=token, attention_mask=mask, **{CACHE: cache})
 
     return run, attached
 

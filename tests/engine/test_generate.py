@@ -11,6 +11,7 @@ from cases import pipeline
 
 import prunekit
 from prunekit.testing.tiny import IMAGE, PAD, row_of, tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.equivalence import generate
 from prunekit.verify.oracle import MaskedReference
 from prunekit.verify.precision import Float64Throughout
@@ -164,9 +165,9 @@ def test_a_pruned_cache_is_refused_outside(model):
     token = output.logits[:, -1].argmax(-1, keepdim=True)
     mask = torch.cat([batch()["attention_mask"], torch.ones_like(token)], 1)
     with pytest.raises(prunekit.Unsupported, match="pruned under"):
-        model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+        model(input_ids=token, attention_mask=mask, **{CACHE: output[CACHE]})
     with prunekit.apply(model, pipeline("pool")), pytest.raises(prunekit.Unsupported):
-        model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+        model(input_ids=token, attention_mask=mask, **{CACHE: output[CACHE]})
 
 
 def test_a_loop_written_by_hand(model):
@@ -177,9 +178,9 @@ def test_a_loop_written_by_hand(model):
         for _ in range(LENGTH):
             tokens.append(logits[-1].argmax(-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(tokens[-1])], 1)
-            output = model(input_ids=tokens[-1], attention_mask=mask, past_key_values=output.past_key_values)
+            output = model(input_ids=tokens[-1], attention_mask=mask, **{CACHE: output[CACHE]})
             logits.append(output.logits[:, -1])
-        assert output.past_key_values.get_seq_length() == mask.shape[1]
+        assert output[CACHE].get_seq_length() == mask.shape[1]
     reference = MaskedReference(model, batch(), run.report).logits(torch.cat([*tokens, tokens[-1]], 1))
     assert (torch.stack(logits, 1) - reference).abs().max() < EXACT
 
@@ -189,7 +190,7 @@ def test_several_tokens_at_once_after_the_prompt(model):
         output = model(**batch())
         more = torch.randint(IMAGE + 1, 100, (3, 4), generator=torch.Generator().manual_seed(0))
         mask = torch.cat([batch()["attention_mask"], torch.ones_like(more)], 1)
-        second = model(input_ids=more, attention_mask=mask, past_key_values=output.past_key_values)
+        second = model(input_ids=more, attention_mask=mask, **{CACHE: output[CACHE]})
     reference = MaskedReference(model, batch(), run.report).logits(torch.cat([more, more[:, :1]], 1))
     assert (second.logits - reference[:, 1:]).abs().max() < EXACT
 
@@ -201,7 +202,7 @@ def test_a_second_turn_on_the_pruned_cache(model):
         words = torch.randint(IMAGE + 1, 100, (1, 5), generator=torch.Generator().manual_seed(0))
         longer = torch.cat([first.sequences, words], 1)
         turn = {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
-        second = generate(model, turn, max_new_tokens=4, past_key_values=first.past_key_values)
+        second = generate(model, turn, max_new_tokens=4, **{CACHE: first[CACHE]})
     tokens = second.sequences[:, prompt["input_ids"].shape[1] :]
     reference = MaskedReference(model, prompt, run.report).logits(tokens)[:, -4:]
     assert (torch.stack(second.logits, 1) - reference).abs().max() < EXACT
@@ -249,7 +250,7 @@ def test_a_masked_token_inside_the_prompt(model):
 def test_one_forward_without_a_cache(model):
     with prunekit.apply(model, pipeline("divprune-fastv-skip")) as run:
         output = model(**batch(), use_cache=False)
-    assert output.past_key_values is None
+    assert output.get(CACHE) is None
     reference = MaskedReference(model, batch(), run.report).logits(torch.zeros(3, 1, dtype=torch.long))
     assert (output.logits[:, -1:] - reference).abs().max() < EXACT
 

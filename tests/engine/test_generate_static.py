@@ -13,6 +13,7 @@ from twins import pool_merges
 import prunekit
 from prunekit.engine.cache.static import RaggedStaticLayer
 from prunekit.testing.tiny import IMAGE, tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.equivalence import generate
 from prunekit.verify.oracle import MaskedReference
 from prunekit.verify.precision import Float64Throughout
@@ -46,7 +47,7 @@ def test_equals_the_masked_reference(name, batch, attention):
     model, inputs = model_of(attention), tiny_inputs(*BATCHES[batch])
     with prunekit.apply(model, pipeline(name)) as run:
         output = static(model, inputs)
-    assert type(output.past_key_values) is StaticCache
+    assert type(output[CACHE]) is StaticCache
     check(model, name, inputs, output, run.report)
 
 
@@ -55,8 +56,8 @@ def test_buffers_are_as_long_as_what_was_kept():
     length = inputs["input_ids"].shape[1]
     with prunekit.apply(model, pipeline("divprune-fastv-skip")) as run:
         output = static(model, inputs)
-    slots = [0 if layer.keys is None else layer.keys.shape[2] for layer in output.past_key_values.layers]
-    room = output.past_key_values.layers[0].max_cache_len - length
+    slots = [0 if layer.keys is None else layer.keys.shape[2] for layer in output[CACHE].layers]
+    room = output[CACHE].layers[0].max_cache_len - length
     assert slots == [held and held + room for held in run.report.kv_tokens[0]]
     assert slots[3] == 0 < slots[5] < slots[0] < length + room
 
@@ -67,7 +68,7 @@ def test_a_static_cache_of_ones_own_is_filled_again_after_reset():
     with prunekit.apply(model, pipeline("fastv")) as run:
         outputs = []
         for prompt in (inputs, second):
-            outputs.append((generate(model, prompt, max_new_tokens=LENGTH, past_key_values=own), run.report))
+            outputs.append((generate(model, prompt, max_new_tokens=LENGTH, **{CACHE: own}), run.report))
             own.reset()
     for prompt, (output, report) in zip((inputs, second), outputs, strict=True):
         check(model, "fastv", prompt, output, report)
@@ -91,20 +92,20 @@ def test_afterwards_the_model_knows_nothing_of_it():
         static(model, inputs)
     after = static(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
-    assert not any(isinstance(layer, RaggedStaticLayer) for layer in after.past_key_values.layers)
+    assert not any(isinstance(layer, RaggedStaticLayer) for layer in after[CACHE].layers)
 
 
 def test_a_prompt_that_does_not_fit_is_refused():
     model, inputs = model_of(), tiny_inputs(*BATCHES["one"])
     small = StaticCache(config=model.config.get_text_config(), max_cache_len=10)
     with prunekit.apply(model, pipeline("fastv")), pytest.raises(prunekit.Unsupported, match="does not fit"):
-        model(**inputs, past_key_values=small)
+        model(**inputs, **{CACHE: small})
 
 
 def test_prompt_lookup_is_refused_where_nothing_can_be_cropped():
     model, inputs = model_of(), tiny_inputs(*BATCHES["one"])
     with prunekit.apply(model, pipeline("fastv")):
-        cache = static(model, inputs).past_key_values
+        cache = static(model, inputs)[CACHE]
         with pytest.raises(prunekit.Unsupported, match="static KV cache cannot be cropped"):
             cache.crop(-1)
 
@@ -115,7 +116,7 @@ def test_masks_of_ones_own_are_refused_beside_a_static_cache():
     own = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
     square = torch.ones(1, 1, size, 80, dtype=torch.bool)
     with prunekit.apply(model, pipeline("fastv")), pytest.raises(prunekit.Unsupported, match="2-D attention_mask"):
-        model(**(inputs | {"attention_mask": square}), past_key_values=own)
+        model(**(inputs | {"attention_mask": square}), **{CACHE: own})
 
 
 class Graphs:
@@ -133,14 +134,14 @@ def decode(model, inputs, step):
     """A loop by hand as `generate` does it: the prefill as it is, then `step` for every token."""
     own = StaticCache(config=model.config.get_text_config(), max_cache_len=80)
     mask, length = inputs["attention_mask"], inputs["input_ids"].shape[1]
-    output = model(**inputs, past_key_values=own)
+    output = model(**inputs, **{CACHE: own})
     logits, tokens = [output.logits[:, -1]], []
     for _ in range(LENGTH):
         tokens.append(logits[-1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         seen = torch.nn.functional.pad(mask, (0, 80 - mask.shape[1])).bool()[:, None, None]
         positions = torch.full_like(tokens[-1], mask.shape[1] - 1)
-        output = step(tokens[-1], attention_mask=seen, position_ids=positions, past_key_values=own)
+        output = step(tokens[-1], attention_mask=seen, position_ids=positions, **{CACHE: own})
         logits.append(output.logits[:, -1])
     assert int(own.get_seq_length()) == length + LENGTH
     return torch.stack(logits, 1), torch.cat([*tokens, tokens[-1]], 1)

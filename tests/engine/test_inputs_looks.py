@@ -23,6 +23,7 @@ from prunekit.engine.decoder.forward_pass import CURRENT
 from prunekit.errors import PluginError, SpecError
 from prunekit.strategy.decoder_requests import Keys
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_llava)
@@ -186,7 +187,7 @@ def test_a_look_ahead_leaves_no_trace():
     looked, _ = read(reader(["attention", "keys", "forward"], [], inputs=asks), "2")
     plain, _ = read(reader([], []), "2")
     assert torch.equal(looked.logits, plain.logits)
-    for one, other in zip(looked.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for one, other in zip(looked[CACHE].layers, plain[CACHE].layers, strict=True):
         assert torch.equal(one.keys, other.keys)
 
 
@@ -418,5 +419,5 @@ def test_what_was_noted_is_let_go(at, kept):
     for layer in model.get_decoder().layers:
         layer.mlp._forward_pre_hooks.clear()
     assert {number: runs for number, runs in held.items() if runs} == kept
-    assert ragged.owner_of(answer.past_key_values) is not None
+    assert ragged.owner_of(answer[CACHE]) is not None
     assert [one() for one in passes] == [None], "nothing holds what the prefill needed, before any garbage collection"

@@ -13,6 +13,7 @@ import prunekit
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import Site
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.equivalence import generate
 from prunekit.verify.precision import Float64Throughout
 
@@ -98,7 +99,7 @@ def test_tokens_calls_and_kv_are_what_the_report_says(name, batch, attention):
             assert seen[layer, name] == ([] if action is LayerAction.SKIP else called), f"layer {layer} {name}"
         written = tuple(0 if no_attention else row[layer] for row in report.layer_tokens)
         assert tuple(row[layer] for row in report.kv_tokens) == written
-        assert kv_length(output.past_key_values, layer) == (max(written) + DECODED if not no_attention else 0)
+        assert kv_length(output[CACHE], layer) == (max(written) + DECODED if not no_attention else 0)
 
 
 def kv_length(cache, layer):
@@ -120,7 +121,7 @@ def test_compute_and_memory_really_fall(name):
     def measured(spec):
         with FlopCounterMode(display=False) as counter, prunekit.apply(model, spec) as run:
             output = model(**inputs, logits_to_keep=1)
-        size = sum(kv_length(output.past_key_values, layer) for layer in range(6))
+        size = sum(kv_length(output[CACHE], layer) for layer in range(6))
         return counter.get_total_flops(), size, run.report
 
     dense_flops, dense_kv, _ = measured({"name": "dense", "stages": [{"use": "dense"}]})

@@ -19,6 +19,7 @@ from prunekit.strategy.tower_requests import Features
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
 from prunekit.testing.tiny_configs import CONFIGS
 from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_from_config, tiny_model, tiny_names
+from prunekit.upstream import CACHE
 from prunekit.verify.precision import Float64Throughout
 
 HALF = (Norms, {"at": "vision.0", "keep": 0.5})
@@ -64,7 +65,7 @@ def ran(model, pipeline, inputs):
         output = model(**inputs, use_cache=True)
     states = [
         state.transpose(1, 2)[layer.layout.present]
-        for layer in output.past_key_values.layers
+        for layer in output[CACHE].layers
         for state in (layer.keys, layer.values)
     ]
     return output.logits[:, -1], states, run.report

@@ -14,6 +14,7 @@ from transformers.generation import GenerationConfig
 import prunekit
 from prunekit.engine.cache import static
 from prunekit.testing.tiny import IMAGE
+from prunekit.upstream import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +174,14 @@ def test_kinds_of_cache_by_object(model):
     with prunekit.apply(model, FASTV):
         for cache in (Other(), both, old):
             with refused("pruning needs transformers' DynamicCache with attention layers", model):
-                model(**inputs_of(), past_key_values=cache)
+                model(**inputs_of(), **{CACHE: cache})
 
 
 def test_a_cache_that_was_filled_outside(model):
     inputs = inputs_of()
-    cache = model(input_ids=inputs["input_ids"][:, :1]).past_key_values
+    cache = model(input_ids=inputs["input_ids"][:, :1])[CACHE]
     with prunekit.apply(model, FASTV), refused("this KV cache was filled outside of prunekit.apply", model):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
 
 
 def test_a_pruned_cache_outside_and_elsewhere():
@@ -188,20 +189,20 @@ def test_a_pruned_cache_outside_and_elsewhere():
     model, other, inputs = model_of(), model_of(seed=1), inputs_of()
     more = {"input_ids": torch.tensor([[5]]), "attention_mask": longer(inputs)}
     with prunekit.apply(model, FASTV):
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
     with refused("this KV cache was pruned under prunekit.apply and is used outside of it", model):
-        model(**more, past_key_values=cache)
+        model(**more, **{CACHE: cache})
     phrase = "); continue under the same pipeline and model, or start with a new cache"
     with prunekit.apply(model, {"stages": [{"use": "pool", "keep": 0.5}]}), refused(phrase, model):
-        model(**more, past_key_values=cache)
+        model(**more, **{CACHE: cache})
     with prunekit.apply(other, FASTV), refused(phrase, other):
-        other(**more, past_key_values=cache)
+        other(**more, **{CACHE: cache})
 
 
 def test_a_pruned_cache_is_copied_but_not_pickled(model):
     inputs = inputs_of()
     with prunekit.apply(model, FASTV):
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
         copy.deepcopy(cache)
         with refused("a pruned KV cache belongs to its model and its `with` block, so it cannot be pickled", model):
             pickle.dumps(cache)
@@ -220,14 +221,14 @@ def test_new_images_on_a_pruned_cache(model):
     inputs = inputs_of()
     more = {"input_ids": inputs["input_ids"][:, 5:], "pixel_values": inputs["pixel_values"]}
     with prunekit.apply(model, FASTV):
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE]
         with refused("new images on a KV cache that was already pruned are not supported; start a new prompt", model):
-            model(**more, attention_mask=longer(inputs, more["input_ids"].shape[1]), past_key_values=cache)
+            model(**more, attention_mask=longer(inputs, more["input_ids"].shape[1]), **{CACHE: cache})
 
 
 def test_cropping_into_the_prompt(model):
     with prunekit.apply(model, FASTV):
-        cache = model(**inputs_of()).past_key_values
+        cache = model(**inputs_of())[CACHE]
         with refused("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens", model):
             cache.crop(-3)
 
@@ -240,9 +241,9 @@ def test_static_caches(model):
     """Length is only known to be too small when the prompt has passed the first layer."""
     with prunekit.apply(model, FASTV):
         with refused("tokens does not fit into a static cache of", model, after=6):
-            model(**inputs_of(), past_key_values=static_cache(model, 10))
+            model(**inputs_of(), **{CACHE: static_cache(model, 10)})
         cache = static_cache(model)
-        model(**inputs_of(), past_key_values=cache)
+        model(**inputs_of(), **{CACHE: cache})
         with refused("a static KV cache cannot be cropped; use the default cache", model):
             cache.crop(-1)
 
@@ -265,22 +266,22 @@ def test_compiled_calls(model, case):
     with torch.no_grad(), prunekit.apply(model, pipeline):
         cache, given = static_cache(model), inputs
         if filled:
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
             seen = torch.arange(80) <= inputs["input_ids"].shape[1]
             given = {"input_ids": torch.tensor([[5]]), "position_ids": torch.tensor([[26]])}
             given["attention_mask"] = seen[None, None, None]
         step = torch.compile(model.forward, backend="eager", fullgraph=True)
         with pytest.raises(Exception, match=phrase):
-            step(**given, past_key_values=cache)
+            step(**given, **{CACHE: cache})
 
 
 def test_a_compiled_step_without_a_mask(model):
     """Simulated: transformers makes one for every static cache."""
     with torch.no_grad(), prunekit.apply(model, FASTV):
         cache = static_cache(model)
-        model(**inputs_of(), past_key_values=cache)
+        model(**inputs_of(), **{CACHE: cache})
         with refused("compiled decoding on a pruned cache needs the attention mask that `generate` makes", model):
-            static.decode(3, None, torch.zeros(1, 1, 32), {"past_key_values": cache}, "bool")
+            static.decode(3, None, torch.zeros(1, 1, 32), {CACHE: cache}, "bool")
 
 
 def test_a_kind_of_attention_that_is_not_known(model):

@@ -10,6 +10,7 @@ import torch
 import prunekit
 from prunekit.families import shape_of
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.upstream import CACHE
 from prunekit.verify.equivalence import assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
 
@@ -78,7 +79,7 @@ def test_cache_lengths_are_the_plan_and_skipped_layers_are_never_called():
     skipped = plan.layers
     assert len(skipped) == 2 and skipped <= {2, 3, 4}
     assert [called[number] for number in range(6)] == [0 if number in skipped else 3 for number in range(6)]
-    physical = [0 if layer.keys is None else layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    physical = [0 if layer.keys is None else layer.keys.shape[-2] for layer in output[CACHE].layers]
     prompt, kept = 26, 14
     assert physical == [0 if n in skipped else (prompt if n < 2 else kept) + 2 for n in range(6)]
 

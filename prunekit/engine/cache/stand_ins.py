@@ -1,6 +1,6 @@
 """Rows of one batch that do different things in one layer: stand-ins for the cache that each group of rows sees.
 
-A decoder layer hands keys and values to `past_key_values.update(...)` and attends to what comes back. Whoever stands
+A decoder layer hands keys and values to `cache.update(...)` and attends to what comes back. Whoever stands
 in for it decides what is stored, for which rows, and what the layer attends to.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.upstream import CACHE
 
 
 class Grabbed(Exception):
@@ -37,7 +38,7 @@ def grab(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Te
     """Rotated keys and values, (B, A_kv, K, head_dim), that `layer` makes of `hidden`; attention and MLP do not run."""
     taker = Grab()
     with suppress(Grabbed):
-        layer(hidden, **(kwargs | {"past_key_values": taker}))
+        layer(hidden, **(kwargs | {CACHE: taker}))
     assert taker.keys is not None and taker.values is not None
     return taker.keys, taker.values
 

@@ -19,6 +19,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
 from prunekit.strategy.decisions import LayerAction
+from prunekit.upstream import CACHE
 
 
 class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
@@ -158,7 +159,7 @@ def decode(
     number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any], kind: masks.Kind
 ) -> Any:
     """Layer `number` in a compiled decoding step: what `Decoding.run_layer` does, from the cache alone."""
-    store: RaggedStaticLayer = kwargs["past_key_values"].layers[number]
+    store: RaggedStaticLayer = kwargs[CACHE].layers[number]
     tokens, action, layout = hidden.shape[1], store.actions, store.layout
     if action is LayerAction.SKIP:
         store.open(tokens)

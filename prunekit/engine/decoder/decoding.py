@@ -12,6 +12,7 @@ from prunekit.engine.cache.ragged import RaggedLayer
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
 from prunekit.strategy.decisions import LayerAction
+from prunekit.upstream import CACHE
 
 # What decoding does as if the layer simply ran: there are no visual tokens to freeze among the new ones.
 _RUNS = (LayerAction.RUN, LayerAction.FREEZE)
@@ -24,7 +25,7 @@ class Decoding(ForwardPass):
     is_prefill = False
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         store: RaggedLayer = cache.layers[number]
         store.open(self.tokens)
         actions, layout = store.actions, store.layout

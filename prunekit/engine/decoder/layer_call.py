@@ -16,6 +16,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout, select_rows, take
 from prunekit.engine.tokens.positions import take_rotary
 from prunekit.strategy.decisions import LayerAction
+from prunekit.upstream import CACHE
 
 PARTIAL = frozenset({LayerAction.SKIP_ATTENTION, LayerAction.SKIP_MLP})
 
@@ -44,7 +45,7 @@ class LayerCall:
 
         queries: the part of `layout` that queries the rest, and its slots, int64 (B', Q); None: all of it.
         """
-        return {**self.kwargs, "past_key_values": self.cache, **self.changes(queries)}
+        return {**self.kwargs, CACHE: self.cache, **self.changes(queries)}
 
     def changes(self, queries: tuple[Layout, Tensor] | None = None) -> dict[str, Any]:
         """The arguments among `local` that differ from `kwargs`, but for the cache."""
@@ -72,7 +73,7 @@ class LayerCall:
                 return mine
             if current.is_prefill:
                 return masks.prefill_mask(mine, asking, layout, self.hidden, current.kind)
-            tail = self.kwargs["past_key_values"].layers[self.number].tail
+            tail = self.kwargs[CACHE].layers[self.number].tail
             return masks.decode_mask(mine, layout, tail, current.tokens, self.hidden, current.kind)
 
         return current.once((mask, layout, asking, self.rows, "mask"), make)  # type: ignore[no-any-return]
@@ -170,7 +171,7 @@ def _freeze(call: LayerCall) -> Tensor:
     moving, in_motion = layout.narrow(active, [state.lengths[row] - state.counts[row] for row in call.who])
     keys, values = grab(call.original, take(call.hidden, at_rest, 1), _of_part(shared, (resting, at_rest)))
     order = _side_by_side(layout.width, (at_rest, frozen), (in_motion, active))
-    local = shared.local((moving, in_motion)) | {"past_key_values": Beside((keys, values), order, call.cache)}
+    local = shared.local((moving, in_motion)) | {CACHE: Beside((keys, values), order, call.cache)}
     out = _run(call, local, take(call.hidden, in_motion, 1))
     offset = at_rest.shape[1]
     everything = torch.cat([take(call.hidden, at_rest, 1), out], dim=1)

@@ -23,6 +23,7 @@ from prunekit.pipeline.cuts import CAN_BE_CUT
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import PREFILL_END, Site
+from prunekit.upstream import CACHE
 
 
 @dataclass(eq=False, kw_only=True)
@@ -44,7 +45,7 @@ class Prefill(ForwardPass):
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         state, logical, until = self.state, hidden, self.state.parts.logical_until
-        cache: Cache | None = kwargs.get("past_key_values")
+        cache: Cache | None = kwargs.get(CACHE)
         if number == 0:
             self._begin(hidden, cache)
         kwargs = self._cut_mask(kwargs)

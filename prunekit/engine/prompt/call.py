@@ -15,6 +15,7 @@ from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.prompt.visual_inputs import VisualInputs, recorded_on
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
+from prunekit.upstream import CACHE
 
 
 class Call:
@@ -27,7 +28,7 @@ class Call:
 
     def refuse_unsupported(self) -> None:
         """Raise Unsupported for what cannot be answered on fewer tokens."""
-        cache = self.given.get("past_key_values")
+        cache = self.given.get(CACHE)
         is_prompt = ragged.owner_of(cache) is None
         for name in ("output_attentions", "output_hidden_states"):
             if self._asks(name, is_prompt):
