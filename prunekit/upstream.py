@@ -30,11 +30,14 @@ TESTED = ">=5.4,<5.25"
 _NAMES_OF_CACHE = ("cache", "past_key_values")  # the newer, since transformers 5.24, first
 _TAKEN = inspect.signature(modeling_llama.LlamaDecoderLayer.forward).parameters
 CACHE = next((name for name in _NAMES_OF_CACHE if name in _TAKEN), _NAMES_OF_CACHE[0])
+_OTHER = next(name for name in _NAMES_OF_CACHE if name != CACHE)
 
 
-def todays_names(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """`arguments` of a model's call with the KV cache under `CACHE`, whichever of its names the caller used."""
-    return {CACHE if name in _NAMES_OF_CACHE else name: value for name, value in arguments.items()}
+    if _OTHER not in arguments:
+        return arguments
+    return {CACHE if name == _OTHER else name: value for name, value in arguments.items()}
 
 
 @dataclass(frozen=True)

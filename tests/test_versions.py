@@ -39,7 +39,7 @@ def test_the_declared_range_is_the_range_that_ran(versions: ModuleType) -> None:
     declared = re.search(r'"transformers(>=(\d+\.\d+),<(\d+)\.(\d+))"', project)
     assert declared is not None and versions.VERSIONS[0] == f"{declared[2]}.0"
     assert versions.VERSIONS[-1].startswith(f"{declared[3]}.{int(declared[4]) - 1}.")
-    assert upstream.TESTED == declared[1]
+    assert declared[1] == upstream.TESTED
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"transformers=={versions.VERSIONS[-1]}" in pinned
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.decoder import layers
-from prunekit.engine.decoder.decoding import Decoding
+from prunekit.engine.decoder.decoding import Decoding, passing
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs
@@ -183,6 +183,8 @@ class Attached:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
+            if not self.active and ragged.is_filled(kwargs.get(CACHE)):
+                return original(*args, **kwargs)  # nothing to change, and nothing to report of decoding steps
             call = Call(todays_names(dict(zip(names, args, strict=False)) | kwargs), self.parts)
             if self.active:
                 call.refuse_unsupported()
@@ -204,9 +206,8 @@ class Attached:
                     static.require(cache)
                 return original(*args, **kwargs)
             call = CALL.get()
-            if not self.active and (call is None or call.given.get("input_ids") is None or ragged.is_filled(cache)):
-                # Nothing to change, and nothing to report of decoding steps or of prompts without ids.
-                return original(*args, **kwargs)
+            if not self.active and (call is None or call.given.get("input_ids") is None):
+                return original(*args, **kwargs)  # nothing to report of prompts without ids
             if call is None:
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
@@ -220,20 +221,22 @@ class Attached:
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
-                return self._finish(prefill, _within(prefill, original, args, kwargs), cache)
-            return _within(Decoding(state, embeds.shape[1], kind), original, args, kwargs)
+                return self._finish(prefill, _within(prefill, original, args, kwargs))
+            decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
+            return _within(decoding, original, args, kwargs)
 
         return forward
 
-    def _finish(self, prefill: Prefill, output: Any, cache: Any) -> Any:
+    def _finish(self, prefill: Prefill, output: Any) -> Any:
         state = self._newest = prefill.state
-        last = output["last_hidden_state"]
+        last, cache = output["last_hidden_state"], output.get(CACHE)  # a decoder that got no cache may have made one
         if state.layout is not None and len(self.parts.layers) <= self.parts.logical_until:
             last = state.layout.gather(last)  # the loop wanted logical states to the very end
         elif state.layout is not None:
             output["last_hidden_state"] = state.layout.expand(last)
         if self.active:
             prefill.end(last, cache)
+            state.passing = passing(cache)
             static.seal(cache)
         if self.observed:
             tell(lambda: self.report or report_of(state))

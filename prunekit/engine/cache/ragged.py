@@ -67,7 +67,12 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._opened = False
         if self.rows == ():  # nobody will read it
             return key_states, value_states
-        return super().update(key_states, value_states)
+        if self.keys is None or self.values is None:
+            return super().update(key_states, value_states)
+        # What a DynamicLayer does, without another Python call for every layer and step.
+        self.keys = torch.cat([self.keys, key_states], dim=-2)
+        self.values = torch.cat([self.values, value_states], dim=-2)
+        return self.keys, self.values
 
     def stored(self, rows: Sequence[int]) -> Tensor:
         """Where batch rows stand among the stored ones, int64."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from prunekit.engine.cache.ragged import RaggedLayer
 from prunekit.engine.decoder.forward_pass import ForwardPass
@@ -18,6 +19,16 @@ from prunekit.upstream import CACHE
 _RUNS = (LayerAction.RUN, LayerAction.FREEZE)
 
 
+def passing(cache: Cache | None) -> frozenset[int]:
+    """Layers of a prefilled cache that hold all tokens, and that decoding simply runs; the first is never among them,
+    as it begins the pass.
+    """
+    layers = () if cache is None else cache.layers
+    return frozenset(
+        number for number, one in enumerate(layers) if number and one.layout is None and one.actions in _RUNS
+    )
+
+
 @dataclass(eq=False)
 class Decoding(ForwardPass):
     """A pass of new tokens after the prompt. What it does with a layer stands on that layer's KV."""
@@ -27,12 +38,17 @@ class Decoding(ForwardPass):
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs[CACHE]
         store: RaggedLayer = cache.layers[number]
-        store.open(self.tokens)
+        if number == 0:  # masks and positions have been made from what had passed before
+            for each in cache.layers:
+                each.open(self.tokens)
         actions, layout = store.actions, store.layout
         if actions in _RUNS and layout is None:
             return original(hidden, **kwargs)
         if actions in _RUNS:
             mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+            if mask is None and layout.plain:  # what `LayerCall.changes` would say, for the commonest case
+                kwargs["position_ids"] = None
+                return original(hidden, **kwargs)
             # Layers that share a layout share what differs from the arguments of the complete sequence. This is `once`
             # written out, without a closure for every layer.
             key = (id(layout), id(mask), id(rotary))

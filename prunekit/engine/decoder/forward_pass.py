@@ -25,6 +25,7 @@ class ForwardPass(ABC):
     tokens: logical tokens that pass. kind: of the attention masks.
     left_out: the part of the running layer that does not run, SKIP_ATTENTION or SKIP_MLP; None: both run.
     mid: the cuts inside the running layer; None: there are none.
+    passing: layers with which nothing is to be done but run them.
     """
 
     state: BatchState
@@ -33,6 +34,7 @@ class ForwardPass(ABC):
     rotations: Rotations = field(default_factory=Rotations)
     left_out: LayerAction | None = None
     mid: MidCuts | None = None
+    passing: frozenset[int] = frozenset()
     _memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)
 
     is_prefill: ClassVar[bool]

@@ -6,6 +6,7 @@ Logical: the complete prompt as transformers sees it, with padding. Physical: th
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Layout:
     def width(self) -> int:
         """K, physical slots of a row."""
         return self.index.shape[1]
+
+    @cached_property
+    def plain(self) -> bool:
+        """Every row is full, every slot stands for one token, and positions stay as they were."""
+        return self.valid is None and self.sizes is None and self.shift is None
 
     @property
     def present(self) -> Tensor:
