@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from prunekit.engine.cache.ragged import RaggedLayer
 from prunekit.engine.decoder.forward_pass import ForwardPass
@@ -19,11 +18,11 @@ from prunekit.upstream import CACHE
 _RUNS = (LayerAction.RUN, LayerAction.FREEZE)
 
 
-def passing(cache: Cache | None) -> frozenset[int]:
+def passing(cache: Any) -> frozenset[int]:
     """Layers of a prefilled cache that hold all tokens, and that decoding simply runs; the first is never among them,
-    as it begins the pass.
+    as it begins the pass. None instead of a cache: none.
     """
-    layers = () if cache is None else cache.layers
+    layers: list[RaggedLayer] = [] if cache is None else cache.layers
     return frozenset(
         number for number, one in enumerate(layers) if number and one.layout is None and one.actions in _RUNS
     )
@@ -44,7 +43,7 @@ class Decoding(ForwardPass):
         actions, layout = store.actions, store.layout
         if actions in _RUNS and layout is None:
             return original(hidden, **kwargs)
-        if actions in _RUNS:
+        if actions in _RUNS and layout is not None:
             mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
             if mask is None and layout.plain:  # what `LayerCall.changes` would say, for the commonest case
                 kwargs["position_ids"] = None

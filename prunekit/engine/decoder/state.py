@@ -61,8 +61,9 @@ class BatchState:
     layout: the tokens that are alive; None: all. counts, lengths: visual and all tokens of each row that are alive.
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
-    passing: layers that decoding simply runs. scores: of routers, by the index of their stage. cropped: bool (B, S), tokens that leave the KV when the prefill is
-    over; None: none. stage_states: the hooks' input `state`, by the index of the stage.
+    scores: of routers, by the index of their stage. cropped: bool (B, S), tokens that leave the KV when the prefill is
+    over; None: none. stage_states: the hooks' input `state`, by the index of the stage. passing: layers that decoding
+    simply runs.
     """
 
     bound: BoundPipeline
