@@ -4,8 +4,9 @@ One multiply-add is two FLOPs. A decoder layer that n tokens enter costs `2 * pa
 `4 * n^2 * heads * head_dim` for the two products of attention, counted as the full square; the sum equals what
 `torch.utils.flop_counter.FlopCounterMode` counts on the language model without its head. Where m of n tokens query
 (the others are frozen), attention costs `4 * m * n * heads * head_dim`, and the output projection and the MLP are
-counted for m. What the stages' own decisions cost is in these figures as far as they say it, as routers do (a method
-`flops`); it is in every measured time.
+counted for m. A layer with a recurrent state costs `2 * params * n` for the matrices and convolutions of its mixer; the
+recurrence itself is not counted. What the stages' own decisions cost is in these figures as far as they say it, as
+routers do (a method `flops`); it is in every measured time.
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ class Cost:
 
 def layer_flops(
     shape: ModelShape,
+    layer: int,
     tokens: int,
     action: LayerAction = LayerAction.RUN,
     *,
     visual: int = 0,
     mlp: int | None = None,
 ) -> int:
-    """FLOPs of one decoder layer that `tokens` tokens enter at prefill.
+    """FLOPs of decoder layer `layer`, which `tokens` tokens enter at prefill.
 
     visual: the visual ones among them, which matter where they are frozen. mlp: those that go through the MLP; None:
     all that it runs for.
@@ -74,6 +76,8 @@ def layer_flops(
     moving = tokens - visual if action is LayerAction.FREEZE else tokens
     projections = shape.attention_params - shape.output_params
     fed = moving * action.feeds_mlp if mlp is None else mlp
+    if layer in shape.recurrent:
+        return 2 * shape.mixer_params * tokens * action.attends + 2 * shape.mlp_params * fed
     keys = 2 * projections * tokens * action.writes_kv
     attention = (2 * shape.output_params * moving + 4 * moving * tokens * shape.heads * shape.head_dim) * action.attends
     return keys + attention + 2 * shape.mlp_params * fed
@@ -82,17 +86,21 @@ def layer_flops(
 def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan | None = None) -> int:
     """FLOPs of the language model's prefill of one sample, whose layer l is entered by `layer_tokens[l]` tokens."""
     plan = plan or LayerPlan()
-    return sum(layer_flops(shape, tokens, plan[layer]) for layer, tokens in enumerate(layer_tokens))
+    return sum(layer_flops(shape, layer, tokens, plan[layer]) for layer, tokens in enumerate(layer_tokens))
 
 
 def work_flops(shape: ModelShape, work: Sequence[Work]) -> int:
     """FLOPs of the language model's prefill of one sample, layer by layer."""
-    return sum(layer_flops(shape, one.tokens, one.action, visual=one.visual, mlp=one.mlp) for one in work)
+    return sum(
+        layer_flops(shape, layer, one.tokens, one.action, visual=one.visual, mlp=one.mlp)
+        for layer, one in enumerate(work)
+    )
 
 
-def kv_tokens(layer_tokens: Sequence[int], plan: LayerPlan) -> tuple[int, ...]:
+def kv_tokens(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan) -> tuple[int, ...]:
     """KV entries that each layer holds for one sample after the prefill, when nothing is cropped."""
-    held = (plan[layer].writes_kv and plan.decoding(layer).writes_kv for layer in range(len(layer_tokens)))
+    writes = (plan[layer].writes_kv and plan.decoding(layer).writes_kv for layer in range(len(layer_tokens)))
+    held = (writing and layer not in shape.recurrent for layer, writing in enumerate(writes))
     return tuple(tokens if holds else 0 for tokens, holds in zip(layer_tokens, held, strict=True))
 
 
@@ -115,6 +123,6 @@ def cost_of(
         prefill_flops=tuple(work_flops(shape, row) + own for row, own in zip(work, decided, strict=True)),
         dense_prefill_flops=tuple(prefill_flops(shape, [n] * shape.layers) for n in prompt_tokens),
         kv_bytes=tuple(width * sum(row) for row in kv_tokens),
-        dense_kv_bytes=tuple(width * shape.layers * n for n in prompt_tokens),
+        dense_kv_bytes=tuple(width * (shape.layers - len(shape.recurrent)) * n for n in prompt_tokens),
         decision_flops=decided,
     )

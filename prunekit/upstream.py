@@ -33,6 +33,16 @@ CACHE = next((name for name in _NAMES_OF_CACHE if name in _TAKEN), _NAMES_OF_CAC
 _OTHER = next(name for name in _NAMES_OF_CACHE if name != CACHE)
 
 
+def _recurrent() -> Any:
+    linear = getattr(cache_utils, "LinearAttentionLayer", None)
+    known = linear is not None and "number_of_states" in inspect.signature(linear).parameters
+    return linear if known else None
+
+
+# What a cache holds for layers with a recurrent state; None before transformers 5.13, where every model had its own.
+RECURRENT_LAYER = _recurrent()
+
+
 def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """`arguments` of a model's call with the KV cache under `CACHE`, whichever of its names the caller used."""
     if _OTHER not in arguments:

@@ -78,23 +78,23 @@ def test_a_pruned_prefill_executes_the_flops_that_its_report_says(stages: list[d
 
 def test_actions_split_a_layer_exactly() -> None:
     shape = shape_of(llava(SMALL))
-    cost = {action: layer_flops(shape, 37, action, visual=16) for action in LayerAction}
+    cost = {action: layer_flops(shape, 0, 37, action, visual=16) for action in LayerAction}
     run = cost[LayerAction.RUN]
     assert cost[LayerAction.SKIP] == 0
     # What remains without attention, plus what remains without MLP.
     assert cost[LayerAction.SKIP_ATTENTION] + cost[LayerAction.SKIP_MLP] == run
     assert 0 < cost[LayerAction.FILL_KV] < cost[LayerAction.FREEZE] < run
-    assert layer_flops(shape, 37, LayerAction.FREEZE, visual=0) == run
-    assert layer_flops(shape, 37, mlp=10) == run - 2 * shape.mlp_params * 27
+    assert layer_flops(shape, 0, 37, LayerAction.FREEZE, visual=0) == run
+    assert layer_flops(shape, 0, 37, mlp=10) == run - 2 * shape.mlp_params * 27
 
 
 def test_kv_is_what_layers_write_and_decoding_reads() -> None:
     shape = shape_of(llava(SMALL))
     plan = LayerPlan({0: LayerAction.SKIP, 1: LayerAction.SKIP_ATTENTION, 2: LayerAction.SKIP_MLP})
-    kv = kv_tokens((10, 10, 10, 4, 4), plan)
+    kv = kv_tokens(shape, (10, 10, 10, 4, 4), plan)
     assert kv == (0, 0, 10, 4, 4)
-    assert kv_tokens((9, 9), LayerPlan({0: LayerAction.FILL_KV}, {})) == (9, 9)
-    assert kv_tokens((9, 9), LayerPlan({}, {1: LayerAction.SKIP})) == (9, 0)
+    assert kv_tokens(shape, (9, 9), LayerPlan({0: LayerAction.FILL_KV}, {})) == (9, 9)
+    assert kv_tokens(shape, (9, 9), LayerPlan({}, {1: LayerAction.SKIP})) == (9, 0)
     work = [Work(plan[layer], tokens, 0, tokens) for layer, tokens in enumerate((10, 10, 10, 4, 4))]
     cost = cost_of(shape, [work], [kv], [10], itemsize=2)
     per_token = 2 * 2 * 8 * 2  # keys and values, two KV heads of width 8, two bytes

@@ -57,7 +57,7 @@ class Attached:
         self.active = self.bound.acts
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
-        windows = [getattr(getattr(layer, self.parts.attention), "sliding_window", None) for layer in self.parts.layers]
+        windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(shape.layers)]
         self._window: int | None = min((window for window in windows if window), default=None)
         self._newest: BatchState | None = None
         self._report: tuple[BatchState, RunReport] | None = None

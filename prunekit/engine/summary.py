@@ -9,7 +9,7 @@ from prunekit.cost import Work, cost_of, kv_tokens
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.statements import selection_flops
 from prunekit.records import RunReport, StageEvent
-from prunekit.strategy.decisions import LayerPlan
+from prunekit.strategy.decisions import LayerPlan, ModelShape
 from prunekit.strategy.sites import ENCODER, Site
 
 
@@ -29,7 +29,8 @@ def summarise(
     layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
     remaining fields of `RunReport`, as they are.
     """
-    kv = tuple(_kv_tokens(plan, row, events, b) for b, (plan, row) in enumerate(zip(plans, layer_tokens, strict=True)))
+    rows = enumerate(zip(plans, layer_tokens, strict=True))
+    kv = tuple(_kv_tokens(bound.shape, plan, row, events, b) for b, (plan, row) in rows)
     every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
     work = tuple(
         tuple(Work(plan[layer], *three) for layer, three in enumerate(zip(*row, strict=True))) for plan, *row in every
@@ -63,10 +64,12 @@ def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, 
     return total + sum(selection_flops(router, bound.shape, text, routed) for router in bound.routers)
 
 
-def _kv_tokens(plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int) -> tuple[int, ...]:
+def _kv_tokens(
+    shape: ModelShape, plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int
+) -> tuple[int, ...]:
     """What each layer holds after the prefill: what it wrote and decoding reads, less what was cropped since."""
     cropped = [(Site.parse(e.site).reach, e.entered[sample] - len(e.kept[sample])) for e in events if e.crop]
     return tuple(
         held and held - sum(gone for reach, gone in cropped if layer < reach)
-        for layer, held in enumerate(kv_tokens(entered, plan))
+        for layer, held in enumerate(kv_tokens(shape, entered, plan))
     )

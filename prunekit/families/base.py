@@ -92,6 +92,8 @@ class Parts:
     visual_tokens: of one image, None where that depends on the image.
     attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
         after attention; None where attention and MLP run side by side.
+    mixer: the name of the part that stands in the place of attention in layers that hold a recurrent state instead of
+        keys and values of tokens; None where all layers attend.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
         layer 0.
     norm: of the module of `text` that its output passes last.
@@ -109,6 +111,7 @@ class Parts:
     modalities: tuple[Modality, ...]
     visual_tokens: int | None = None
     attention: str = "self_attn"
+    mixer: str | None = None
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_params: int | None = None
@@ -131,6 +134,16 @@ class Parts:
             raise Unsupported(f"the {self.family} decoder has no final norm '{self.norm}', for which a hook asks")
         return norm
 
+    def attends(self, number: int) -> bool:
+        """Whether decoder layer `number` attends, and so has keys and values of its tokens."""
+        return self.mixer is None or hasattr(self.layers[number], self.attention)
+
+    def mixing(self, number: int) -> nn.Module:
+        """The attention of decoder layer `number`, or what stands in its place."""
+        name = self.attention if self.mixer is None or self.attends(number) else self.mixer
+        module: nn.Module = getattr(self.layers[number], name)
+        return module
+
     @property
     def attention_implementation(self) -> str:
         """How the decoder attends: `sdpa`, `eager` ..."""
@@ -140,19 +153,19 @@ class Parts:
     def shape(self) -> ModelShape:
         """The numbers of the model; it may live on the meta device."""
         config: Any = self.text.config
-        layer = self.layers[0]
+        recurrent = tuple(number for number in range(len(self.layers)) if not self.attends(number))
+        attending = next(number for number in range(len(self.layers)) if self.attends(number))
+        mlp = matrix_params(getattr(self.layers[attending], self.mlp)) if self.mlp_params is None else self.mlp_params
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        attention = matrix_params(getattr(layer, self.attention))
-        inner = config.num_attention_heads * head_dim
         return ModelShape(
             family=self.family,
             layers=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
             head_dim=head_dim,
-            attention_params=attention,
-            mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
+            attention_params=matrix_params(self.mixing(attending)),
+            mlp_params=mlp,
             kv_width=2 * kv_heads * head_dim,
             visual_tokens=self.visual_tokens,
             tower=None if self.tower is None else self.tower.shape(),
@@ -161,7 +174,9 @@ class Parts:
             logical_until=self.logical_until,
             layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
-            output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
+            output_params=config.num_attention_heads * head_dim * config.hidden_size,
+            recurrent=recurrent,
+            mixer_params=mixer_params(self.mixing(recurrent[0])) if recurrent else 0,
         )
 
 
@@ -196,6 +211,12 @@ def grid_coords(grid: Tensor, crop: int = 0) -> Tensor:
     """Coords, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
     size = grid.amax(0) + 1
     return torch.cat([grid.new_full((len(grid), 1), crop), grid, size.expand(len(grid), 2)], dim=1)
+
+
+def mixer_params(module: nn.Module) -> int:
+    """Weights of the products that every token passes in a recurrent part: of matrices and convolutions."""
+    convolutions = (one for one in module.modules() if isinstance(one, nn.Conv1d))
+    return matrix_params(module) + sum(one.weight.numel() for one in convolutions)
 
 
 def matrix_params(module: nn.Module) -> int:

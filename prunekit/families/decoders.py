@@ -9,10 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from prunekit import upstream
 from prunekit.errors import Unsupported
 from prunekit.families.base import matrix_params
+from prunekit.strategy.decisions import RECURRENT
 
 ATTENTION = "self_attn"
+# What stands in its place in layers with a recurrent state: Qwen3.5, LFM2.
+MIXERS = ("linear_attn", "conv")
 # The norms of one layer, and which of them stands between the state after attention and the MLP.
 NORMS: dict[frozenset[str], str | None] = {
     frozenset({"input_layernorm"}): None,  # Cohere: attention and MLP side by side
@@ -23,10 +27,13 @@ NORMS: dict[frozenset[str], str | None] = {
     frozenset(
         {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
     ): "pre_feedforward_layernorm",  # Gemma 2 and 3
+    frozenset({"operator_norm", "ffn_norm"}): "ffn_norm",  # LFM2
 }
+# The norm that the decoder's output passes last; LFM2 has the second.
+FINAL_NORMS = ("norm", "embedding_norm")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")
-# Kinds of attention whose KV cache can be cut.
-CUTTABLE = frozenset({"full_attention", "sliding_attention"})
+# Kinds of layers whose cache can be cut, or holds a state of what passed.
+CUTTABLE = frozenset({"full_attention", "sliding_attention"}) | RECURRENT
 
 
 def decoder(text: Any) -> dict[str, Any]:
@@ -43,8 +50,10 @@ def decoder(text: Any) -> dict[str, Any]:
         "text": text,
         "layers": layers,
         "attention": ATTENTION,
+        "mixer": next((name for name in MIXERS if any(hasattr(layer, name) for layer in layers)), None),
         "mlp": _mlp(layers[0]),
         "mlp_norm": NORMS[_norms(layers[0])],
+        "norm": next((name for name in FINAL_NORMS if hasattr(text, name)), FINAL_NORMS[0]),
         "rotary": "rotary_emb" if hasattr(text, "rotary_emb") else None,
         "mlp_params": sum(token_params(getattr(layer, _mlp(layer)), text.config) for layer in layers) // len(layers),
     }
@@ -62,22 +71,30 @@ def token_params(module: nn.Module, config: Any) -> int:
 
 def _check_layers(text: Any, layers: nn.ModuleList) -> None:
     for number, layer in enumerate(layers):
-        if not isinstance(getattr(layer, ATTENTION, None), nn.Module):
+        mixing = [name for name in (ATTENTION, *MIXERS) if isinstance(getattr(layer, name, None), nn.Module)]
+        if not mixing:
             parts = ", ".join(_children(layer))
             raise _unknown(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {parts}")
+        if len(mixing) > 1:
+            raise _unknown(text, f"layer {number} has {' and '.join(mixing)} at once, and so two kinds of cache")
         if not _mlp(layer):
             raise _unknown(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
         if _norms(layer) not in NORMS:
             raise _unknown(text, f"layer {number} has an unknown order of norms: {', '.join(sorted(_norms(layer)))}")
-        extra = set(_children(layer)) - _norms(layer) - {ATTENTION, _mlp(layer)}
+        extra = set(_children(layer)) - _norms(layer) - {*mixing, _mlp(layer)}
         if extra:
             raise _unknown(text, f"layer {number} has further parts: {', '.join(sorted(extra))}")
+
+    if not any(hasattr(layer, ATTENTION) for layer in layers):
+        raise _unknown(text, "none of its layers attends, so that there is no KV cache to cut")
 
 
 def _check_cache(text: Any) -> None:
     kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
     if kinds - CUTTABLE:
         raise _unknown(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
+    if kinds & RECURRENT and upstream.RECURRENT_LAYER is None:
+        raise _unknown(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
     if getattr(text.config, "num_kv_shared_layers", 0):
         raise _unknown(text, "its layers share their keys and values")
 

@@ -1,8 +1,10 @@
-"""Qwen2-VL (https://arxiv.org/abs/2409.12191), Qwen2.5-VL (https://arxiv.org/abs/2502.13923) and Qwen3-VL
-(https://arxiv.org/abs/2511.21631), with and without experts: images and videos of any size, positions of three axes.
+"""Qwen2-VL (https://arxiv.org/abs/2409.12191), Qwen2.5-VL (https://arxiv.org/abs/2502.13923), Qwen3-VL
+(https://arxiv.org/abs/2511.21631) and Qwen3.5, with and without experts: images and videos of any size, positions of
+three axes.
 
 Patches are merged 2 x 2. Qwen3-VL adds features of the tower to the visual tokens after each of the first decoder
-layers (DeepStack), and writes the time before each frame of a video.
+layers (DeepStack), and writes the time before each frame of a video. In Qwen3.5 three of four decoder layers are gated
+delta nets (https://arxiv.org/abs/2412.06464), which hold a state in place of keys and values.
 """
 
 from __future__ import annotations
@@ -36,5 +38,5 @@ def _parts(model: PreTrainedModel) -> Parts:
     )
 
 
-TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"})
+TYPES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"})
 FAMILY = Family(name="qwen_vl", model_types=TYPES, parts=_parts)

@@ -65,7 +65,7 @@ def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
         most.kv,
         any(cut.keep is None and not cut.drops_all for cut in bound.cuts),
         _range(bound, least.flops, most.flops, dense_flops),
-        _range(bound, least.kv, most.kv, dense * shape.layers),
+        _range(bound, least.kv, most.kv, dense * (shape.layers - len(shape.recurrent))),
         _decisions(bound, original, text_tokens) / dense_flops,
     )
 
@@ -92,10 +92,10 @@ def _layers(bound: BoundPipeline, original: int, text_tokens: int, decided: bool
     fed = [0 if plan[layer] is LayerAction.FREEZE else visual for layer, visual in enumerate(inside)]
     mlp = tuple((visual + text_tokens) * plan[layer].feeds_mlp for layer, visual in enumerate(fed))
     flops = tuple(
-        cost.layer_flops(shape, tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer])
+        cost.layer_flops(shape, layer, tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer])
         for layer in range(shape.layers)
     )
-    return _Layers(tokens, mlp, tuple(held and held - gone for held in cost.kv_tokens(tokens, plan)), flops)
+    return _Layers(tokens, mlp, tuple(held and held - gone for held in cost.kv_tokens(shape, tokens, plan)), flops)
 
 
 def _visual(bound: BoundPipeline, original: int, decided: bool) -> tuple[list[int], list[int], int]:

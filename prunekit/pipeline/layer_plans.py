@@ -24,11 +24,29 @@ def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault])
         if shape.attention not in MASKED and any(action is LayerAction.FREEZE for _, action in own):
             message = "freezes visual tokens, for which a layer needs a mask that flash kernels do not take"
             faults.append(stage.fault("layers", message, "load the model with sdpa or eager attention"))
+        if held := without_kv(own, shape):
+            message = f"{held[1]}, of which layers {_listed(held[0])} have none"
+            faults.append(stage.fault("layers", message, "name layers that attend, or skip them"))
         try:
             plan = plan.merge(own)
         except ValueError as error:
             faults.append(stage.fault("layers", f"plans disagree: {error}", "let one stage decide about each layer"))
     return plan
+
+
+def without_kv(plan: LayerPlan, shape: ModelShape) -> tuple[frozenset[int], str] | None:
+    """Layers with a recurrent state that `plan` tells to do what only keys and values of tokens allow, and what that
+    is; None: there are none.
+    """
+    needs = {
+        LayerAction.FREEZE: "freezes visual tokens, which the others see by their keys and values",
+        LayerAction.FILL_KV: "fills in keys and values",
+    }
+    for action, what in needs.items():
+        layers = frozenset(layer for layer in shape.recurrent if action in (plan[layer], plan.decoding(layer)))
+        if layers:
+            return layers, what
+    return None
 
 
 def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:

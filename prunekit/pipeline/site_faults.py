@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
+from prunekit.strategy.decoder_requests import layer_of
 from prunekit.strategy.inputs import OF_DECODER_LAYERS, OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
@@ -91,7 +92,20 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         cut.reads(shape.layers)
     except ValueError as error:
         return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
-    return _ahead_problem(cut, shape)
+    return _recurrent_problem(cut, shape) or _ahead_problem(cut, shape)
+
+
+def _recurrent_problem(cut: Cut, shape: ModelShape) -> Problem | None:
+    """Why the attention of a layer is not there: it has a recurrent state in its place."""
+    for name in OF_DECODER_LAYERS:
+        asked = requests(cut.stage.inputs, name) if cut.stage.asks_for(name) else ()
+        for layer in (layer_of(request.layer, cut.asked_at, shape.layers) for request in asked):
+            if layer is not None and layer in shape.recurrent:
+                kind = shape.layer_kinds[layer] if shape.layer_kinds else "a recurrent layer"
+                attending = sorted(set(range(shape.layers)) - set(shape.recurrent))
+                message = f"'{cut.stage.use}' asks for {name} of layer {layer}, which is {kind} and has none"
+                return message, f"layers that attend are {', '.join(map(str, attending))}: read one of them"
+    return None
 
 
 def _ahead_problem(cut: Cut, shape: ModelShape) -> Problem | None:

@@ -169,6 +169,9 @@ class Route:
     note: str | None = None
 
 
+# Kinds of layers, as `layer_types` of a config names them, that hold a state in place of keys and values.
+RECURRENT = frozenset({"linear_attention", "conv"})
+
 # Attention implementations that take a mask for single tokens.
 MASKED = ("sdpa", "eager")
 
@@ -209,6 +212,8 @@ class ModelShape:
     attention: the attention implementation of the decoder. cuts_inside: tokens can leave between the attention and the
         MLP of its layers. logical_until: behind layers before this one it adds features of its images to
         hidden states. layer_kinds: of attention, one for each layer, such as `sliding_attention`; empty: all are alike.
+    recurrent: layers that hold a state in place of keys and values of tokens (linear attention, convolutions).
+        mixer_params: weights of the products of what such a layer has in place of attention.
     rotary: it has rotary positions that can be renumbered.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
@@ -229,3 +234,5 @@ class ModelShape:
     logical_until: int = 0
     layer_kinds: tuple[str, ...] = ()
     rotary: bool = True
+    recurrent: tuple[int, ...] = ()
+    mixer_params: int = 0

@@ -140,8 +140,10 @@ def _check_counts(report: RunReport, tables: TokenTables, cache: Any, steps: int
     for number, layer in enumerate(cache.layers):
         if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
             continue  # the length of a buffer says nothing, a stock window holds no more than it
-        decoded = steps * any(plan.decoding(number).writes_kv for plan in report.plans)
-        least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, report.layer_tokens))
+        decodes = number not in tables.recurrent and any(plan.decoding(number).writes_kv for plan in report.plans)
+        decoded = steps * decodes
+        most_of = report.kv_tokens if number in tables.recurrent else report.layer_tokens
+        least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, most_of))
         # Rows with plans or crops of their own may leave holes in a rectangle.
         alike = all(plan == report.plans[0] for plan in report.plans)
         exact = alike and (report.samples == 1 or not any(_crops(one) for one in report.events))
@@ -156,6 +158,8 @@ def _crops(event: StageEvent) -> bool:
 
 def kv_length(cache: Any, layer: int) -> int:
     """KV entries that one layer of a cache really holds for each row; keys and values have as many."""
+    if not hasattr(cache.layers[layer], "keys"):  # a recurrent state
+        return 0
     keys, values = cache.layers[layer].keys, cache.layers[layer].values
     if keys is None or keys.numel() == 0:
         return 0

@@ -12,7 +12,9 @@ of prompt and decoded tokens in one forward, no cache, nothing ever made shorter
 - a skipped layer runs and its output is thrown away for its input, for the prompt, the decoded tokens or both; of a
   skipped attention or MLP the output is zeros; a frozen token's output is its input;
 - decoded tokens do not see prompt tokens in a layer that wrote no KV for them;
-- positions stay, or are counted again per row and layer and handed to the stock rotary module.
+- positions stay, or are counted again per row and layer and handed to the stock rotary module;
+- what stands in the place of attention and holds a state (linear attention, a convolution) runs on lists that really
+  are shorter, row by row: the tokens that enter it, and behind them those decoded tokens that it runs for.
 
 It shares no code with `prunekit.engine`, which does none of these things.
 
@@ -32,7 +34,7 @@ from torch import Tensor, nn
 from prunekit.strategy.sites import Site
 from prunekit.verify.muting import without
 from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
-from prunekit.verify.stock import StockRun, as_square, parts_of, stock_run_of, visual_mask
+from prunekit.verify.stock import StockRun, as_square, parts_of, recurrent_layers, stock_run_of, visual_mask
 from prunekit.verify.tower import tower_cuts
 
 if TYPE_CHECKING:
@@ -85,7 +87,10 @@ class MaskedReference:
         self.layers: Sequence[Any] = self.stock.get_decoder().layers
         self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
-        self.tables: TokenTables = tables_of(inputs["input_ids"], self.present, self.visual, report, len(self.layers))
+        self.recurrent = recurrent_layers(model)
+        self.tables: TokenTables = tables_of(
+            inputs["input_ids"], self.present, self.visual, report, len(self.layers), self.recurrent
+        )
         self.muted: set[str] = set()
 
     @torch.no_grad()
@@ -148,6 +153,8 @@ class MaskedReference:
                 stack.enter_context(_before(layer, self._entering(number)))
                 stack.enter_context(_after(layer, self._leaving(number, layer)))
                 attention, mlp = parts_of(layer)
+                if number in self.recurrent:
+                    stack.enter_context(_after(attention, self._shortened(number, attention)))
                 stack.enter_context(_after(attention, self._part(number, "attention")))
                 stack.enter_context(_after(mlp, self._part(number, "mlp")))
             yield
@@ -189,7 +196,8 @@ class MaskedReference:
     def _entering(self, layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
         def edit(state: Tensor, arguments: dict[str, Any]) -> Tensor:
             tokens = state.shape[1]
-            arguments["attention_mask"] = _additive(*self.mask(layer, tokens), state.dtype)
+            recurrent = layer in self.recurrent
+            arguments["attention_mask"] = None if recurrent else _additive(*self.mask(layer, tokens), state.dtype)
             positions = self.positions(layer, tokens)
             if positions is not None and self.stock_run is not None:
                 arguments["position_embeddings"] = self.stock_run.rotate(layer, positions)
@@ -227,6 +235,21 @@ class MaskedReference:
                 adds = torch.zeros_like(adds)
             first = torch.where(adds, first, torch.zeros_like(first))
             return (first, *result[1:]) if isinstance(result, tuple) else first
+
+        return edit
+
+    def _shortened(self, layer: int, module: Any) -> Callable[[Any, dict[str, Any], Any], Any]:
+        """What `module`, which holds a state, gives for the list of each row; zeros for tokens that are not on it."""
+
+        def edit(state: Any, arguments: dict[str, Any], result: Tensor) -> Tensor:
+            states: Tensor = arguments["hidden_states"] if state is None else state
+            others = {name: value for name, value in arguments.items() if name != "hidden_states"}
+            output = torch.zeros_like(result)
+            for row in range(len(states)):
+                there = self.tables.listed(layer, row, states.shape[1])
+                if len(there):
+                    output[row, there] = module.forward(states[row : row + 1, there], **others)[0]
+            return output
 
         return edit
 

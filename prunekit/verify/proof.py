@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -32,13 +32,15 @@ from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
-CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
+Stages = tuple[dict[str, Any], ...]
+BY_ATTENTION = "tokens dropped by attention"
+CASES: Mapping[str, Stages] = {
     "nothing pruned": ({"use": DRAWN, "keep": 1.0},),
     "tokens dropped at the decoder input and before layer 1": (
         {"use": DRAWN, "at": "encoder", "keep": 0.6},
         {"use": DRAWN, "at": 1, "keep": 0.5},
     ),
-    "tokens dropped by attention before layer 2": ({"use": ATTENDED, "at": 2, "keep": 0.5},),
+    BY_ATTENTION: ({"use": ATTENDED, "keep": 0.5},),
     "layers skipped": ({"use": DRAWN, "at": "encoder", "keep": 0.5}, {"use": WITHOUT, "layers": [0, 3]}),
     "attention skipped": ({"use": WITHOUT, "layers": [2], "what": "attention"},),
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
@@ -142,7 +144,17 @@ def _prove(key: _Key) -> Proof:
         parts = observed.added_to(parts)
     with Float64Throughout():
         stock_run = stock_run_of(twin, inputs, STEPS + 1)
-    return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, stock_run) for name, stages in CASES.items()))
+    return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, stock_run) for name, stages in _cases(parts)))
+
+
+def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
+    """`CASES`, with the site at which attention is read: behind the first layer that has it, from layer 2 on."""
+    behind = [number + 1 for number in range(1, len(parts.layers) - 1) if parts.attends(number)]
+    for name, stages in CASES.items():
+        if name != BY_ATTENTION:
+            yield name, stages
+        elif behind:
+            yield f"{name} before layer {behind[0]}", ({**stages[0], "at": behind[0]},)
 
 
 def _run(

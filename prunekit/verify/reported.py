@@ -45,7 +45,7 @@ class TokenTables:
     lasting[l]: bool (B, P), prompt tokens whose keys and values decoded tokens find in layer l.
     sizes[l]: float64 (B, P), tokens that each key of layer l stands for.
     before[l], mid[l]: what moves before layer l, and inside it between attention and MLP.
-    plans: per row.
+    plans: per row. recurrent: layers that hold a state in place of keys and values.
     """
 
     prompt: Tensor
@@ -56,6 +56,7 @@ class TokenTables:
     sizes: list[Tensor]
     before: list[list[Move]]
     mid: list[list[Move]]
+    recurrent: frozenset[int]
 
     def switch(self, layer: int, table: dict[LayerAction, bool], tokens: int, frozen: bool = False) -> Tensor:
         """Bool (B, S): which tokens do in `layer` what `table` says of their row's action in their phase.
@@ -73,7 +74,18 @@ class TokenTables:
 
     def kv_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens decoding finds in the KV cache."""
-        return tuple(tuple(int(table[row].sum()) for table in self.lasting) for row in range(len(self.plans)))
+        return tuple(
+            tuple(0 if layer in self.recurrent else int(table[row].sum()) for layer, table in enumerate(self.lasting))
+            for row in range(len(self.plans))
+        )
+
+    def listed(self, layer: int, row: int, tokens: int) -> Tensor:
+        """The list of tokens that a layer with a recurrent state runs on: int64, prompt tokens and decoded ones."""
+        plan, length = self.plans[row], self.prompt.shape[1]
+        there = torch.zeros(tokens, dtype=torch.bool, device=self.prompt.device)
+        there[:length] = self.entering[layer][row] & plan[layer].attends
+        there[length:] = plan.decoding(layer).attends
+        return there.nonzero()[:, 0]
 
     def layer_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens enter."""
@@ -96,8 +108,15 @@ class TokenTables:
         return tuple(rows)
 
 
-def tables_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report: RunReport, layers: int) -> TokenTables:
-    """Follow the events of `report` through `layers` layers.
+def tables_of(
+    prompt: Tensor,
+    present: Tensor,
+    visual: Sequence[Tensor],
+    report: RunReport,
+    layers: int,
+    recurrent: frozenset[int] = frozenset(),
+) -> TokenTables:
+    """Follow the events of `report` through `layers` layers, of which `recurrent` hold a state.
 
     prompt: int64 (B, P). present: bool (B, P), False on padding. visual: slots of the visual tokens of each row, int64.
     Raises ValueError when the report contradicts itself or the prompt.
@@ -106,7 +125,7 @@ def tables_of(prompt: Tensor, present: Tensor, visual: Sequence[Tensor], report:
     plans = tuple(report.plans)
     moves = _moves(report, visual)
     alive, size = present.clone(), torch.ones(prompt.shape, dtype=torch.float64, device=prompt.device)
-    tables = TokenTables(prompt, visual, plans, [], [], [], [], [])
+    tables = TokenTables(prompt, visual, plans, [], [], [], [], [], recurrent)
     for layer in range(layers):
         before = [move for site, move in moves if _moves_before(site, layer)]
         mid = [move for site, move in moves if site.in_decoder and site.point == "mid" and site.layer == layer]

@@ -18,13 +18,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from prunekit.strategy.decisions import RECURRENT
 from prunekit.upstream import CACHE
 
 # Attention implementations whose masks say for every query and key whether it is seen.
 SQUARE = ("sdpa", "eager")
-# The last words of their class names: LlamaAttention, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
-ATTENTION, MLP = re.compile(r"Attention$"), re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
+# The last words of their class names: LlamaAttention, Lfm2ShortConv, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
+ATTENTION = re.compile(r"(Attention|GatedDeltaNet|ShortConv)$")
+MLP = re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,18 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
         for number, layer in enumerate(decoder.layers):
             stack.enter_context(_arguments(layer, layers[number], prompt.shape[0], calls))
         cast("Any", model).generate(
-            **inputs, **{CACHE: DynamicCache()}, do_sample=False, num_beams=1, max_new_tokens=steps,
+            **inputs, **{CACHE: _whole_cache(model)}, do_sample=False, num_beams=1, max_new_tokens=steps,
             min_new_tokens=steps,
         )  # fmt: skip
     return StockRun(prompt, prompt.shape[1] + steps - 1, layers)
+
+
+def _whole_cache(model: PreTrainedModel) -> DynamicCache:
+    """A cache whose attention layers keep every token, as with windows they would not, so that masks are square."""
+    cache: Any = DynamicCache(config=model.config)
+    whole: Any = DynamicLayer
+    cache.layers = [whole() if isinstance(one, DynamicLayer) else one for one in cache.layers]
+    return cast("DynamicCache", cache)
 
 
 def visual_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -118,8 +129,17 @@ def visual_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return torch.isin(input_ids, torch.tensor([one for one in ids if one is not None], device=input_ids.device))
 
 
+def recurrent_layers(model: PreTrainedModel) -> frozenset[int]:
+    """Decoder layers that hold a state in place of keys and values, as the config names their kinds."""
+    config: Any = cast("Any", model).get_decoder().config
+    return frozenset(n for n, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind in RECURRENT)
+
+
 def parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Attention and MLP of a decoder layer, by the names of their classes. Raises ValueError if that fails."""
+    """Attention, or what stands in its place, and MLP of a decoder layer, by the names of their classes.
+
+    Raises ValueError if that fails.
+    """
     parts = []
     for words in (ATTENTION, MLP):
         named = [module for module in layer.children() if words.search(type(module).__name__)]
@@ -163,7 +183,9 @@ def _arguments(layer: nn.Module, inputs: LayerInputs, rows: int, calls: list[Rot
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0].shape[1]
         before = sum(mask.shape[-2] for mask in inputs.masks)
-        inputs.masks.append(_as_bool(kwargs.get("attention_mask"), tokens, before + tokens).expand(rows, -1, -1))
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.ndim != 2:  # a layer with a recurrent state gets the padding alone
+            inputs.masks.append(_as_bool(mask, tokens, before + tokens).expand(rows, -1, -1))
         for one in calls:
             if one.result is kwargs.get("position_embeddings"):
                 inputs.rotations.append(one)

@@ -113,6 +113,9 @@ ALLOWED = {"float32": 1e-3}
 # What is refused, and the message that is due.
 SIDE_BY_SIDE = ("aya_vision", "cohere2_vision")
 SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
+RECURRENT = ("qwen3_5",)
+# What some plan of these tells a layer to do needs keys and values of tokens.
+NEEDS_KV = ("fill-kv", "freeze", "freeze-and-cut", "plans", "plans-and-cuts")
 HAS_CLS = ("llava", "llava_next", "llava_next_video")
 
 
@@ -134,6 +137,11 @@ class Cell:
     def refused(self) -> str:
         """A part of the message of the refusal, or nothing."""
         text = str(PIPELINES[self.pipeline])
+        alone = self.batch == "one" and "plans" in self.pipeline  # the first plan skips layers only
+        if self.way == "static cache" and self.family in RECURRENT:
+            return "LinearAttentionLayer"
+        if self.family in RECURRENT and self.pipeline in NEEDS_KV and not alone:
+            return "have none"
         if self.way == "flash" and self.pipeline == "freeze":  # seen before anything runs
             return "flash kernels do not take"
         if self.way == "flash" and self.family in SLIDING:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.tokens.layout import Layout, take
 from prunekit.errors import Unsupported
 from prunekit.strategy.decisions import LayerAction
+from prunekit.upstream import RECURRENT_LAYER
 
 _OWNER = "_prunekit_owner"
 # A sliding layer may be replaced too: all kept tokens stay, and the logical mask of transformers hides the old ones.
-ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer)
+ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer, RECURRENT_LAYER)
 
 
 class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -148,15 +150,16 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return _shared(rows, tuple(index for _, index in kept))
 
 
-def adopt(cache: Cache, layers: Sequence[RaggedLayer], owner: object) -> None:
-    """Put ragged layers into an empty cache and tie it to its owner."""
+def adopt(cache: Cache, layers: Sequence[Any], owner: object) -> None:
+    """Put our layers into an empty cache and tie it to its owner."""
     cache.layers[:] = layers
     setattr(cache, _OWNER, owner)
 
 
 def takes(cache: Cache) -> bool:
-    """Whether `cache` is a DynamicCache whose layers hold keys and values."""
-    return type(cache) is DynamicCache and all(type(layer) in (*ADOPTED, RaggedLayer) for layer in cache.layers)
+    """Whether `cache` is a DynamicCache whose layers hold keys and values, or recurrent states."""
+    known = (*ADOPTED, RaggedLayer, RecurrentLayer)
+    return type(cache) is DynamicCache and all(type(layer) in known for layer in cache.layers)
 
 
 def check(cache: Cache, taken: bool) -> None:
@@ -164,9 +167,9 @@ def check(cache: Cache, taken: bool) -> None:
     if not taken:
         kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())}) or [type(cache).__name__]
         raise Unsupported(
-            "pruning needs transformers' DynamicCache with attention layers, or StaticCache with full-attention ones "
-            f"(none linear-attention, quantized or offloaded), not {type(cache).__name__} with {', '.join(kinds)}; "
-            "leave `cache_implementation` and `past_key_values` at their defaults"
+            "pruning needs transformers' DynamicCache with layers of attention or of recurrent states, or StaticCache "
+            f"with full-attention ones (none quantized or offloaded), not {type(cache).__name__} with "
+            f"{', '.join(kinds)}; leave `cache_implementation` and `past_key_values` at their defaults"
         )
     if is_filled(cache):
         raise Unsupported(

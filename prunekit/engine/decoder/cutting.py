@@ -130,8 +130,7 @@ class Cutter:
             return
         narrowed: dict[Any, tuple[Layout, Tensor]] = {}
         for store in cache.layers:
-            assert isinstance(store, ragged.RaggedLayer)
-            if len(store):
+            if isinstance(store, ragged.RaggedLayer) and len(store):
                 key = id(store.layout), store.rows
                 if key not in narrowed:
                     narrowed[key] = self._cropped(store, self.state.cropped)

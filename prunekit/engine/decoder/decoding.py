@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
 from prunekit.strategy.decisions import LayerAction
@@ -22,7 +23,7 @@ def passing(cache: Any) -> frozenset[int]:
     """Layers of a prefilled cache that hold all tokens, and that decoding simply runs; the first is never among them,
     as it begins the pass. None instead of a cache: none.
     """
-    layers: list[RaggedLayer] = [] if cache is None else cache.layers
+    layers: list[RaggedLayer | RecurrentLayer] = [] if cache is None else cache.layers
     return frozenset(
         number for number, one in enumerate(layers) if number and one.layout is None and one.actions in _RUNS
     )
@@ -36,7 +37,7 @@ class Decoding(ForwardPass):
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs[CACHE]
-        store: RaggedLayer = cache.layers[number]
+        store: RaggedLayer | RecurrentLayer = cache.layers[number]
         if number == 0:  # masks and positions have been made from what had passed before
             for each in cache.layers:
                 each.open(self.tokens)

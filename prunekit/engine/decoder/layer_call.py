@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.engine.cache.recurrent import RecurrentLayer, StateShares
 from prunekit.engine.cache.stand_ins import Beside, Shares, grab
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.tokens import masks
@@ -66,17 +67,19 @@ class LayerCall:
     def _mask(self, queries: tuple[Layout, Tensor] | None) -> Tensor | None:
         current, mask, layout = self.forward_pass, self.kwargs.get("attention_mask"), self.layout
         asking = queries[0] if queries else layout
+        # Layers with a recurrent state take the padding alone, as flash kernels do.
+        kind = current.kind if current.state.parts.attends(self.number) else "flat"
 
         def make() -> Tensor | None:
             mine = mask if mask is None else select_rows(mask, self.rows)
             if layout is None or asking is None:
                 return mine
             if current.is_prefill:
-                return masks.prefill_mask(mine, asking, layout, self.hidden, current.kind)
+                return masks.prefill_mask(mine, asking, layout, self.hidden, kind)
             tail = self.kwargs[CACHE].layers[self.number].tail
             return masks.decode_mask(mine, layout, tail, current.tokens, self.hidden, current.kind)
 
-        return current.once((mask, layout, asking, self.rows, "mask"), make)  # type: ignore[no-any-return]
+        return current.once((mask, layout, asking, self.rows, kind), make)  # type: ignore[no-any-return]
 
     def _rotary(self, rotary: Any, queries: tuple[Layout, Tensor] | None) -> Any:
         current = self.forward_pass
@@ -100,13 +103,17 @@ def run_action(action: LayerAction, call: LayerCall) -> Tensor:
     return _run(call, call.local())
 
 
-def run_groups(call: LayerCall, actions: Sequence[LayerAction], store: RaggedLayer | None) -> Tensor:
+def run_groups(call: LayerCall, actions: Sequence[LayerAction], store: RaggedLayer | RecurrentLayer | None) -> Tensor:
     """Rows that do the same run together; rows that skip cost nothing. Returns all rows' states, float (B, K, H).
 
-    call: of the whole batch. actions: one for each row. store: the layer's KV; None without a cache.
+    call: of the whole batch. actions: one for each row. store: the layer's KV or state; None without a cache.
     """
     state, results = call.forward_pass.state, call.hidden
-    shares = None if store is None else Shares(store, len(actions), call.forward_pass.is_prefill)
+    shares: Shares | StateShares | None = None
+    if isinstance(store, RaggedLayer):
+        shares = Shares(store, len(actions), call.forward_pass.is_prefill)
+    elif store is not None:
+        shares = StateShares(call.cache, call.number, store, len(actions), state.index)
     for action in dict.fromkeys(actions):
         if action is LayerAction.SKIP:
             continue
@@ -121,7 +128,7 @@ def run_groups(call: LayerCall, actions: Sequence[LayerAction], store: RaggedLay
     return results
 
 
-def _layout_of(call: LayerCall, who: list[int], store: RaggedLayer | None) -> Layout | None:
+def _layout_of(call: LayerCall, who: list[int], store: RaggedLayer | RecurrentLayer | None) -> Layout | None:
     """The part of the layout that belongs to the rows `who`; in decoding a layout has the stored rows alone."""
     if call.layout is None:
         return None

@@ -27,7 +27,7 @@ def override(overrides: Overrides, parts: Parts, bound: BoundPipeline) -> None:
         if number in inside:
             _override_mid(overrides, parts, layer)
         if _may(bound, number, LayerAction.SKIP_ATTENTION):
-            overrides.replace(getattr(layer, parts.attention), "forward", _attention_forward)
+            overrides.replace(parts.mixing(number), "forward", _attention_forward(parts.attends(number)))
         if _may(bound, number, LayerAction.SKIP_MLP):
             overrides.replace(getattr(layer, parts.mlp), "forward", _mlp_forward)
 
@@ -72,15 +72,20 @@ def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any
     return make
 
 
-def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        current = current_pass()
-        if current is None or current.left_out is not LayerAction.SKIP_ATTENTION:
-            return original(*args, **kwargs)
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        return torch.zeros_like(hidden), None
+def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The override of an attention, which returns its weights too, or of what stands in its place, which has none."""
 
-    return forward
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            current = current_pass()
+            if current is None or current.left_out is not LayerAction.SKIP_ATTENTION:
+                return original(*args, **kwargs)
+            zeros = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            return (zeros, None) if weights else zeros
+
+        return forward
+
+    return make
 
 
 def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from prunekit.engine.cache import ragged, static
+from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.decoder.cutting import Cutter
 from prunekit.engine.decoder.forward_pass import ForwardPass, Here
 from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
@@ -68,7 +69,21 @@ class Prefill(ForwardPass):
         self.readings.begin(hidden)
         if cache is not None:
             fixed = static.layers_for(cache, self.tokens) if static.takes(cache) else None
-            ragged.adopt(cache, fixed or [ragged.RaggedLayer() for _ in self.state.parts.layers], self.state)
+            ragged.adopt(cache, fixed or self._stores(cache), self.state)
+
+    def _stores(self, cache: Cache) -> list[ragged.RaggedLayer | RecurrentLayer]:
+        """A layer of ours for each of the cache's: keys and values, or a state."""
+        parts = self.state.parts
+        recurrent = [number for number in range(len(parts.layers)) if not parts.attends(number)]
+        if recurrent and len(cache.layers) < len(parts.layers):
+            raise Unsupported(
+                "this cache does not know which layers hold a recurrent state; leave it out, or make it with "
+                "DynamicCache(config=model.config)"
+            )
+        return [
+            RecurrentLayer(cache.layers[number]) if number in recurrent else ragged.RaggedLayer()
+            for number in range(len(parts.layers))
+        ]
 
     def end(self, hidden: Tensor, cache: Cache | None) -> None:
         """What happens after the last layer: nothing to the states, but the KV cache loses what was cropped."""
@@ -90,10 +105,10 @@ class Prefill(ForwardPass):
         state, number = self.state, here.number
         actions, decoding = state.actions(number), state.decoding(number)
         layout = self.localised(state.layout, here.kwargs)
-        store: ragged.RaggedLayer | None = None
+        store: ragged.RaggedLayer | RecurrentLayer | None = None
         if cache is not None:
-            layer = cache.layers[number]
-            assert isinstance(layer, ragged.RaggedLayer)
+            layer: Any = cache.layers[number]
+            assert isinstance(layer, ragged.RaggedLayer | RecurrentLayer)
             store = layer
             store.begin(self._held(layout, actions, decoding), decoding)
             store.open(self.tokens)

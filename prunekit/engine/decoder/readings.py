@@ -169,8 +169,7 @@ class Readings:
 
     def attention_of(self, number: int) -> nn.Module:
         """The attention module of a decoder layer."""
-        module: nn.Module = getattr(self.state.parts.layers[number], self.state.parts.attention)
-        return module
+        return self.state.parts.mixing(number)
 
     def kind(self, number: int) -> str | None:
         """Layers of one kind get the same masks and rotations; None where a decoder has one kind only."""

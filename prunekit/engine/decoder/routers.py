@@ -11,9 +11,10 @@ from torch import Tensor
 from prunekit.engine.asking import call, checked, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
-from prunekit.errors import PluginError
+from prunekit.errors import PluginError, Unsupported
 from prunekit.ops import top_k_mask
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
+from prunekit.pipeline.layer_plans import without_kv
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Route, Selection
 
@@ -67,6 +68,9 @@ def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]
     named = frozenset(layer for plan in plans for layer in plan.layers)
     if beyond := sorted(named - frozenset(range(layers))):
         raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
+    for plan in plans:
+        if held := without_kv(plan, state.bound.shape):
+            raise Unsupported(f"{stage.label}: route {held[1]}, of which layers {sorted(held[0])} have none")
     inside = sorted(
         layer for layer in cut_inside(state.bound.cuts) if any(plan[layer] not in CAN_BE_CUT for plan in plans)
     )
