@@ -114,15 +114,28 @@ def qwen3_vl_moe(layers: int) -> Any:
     return _qwen("qwen3_vl_moe", decoder, _qwen3_tower())
 
 
-def qwen3_5(layers: int) -> Any:
+def _qwen3_5_text(layers: int, **more: Any) -> dict[str, Any]:
     kinds = ["linear_attention", "full_attention", "full_attention", "linear_attention"]
-    decoder = text(
+    return text(
         layers, head_dim=8, rope_parameters=_mrope(mrope_interleaved=True, partial_rotary_factor=1.0),
         layer_types=[kinds[n % 4] for n in range(layers)], linear_num_key_heads=2, linear_num_value_heads=4,
-        linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4,
+        linear_key_head_dim=8, linear_value_head_dim=8, linear_conv_kernel_dim=4, **more,
     )  # fmt: skip
-    tower = {name: value for name, value in _qwen3_tower().items() if name != "deepstack_visual_indexes"}
-    return _qwen("qwen3_5", decoder, tower)
+
+
+def _qwen3_5_tower() -> dict[str, Any]:
+    return {name: value for name, value in _qwen3_tower().items() if name != "deepstack_visual_indexes"}
+
+
+def qwen3_5(layers: int) -> Any:
+    return _qwen("qwen3_5", _qwen3_5_text(layers), _qwen3_5_tower())
+
+
+def qwen3_5_moe(layers: int) -> Any:
+    decoder = _qwen3_5_text(
+        layers, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+    )
+    return _qwen("qwen3_5_moe", decoder, _qwen3_5_tower())
 
 
 def llava_next_video(layers: int) -> Any:
@@ -229,7 +242,7 @@ CONFIGS: dict[str, Make] = {
     one.__name__: one
     for one in (
         llava, llava_next, llava_next_video, llava_onevision, vipllava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe,
-        qwen3_5, internvl, gemma3, paligemma, idefics3, smolvlm, mistral3, glm4v, glm46v, glm4v_moe, aya_vision,
-        cohere2_vision,
+        qwen3_5, qwen3_5_moe, internvl, gemma3, paligemma, idefics3, smolvlm, mistral3, glm4v, glm46v, glm4v_moe,
+        aya_vision, cohere2_vision,
     )
 }  # fmt: skip

@@ -46,6 +46,7 @@ RECIPES: dict[str, Recipe] = {
     "qwen3_vl": STAMPED,
     "qwen3_vl_moe": STAMPED,
     "qwen3_5": STAMPED,
+    "qwen3_5_moe": STAMPED,
     "internvl": Recipe(draw.tiles, None, FENCED),
     "gemma3": Recipe(draw.square, None, FENCED, types={"token_type_ids": (0, 1, 0)}),
     "paligemma": Recipe(draw.square, types={"token_type_ids": (0, 0, 0)}),

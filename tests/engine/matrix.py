@@ -113,7 +113,7 @@ ALLOWED = {"float32": 1e-3}
 # What is refused, and the message that is due.
 SIDE_BY_SIDE = ("aya_vision", "cohere2_vision")
 SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
-RECURRENT = ("qwen3_5",)
+RECURRENT = ("qwen3_5", "qwen3_5_moe")
 # What some plan of these tells a layer to do needs keys and values of tokens.
 NEEDS_KV = ("fill-kv", "freeze", "freeze-and-cut", "plans", "plans-and-cuts")
 HAS_CLS = ("llava", "llava_next", "llava_next_video")

@@ -48,8 +48,8 @@ def test_parts_are_live_modules(family: str) -> None:
     modules = set(model.modules())
     assert {parts.base, parts.text, *parts.layers} <= modules
     assert parts.text is model.get_decoder() and len(parts.layers) == 6
-    for layer in parts.layers:
-        assert {getattr(layer, parts.attention), getattr(layer, parts.mlp)} <= modules
+    for number, layer in enumerate(parts.layers):
+        assert {parts.mixing(number), getattr(layer, parts.mlp)} <= modules
         assert parts.mlp_norm is None or getattr(layer, parts.mlp_norm) in modules
     assert parts.final_norm in modules
     kinds = [modality.name for modality in parts.modalities]
@@ -99,15 +99,15 @@ def test_the_shape_counts_what_one_token_costs(family: str) -> None:
         model(input_ids=torch.arange(20, 30)[None], **_extra(family))
     counts = counter.get_flop_counts()
     name = {id(module): name for name, module in model.named_modules()}
-    total = 0
-    for layer in parts.layers:
-        for module in (getattr(layer, parts.attention), getattr(layer, parts.mlp)):
+    total, attending = 0, [number for number in range(shape.layers) if number not in shape.recurrent]
+    for number in attending:
+        for module in (parts.mixing(number), getattr(parts.layers[number], parts.mlp)):
             found = counts[f"{type(model).__name__}.{name[id(module)]}"]
             total += sum(flops for kind, flops in found.items() if "attention" not in str(kind))
-    per_token = shape.layers * (shape.attention_params + shape.mlp_params)
+    per_token = len(attending) * (shape.attention_params + shape.mlp_params)
     assert total / 20 == pytest.approx(per_token, abs=shape.layers)
     assert shape.kv_width == 2 * model.config.get_text_config().num_key_value_heads * shape.head_dim
-    assert shape.output_params == sum(matrix_params(layer.self_attn.o_proj) for layer in parts.layers) // shape.layers  # type: ignore[arg-type, union-attr]
+    assert shape.output_params == matrix_params(parts.mixing(attending[0]).o_proj)  # type: ignore[arg-type]
 
 
 def test_experts_without_a_number_are_refused() -> None:
@@ -141,8 +141,18 @@ def _no_layers(text: Any) -> None:
     text.layers = torch.nn.ModuleList()
 
 
-def _linear_attention(text: Any) -> None:
-    text.config.layer_types = ["linear_attention", "full_attention"] * 3
+def _other_kinds(text: Any) -> None:
+    text.config.layer_types = ["chunked_attention", "full_attention"] * 3
+
+
+def _two_at_once(text: Any) -> None:
+    text.layers[2].conv = torch.nn.Identity()
+
+
+def _nothing_attends(text: Any) -> None:
+    for layer in text.layers:
+        layer.conv = layer.self_attn
+        del layer.self_attn
 
 
 def _shared(text: Any) -> None:
@@ -156,7 +166,9 @@ def _shared(text: Any) -> None:
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm, post_feedforward_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
         (_no_layers, "no list `layers`"),
-        (_linear_attention, "hold linear_attention, whose cache cannot be cut"),
+        (_other_kinds, "hold chunked_attention, whose cache cannot be cut"),
+        (_two_at_once, "layer 2 has self_attn and conv at once, and so two kinds of cache"),
+        (_nothing_attends, "none of its layers attends"),
         (_shared, "share their keys and values"),
     ],
 )
