@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
-from prunekit.engine.decoder import layers
+from prunekit.engine.decoder import around, layers
 from prunekit.engine.decoder.decoding import Decoding, passing
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.decoder.prefill import Prefill
@@ -57,7 +57,7 @@ class Attached:
         self.active = self.bound.acts
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
-        windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(shape.layers)]
+        windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(len(parts.layers))]
         self._window: int | None = min((window for window in windows if window), default=None)
         self._newest: BatchState | None = None
         self._report: tuple[BatchState, RunReport] | None = None
@@ -113,7 +113,9 @@ class Attached:
         replace(parts.text, "forward", self._text_forward)
         if self.active:
             generate.override(self._overrides, self.model)
-            if self.pipeline.positions == "renumber" or self.needs.positions:
+            if parts.opaque is not None:
+                around.check(parts)
+            elif self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
             if self._tower is not None:
@@ -221,7 +223,11 @@ class Attached:
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
+                if self.parts.opaque is not None:
+                    return self._finish(prefill, around.prefill(prefill, original, kwargs))
                 return self._finish(prefill, _within(prefill, original, args, kwargs))
+            if self.parts.opaque is not None:
+                return around.decode(state, original, kwargs, kind)
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
             return _within(decoding, original, args, kwargs)
 
@@ -230,14 +236,18 @@ class Attached:
     def _finish(self, prefill: Prefill, output: Any) -> Any:
         state = self._newest = prefill.state
         last, cache = output["last_hidden_state"], output.get(CACHE)  # a decoder that got no cache may have made one
-        if state.layout is not None and len(self.parts.layers) <= self.parts.logical_until:
+        inside = self.parts.opaque is None
+        if state.layout is not None and inside and len(self.parts.layers) <= self.parts.logical_until:
             last = state.layout.gather(last)  # the loop wanted logical states to the very end
         elif state.layout is not None:
             output["last_hidden_state"] = state.layout.expand(last)
         if self.active:
             prefill.end(last, cache)
-            state.passing = passing(cache)
-            static.seal(cache)
+            if inside:
+                state.passing = passing(cache)
+                static.seal(cache)
+            else:
+                around.finish(state, cache)
         if self.observed:
             tell(lambda: self.report or report_of(state))
         return output

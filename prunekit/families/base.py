@@ -100,6 +100,7 @@ class Parts:
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
     logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
         features to them in Qwen3-VL); 0: it never does.
+    opaque: why nothing can be cut inside the decoder, so that tokens leave at its input only; None: all can be.
     token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
     tower: None where the vision tower cannot be cut or read.
     """
@@ -118,6 +119,7 @@ class Parts:
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     logical_until: int = 0
+    opaque: str | None = None
     token_kwargs: tuple[str, ...] = ()
     tower: Tower | None = None
 
@@ -153,6 +155,8 @@ class Parts:
     def shape(self) -> ModelShape:
         """The numbers of the model; it may live on the meta device."""
         config: Any = self.text.config
+        if self.opaque is not None:
+            return self._opaque_shape()
         recurrent = tuple(number for number in range(len(self.layers)) if not self.attends(number))
         attending = next(number for number in range(len(self.layers)) if self.attends(number))
         mlp = matrix_params(getattr(self.layers[attending], self.mlp)) if self.mlp_params is None else self.mlp_params
@@ -177,6 +181,28 @@ class Parts:
             output_params=config.num_attention_heads * head_dim * config.hidden_size,
             recurrent=recurrent,
             mixer_params=mixer_params(self.mixing(recurrent[0])) if recurrent else 0,
+        )
+
+    def _opaque_shape(self) -> ModelShape:
+        """Of a decoder that is not known inside: its weights, spread evenly, and what its config says of attention."""
+        config: Any = self.text.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        return ModelShape(
+            family=self.family,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            head_dim=head_dim,
+            attention_params=0,
+            mlp_params=self.mlp_params or 0,
+            kv_width=2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+            visual_tokens=self.visual_tokens,
+            tower=None if self.tower is None else self.tower.shape(),
+            attention=self.attention_implementation,
+            cuts_inside=False,
+            rotary=False,
+            opaque=self.opaque or "",
         )
 
 

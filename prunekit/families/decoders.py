@@ -36,14 +36,41 @@ MLPS = ("mlp", "feed_forward", "block_sparse_moe")
 CUTTABLE = frozenset({"full_attention", "sliding_attention"}) | RECURRENT
 
 
+class NotPlain(Unsupported):
+    """A decoder that is not known inside. reason: what it has instead, as a clause."""
+
+    def __init__(self, text: Any, reason: str) -> None:
+        super().__init__(f"the decoder {type(text).__name__} is not supported: {reason}")
+        self.reason = reason
+
+
 def decoder(text: Any) -> dict[str, Any]:
     """What `Parts` says of the decoder stack `text`: text, layers, and the names of their parts.
 
-    Raises Unsupported for a stack that is not a plain decoder, and says what it has instead.
+    Of one that is not plain, why it can be cut at its input only. Raises Unsupported for what is no decoder stack.
     """
+    try:
+        return plain(text)
+    except NotPlain as error:
+        config = getattr(text, "config", None)
+        if getattr(config, "num_hidden_layers", None) is None or getattr(config, "hidden_size", None) is None:
+            raise
+        tables = sum(part.weight.numel() for part in text.modules() if isinstance(part, nn.Embedding))
+        weights = token_params(text, config) - tables
+        return {
+            "text": text,
+            "layers": (),
+            "opaque": error.reason,
+            "mlp_params": weights // text.config.num_hidden_layers,
+            "rotary": None,
+        }
+
+
+def plain(text: Any) -> dict[str, Any]:
+    """As `decoder`. Raises NotPlain for a stack that is not a plain decoder, and says what it has instead."""
     layers = getattr(text, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise _unknown(text, "it has no list `layers` of decoder layers")
+        raise NotPlain(text, "it has no list `layers` of decoder layers")
     _check_cache(text)
     _check_layers(text, layers)
     return {
@@ -74,29 +101,29 @@ def _check_layers(text: Any, layers: nn.ModuleList) -> None:
         mixing = [name for name in (ATTENTION, *MIXERS) if isinstance(getattr(layer, name, None), nn.Module)]
         if not mixing:
             parts = ", ".join(_children(layer))
-            raise _unknown(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {parts}")
+            raise NotPlain(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {parts}")
         if len(mixing) > 1:
-            raise _unknown(text, f"layer {number} has {' and '.join(mixing)} at once, and so two kinds of cache")
+            raise NotPlain(text, f"layer {number} has {' and '.join(mixing)} at once, and so two kinds of cache")
         if not _mlp(layer):
-            raise _unknown(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
+            raise NotPlain(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
         if _norms(layer) not in NORMS:
-            raise _unknown(text, f"layer {number} has an unknown order of norms: {', '.join(sorted(_norms(layer)))}")
+            raise NotPlain(text, f"layer {number} has an unknown order of norms: {', '.join(sorted(_norms(layer)))}")
         extra = set(_children(layer)) - _norms(layer) - {*mixing, _mlp(layer)}
         if extra:
-            raise _unknown(text, f"layer {number} has further parts: {', '.join(sorted(extra))}")
+            raise NotPlain(text, f"layer {number} has further parts: {', '.join(sorted(extra))}")
 
     if not any(hasattr(layer, ATTENTION) for layer in layers):
-        raise _unknown(text, "none of its layers attends, so that there is no KV cache to cut")
+        raise NotPlain(text, "none of its layers attends, so that there is no KV cache to cut")
 
 
 def _check_cache(text: Any) -> None:
     kinds = set(getattr(text.config, "layer_types", None) or ["full_attention"])
     if kinds - CUTTABLE:
-        raise _unknown(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
+        raise NotPlain(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
     if kinds & RECURRENT and upstream.RECURRENT_LAYER is None:
-        raise _unknown(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
+        raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
     if getattr(text.config, "num_kv_shared_layers", 0):
-        raise _unknown(text, "its layers share their keys and values")
+        raise NotPlain(text, "its layers share their keys and values")
 
 
 def _children(layer: nn.Module) -> list[str]:
@@ -109,7 +136,3 @@ def _norms(layer: nn.Module) -> frozenset[str]:
 
 def _mlp(layer: nn.Module) -> str:
     return next((name for name in MLPS if isinstance(getattr(layer, name, None), nn.Module)), "")
-
-
-def _unknown(text: Any, reason: str) -> Unsupported:
-    return Unsupported(f"the decoder {type(text).__name__} is not supported: {reason}")

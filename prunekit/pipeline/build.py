@@ -108,6 +108,9 @@ def build(source: Source, overrides: Sequence[str] = (), registry: Registry | No
 def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
     if positions == "keep" or shape.rotary:
         return []
+    if shape.opaque:
+        message = f"this decoder can be cut at its input only: {shape.opaque}"
+        return [Fault(None, "positions", message, "leave it out, or say keep")]
     message = f"the {shape.family} decoder has no rotary positions to renumber"
     return [Fault(None, "positions", message, "leave it out, or say keep")]
 

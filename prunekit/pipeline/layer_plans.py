@@ -24,6 +24,9 @@ def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault])
         if shape.attention not in MASKED and any(action is LayerAction.FREEZE for _, action in own):
             message = "freezes visual tokens, for which a layer needs a mask that flash kernels do not take"
             faults.append(stage.fault("layers", message, "load the model with sdpa or eager attention"))
+        if own.layers and shape.opaque:
+            message = f"plans layers, but this decoder can be cut at its input only: {shape.opaque}"
+            faults.append(stage.fault("use", message, "leave this stage out"))
         if held := without_kv(own, shape):
             message = f"{held[1]}, of which layers {_listed(held[0])} have none"
             faults.append(stage.fault("layers", message, "name layers that attend, or skip them"))
@@ -89,6 +92,10 @@ def routing_faults(
         return
     keep = router.keep_layers
     if keep is None:
+        return
+    if shape.opaque:
+        message = f"asks for a budget of layers, but this decoder can be cut at its input only: {shape.opaque}"
+        yield router.fault("keep_layers", message, "leave it out")
         return
     skipped = frozenset(layer for layer in plan.layers if plan[layer] is LayerAction.SKIP)
     fixed = protected | (plan.layers - skipped)

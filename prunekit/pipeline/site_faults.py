@@ -37,6 +37,8 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
         return message, "name an earlier layer"
     if site.place == "pixels":
         return "this version cannot cut images before the tower sees them", "cut at 'vision.0' or later"
+    if shape.opaque and site > ENCODER:
+        return f"this decoder can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
     if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
         message = f"the layers of {shape.family} run attention and MLP side by side: there is no state between them"
         return message, f"cut at '{site.layer}' or '{site.layer}.after'"
@@ -75,6 +77,9 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
     use, site, tower = cut.stage.use, cut.asked_at, shape.tower
     if site.in_tower and (absent := _absent(cut)):
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
+    inner = [name for name in (*OF_DECODER_LAYERS, "forward", "norm", "positions") if cut.stage.asks_for(name)]
+    if shape.opaque and inner and not site.in_tower:
+        return f"'{use}' asks for {inner[0]}, but this decoder can be cut at its input only: {shape.opaque}", ""
     if cut.stage.asks_for("forward") and ("forward" in _absent(cut) or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
     if cut.stage.asks_for("positions") and not shape.rotary:

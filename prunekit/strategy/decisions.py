@@ -215,6 +215,8 @@ class ModelShape:
     recurrent: layers that hold a state in place of keys and values of tokens (linear attention, convolutions).
         mixer_params: weights of the products of what such a layer has in place of attention.
     rotary: it has rotary positions that can be renumbered.
+    opaque: why nothing can be cut inside the decoder, but at its input only; empty: all can be. FLOPs of such a decoder
+        are those of its weights, spread evenly over its layers, and of plain attention.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 
@@ -236,3 +238,4 @@ class ModelShape:
     rotary: bool = True
     recurrent: tuple[int, ...] = ()
     mixer_params: int = 0
+    opaque: str = ""

@@ -20,6 +20,7 @@ from prunekit.verify.oracle import MaskedReference, Merge
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.recorder import recorded
 from prunekit.verify.reported import TokenTables
+from prunekit.verify.shortened import ShortenedReference
 from prunekit.verify.stock import StockRun
 
 Merges = Callable[[RunReport], Mapping[int, Merge | Sequence[Tensor]]]
@@ -72,12 +73,18 @@ def compared(
             raise AssertionError("the run left no report")
         report = _of_prompts(run.report, beams)
         stated = merges(report) if merges else record.merges(run.report, beams)
-        reference = MaskedReference(model, inputs, report, stated, stock_run)
+        reference: MaskedReference | ShortenedReference
+        if parts.opaque is None:
+            reference = MaskedReference(model, inputs, report, stated, stock_run)
+        else:
+            reference = ShortenedReference(model, inputs, report, _as_merges(stated))
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference.tables, output[CACHE], steps)
+    _check_counts(report, reference.tables)
+    if parts.opaque is None:
+        _check_cache(report, reference.tables, output[CACHE], steps)
     return Equivalence(report, output.sequences, logits, expected, error, output[CACHE], stated)
 
 
@@ -131,12 +138,20 @@ def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: R
     return error
 
 
-def _check_counts(report: RunReport, tables: TokenTables, cache: Any, steps: int) -> None:
-    """The report's counts follow from its decisions, and the cache holds what they say."""
+def _as_merges(stated: Mapping[int, Merge | Sequence[Tensor]]) -> dict[int, Merge]:
+    return {number: one if isinstance(one, Merge) else Merge(one) for number, one in stated.items()}
+
+
+def _check_counts(report: RunReport, tables: TokenTables) -> None:
+    """The report's counts follow from its decisions."""
     for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
         said, expected = getattr(report, name), getattr(tables, name)()
         if said != expected:
             raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
+
+
+def _check_cache(report: RunReport, tables: TokenTables, cache: Any, steps: int) -> None:
+    """The cache holds what the report says."""
     for number, layer in enumerate(cache.layers):
         if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
             continue  # the length of a buffer says nothing, a stock window holds no more than it

@@ -88,14 +88,13 @@ def proved_parts(model: PreTrainedModel) -> Parts:
     """
     upstream.verify()
     parts = families.find(model)
-    if families.family_of(model) is not None:
+    if families.family_of(model) is not None and parts.opaque is None:
         return parts
     proof = prove(model.config)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
     if faults:
         raise Unsupported(
-            f"{type(model).__name__} has no family file; it was recognised, but its tiny twin is not pruned exactly: "
-            f"{'; '.join(faults)}"
+            f"{type(model).__name__} was recognised, but its tiny twin is not pruned exactly: {'; '.join(faults)}"
         )
     return proof.observed.added_to(parts)
 
@@ -134,7 +133,7 @@ def _prove(key: _Key) -> Proof:
         parts = families.find(twin)
         recipe = recipe_for(twin, parts)
         inputs = tiny_batch(twin, recipe, rows_of(recipe))
-        observed = _observe(twin, inputs)
+        observed = _observe(twin, inputs) if parts.opaque is None else Observed()
     except PrunekitError:
         raise
     except Exception as error:  # code that was never seen may fail in any way
@@ -142,13 +141,22 @@ def _prove(key: _Key) -> Proof:
         raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
     if families.family_of(twin) is None:
         parts = observed.added_to(parts)
-    with Float64Throughout():
-        stock_run = stock_run_of(twin, inputs, STEPS + 1)
+    stock_run = None
+    if parts.opaque is None:
+        with Float64Throughout():
+            stock_run = stock_run_of(twin, inputs, STEPS + 1)
     return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, stock_run) for name, stages in _cases(parts)))
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
-    """`CASES`, with the site at which attention is read: behind the first layer that has it, from layer 2 on."""
+    """`CASES`, with the site at which attention is read: behind the first layer that has it, from layer 2 on.
+
+    Of a decoder that can be cut at its input only, what happens there.
+    """
+    if parts.opaque is not None:
+        yield "nothing pruned", CASES["nothing pruned"]
+        yield "tokens dropped at the decoder input", ({"use": DRAWN, "at": "encoder", "keep": 0.6},)
+        return
     behind = [number + 1 for number in range(1, len(parts.layers) - 1) if parts.attends(number)]
     for name, stages in CASES.items():
         if name != BY_ATTENTION:
@@ -163,7 +171,7 @@ def _run(
     parts: Parts,
     stages: Sequence[dict[str, Any]],
     inputs: Mapping[str, Tensor],
-    stock_run: StockRun,
+    stock_run: StockRun | None,
 ) -> Case:
     data = {"name": name.replace(" ", "-"), "stages": list(stages)}
     try:

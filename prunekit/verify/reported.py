@@ -123,7 +123,7 @@ def tables_of(
     """
     check(report, visual)
     plans = tuple(report.plans)
-    moves = _moves(report, visual)
+    moves = moves_of(report, visual)
     alive, size = present.clone(), torch.ones(prompt.shape, dtype=torch.float64, device=prompt.device)
     tables = TokenTables(prompt, visual, plans, [], [], [], [], [], recurrent)
     for layer in range(layers):
@@ -174,7 +174,8 @@ def _moves_before(site: Site, layer: int) -> bool:
     return max(site.depth, 0) == layer
 
 
-def _moves(report: RunReport, visual: Sequence[Tensor]) -> list[tuple[Site, Move]]:
+def moves_of(report: RunReport, visual: Sequence[Tensor]) -> list[tuple[Site, Move]]:
+    """What moves at each event of a report, in the order of the data. visual: as for `tables_of`."""
     remaining = [list(range(len(slots))) for slots in visual]
     moves = []
     for number, event in enumerate(report.events):

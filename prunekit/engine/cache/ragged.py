@@ -156,6 +156,11 @@ def adopt(cache: Cache, layers: Sequence[Any], owner: object) -> None:
     setattr(cache, _OWNER, owner)
 
 
+def adopt_as_it_is(cache: Cache, owner: object) -> None:
+    """Tie a filled cache to its owner, whatever its layers are."""
+    setattr(cache, _OWNER, owner)
+
+
 def takes(cache: Cache) -> bool:
     """Whether `cache` is a DynamicCache whose layers hold keys and values, or recurrent states."""
     known = (*ADOPTED, RaggedLayer, RecurrentLayer)

@@ -102,6 +102,11 @@ class Cutter:
 
     def _sizes(self, tokens: SiteTokens, selection: Selection) -> Tensor:
         """The layout's sizes, float (B, K), with those of the tokens that a stage keeps."""
+        if self.state.bound.shape.opaque:
+            raise Unsupported(
+                "token sizes add to attention logits, and this decoder can be cut at its input only: "
+                f"{self.state.bound.shape.opaque}"
+            )
         if self.state.parts.attention_implementation not in ("sdpa", "eager"):
             raise Unsupported("token sizes add to attention logits, which flash kernels do not take; use sdpa or eager")
         assert selection.sizes is not None

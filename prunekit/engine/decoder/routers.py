@@ -68,6 +68,11 @@ def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]
     named = frozenset(layer for plan in plans for layer in plan.layers)
     if beyond := sorted(named - frozenset(range(layers))):
         raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
+    if named and state.bound.shape.opaque:
+        raise Unsupported(
+            f"{stage.label}: route plans layers, but this decoder can be cut at its input only: "
+            f"{state.bound.shape.opaque}"
+        )
     for plan in plans:
         if held := without_kv(plan, state.bound.shape):
             raise Unsupported(f"{stage.label}: route {held[1]}, of which layers {sorted(held[0])} have none")

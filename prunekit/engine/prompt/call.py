@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.prompt.generate import flat_mask
@@ -36,7 +37,8 @@ class Call:
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
         if cache is not None and is_prompt:
-            ragged.check(cache, ragged.takes(cache) or static.takes(cache))
+            taken = ragged.takes(cache) or static.takes(cache)
+            ragged.check(cache, taken if self.parts.opaque is None else isinstance(cache, DynamicCache))
         mask = self.given.get("attention_mask")
         if mask is not None and is_prompt and flat_mask(mask) is None:
             raise Unsupported("give a 2-D attention_mask (batch, tokens); prunekit makes each layer's own mask from it")
