@@ -70,7 +70,8 @@ def verify() -> None:
         raise Unsupported(
             f"transformers {transformers.__version__} is not as prunekit needs it (tested: {TESTED}):\n  "
             + "\n  ".join(problems)
-            + f"\nInstall a tested version, or a newer prunekit: pip install 'transformers{TESTED}'"
+            + "\nInstall a tested version, or a newer prunekit."
+            + f" (pip install 'transformers{TESTED}')"
         )
 
 

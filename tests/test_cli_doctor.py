@@ -44,13 +44,12 @@ def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFix
     assert said.endswith("verdict     recognised; the proof was not run\n")
 
 
-@pytest.mark.parametrize("kind", ["mllama", "gemma4"])
+@pytest.mark.parametrize("kind", ["mllama", "blip-2"])
 def test_a_model_that_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(AutoConfig.for_model(kind), tmp_path)
     assert main.main(["doctor", str(path)]) == 1
     said = capsys.readouterr().out
     assert f"verdict     refused: no family file for models of type '{kind}'" in said
-    assert "the decoder" in said
 
 
 def test_a_model_of_an_unknown_family_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

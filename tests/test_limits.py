@@ -68,7 +68,7 @@ def _of_module(name: str, tree: ast.Module) -> Iterator[Refusal]:
             if (
                 isinstance(made, ast.Call)
                 and isinstance(made.func, ast.Name)
-                and made.func.id in {"Unsupported", *makers}
+                and made.func.id in {"Unsupported", "NotPlain", *makers}
             ):
                 yield from _of_raise(f"{name}:{made.lineno}", made, function, tree)
 

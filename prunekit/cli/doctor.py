@@ -75,7 +75,8 @@ def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, A
         "base": type(parts.base).__name__,
         "decoder": {
             "class": type(parts.text).__name__,
-            "layers": len(parts.layers),
+            "layers": parts.text.config.num_hidden_layers,  # type: ignore[union-attr]
+            "opaque": parts.opaque,
             "attention": parts.attention,
             "mlp": parts.mlp,
             "mlp_norm": parts.mlp_norm,
@@ -106,7 +107,9 @@ def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
         yield "coords, frames: where visual tokens are in their images is known only to family files"
     if parts.tower is None:
         yield "sites pixels and vision.N, inputs from the tower: this family declares no tower"
-    if parts.mlp_norm is None:
+    if parts.opaque is not None:
+        yield f"sites in the decoder, layers: {parts.opaque}"
+    elif parts.mlp_norm is None:
         yield "sites N.mid: attention and MLP run side by side, there is no state between them"
 
 
@@ -144,12 +147,11 @@ def _tower_line(tower: dict[str, Any]) -> str:
 def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:
     decoder = data["decoder"]
     between = f", {decoder['mlp_norm']} between them" if decoder["mlp_norm"] else " side by side"
+    inside = f"{decoder['attention']}, {decoder['mlp']}{between}"
+    inside = inside if decoder["opaque"] is None else "cut at its input only"
     rows = [
         ("family", data["family"] + ("" if data["family_file"] else ", recognised without a family file")),
-        (
-            "decoder",
-            f"{decoder['class']}, {decoder['layers']} layers: {decoder['attention']}, {decoder['mlp']}{between}",
-        ),
+        ("decoder", f"{decoder['class']}, {decoder['layers']} layers: {inside}"),
         ("caches", ", ".join(f"{kind} in {count} layers" for kind, count in data["caches"].items())),
         ("attention", data["attention_implementation"]),
     ]

@@ -11,7 +11,7 @@ from torch import nn
 
 from prunekit import upstream
 from prunekit.errors import Unsupported
-from prunekit.families.base import matrix_params
+from prunekit.families.base import mixer_params
 from prunekit.strategy.decisions import RECURRENT
 
 ATTENTION = "self_attn"
@@ -88,12 +88,12 @@ def plain(text: Any) -> dict[str, Any]:
 
 def token_params(module: nn.Module, config: Any) -> int:
     """Weights of the matrix products that one token passes: of experts, only as many as a token is sent to."""
-    parameters = [parameter for _, parameter in module.named_parameters()]
-    experts = [parameter for parameter in parameters if parameter.ndim == 3]
+    convolutions = [part.weight for part in module.modules() if isinstance(part, nn.Conv1d)]
+    experts = [one for one in module.parameters() if one.ndim == 3 and not any(one is other for other in convolutions)]
     chosen = getattr(config, "num_experts_per_tok", None) if experts else 0
     if chosen is None:
         raise Unsupported(f"{type(config).__name__} has experts but does not say to how many of them a token is sent")
-    return matrix_params(module) + sum(parameter[0].numel() * chosen for parameter in experts)
+    return mixer_params(module) + sum(parameter[0].numel() * chosen for parameter in experts)
 
 
 def _check_layers(text: Any, layers: nn.ModuleList) -> None:

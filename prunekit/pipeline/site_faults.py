@@ -38,7 +38,7 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
     if site.place == "pixels":
         return "this version cannot cut images before the tower sees them", "cut at 'vision.0' or later"
     if shape.opaque and site > ENCODER:
-        return f"this decoder can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
+        return f"'{site}' is inside a decoder that can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
     if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
         message = f"the layers of {shape.family} run attention and MLP side by side: there is no state between them"
         return message, f"cut at '{site.layer}' or '{site.layer}.after'"
@@ -79,7 +79,7 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
     inner = [name for name in (*OF_DECODER_LAYERS, "forward", "norm", "positions") if cut.stage.asks_for(name)]
     if shape.opaque and inner and not site.in_tower:
-        return f"'{use}' asks for {inner[0]}, but this decoder can be cut at its input only: {shape.opaque}", ""
+        return f"'{use}' asks for {inner[0]}, but nothing is known inside this decoder: {shape.opaque}", ""
     if cut.stage.asks_for("forward") and ("forward" in _absent(cut) or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
     if cut.stage.asks_for("positions") and not shape.rotary:
@@ -102,13 +102,14 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
 
 def _recurrent_problem(cut: Cut, shape: ModelShape) -> Problem | None:
     """Why the attention of a layer is not there: it has a recurrent state in its place."""
+    use = cut.stage.use
     for name in OF_DECODER_LAYERS:
         asked = requests(cut.stage.inputs, name) if cut.stage.asks_for(name) else ()
         for layer in (layer_of(request.layer, cut.asked_at, shape.layers) for request in asked):
             if layer is not None and layer in shape.recurrent:
-                kind = shape.layer_kinds[layer] if shape.layer_kinds else "a recurrent layer"
+                kind = shape.layer_kinds[layer]
                 attending = sorted(set(range(shape.layers)) - set(shape.recurrent))
-                message = f"'{cut.stage.use}' asks for {name} of layer {layer}, which is {kind} and has none"
+                message = f"'{use}' asks for {name} of layer {layer}, which holds a recurrent state ({kind}) instead"
                 return message, f"layers that attend are {', '.join(map(str, attending))}: read one of them"
     return None
 

@@ -141,7 +141,7 @@ class Cell:
         if self.way == "static cache" and self.family in RECURRENT:
             return "LinearAttentionLayer"
         if self.family in RECURRENT and self.pipeline in NEEDS_KV and not alone:
-            return "have none"
+            return "of which layers|hold a recurrent state and have none"
         if self.way == "flash" and self.pipeline == "freeze":  # seen before anything runs
             return "flash kernels do not take"
         if self.way == "flash" and self.family in SLIDING:

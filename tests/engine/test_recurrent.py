@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from examples import registered
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import prunekit
-from prunekit import cost, families
+from prunekit import cost, families, upstream
 from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.decoder.layer_call import LayerCall
 from prunekit.errors import SpecError, Unsupported
@@ -97,7 +99,9 @@ def test_beams_and_several_new_tokens_at_once() -> None:
 
 
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
-    "attention of a state": ([{"use": "fastv", "at": 1, "keep": 0.5}], "which is linear_attention and has none"),
+    "attention of a state": (
+        [{"use": "fastv", "at": 1, "keep": 0.5}], ", which holds a recurrent state (linear_attention) instead",
+    ),
     "frozen tokens": ([{"use": "freeze_layers", "layers": [0]}], "of which layers 0 have none"),
     "keys filled in": (
         [{"use": "skip_layers", "layers": [3], "phase": "prefill", "fill_kv": True}], "of which layers 3 have none",
@@ -108,7 +112,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_needs_keys_and_values_is_refused(name: str) -> None:
     stages, reason = REFUSED[name]
-    with pytest.raises(SpecError, match=reason):
+    with pytest.raises(SpecError, match=re.escape(reason)):
         prunekit.load({"name": "refused", "stages": stages}).bind(families.shape_of(delta_nets()))
 
 
@@ -116,10 +120,37 @@ def test_a_cache_that_knows_no_layers_is_refused() -> None:
     model = delta_nets()
     stages = [{"use": "random", "keep": 0.5}]
     with (
-        pytest.raises(Unsupported, match=r"DynamicCache\(config=model.config\)"),
+        pytest.raises(Unsupported, match="this cache does not know which layers hold a recurrent state"),
         prunekit.apply(model, {"name": "cut", "stages": stages}),
     ):
         model(**batch_of(model), **{CACHE: DynamicCache()})
+
+
+def test_rows_that_run_different_layers_cannot_be_rolled_back() -> None:
+    """`generate` asks before it records what has passed; whoever records without asking is refused."""
+    model, routed = convolutions(), {"use": "ex_par", "at": 1, "keep": 0.5, "keep_layers": 4}
+    batch = batch_of(model)
+    with registered(), prunekit.apply(model, {"name": "routed", "stages": [routed]}):
+        kv: Any = model(**batch, use_cache=True)[CACHE]
+        assert not kv.is_croppable
+        kv.activate_past_recording()
+        seen = torch.cat([batch["attention_mask"], torch.ones(2, 1, dtype=torch.int64)], 1)
+        with pytest.raises(Unsupported, match="cannot be rolled back on layers with a state"):
+            model(input_ids=torch.full((2, 1), 20), attention_mask=seen, **{CACHE: kv})
+
+
+def test_a_static_cache_is_refused() -> None:
+    model = convolutions()
+    with (
+        prunekit.apply(model, {"name": "cut", "stages": [HALF]}),
+        pytest.raises(Unsupported, match="pruning needs transformers' DynamicCache with layers of attention"),
+    ):
+        generate(model, batch_of(model), max_new_tokens=4, cache_implementation="static")
+
+
+def test_older_versions_refuse_recurrent_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "RECURRENT_LAYER", None)
+    assert "which are cut along from transformers 5.18 on" in str(families.find(convolutions()).opaque)
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

@@ -15,7 +15,7 @@ import prunekit.families
 from prunekit.errors import Unsupported
 from prunekit.families import families, find
 from prunekit.families.base import matrix_params
-from prunekit.families.decoders import decoder, token_params
+from prunekit.families.decoders import decoder, plain, token_params
 from prunekit.testing.tiny_configs import CONFIGS, IMAGE, VIDEO
 from prunekit.testing.tiny_families import takes_video, tiny_from_config, tiny_model, tiny_names
 
@@ -172,9 +172,11 @@ def _shared(text: Any) -> None:
         (_shared, "share their keys and values"),
     ],
 )
-def test_a_decoder_that_is_not_plain_is_refused(change: Any, reason: str) -> None:
+def test_a_decoder_that_is_not_plain_is_cut_at_its_input(change: Any, reason: str) -> None:
+    text = changed(change)
     with pytest.raises(Unsupported, match=reason):
-        decoder(changed(change))
+        plain(text)
+    assert re.search(reason, decoder(text)["opaque"])
 
 
 def test_another_decoder_inside_a_family() -> None:

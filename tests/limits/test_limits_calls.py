@@ -173,7 +173,7 @@ def test_kinds_of_cache_by_object(model):
     old = tuple((torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 0, 8)) for _ in range(6))
     with prunekit.apply(model, FASTV):
         for cache in (Other(), both, old):
-            with refused("pruning needs transformers' DynamicCache with attention layers", model):
+            with refused("pruning needs transformers' DynamicCache with layers of attention", model):
                 model(**inputs_of(), **{CACHE: cache})
 
 

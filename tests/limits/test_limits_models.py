@@ -15,7 +15,7 @@ import prunekit
 from prunekit import upstream
 from prunekit.families import find, generic, grids, patch_groups
 from prunekit.families.base import square_grid
-from prunekit.families.decoders import decoder, token_params
+from prunekit.families.decoders import decoder, plain, token_params
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import proof, twin
 
@@ -87,8 +87,19 @@ def _further_parts(text):
     text.layers[1].cross_attention = nn.Identity()
 
 
-def _linear(text):
-    text.config.layer_types = ["linear_attention", "full_attention"] * 3
+def _chunked(text):
+    text.config.layer_types = ["chunked_attention", "full_attention"] * 3
+    text.config.attention_chunk_size = 64
+
+
+def _two_at_once(text):
+    text.layers[2].conv = nn.Identity()
+
+
+def _nothing_attends(text):
+    for layer in text.layers:
+        layer.conv = layer.self_attn
+        del layer.self_attn
 
 
 def _shared(text):
@@ -106,7 +117,9 @@ def _shared(text):
         (_other_mlp, "layer 1 has no MLP under a known name, but self_attn"),
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
-        (_linear, "its layers hold linear_attention, whose cache cannot be cut"),
+        (_chunked, "its layers hold chunked_attention, whose cache cannot be cut"),
+        (_two_at_once, "layer 2 has self_attn and conv at once, and so two kinds of cache"),
+        (_nothing_attends, "none of its layers attends"),
         (_shared, "its layers share their keys and values"),
     ],
 )
@@ -114,8 +127,9 @@ def test_decoders_that_are_not_plain(change, reason):
     own = model_of()
     change(own.model.language_model)
     with pytest.raises(prunekit.Unsupported, match=f"the decoder LlamaModel is not supported: .*{re.escape(reason)}"):
-        decoder(own.model.language_model)
-    with said(reason), prunekit.apply(own, FASTV):
+        plain(own.model.language_model)
+    assert reason in decoder(own.model.language_model)["opaque"]
+    with pytest.raises(prunekit.SpecError, match=re.escape(reason)), prunekit.apply(own, FASTV):
         pass
 
 
@@ -167,7 +181,7 @@ class TestTheProof:
 
     def test_a_twin_that_is_not_exact(self, monkeypatch):
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
-        with said("; it was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
+        with said(" was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
             proof.proved_parts(model_of())
 
     def test_loops_that_are_no_plain_ones(self):

@@ -105,8 +105,8 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         transformers before 5.13 calls it. Raises Unsupported inside a pruned prompt.
         """
         removed = max(self.logical - count, 0) if count > 0 else -count
-        if self.layout is not None and removed > self.tail:
-            raise Unsupported("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens")
+        if self.layout is not None:
+            check_crop(removed, self.tail)
         if removed and self.keys is not None and self.values is not None:
             length = self.keys.shape[2] - removed
             self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
@@ -148,6 +148,12 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.rows = None if len(kept) == len(wanted) else tuple(new for new, _ in kept)
         # The same selection gives the same tensor, by which layers that share a layout go on sharing it.
         return _shared(rows, tuple(index for _, index in kept))
+
+
+def check_crop(removed: int, tail: int) -> None:
+    """Raise Unsupported when more than the `tail` tokens after a pruned prompt are to be removed."""
+    if removed > tail:
+        raise Unsupported("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens")
 
 
 def adopt(cache: Cache, layers: Sequence[Any], owner: object) -> None:

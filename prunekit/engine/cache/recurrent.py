@@ -45,6 +45,12 @@ class RecurrentLayer(_Base):  # type: ignore[misc]
         self.record_past = like.record_past
         self.actions: LayerAction | tuple[LayerAction, ...] = LayerAction.RUN
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether what has passed may be recorded and taken back; states of rows that differ are put together anew."""
+        croppable: bool = super().is_croppable
+        return croppable and not isinstance(self.actions, tuple)
+
     def begin(self, layout: Layout | None, actions: Sequence[LayerAction]) -> None:
         """Say, before a prefill runs the layer, what decoding will do with it."""
         self.actions = actions[0] if len(set(actions)) == 1 else tuple(actions)

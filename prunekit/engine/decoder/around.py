@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from prunekit.engine.cache.ragged import adopt_as_it_is
+from prunekit.engine.cache.ragged import adopt_as_it_is, check_crop
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.state import BatchState
@@ -92,8 +92,7 @@ def _logical(kind: type[Cache]) -> type[Cache]:
             length = self.get_seq_length()
             # Versions of transformers before 5.13 give the length that is to remain.
             removed = length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
-            if removed > length - layout.length:
-                raise Unsupported("cannot crop a KV cache into its pruned prompt; crop at most the generated tokens")
+            check_crop(removed, length - layout.length)
             gap = layout.length - layout.width
             super().crop(tokens_to_remove - gap if tokens_to_remove > 0 else tokens_to_remove)
 

@@ -75,7 +75,9 @@ def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]
         )
     for plan in plans:
         if held := without_kv(plan, state.bound.shape):
-            raise Unsupported(f"{stage.label}: route {held[1]}, of which layers {sorted(held[0])} have none")
+            raise Unsupported(
+                f"{stage.label}: route {held[1]}; layers {sorted(held[0])} hold a recurrent state and have none"
+            )
     inside = sorted(
         layer for layer in cut_inside(state.bound.cuts) if any(plan[layer] not in CAN_BE_CUT for plan in plans)
     )
