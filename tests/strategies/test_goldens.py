@@ -5,37 +5,18 @@ Each file holds seeded inputs and the indices that the authors' functions return
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
-from golden_files import drawn, golden_cases
+from asking import ask, cases, stage_of
+from golden_files import drawn
 
 import prunekit
-from prunekit import hookspecs
 
 COUNTS = {"fastv": 5, "divprune": 4}
 
 
-def cases(name):
-    cases = golden_cases(name)
-    assert len(cases) == COUNTS[name]
-    return [pytest.param(case, id=case["id"]) for case in cases]
-
-
-def stage_of(name):
-    return prunekit.load({"name": name, "stages": [{"use": name, "keep": 0.5}]}).stages[0]
-
-
-def ask(stage, hook, **given):
-    """A hook of the stage with these arguments; what nobody asked for is None, as in the engine."""
-    function = getattr(hookspecs.TokenHooks, hook)
-    others = dict.fromkeys(name for name in inspect.signature(function).parameters if name != "self")
-    return getattr(stage.hook, hook)(**{**others, **given})
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", cases("fastv"))
+@pytest.mark.parametrize("case", cases("fastv", COUNTS["fastv"]))
 def test_fastv(case, dtype):
     """The drawn map, reduced as the strategy declares it, through its own score and the default selection."""
     stage, params = stage_of("fastv"), case["params"]
@@ -56,7 +37,7 @@ def test_fastv(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("case", cases("divprune"))
+@pytest.mark.parametrize("case", cases("divprune", COUNTS["divprune"]))
 def test_divprune(case, dtype):
     """The drawn features through the strategy's hook; it is asked one sample at a time."""
     stage = stage_of("divprune")
@@ -67,7 +48,7 @@ def test_divprune(case, dtype):
     assert keep.nonzero()[:, 0].tolist() == case["expected"]["kept_sorted"]
 
 
-@pytest.mark.parametrize("case", cases("divprune"))
+@pytest.mark.parametrize("case", cases("divprune", COUNTS["divprune"]))
 def test_divprune_in_the_authors_order(case):
     """The public primitive gives the greedy order itself."""
     from prunekit.ops import max_min
@@ -80,7 +61,7 @@ def test_divprune_in_the_authors_order(case):
 def test_the_authors_counts():
     """FastV's and DivPrune's counts from their ratios, where ours round half up."""
     for name in COUNTS:
-        for case in cases(name):
+        for case in cases(name, COUNTS[name]):
             params, expected = case.values[0]["params"], case.values[0]["expected"]
             if "ratio" in params:
                 keep = prunekit.Keep(params["ratio"])
