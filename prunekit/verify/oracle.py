@@ -106,8 +106,8 @@ class MaskedReference:
     @torch.no_grad()
     def attention(self, layer: int) -> Tensor:
         """The full attention map of one decoder layer over the prompt, (B, A, P, P); the model must be eager."""
-        maps: Tensor = self.forward(self.inputs["input_ids"][:, :0], output_attentions=True).attentions[layer]
-        return maps
+        maps: Sequence[Tensor] = self.forward(self.inputs["input_ids"][:, :0], output_attentions=True).attentions
+        return maps[layer - sum(other < layer for other in self.recurrent)]  # layers without a map are left out
 
     @torch.no_grad()
     def states(self, layer: int) -> Tensor:
