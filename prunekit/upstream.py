@@ -33,6 +33,12 @@ CACHE = next((name for name in _NAMES_OF_CACHE if name in _TAKEN), _NAMES_OF_CAC
 _OTHER = next(name for name in _NAMES_OF_CACHE if name != CACHE)
 
 
+# What layers are called with to hand keys and values on to later ones, and to take them, since transformers 5.20 or so.
+SHARED_KV = "shared_kv_states"
+# Layers of a cache that hold nothing, of decoder layers that read what others hold.
+EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+
+
 def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """`arguments` of a model's call with the KV cache under `CACHE`, whichever of its names the caller used."""
     if _OTHER not in arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.strategy.decisions import ModelShape, TowerShape
+from prunekit.strategy.decisions import LayerShape, ModelShape, TowerShape
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,12 @@ class Parts:
     logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
         features to them in Qwen3-VL); 0: it never does.
     token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
+    kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one, which hands them
+        on in the layer's argument `upstream.SHARED_KV`; empty: itself.
+    stream: the number of the hidden states' main stream where layers get several side by side, (streams, B, S, H);
+        None: they get one.
+    mlp_last: a layer does nothing with what its MLP gives but add it to the state.
+    other_params: multiplications for one token in a layer's parts beside attention and MLP.
     tower: None where the vision tower cannot be cut or read.
     """
 
@@ -116,6 +123,10 @@ class Parts:
     rotary: str | None = "rotary_emb"
     logical_until: int = 0
     token_kwargs: tuple[str, ...] = ()
+    kv_sources: tuple[int, ...] = ()
+    stream: int | None = None
+    mlp_last: bool = True
+    other_params: int = 0
     tower: Tower | None = None
 
     @property
@@ -137,12 +148,19 @@ class Parts:
         config: Any = self.text.config
         return str(config._attn_implementation)
 
+    def is_reader(self, layer: int) -> bool:
+        """Whether a layer attends to keys and values of an earlier one."""
+        return bool(self.kv_sources) and self.kv_sources[layer] != layer
+
+    def is_source(self, layer: int) -> bool:
+        """Whether a later layer attends to the keys and values of this one."""
+        return layer in self.kv_sources[layer + 1 :]
+
     def shape(self) -> ModelShape:
         """The numbers of the model; it may live on the meta device."""
         config: Any = self.text.config
         layer = self.layers[0]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim, kv_heads = self._heads(0)
         attention = matrix_params(getattr(layer, self.attention))
         inner = config.num_attention_heads * head_dim
         return ModelShape(
@@ -162,7 +180,48 @@ class Parts:
             layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
             output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
+            per_layer=tuple(map(self._layer_shape, range(len(self.layers)))) if self._layers_differ else (),
+            kv_sources=self.kv_sources,
+            last_only=self._last_only,
         )
+
+    @property
+    def _layers_differ(self) -> bool:
+        widths = {getattr(getattr(layer, self.attention), "head_dim", None) for layer in self.layers}
+        return bool(self.kv_sources or self.other_params or len(widths) > 1)
+
+    def _heads(self, number: int) -> tuple[int, int]:
+        """Width of a head in one layer, and how many heads of keys it has."""
+        config: Any = self.text.config
+        attention: Any = getattr(self.layers[number], self.attention)
+        if hasattr(attention, "head_dim") and hasattr(attention, "num_key_value_groups"):
+            return attention.head_dim, config.num_attention_heads // attention.num_key_value_groups
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def _layer_shape(self, number: int) -> LayerShape:
+        """The numbers of one layer, from its own modules."""
+        attention: Any = getattr(self.layers[number], self.attention)
+        head_dim, kv_heads = self._heads(number)
+        config: Any = self.text.config
+        return LayerShape(
+            config.num_attention_heads,
+            head_dim,
+            attention_params=matrix_params(attention),
+            output_params=matrix_params(attention.o_proj),
+            mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
+            kv_width=2 * kv_heads * head_dim,
+            other_params=self.other_params,
+            reads_kv=self.is_reader(number),
+        )
+
+    @property
+    def _last_only(self) -> int | None:
+        """The first of the last layers that write no KV, where the decoder knows how many tokens are wanted of it."""
+        if "logits_to_keep" not in inspect.signature(self.text.forward).parameters:
+            return None
+        writing = max((layer for layer in range(len(self.layers)) if not self.is_reader(layer)), default=-1)
+        return writing + 1 if 0 <= writing < len(self.layers) - 1 else None
 
 
 @dataclass(frozen=True)

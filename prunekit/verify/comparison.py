@@ -19,7 +19,6 @@ from prunekit.upstream import CACHE
 from prunekit.verify.oracle import MaskedReference, Merge
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.recorder import recorded
-from prunekit.verify.reported import TokenTables
 from prunekit.verify.stock import StockRun
 
 Merges = Callable[[RunReport], Mapping[int, Merge | Sequence[Tensor]]]
@@ -77,7 +76,7 @@ def compared(
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference.tables, output[CACHE], steps)
+    _check_counts(report, reference, output[CACHE], steps)
     return Equivalence(report, output.sequences, logits, expected, error, output[CACHE], stated)
 
 
@@ -131,15 +130,19 @@ def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: R
     return error
 
 
-def _check_counts(report: RunReport, tables: TokenTables, cache: Any, steps: int) -> None:
+def _check_counts(report: RunReport, reference: MaskedReference, cache: Any, steps: int) -> None:
     """The report's counts follow from its decisions, and the cache holds what they say."""
     for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
-        said, expected = getattr(report, name), getattr(tables, name)()
+        said, expected = getattr(report, name), getattr(reference.tables, name)()
         if said != expected:
             raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
     for number, layer in enumerate(cache.layers):
         if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
             continue  # the length of a buffer says nothing, a stock window holds no more than it
+        if reference.sources[number] != number:
+            if kv_length(cache, number):
+                raise AssertionError(f"layer {number} holds KV entries, but reads those of another layer")
+            continue
         decoded = steps * any(plan.decoding(number).writes_kv for plan in report.plans)
         least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, report.layer_tokens))
         # Rows with plans or crops of their own may leave holes in a rectangle.

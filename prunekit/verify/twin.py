@@ -17,11 +17,10 @@ import torch
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.verify import tiny_visual_inputs as draw
-from prunekit.verify.tiny_models import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
+from prunekit.verify.tiny_models import BEGIN, BOS, END, HEADS, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
 from prunekit.verify.tiny_prompts import Recipe, image_tiles, tiny_batch, video_frames
 
 LAYERS = 6
-HEADS = ("num_attention_heads", "num_heads")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 # Numbers that only make a decoder with experts smaller.
 LIMITS = {
@@ -174,7 +173,7 @@ def _guesses(model: Any, parts: Parts) -> Iterator[Recipe]:
             yield recipe
             yield replace(recipe, runs=image_tiles)
         else:
-            moving = replace(recipe, video=draw.video_patches if "video_grid_thw" in video else draw.frames)
+            moving = replace(recipe, video=_video_draw(video))
             yield moving
             yield replace(moving, runs=video_frames, stamped=True)
 
@@ -184,8 +183,16 @@ def _arguments(model: Any, method: str) -> Mapping[str, Any]:
     return inspect.signature(encoder).parameters if encoder else {}
 
 
+def _video_draw(arguments: Mapping[str, Any]) -> draw.Draw:
+    if "video_position_ids" in arguments:
+        return draw.placed_frames
+    return draw.video_patches if "video_grid_thw" in arguments else draw.frames
+
+
 def _draws(arguments: Mapping[str, Any]) -> list[tuple[draw.Draw, bool]]:
     """Kinds of images that an encoder with these arguments may take, and whether a row's images are stacked."""
+    if "image_position_ids" in arguments:
+        return [(draw.placed_patches, False)]
     if "image_grid_thw" in arguments:
         return [(draw.patches, False)]
     if "pixel_attention_mask" in arguments:
