@@ -83,7 +83,8 @@ def layer_flops(
     projected = moving * action.attends if layer.reads_kv else tokens * action.writes_kv
     products = 4 * moving * (tokens if keys is None else keys) * layer.heads * layer.head_dim
     attention = (2 * layer.output_params * moving + products) * action.attends
-    others = 2 * layer.other_params * moving * (action.attends or action.feeds_mlp)
+    runs = moving * (action.attends or action.feeds_mlp)
+    others = 2 * (layer.other_params * runs + layer.early_params * max(projected - runs, 0))
     return 2 * projections * projected + attention + 2 * layer.mlp_params * fed + others
 
 

@@ -44,7 +44,7 @@ def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFix
     assert said.endswith("verdict     recognised; the proof was not run\n")
 
 
-@pytest.mark.parametrize("kind", ["mllama", "qwen3_5", "lfm2_vl", "gemma4"])
+@pytest.mark.parametrize("kind", ["mllama", "qwen3_5", "lfm2_vl"])
 def test_a_model_that_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(AutoConfig.for_model(kind), tmp_path)
     assert main.main(["doctor", str(path)]) == 1

@@ -105,7 +105,8 @@ class Parts:
     stream: the number of the hidden states' main stream where layers get several side by side, (streams, B, S, H);
         None: they get one.
     mlp_last: a layer does nothing with what its MLP gives but add it to the state.
-    other_params: multiplications for one token in a layer's parts beside attention and MLP.
+    other_params, early_params: multiplications for one token in a layer's parts beside attention and MLP, and those of
+        them in front of attention.
     tower: None where the vision tower cannot be cut or read.
     """
 
@@ -127,6 +128,7 @@ class Parts:
     stream: int | None = None
     mlp_last: bool = True
     other_params: int = 0
+    early_params: int = 0
     tower: Tower | None = None
 
     @property
@@ -212,6 +214,7 @@ class Parts:
             mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
             kv_width=2 * kv_heads * head_dim,
             other_params=self.other_params,
+            early_params=self.early_params,
             reads_kv=self.is_reader(number),
         )
 

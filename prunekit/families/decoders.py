@@ -121,10 +121,13 @@ def _by_token(layer: nn.Module) -> dict[str, Any]:
     if "per_layer_input_gate" in found:
         said["token_kwargs"] = (PER_LAYER,)
     if "altup" in found:
-        config = found["altup"].config
-        # Streams are predicted from each other, by coefficients that the token itself makes; its router runs twice.
-        predicted = config.hidden_size * config.altup_num_inputs * (config.altup_num_inputs + 1)
-        said |= {"stream": config.altup_active_idx, "other_params": params + predicted}
+        altup, config = found["altup"], found["altup"].config
+        # Streams are predicted from each other, by coefficients that the token itself makes; the router runs twice.
+        router = matrix_params(altup.modality_router)
+        predicted = matrix_params(altup.prediction_coefs) + config.hidden_size * config.altup_num_inputs**2 + router
+        said["stream"] = config.altup_active_idx
+        said["early_params"] = predicted + matrix_params(found["laurel"])
+        said["other_params"] = params + config.hidden_size * config.altup_num_inputs**2 + router
     return said
 
 

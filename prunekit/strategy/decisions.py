@@ -202,6 +202,7 @@ class LayerShape:
     """The numbers of one decoder layer, as `ModelShape` has them of all.
 
     other_params: multiplications for one token in parts beside attention and MLP, whenever the layer runs for it.
+    early_params: those of them in front of attention, also for tokens of which only keys and values are made.
     reads_kv: it attends to keys and values of an earlier layer: it projects none, and holds none.
     """
 
@@ -212,6 +213,7 @@ class LayerShape:
     mlp_params: int
     kv_width: int
     other_params: int = 0
+    early_params: int = 0
     reads_kv: bool = False
 
 

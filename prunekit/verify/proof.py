@@ -26,12 +26,14 @@ from prunekit.registry import Registry
 from prunekit.upstream import CACHE
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.stock import StockRun, arguments_of, stock_run_of
 from prunekit.verify.strategies import ATTENDED, DRAWN, WITHOUT, with_own
 from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
+# In a case below: the first layer from 2 on whose keys and values no other layer reads.
+UNREAD = "unread"
 CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
     "nothing pruned": ({"use": DRAWN, "keep": 1.0},),
     "tokens dropped at the decoder input and before layer 1": (
@@ -40,7 +42,7 @@ CASES: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
     "tokens dropped by attention before layer 2": ({"use": ATTENDED, "at": 2, "keep": 0.5},),
     "layers skipped": ({"use": DRAWN, "at": "encoder", "keep": 0.5}, {"use": WITHOUT, "layers": [0, 3]}),
-    "attention skipped": ({"use": WITHOUT, "layers": [2], "what": "attention"},),
+    "attention skipped": ({"use": WITHOUT, "layers": UNREAD, "what": "attention"},),
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
 
@@ -153,7 +155,11 @@ def _run(
     inputs: Mapping[str, Tensor],
     stock_run: StockRun,
 ) -> Case:
-    data = {"name": name.replace(" ", "-"), "stages": list(stages)}
+    unread = [next(layer for layer in range(2, len(parts.layers)) if not parts.is_source(layer))]
+    data = {
+        "name": name.replace(" ", "-"),
+        "stages": [stage | ({"layers": unread} if stage.get("layers") == UNREAD else {}) for stage in stages],
+    }
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PrunekitWarning)
@@ -175,11 +181,9 @@ def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
     returned: list[Any] = []
     arguments: list[dict[str, Any]] = []
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) != 1:
-            raise Unsupported("its decoder layers take positional arguments beside the hidden states")
+    def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(args[0])
-        arguments.append(kwargs)
+        arguments.append(arguments_of(layer, args, kwargs))
 
     def after(_: Any, args: Any, kwargs: Any, result: Any) -> None:
         if not isinstance(result, Tensor):
@@ -209,5 +213,5 @@ def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in keywords.items()
-        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[:2]
+        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[-3:-1]
     )

@@ -28,8 +28,10 @@ def tiny_from_config(config: Any, attention: str = "sdpa", dtype: torch.dtype = 
     tower = getattr(config, "vision_config", None)
     convolves = tower is not None and not any(hasattr(tower, name) for name in HEADS)
     # Convolutions have no attention to choose, and the usual kernel of experts takes no float64.
-    chosen = {"": attention, "vision_config": "eager"} if convolves else attention
-    model = auto.from_config(config, attn_implementation=chosen, experts_implementation="eager")
+    chosen = {"": attention, **dict.fromkeys(config.sub_configs, attention)} | {"vision_config": "eager"}
+    model = auto.from_config(
+        config, attn_implementation=chosen if convolves else attention, experts_implementation="eager"
+    )
     _randomise(model, seed)
     with torch.no_grad():
         model.get_output_embeddings().weight[:FIRST_WORD] = 0

@@ -176,9 +176,6 @@ class TestTheProof:
             change(own.model.language_model)
             return proof._observe(own, tiny_batch(own))
 
-        def positional(text):
-            text.layers[0].register_forward_pre_hook(lambda _, given: (*given, None), prepend=True)
-
         def tuples(text):
             text.layers[-1].register_forward_hook(lambda _, given, result: (result, None))
 
@@ -190,7 +187,6 @@ class TestTheProof:
                 layer.register_forward_pre_hook(lambda _, given: (given[0] * 1.01, *given[1:]))
 
         for change, phrase in (
-            (positional, "its decoder layers take positional arguments beside the hidden states"),
             (tuples, "its decoder layers return more than the hidden states"),
             (fewer, "its decoder called 5 layers of 6 in one forward"),
             (growing, "its decoder changes hidden states between all layers"),

@@ -14,6 +14,7 @@ from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.streams import as_layers_take, tokens_first
+from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.strategy.decisions import LayerAction
@@ -56,12 +57,18 @@ def current_pass() -> ForwardPass | None:
 
 def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(original).parameters)[1:]
+        parameters = inspect.signature(original).parameters.values()
+        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
 
         def run(hidden: Tensor, **kwargs: Any) -> Any:
             return _first(original(as_layers_take(hidden), **kwargs), tokens_first)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise Unsupported(
+                    "decoder layers are called with positional arguments that have no names; this transformers version "
+                    "is not supported"
+                )
             if args:
                 kwargs.update(zip(names, args, strict=False))
             if torch.compiler.is_dynamo_compiling():  # the cheapest test: it is made for every layer and step
