@@ -65,6 +65,11 @@ def test_a_model_of_no_known_family():
             pass
 
 
+def _reads_through_the_cache(text):
+    text.layers[2].self_attn.is_kv_shared_layer = True
+    text.layers[1].self_attn.store_full_length_kv = True
+
+
 def _no_layers(text):
     text.layers = nn.ModuleList()
 
@@ -107,7 +112,8 @@ def _shared(text):
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
         (_linear, "its layers hold linear_attention, whose cache cannot be cut"),
-        (_shared, "its layers share their keys and values"),
+        (_shared, "its layers share their keys and values, but do not say which"),
+        (_reads_through_the_cache, "layer 2 reads keys and values of another one in an unknown way"),
     ],
 )
 def test_decoders_that_are_not_plain(change, reason):
