@@ -42,6 +42,8 @@ class RunReport:
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
     among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.
+    last_only: the first of the layers that only the last tokens of each prompt entered, as none of them writes KV, and
+    how many; None: there are none.
     """
 
     pipeline: str
@@ -59,6 +61,7 @@ class RunReport:
     notes: tuple[str, ...]
     cost: Cost
     tower_tokens: tuple[tuple[int, ...], ...] = ()
+    last_only: tuple[int, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""

@@ -41,6 +41,11 @@ def _recurrent() -> Any:
 
 # What a cache holds for layers with a recurrent state; None before transformers 5.13, where every model had its own.
 RECURRENT_LAYER = _recurrent()
+# What layers are called with to hand keys and values on to later ones, and to take them. Older versions did it through
+# the cache, and are refused.
+SHARED_KV = "shared_kv_states"
+# Layers of a cache that hold nothing, of decoder layers that read what others hold.
+EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 
 
 def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -141,6 +146,12 @@ def _static_layer() -> None:
     whole: Any = cache_utils.StaticCache(config=config, max_cache_len=5)
     _expect({type(one) for one in whole.layers} == {cache_utils.StaticLayer}, "a StaticCache holds other layers")
     _expect(tuple(layer.get_mask_sizes(1)) == (5, 0), "get_mask_sizes(1) of a StaticLayer of 5 slots is not (5, 0)")
+
+
+def _empty_layers() -> None:
+    for kind in EMPTY_LAYERS:
+        layer = kind()
+        _expect(layer.keys is None and layer.values is None, f"a {kind.__name__} holds keys and values")
 
 
 class _Longer(cache_utils.DynamicLayer):  # type: ignore[no-untyped-call]
@@ -276,6 +287,12 @@ PROBES = (
         {RAGGED: "DynamicSlidingWindowLayer", "verify/comparison.py": "DynamicSlidingWindowLayer"},
         "is replaced, too",
         _sliding_layer,
+    ),
+    Probe(
+        "cache_utils.DummyLayer",
+        {RAGGED: "EMPTY_LAYERS", STATIC: "EMPTY_LAYERS"},
+        "of layers that read others' keys and values",
+        _empty_layers,
     ),
     Probe("cache_utils.StaticLayer", {STATIC: "StaticLayer"}, "what static ragged layers override", _static_layer),
     Probe(

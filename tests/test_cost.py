@@ -78,14 +78,14 @@ def test_a_pruned_prefill_executes_the_flops_that_its_report_says(stages: list[d
 
 def test_actions_split_a_layer_exactly() -> None:
     shape = shape_of(llava(SMALL))
-    cost = {action: layer_flops(shape, 0, 37, action, visual=16) for action in LayerAction}
+    cost = {action: layer_flops(shape, 37, action, visual=16) for action in LayerAction}
     run = cost[LayerAction.RUN]
     assert cost[LayerAction.SKIP] == 0
     # What remains without attention, plus what remains without MLP.
     assert cost[LayerAction.SKIP_ATTENTION] + cost[LayerAction.SKIP_MLP] == run
     assert 0 < cost[LayerAction.FILL_KV] < cost[LayerAction.FREEZE] < run
-    assert layer_flops(shape, 0, 37, LayerAction.FREEZE, visual=0) == run
-    assert layer_flops(shape, 0, 37, mlp=10) == run - 2 * shape.mlp_params * 27
+    assert layer_flops(shape, 37, LayerAction.FREEZE, visual=0) == run
+    assert layer_flops(shape, 37, mlp=10) == run - 2 * shape.mlp_params * 27
 
 
 def test_kv_is_what_layers_write_and_decoding_reads() -> None:

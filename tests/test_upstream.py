@@ -47,6 +47,10 @@ def _physical_masks(patch: Any) -> None:
     patch.setattr(upstream._Longer, "get_seq_length", lambda self: self.keys.shape[-2])
 
 
+class _Holding:
+    keys = values = torch.zeros(1)
+
+
 def _own_kernel(patch: Any) -> None:
     class Table(dict):  # type: ignore[type-arg]
         def get_interface(self, name: str, default: Any) -> Any:
@@ -66,6 +70,7 @@ CHANGES: dict[str, Any] = {
     "cache_utils.DynamicSlidingWindowLayer": lambda patch: patch.setattr(
         cache_utils, "DynamicSlidingWindowLayer", cache_utils.StaticLayer
     ),
+    "cache_utils.DummyLayer": lambda patch: patch.setattr(upstream, "EMPTY_LAYERS", (_Holding,)),
     "cache_utils.StaticLayer": lambda patch: patch.setattr(
         cache_utils.StaticLayer, "get_mask_sizes", lambda self, queries: (queries, 0)
     ),

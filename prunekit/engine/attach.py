@@ -215,6 +215,10 @@ class Attached:
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
             embeds, kind = kwargs["inputs_embeds"], self._kind or "bool"
+            wanted = kwargs.get("logits_to_keep", 0)
+            wanted = wanted if isinstance(wanted, int) and kind != "flat" else 0
+            if self.active and wanted:  # layers are left out for the other tokens here, where they may be fewer
+                kwargs["logits_to_keep"] = 0
             state: BatchState | None = ragged.owner_of(cache)
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
@@ -222,6 +226,7 @@ class Attached:
             self._check_window(embeds.shape[1], cache)
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
+                state.wanted = wanted
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 if self.parts.opaque is not None:
                     return self._finish(prefill, around.prefill(prefill, original, kwargs))
@@ -237,7 +242,9 @@ class Attached:
         state = self._newest = prefill.state
         last, cache = output["last_hidden_state"], output.get(CACHE)  # a decoder that got no cache may have made one
         inside = self.parts.opaque is None
-        if state.layout is not None and inside and len(self.parts.layers) <= self.parts.logical_until:
+        if self.active and state.last_only is not None:
+            output["last_hidden_state"] = state.last_logical(last)
+        elif state.layout is not None and inside and len(self.parts.layers) <= self.parts.logical_until:
             last = state.layout.gather(last)  # the loop wanted logical states to the very end
         elif state.layout is not None:
             output["last_hidden_state"] = state.layout.expand(last)
@@ -265,7 +272,7 @@ def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: 
 def report_of(state: BatchState) -> RunReport:
     """What the prefill of a prompt batch did; reads the decisions back from their device."""
     layers = state.bound.shape.layers
-    every = [state.lengths] * layers
+    every = [state.entering(number) for number in range(layers)]
     return summarise(
         state.bound,
         state.plans,
@@ -275,10 +282,12 @@ def report_of(state: BatchState) -> RunReport:
         events=(*tower_events(state.prompt), *(decision.event() for decision in state.decisions)),
         layer_tokens=_by_row(state.layer_tokens or every),
         layer_visual=_by_row(state.layer_visual or [state.counts] * layers),
+        layer_keys=_by_row(state.layer_keys or [state.lengths] * layers),
         mlp_tokens=_by_row(state.mlp_tokens or every),
         notes=tuple(state.notes),
         tower_tokens=tower_tokens(state.prompt),
         itemsize=state.itemsize,
+        wanted=state.wanted,
     )
 
 

@@ -20,20 +20,23 @@ def summarise(
     events: tuple[StageEvent, ...],
     layer_tokens: tuple[tuple[int, ...], ...],
     layer_visual: tuple[tuple[int, ...], ...],
+    layer_keys: tuple[tuple[int, ...], ...],
     mlp_tokens: tuple[tuple[int, ...], ...],
     itemsize: int,
+    wanted: int,
     **counts: Any,
 ) -> RunReport:
     """The report of one prompt batch, with what follows from its counts.
 
-    layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
-    remaining fields of `RunReport`, as they are.
+    layer_visual[b][l]: visual tokens among `layer_tokens`. layer_keys[b][l]: tokens that those can attend to.
+    itemsize: bytes of one number in the KV cache. wanted: as in `BatchState`. counts: the remaining fields of
+    `RunReport`, as they are.
     """
-    rows = enumerate(zip(plans, layer_tokens, strict=True))
+    rows = enumerate(zip(plans, layer_keys, strict=True))
     kv = tuple(_kv_tokens(bound.shape, plan, row, events, b) for b, (plan, row) in rows)
-    every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
+    every = zip(plans, layer_tokens, layer_visual, mlp_tokens, layer_keys, strict=True)
     work = tuple(
-        tuple(Work(plan[layer], *three) for layer, three in enumerate(zip(*row, strict=True))) for plan, *row in every
+        tuple(Work(plan[layer], *four) for layer, four in enumerate(zip(*row, strict=True))) for plan, *row in every
     )
     original, prompts = counts["visual_tokens"], counts["prompt_tokens"]
     decisions = [_decisions(bound, events, b, prompts[b] - original[b], original[b]) for b in range(len(plans))]
@@ -47,7 +50,8 @@ def summarise(
         kv_tokens=kv,
         plans=tuple(plans),
         positions=bound.positions,
-        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions),
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions, wanted),
+        last_only=(bound.last_only, wanted) if wanted and bound.last_only is not None else None,
         **counts,
     )
 

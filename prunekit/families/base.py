@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.strategy.decisions import ModelShape, TowerShape
+from prunekit.strategy.decisions import LayerShape, ModelShape, TowerShape
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ class Parts:
         features to them in Qwen3-VL); 0: it never does.
     opaque: why nothing can be cut inside the decoder, so that tokens leave at its input only; None: all can be.
     token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
+    kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one, which hands them
+        on in the layer's argument `upstream.SHARED_KV`; empty: itself.
+    stream: the number of the hidden states' main stream where layers get several side by side, (streams, B, S, H);
+        None: they get one.
+    mlp_last: a layer does nothing with what its MLP gives but add it to the state.
+    other_params, early_params: multiplications for one token in a layer's parts beside attention and MLP, and those of
+        them in front of attention.
     tower: None where the vision tower cannot be cut or read.
     """
 
@@ -121,6 +129,11 @@ class Parts:
     logical_until: int = 0
     opaque: str | None = None
     token_kwargs: tuple[str, ...] = ()
+    kv_sources: tuple[int, ...] = ()
+    stream: int | None = None
+    mlp_last: bool = True
+    other_params: int = 0
+    early_params: int = 0
     tower: Tower | None = None
 
     @property
@@ -152,6 +165,14 @@ class Parts:
         config: Any = self.text.config
         return str(config._attn_implementation)
 
+    def is_reader(self, layer: int) -> bool:
+        """Whether a layer attends to keys and values of an earlier one."""
+        return bool(self.kv_sources) and self.kv_sources[layer] != layer
+
+    def is_source(self, layer: int) -> bool:
+        """Whether a later layer attends to the keys and values of this one."""
+        return layer in self.kv_sources[layer + 1 :]
+
     def shape(self) -> ModelShape:
         """The numbers of the model; it may live on the meta device."""
         config: Any = self.text.config
@@ -160,8 +181,7 @@ class Parts:
         recurrent = tuple(number for number in range(len(self.layers)) if not self.attends(number))
         attending = next(number for number in range(len(self.layers)) if self.attends(number))
         mlp = matrix_params(getattr(self.layers[attending], self.mlp)) if self.mlp_params is None else self.mlp_params
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim, kv_heads = self._heads(attending)
         return ModelShape(
             family=self.family,
             layers=len(self.layers),
@@ -179,6 +199,9 @@ class Parts:
             layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
             output_params=config.num_attention_heads * head_dim * config.hidden_size,
+            per_layer=tuple(map(self._layer_shape, range(len(self.layers)))) if self._layers_differ else (),
+            kv_sources=self.kv_sources,
+            last_only=self._last_only,
             recurrent=recurrent,
             mixer_params=mixer_params(self.mixing(recurrent[0])) if recurrent else 0,
         )
@@ -204,6 +227,46 @@ class Parts:
             rotary=False,
             opaque=self.opaque or "",
         )
+
+    @property
+    def _layers_differ(self) -> bool:
+        attending = [number for number in range(len(self.layers)) if self.attends(number)]
+        widths = {getattr(self.mixing(number), "head_dim", None) for number in attending}
+        return bool(self.kv_sources or self.other_params or len(widths) > 1)
+
+    def _heads(self, number: int) -> tuple[int, int]:
+        """Width of a head in one layer, and how many heads of keys it has."""
+        config: Any = self.text.config
+        attention: Any = self.mixing(number)
+        if hasattr(attention, "head_dim") and hasattr(attention, "num_key_value_groups"):
+            return attention.head_dim, config.num_attention_heads // attention.num_key_value_groups
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    def _layer_shape(self, number: int) -> LayerShape:
+        """The numbers of one layer, from its own modules."""
+        attention: Any = self.mixing(number)
+        head_dim, kv_heads = self._heads(number)
+        config: Any = self.text.config
+        return LayerShape(
+            config.num_attention_heads,
+            head_dim,
+            attention_params=matrix_params(attention),
+            output_params=matrix_params(attention.o_proj),
+            mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
+            kv_width=2 * kv_heads * head_dim,
+            other_params=self.other_params,
+            early_params=self.early_params,
+            reads_kv=self.is_reader(number),
+        )
+
+    @property
+    def _last_only(self) -> int | None:
+        """The first of the last layers that write no KV, where the decoder knows how many tokens are wanted of it."""
+        if "logits_to_keep" not in inspect.signature(self.text.forward).parameters:
+            return None
+        writing = max((layer for layer in range(len(self.layers)) if not self.is_reader(layer)), default=-1)
+        return writing + 1 if 0 <= writing < len(self.layers) - 1 else None
 
 
 @dataclass(frozen=True)

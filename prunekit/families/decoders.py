@@ -5,14 +5,16 @@ Source of the layouts: the decoder layers of transformers (https://github.com/hu
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
 
 from prunekit import upstream
 from prunekit.errors import Unsupported
-from prunekit.families.base import mixer_params
+from prunekit.families.base import matrix_params, mixer_params
 from prunekit.strategy.decisions import RECURRENT
+from prunekit.upstream import SHARED_KV
 
 ATTENTION = "self_attn"
 # What stands in its place in layers with a recurrent state: Qwen3.5, LFM2.
@@ -28,9 +30,19 @@ NORMS: dict[frozenset[str], str | None] = {
         {"input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"}
     ): "pre_feedforward_layernorm",  # Gemma 2 and 3
     frozenset({"operator_norm", "ffn_norm"}): "ffn_norm",  # LFM2
-}
+    frozenset(
+        {
+            "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+            "post_per_layer_input_norm",
+        }
+    ): "pre_feedforward_layernorm",  # Gemma 3n and 4
+}  # fmt: skip
 # The norm that the decoder's output passes last; LFM2 has the second.
 FINAL_NORMS = ("norm", "embedding_norm")
+# Parts beside norms, attention and MLP that work on each token by itself: inputs of their own for each layer (Gemma 3n
+# and 4), streams that predict and correct each other (AltUp, https://arxiv.org/abs/2301.13310), a bypass of low rank.
+BY_TOKEN = frozenset({"act_fn", "per_layer_input_gate", "per_layer_projection", "altup", "laurel"})
+PER_LAYER = "per_layer_input"
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")
 # Kinds of layers whose cache can be cut, or holds a state of what passed.
 CUTTABLE = frozenset({"full_attention", "sliding_attention"}) | RECURRENT
@@ -82,6 +94,8 @@ def plain(text: Any) -> dict[str, Any]:
         "mlp_norm": NORMS[_norms(layers[0])],
         "norm": next((name for name in FINAL_NORMS if hasattr(text, name)), FINAL_NORMS[0]),
         "rotary": "rotary_emb" if hasattr(text, "rotary_emb") else None,
+        "kv_sources": _kv_sources(text, layers),
+        **_by_token(layers[0]),
         "mlp_params": sum(token_params(getattr(layer, _mlp(layer)), text.config) for layer in layers) // len(layers),
     }
 
@@ -108,7 +122,7 @@ def _check_layers(text: Any, layers: nn.ModuleList) -> None:
             raise NotPlain(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
         if _norms(layer) not in NORMS:
             raise NotPlain(text, f"layer {number} has an unknown order of norms: {', '.join(sorted(_norms(layer)))}")
-        extra = set(_children(layer)) - _norms(layer) - {*mixing, _mlp(layer)}
+        extra = set(_children(layer)) - _norms(layer) - {*mixing, _mlp(layer)} - BY_TOKEN
         if extra:
             raise NotPlain(text, f"layer {number} has further parts: {', '.join(sorted(extra))}")
 
@@ -122,8 +136,44 @@ def _check_cache(text: Any) -> None:
         raise NotPlain(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
     if kinds & RECURRENT and upstream.RECURRENT_LAYER is None:
         raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
-    if getattr(text.config, "num_kv_shared_layers", 0):
-        raise NotPlain(text, "its layers share their keys and values")
+
+
+def _kv_sources(text: Any, layers: nn.ModuleList) -> tuple[int, ...]:
+    """As `Parts.kv_sources`: readers take what the last layer of their kind before them has stored."""
+    sources: list[int] = []
+    stored: dict[Any, int] = {}
+    for number, layer in enumerate(layers):
+        attention = getattr(layer, ATTENTION, None)  # None where a recurrent part stands in its place
+        kind = getattr(attention, "layer_type", None)
+        reads = getattr(attention, "is_kv_shared_layer", False)
+        if getattr(attention, "store_full_length_kv", False):
+            stored[kind] = number
+        if reads and (kind not in stored or SHARED_KV not in inspect.signature(layer.forward).parameters):
+            raise NotPlain(text, f"layer {number} reads keys and values of another one in an unknown way")
+        sources.append(stored[kind] if reads else number)
+    shared = sources != list(range(len(layers)))
+    if getattr(text.config, "num_kv_shared_layers", 0) and not shared:
+        raise NotPlain(text, "its layers share their keys and values, but do not say which")
+    return tuple(sources) if shared else ()
+
+
+def _by_token(layer: nn.Module) -> dict[str, Any]:
+    """What `Parts` says of a layer's parts beside norms, attention and MLP."""
+    found: Any = {name: part for name, part in layer.named_children() if name in BY_TOKEN}
+    params = sum(map(matrix_params, found.values()))
+    scaled = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    said: dict[str, Any] = {"mlp_last": not (found or scaled), "other_params": params}
+    if "per_layer_input_gate" in found:
+        said["token_kwargs"] = (PER_LAYER,)
+    if "altup" in found:
+        altup, config = found["altup"], found["altup"].config
+        # Streams are predicted from each other, by coefficients that the token itself makes; the router runs twice.
+        router = matrix_params(altup.modality_router)
+        predicted = matrix_params(altup.prediction_coefs) + config.hidden_size * config.altup_num_inputs**2 + router
+        said["stream"] = config.altup_active_idx
+        said["early_params"] = predicted + matrix_params(found["laurel"])
+        said["other_params"] = params + config.hidden_size * config.altup_num_inputs**2 + router
+    return said
 
 
 def _children(layer: nn.Module) -> list[str]:

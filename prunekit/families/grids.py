@@ -113,6 +113,24 @@ def anyres(config: Any, limited: bool = False) -> Coords:
     return coords
 
 
+def positioned(positions: str, cell: int, frames: str | None = None) -> Coords:
+    """Images and frames as rows of patches with their places, of which `cell` x `cell` become one token.
+
+    positions: the argument with column and row of each patch, int64 (images or frames, patches, 2), -1 on padding.
+    frames: the argument with the number of frames of each video; None: each row is an image.
+    """
+
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        last = torch.as_tensor(_argument(arguments, positions)).amax(1)
+        sizes = [((row + 1) // cell, (column + 1) // cell) for column, row in last.tolist()]
+        many = [1] * len(sizes) if frames is None else torch.as_tensor(_argument(arguments, frames)).tolist()
+        rest = iter(sizes)
+        tables = [torch.cat([grid(*next(rest), frame) for frame in range(number)]) for number in many]
+        return checked(tables, counts)
+
+    return coords
+
+
 def _tiles(size: Sequence[int], side: int, limit: int | None, config: Any) -> Tensor:
     """Coords of an image's tokens behind the whole: rows with a newline each."""
     down, across = PACKING.get_anyres_image_grid_shape(

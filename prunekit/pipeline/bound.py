@@ -7,8 +7,8 @@ from typing import Literal
 
 from prunekit.pipeline import layer_plans
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy.decisions import LayerPlan, ModelShape
-from prunekit.strategy.sites import ENCODER
+from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
+from prunekit.strategy.sites import ENCODER, Site
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class BoundPipeline:
     cuts: where visual tokens leave, in the order in which the data passes them.
     plan: what becomes of each decoder layer, for every sample alike.
     protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
-        because its own options say so.
+        a later layer attends to their keys and values, or its own options say so.
     """
 
     name: str
@@ -46,6 +46,16 @@ class BoundPipeline:
     def layer_budget(self) -> int | None:
         """How many decoder layers run for each sample; None when no router has a budget of layers."""
         return layer_plans.layer_budget(self.stages, self.shape.layers)
+
+    @property
+    def last_only(self) -> int | None:
+        """As `ModelShape.last_only`; None where a stage cuts or freezes tokens in those layers or behind them."""
+        first = self.shape.last_only
+        if first is None or any(cut.site > Site(first - 1, "layer", "after") for cut in self.cuts):
+            return None
+        free = any(router.decides_layers and router.keep_layers is None for router in self.routers)
+        frozen = any(self.plan[layer] is LayerAction.FREEZE for layer in range(first, self.shape.layers))
+        return None if free or frozen else first
 
     @property
     def acts(self) -> bool:

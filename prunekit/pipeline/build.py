@@ -60,6 +60,7 @@ class Pipeline:
         plan = layer_plans.static_plan(self.stages, shape, faults)
         faults += statements.shape_faults(self.stages, shape)
         protected = cuts.protected_layers(placed, shape.layers) | statements.protected_layers(self.stages, shape)
+        protected |= layer_plans.read_sources(plan, shape)
         faults += cuts.plan_faults(placed, plan, shape.layers)
         faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
         faults += _positions_faults(self.positions, shape)

@@ -18,6 +18,9 @@ from prunekit.pipeline.statements import selection_flops
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 
+# The tokens whose logits `generate` wants of a prompt.
+LAST = 1
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -58,14 +61,15 @@ def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
     most = _layers(bound, original, text_tokens, decided=True)
     least = _layers(bound, original, text_tokens, decided=False)
     dense = original + text_tokens
-    dense_flops = cost.prefill_flops(shape, [dense] * shape.layers)
+    dense_flops = cost.dense_flops(shape, dense, LAST)
+    holding = sum(cost.kv_bytes(shape, layer, 1) > 0 for layer in range(shape.layers))
     return Forecast(
         most.entering,
         most.mlp,
         most.kv,
         any(cut.keep is None and not cut.drops_all for cut in bound.cuts),
         _range(bound, least.flops, most.flops, dense_flops),
-        _range(bound, least.kv, most.kv, dense * (shape.layers - len(shape.recurrent))),
+        _range(bound, least.kv, most.kv, dense * holding),
         _decisions(bound, original, text_tokens) / dense_flops,
     )
 
@@ -87,15 +91,20 @@ def visual_counts(cuts: Sequence[Cut], original: int, decided: bool = True) -> t
 def _layers(bound: BoundPipeline, original: int, text_tokens: int, decided: bool) -> _Layers:
     shape, plan = bound.shape, bound.plan
     entering, inside, gone = _visual(bound, original, decided)
-    tokens = tuple(visual + text_tokens for visual in entering)
+    alive = tuple(visual + text_tokens for visual in entering)
+    whole = shape.layers if bound.last_only is None else bound.last_only
+    tokens = tuple(many if layer < whole else min(many, LAST) for layer, many in enumerate(alive))
     # Frozen layers are for the text alone.
     fed = [0 if plan[layer] is LayerAction.FREEZE else visual for layer, visual in enumerate(inside)]
-    mlp = tuple((visual + text_tokens) * plan[layer].feeds_mlp for layer, visual in enumerate(fed))
+    mlp = tuple(min(visual + text_tokens, tokens[layer]) * plan[layer].feeds_mlp for layer, visual in enumerate(fed))
     flops = tuple(
-        cost.layer_flops(shape, layer, tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer])
+        cost.layer_flops(
+            shape.of(layer), tokens[layer], plan[layer], visual=entering[layer], mlp=mlp[layer], keys=alive[layer]
+        )
         for layer in range(shape.layers)
     )
-    return _Layers(tokens, mlp, tuple(held and held - gone for held in cost.kv_tokens(shape, tokens, plan)), flops)
+    held = cost.kv_tokens(shape, alive, plan)
+    return _Layers(tokens, mlp, tuple(one and one - gone for one in held), flops)
 
 
 def _visual(bound: BoundPipeline, original: int, decided: bool) -> tuple[list[int], list[int], int]:

@@ -34,6 +34,9 @@ def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault])
             plan = plan.merge(own)
         except ValueError as error:
             faults.append(stage.fault("layers", f"plans disagree: {error}", "let one stage decide about each layer"))
+    deciding = [stage for stage in stages if stage.is_layer]
+    if deciding and (problem := sharing_problem(plan, shape)):
+        faults.append(deciding[-1].fault("layers", problem, "leave the layers alone that others read, or skip both"))
     return plan
 
 
@@ -50,6 +53,28 @@ def without_kv(plan: LayerPlan, shape: ModelShape) -> tuple[frozenset[int], str]
         if layers:
             return layers, what
     return None
+
+
+def sharing_problem(plan: LayerPlan, shape: ModelShape) -> str:
+    """Why a plan leaves out keys and values that a layer attends to; empty: it does not."""
+    phases = (("prefill", plan.__getitem__), ("decoding", plan.decoding))
+    for reader, source in enumerate(shape.kv_sources):
+        for phase, action in phases:
+            if source != reader and action(reader).attends and not action(source).writes_kv:
+                return (
+                    f"layer {source} is to {action(source).value} in {phase}, but layer {reader}, which is to "
+                    f"{action(reader).value}, attends to its keys and values"
+                )
+    return ""
+
+
+def read_sources(plan: LayerPlan, shape: ModelShape) -> frozenset[int]:
+    """Layers whose keys and values another one, which `plan` lets attend, reads."""
+    return frozenset(
+        source
+        for reader, source in enumerate(shape.kv_sources)
+        if source != reader and (plan[reader].attends or plan.decoding(reader).attends)
+    )
 
 
 def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:
@@ -108,6 +133,7 @@ def routing_faults(
         yield router.fault("keep_layers", message, "keep fewer layers, or skip fewer")
     elif count < len(fixed):
         own = "it protects, or " if router.states("protected_layers") else ""
+        own += "later layers attend to the keys and values of, or " if read_sources(plan, shape) else ""
         message = f"leaves {count} layers, but {own}other stages read, cut inside or plan layers {_listed(fixed)}"
         yield router.fault("keep_layers", message, f"keep at least {len(fixed)}, or move those stages")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
-from prunekit.strategy.decoder_requests import layer_of
+from prunekit.strategy.decoder_requests import layer_and_rope, layer_of
 from prunekit.strategy.inputs import OF_DECODER_LAYERS, OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
@@ -97,7 +97,7 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         cut.reads(shape.layers)
     except ValueError as error:
         return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
-    return _recurrent_problem(cut, shape) or _ahead_problem(cut, shape)
+    return _recurrent_problem(cut, shape) or _rope_problem(cut, shape) or _ahead_problem(cut, shape)
 
 
 def _recurrent_problem(cut: Cut, shape: ModelShape) -> Problem | None:
@@ -111,6 +111,18 @@ def _recurrent_problem(cut: Cut, shape: ModelShape) -> Problem | None:
                 attending = sorted(set(range(shape.layers)) - set(shape.recurrent))
                 message = f"'{use}' asks for {name} of layer {layer}, which holds a recurrent state ({kind}) instead"
                 return message, f"layers that attend are {', '.join(map(str, attending))}: read one of them"
+    return None
+
+
+def _rope_problem(cut: Cut, shape: ModelShape) -> Problem | None:
+    """Keys of another layer come rotated."""
+    for name in OF_DECODER_LAYERS:
+        for request in requests(cut.stage.inputs, name) if cut.stage.asks_for(name) else ():
+            number = layer_of(request.layer, cut.asked_at, shape.layers)
+            if number is None or shape.kv_source(number) == number or layer_and_rope(request)[1]:
+                continue
+            message = f"'{cut.stage.use}' asks for {name} with rope=False, but layer {number} reads rotated keys"
+            return f"{message} of layer {shape.kv_source(number)}", "name another site, or take rope=True"
     return None
 
 

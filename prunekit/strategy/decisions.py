@@ -201,6 +201,26 @@ class TowerShape:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """The numbers of one decoder layer, as `ModelShape` has them of all.
+
+    other_params: multiplications for one token in parts beside attention and MLP, whenever the layer runs for it.
+    early_params: those of them in front of attention, also for tokens of which only keys and values are made.
+    reads_kv: it attends to keys and values of an earlier layer: it projects none, and holds none.
+    """
+
+    heads: int
+    head_dim: int
+    attention_params: int
+    output_params: int
+    mlp_params: int
+    kv_width: int
+    other_params: int = 0
+    early_params: int = 0
+    reads_kv: bool = False
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The numbers of a model that pipelines are checked and costed against.
 
@@ -218,6 +238,10 @@ class ModelShape:
     opaque: why nothing can be cut inside the decoder, but at its input only; empty: all can be. FLOPs of such a decoder
         are those of its weights, spread evenly over its layers, and of plain attention.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
+    per_layer: of models whose layers differ, the numbers of each; those above are then of layer 0, or averages.
+    kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one; empty: itself.
+    last_only: from this layer on none writes KV, and in `generate` the decoder runs them for the prompt's last token
+        alone; None: all layers run for all tokens.
     """
 
     family: str
@@ -239,3 +263,20 @@ class ModelShape:
     recurrent: tuple[int, ...] = ()
     mixer_params: int = 0
     opaque: str = ""
+    per_layer: tuple[LayerShape, ...] = ()
+    kv_sources: tuple[int, ...] = ()
+    last_only: int | None = None
+
+    def of(self, layer: int) -> LayerShape:
+        """The numbers of one decoder layer."""
+        if self.per_layer:
+            return self.per_layer[layer]
+        if layer in self.recurrent:  # its mixer is all output: it runs for the tokens that enter, and attends to none
+            return LayerShape(0, 0, self.mixer_params, self.mixer_params, self.mlp_params, 0)
+        return LayerShape(
+            self.heads, self.head_dim, self.attention_params, self.output_params, self.mlp_params, self.kv_width
+        )
+
+    def kv_source(self, layer: int) -> int:
+        """The layer whose keys and values `layer` attends to."""
+        return self.kv_sources[layer] if self.kv_sources else layer

@@ -238,11 +238,79 @@ def cohere2_vision(layers: int) -> Any:
     return config("cohere2_vision", _cohere(layers), tower, downsample_factor=2, alignment_intermediate_size=64)
 
 
+def _two_kinds(layers: int) -> list[str]:
+    """Sliding and full attention by turns, the last full."""
+    return ["full_attention" if (layers - n) % 2 else "sliding_attention" for n in range(layers)]
+
+
+def _shared(layers: int, **more: Any) -> dict[str, Any]:
+    """A decoder whose last layers, half of them, read keys and values of earlier ones."""
+    return text(
+        layers, head_dim=8, sliding_window=WINDOW, layer_types=_two_kinds(layers), num_kv_shared_layers=layers // 2,
+    ) | more  # fmt: skip
+
+
+def gemma3n(layers: int) -> Any:
+    decoder = _shared(
+        layers, hidden_size_per_layer_input=6, vocab_size_per_layer_input=VOCABULARY, laurel_rank=4,
+        activation_sparsity_pattern=[0.9, 0.9, *[0.0] * (layers - 2)],
+    )  # fmt: skip
+    tower = {"hidden_size": 24, "vocab_size": 8, "vocab_offset": VOCABULARY}
+    audio = {
+        "hidden_size": 16, "vocab_size": 8, "vocab_offset": VOCABULARY + 8, "conf_num_hidden_layers": 1,
+        "conf_num_attention_heads": 2, "sscp_conv_channel_size": (4, 4), "input_feat_size": 16,
+    }  # fmt: skip
+    made = config(
+        "gemma3n", decoder, tower, audio_config=audio, vision_soft_tokens_per_image=16, boi_token_id=BEGIN,
+        eoi_token_id=END, audio_token_id=7, boa_token_id=8, eoa_token_id=9,
+    )  # fmt: skip
+    # MobileNet needs another package; this gives the projector a map of as many channels and cells.
+    resnet: Any = transformers.ResNetConfig
+    made.__dict__["vision_config"] = resnet(
+        embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], layer_type="basic", image_size=32, rms_norm_eps=1e-6,
+        **tower,
+    )  # fmt: skip
+    return made
+
+
+def gemma4(layers: int) -> Any:
+    decoder = _shared(
+        layers, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, use_double_wide_mlp=True,
+        hidden_size_per_layer_input=6, vocab_size_per_layer_input=VOCABULARY, use_bidirectional_attention="vision",
+        rope_parameters=_gemma4_rope(),
+    )  # fmt: skip
+    tower = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 12, "patch_size": 4, "pooling_kernel_size": 2,
+        "position_embedding_size": 16,
+    }  # fmt: skip
+    return config(
+        "gemma4", decoder, tower, video_token_id=VIDEO, audio_config=None, boi_token_id=BEGIN, eoi_token_id=END
+    )
+
+
+def _gemma4_rope() -> dict[str, Any]:
+    return {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10000.0},
+    }
+
+
+def gemma4_unified(layers: int) -> Any:
+    tower = {
+        "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 24, "mm_posemb_size": 16, "output_proj_dims": 24,
+    }  # fmt: skip
+    return config(
+        "gemma4_unified", _shared(layers, global_head_dim=16, rope_parameters=_gemma4_rope()), tower,
+        video_token_id=VIDEO, audio_config=None, boi_token_id=BEGIN, eoi_token_id=END,
+    )  # fmt: skip
+
+
 CONFIGS: dict[str, Make] = {
     one.__name__: one
     for one in (
         llava, llava_next, llava_next_video, llava_onevision, vipllava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe,
         qwen3_5, qwen3_5_moe, internvl, gemma3, paligemma, idefics3, smolvlm, mistral3, glm4v, glm46v, glm4v_moe,
-        aya_vision, cohere2_vision,
+        aya_vision, cohere2_vision, gemma3n, gemma4, gemma4_unified,
     )
 }  # fmt: skip

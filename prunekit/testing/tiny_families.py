@@ -35,6 +35,7 @@ QWEN2 = Recipe(draw.patches, draw.video_patches, FENCED, types=M_ROPE)
 STAMPED = replace(QWEN2, runs=video_frames, stamped=True)
 GLM = replace(STAMPED, shared_id=True)
 IDEFICS = Recipe(draw.masked_tiles, None, FENCED, image_tiles, stamped=True, stacked=True)
+GEMMA4 = Recipe(draw.placed_patches, draw.placed_frames, FENCED, types=M_ROPE)
 RECIPES: dict[str, Recipe] = {
     "llava": Recipe(draw.square),
     "llava_next": Recipe(draw.anyres),
@@ -58,6 +59,9 @@ RECIPES: dict[str, Recipe] = {
     "glm4v_moe": GLM,
     "aya_vision": Recipe(draw.tiles, None, FENCED, image_tiles),
     "cohere2_vision": Recipe(draw.tiles, None, FENCED, image_tiles),
+    "gemma3n": Recipe(draw.square, None, FENCED),
+    "gemma4": GEMMA4,
+    "gemma4_unified": GEMMA4,
 }
 
 

@@ -19,7 +19,6 @@ from prunekit.upstream import CACHE
 from prunekit.verify.oracle import MaskedReference, Merge
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.recorder import recorded
-from prunekit.verify.reported import TokenTables
 from prunekit.verify.shortened import ShortenedReference
 from prunekit.verify.stock import StockRun
 
@@ -82,9 +81,9 @@ def compared(
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
     error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference.tables)
-    if parts.opaque is None:
-        _check_cache(report, reference.tables, output[CACHE], steps)
+    _check_counts(report, reference)
+    if isinstance(reference, MaskedReference):
+        _check_cache(report, reference, output[CACHE], steps)
     return Equivalence(report, output.sequences, logits, expected, error, output[CACHE], stated)
 
 
@@ -142,23 +141,25 @@ def _as_merges(stated: Mapping[int, Merge | Sequence[Tensor]]) -> dict[int, Merg
     return {number: one if isinstance(one, Merge) else Merge(one) for number, one in stated.items()}
 
 
-def _check_counts(report: RunReport, tables: TokenTables) -> None:
+def _check_counts(report: RunReport, reference: MaskedReference | ShortenedReference) -> None:
     """The report's counts follow from its decisions."""
     for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
-        said, expected = getattr(report, name), getattr(tables, name)()
+        said, expected = getattr(report, name), getattr(reference.tables, name)()
         if said != expected:
             raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
 
 
-def _check_cache(report: RunReport, tables: TokenTables, cache: Any, steps: int) -> None:
+def _check_cache(report: RunReport, reference: MaskedReference, cache: Any, steps: int) -> None:
     """The cache holds what the report says."""
     for number, layer in enumerate(cache.layers):
         if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
             continue  # the length of a buffer says nothing, a stock window holds no more than it
-        decodes = number not in tables.recurrent and any(plan.decoding(number).writes_kv for plan in report.plans)
-        decoded = steps * decodes
-        most_of = report.kv_tokens if number in tables.recurrent else report.layer_tokens
-        least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, most_of))
+        if reference.sources[number] != number or number in reference.recurrent:
+            if kv_length(cache, number):
+                raise AssertionError(f"layer {number} holds KV entries, but reads those of another layer, or a state")
+            continue
+        decoded = steps * any(plan.decoding(number).writes_kv for plan in report.plans)
+        least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, report.layer_tokens))
         # Rows with plans or crops of their own may leave holes in a rectangle.
         alike = all(plan == report.plans[0] for plan in report.plans)
         exact = alike and (report.samples == 1 or not any(_crops(one) for one in report.events))

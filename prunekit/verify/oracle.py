@@ -15,6 +15,8 @@ of prompt and decoded tokens in one forward, no cache, nothing ever made shorter
 - positions stay, or are counted again per row and layer and handed to the stock rotary module;
 - what stands in the place of attention and holds a state (linear attention, a convolution) runs on lists that really
   are shorter, row by row: the tokens that enter it, and behind them those decoded tokens that it runs for.
+- a layer that attends to keys and values of an earlier one gets a mask of its own, which hides what has left since;
+  its positions are those of that earlier layer.
 
 It shares no code with `prunekit.engine`, which does none of these things.
 
@@ -34,7 +36,16 @@ from torch import Tensor, nn
 from prunekit.strategy.sites import Site
 from prunekit.verify.muting import without
 from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
-from prunekit.verify.stock import StockRun, as_square, parts_of, recurrent_layers, stock_run_of, visual_mask
+from prunekit.verify.stock import (
+    StockRun,
+    arguments_of,
+    as_square,
+    kv_sources,
+    parts_of,
+    recurrent_layers,
+    stock_run_of,
+    visual_mask,
+)
 from prunekit.verify.tower import tower_cuts
 
 if TYPE_CHECKING:
@@ -87,9 +98,9 @@ class MaskedReference:
         self.layers: Sequence[Any] = self.stock.get_decoder().layers
         self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
-        self.recurrent = recurrent_layers(model)
+        self.sources, self.recurrent = kv_sources(self.layers), recurrent_layers(model)
         self.tables: TokenTables = tables_of(
-            inputs["input_ids"], self.present, self.visual, report, len(self.layers), self.recurrent
+            inputs["input_ids"], self.present, self.visual, report, self.sources, self.recurrent
         )
         self.muted: set[str] = set()
 
@@ -190,12 +201,12 @@ class MaskedReference:
         assert self.stock_run is not None
         positions = self.stock_run.positions(layer)
         if positions is not None and self.report.positions == "renumber":
-            positions = closed(positions, self.tables.entering[layer], self.present)
+            positions = closed(positions, self.tables.entering[self.sources[layer]], self.present)
         return None if positions is None else positions[..., :tokens]
 
     def _entering(self, layer: int) -> Callable[[Tensor, dict[str, Any]], Tensor]:
         def edit(state: Tensor, arguments: dict[str, Any]) -> Tensor:
-            tokens = state.shape[1]
+            tokens = state.shape[-2]
             recurrent = layer in self.recurrent
             arguments["attention_mask"] = None if recurrent else _additive(*self.mask(layer, tokens), state.dtype)
             positions = self.positions(layer, tokens)
@@ -209,7 +220,7 @@ class MaskedReference:
         """The layer's output, with what moves inside it, and the input where a token passes unchanged."""
 
         def edit(state: Tensor, arguments: dict[str, Any], result: Any) -> Any:
-            runs = self.tables.switch(layer, RUNS, state.shape[1], frozen=True)[..., None]
+            runs = self.tables.switch(layer, RUNS, state.shape[-2], frozen=True)[..., None]
             if any(move.number in self.merges for move in self.tables.mid[layer]):
                 result = self._in_two(layer, module, state, arguments)
             return torch.where(runs, result, state)
@@ -259,10 +270,10 @@ class MaskedReference:
             merge = self.merges.get(move.number)
             for row, (entered, kept) in enumerate(zip(move.entered, move.kept, strict=True)):
                 if merge is not None and len(kept):
-                    parts = state[row, entered]
+                    parts = state[..., row, entered, :]
                     if merge.extras is not None:
                         parts = torch.cat([parts, merge.extras[row].to(parts.dtype)])
-                    state[row, kept] = merge.weights[row].to(state.dtype) @ parts
+                    state[..., row, kept, :] = merge.weights[row].to(state.dtype) @ parts
         return state
 
 
@@ -280,8 +291,8 @@ def _additive(seen: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
 @contextmanager
 def _before(module: nn.Module, edit: Callable[[Tensor, dict[str, Any]], Tensor], last: bool = False) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        state = edit(args[0], kwargs)
-        return (state, *args[1:]), kwargs
+        kwargs = arguments_of(module, args, kwargs)
+        return (edit(args[0], kwargs),), kwargs
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=not last)
     try:

@@ -20,8 +20,8 @@ class Float64Throughout(TorchFunctionMode):
     RMSNorm, the softmax of eager attention, and the logits that `generate` collects. Each of them costs an error of
     about 1e-7, in which a real mistake could hide. This mode turns `x.to(float32)`, `x.type(float32)`, `x.float()` and
     `softmax(x, dtype=float32)` of a float64 `x` into the same without rounding; a float64 matrix times a float32 one
-    (older rotary embeddings multiply frequencies by whole positions) is a float64 product, and float64 images are
-    sampled at float64 coordinates. Nothing on the model is
+    (older rotary embeddings multiply frequencies by whole positions, poolers states by counts) is a float64 product,
+    and float64 images are sampled at float64 coordinates. Nothing on the model is
     patched, and code under test and reference run under the very same rule.
     """
 
@@ -42,6 +42,6 @@ class Float64Throughout(TorchFunctionMode):
                     named["dtype"] = torch.float64
             elif func in (functional.softmax, torch.softmax, Tensor.softmax) and named.get("dtype") is torch.float32:
                 named["dtype"] = torch.float64
-            elif func in _PRODUCTS and isinstance(args[1], Tensor) and args[1].dtype == torch.float32:
-                args = (args[0], args[1].to(torch.float64), *args[2:])
+        if func in _PRODUCTS and {torch.float64, torch.float32} == {one.dtype for one in args[:2]}:
+            args = (args[0].to(torch.float64), args[1].to(torch.float64), *args[2:])
         return func(*args, **named)

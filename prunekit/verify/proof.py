@@ -26,7 +26,7 @@ from prunekit.registry import Registry
 from prunekit.upstream import CACHE
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.stock import StockRun, arguments_of, stock_run_of
 from prunekit.verify.strategies import ATTENDED, DRAWN, WITHOUT, with_own
 from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
@@ -34,6 +34,8 @@ from prunekit.verify.twin import recipe_for, rows_of, twin_of
 STEPS, ALLOWED = 3, 1e-5
 Stages = tuple[dict[str, Any], ...]
 BY_ATTENTION = "tokens dropped by attention"
+# In a case below: the first layer from 2 on whose keys and values no other layer reads.
+UNREAD = "unread"
 CASES: Mapping[str, Stages] = {
     "nothing pruned": ({"use": DRAWN, "keep": 1.0},),
     "tokens dropped at the decoder input and before layer 1": (
@@ -42,7 +44,7 @@ CASES: Mapping[str, Stages] = {
     ),
     BY_ATTENTION: ({"use": ATTENDED, "keep": 0.5},),
     "layers skipped": ({"use": DRAWN, "at": "encoder", "keep": 0.5}, {"use": WITHOUT, "layers": [0, 3]}),
-    "attention skipped": ({"use": WITHOUT, "layers": [2], "what": "attention"},),
+    "attention skipped": ({"use": WITHOUT, "layers": UNREAD, "what": "attention"},),
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
 
@@ -149,7 +151,7 @@ def _prove(key: _Key) -> Proof:
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
-    """`CASES`, with the site at which attention is read: behind the first layer that has it, from layer 2 on.
+    """`CASES`, with the site at which attention is read, behind the first layer that has it from layer 1 on, and layers.
 
     Of a decoder that can be cut at its input only, what happens there.
     """
@@ -158,9 +160,10 @@ def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
         yield "tokens dropped at the decoder input", ({"use": DRAWN, "at": "encoder", "keep": 0.6},)
         return
     behind = [number + 1 for number in range(1, len(parts.layers) - 1) if parts.attends(number)]
+    unread = [next(number for number in range(2, len(parts.layers)) if not parts.is_source(number))]
     for name, stages in CASES.items():
         if name != BY_ATTENTION:
-            yield name, stages
+            yield name, tuple(stage | ({"layers": unread} if stage.get("layers") == UNREAD else {}) for stage in stages)
         elif behind:
             yield f"{name} before layer {behind[0]}", ({**stages[0], "at": behind[0]},)
 
@@ -195,11 +198,9 @@ def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
     returned: list[Any] = []
     arguments: list[dict[str, Any]] = []
 
-    def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if len(args) != 1:
-            raise Unsupported("its decoder layers take positional arguments beside the hidden states")
+    def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(args[0])
-        arguments.append(kwargs)
+        arguments.append(arguments_of(layer, args, kwargs))
 
     def after(_: Any, args: Any, kwargs: Any, result: Any) -> None:
         if not isinstance(result, Tensor):
@@ -229,5 +230,5 @@ def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in keywords.items()
-        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[:2]
+        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[-3:-1]
     )

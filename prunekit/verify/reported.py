@@ -45,7 +45,8 @@ class TokenTables:
     lasting[l]: bool (B, P), prompt tokens whose keys and values decoded tokens find in layer l.
     sizes[l]: float64 (B, P), tokens that each key of layer l stands for.
     before[l], mid[l]: what moves before layer l, and inside it between attention and MLP.
-    plans: per row. recurrent: layers that hold a state in place of keys and values.
+    plans: per row. sources: for each layer the one whose keys and values it attends to. last_only: as in the report.
+    recurrent: layers that hold a state in place of keys and values.
     """
 
     prompt: Tensor
@@ -56,6 +57,8 @@ class TokenTables:
     sizes: list[Tensor]
     before: list[list[Move]]
     mid: list[list[Move]]
+    sources: Sequence[int]
+    last_only: tuple[int, int] | None
     recurrent: frozenset[int]
 
     def switch(self, layer: int, table: dict[LayerAction, bool], tokens: int, frozen: bool = False) -> Tensor:
@@ -73,9 +76,10 @@ class TokenTables:
         return does
 
     def kv_tokens(self) -> tuple[tuple[int, ...], ...]:
-        """Per row and layer, how many prompt tokens decoding finds in the KV cache."""
+        """Per row and layer, how many prompt tokens decoding finds in the KV cache: none of another layer's own."""
+        own = [layer == source and layer not in self.recurrent for layer, source in enumerate(self.sources)]
         return tuple(
-            tuple(0 if layer in self.recurrent else int(table[row].sum()) for layer, table in enumerate(self.lasting))
+            tuple(int(table[row].sum()) * mine for table, mine in zip(self.lasting, own, strict=True))
             for row in range(len(self.plans))
         )
 
@@ -89,15 +93,24 @@ class TokenTables:
 
     def layer_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens enter."""
-        return tuple(tuple(int(table[row].sum()) for table in self.entering) for row in range(len(self.plans)))
+        layers = range(len(self.entering))
+        return tuple(tuple(int(self._running(layer)[row].sum()) for layer in layers) for row in range(len(self.plans)))
+
+    def _running(self, layer: int) -> Tensor:
+        """Which prompt tokens enter a layer, bool (B, P): where no more is wanted, only the last of those alive."""
+        entering = self.entering[layer]
+        if self.last_only is None or layer < self.last_only[0]:
+            return entering
+        behind = entering.flip(1).cumsum(1).flip(1)
+        return entering & (behind <= self.last_only[1])
 
     def mlp_tokens(self) -> tuple[tuple[int, ...], ...]:
         """Per row and layer, how many prompt tokens pass the MLP: not those that a cut inside the layer drops."""
         rows = []
         for row in range(len(self.plans)):
             counts = []
-            for layer, entering in enumerate(self.entering):
-                passing = entering[row].clone()
+            for layer in range(len(self.entering)):
+                passing = self._running(layer)[row].clone()
                 for move in self.mid[layer]:
                     passing[move.entered[row]] = False
                     passing[move.kept[row]] = True
@@ -113,20 +126,21 @@ def tables_of(
     present: Tensor,
     visual: Sequence[Tensor],
     report: RunReport,
-    layers: int,
+    sources: Sequence[int],
     recurrent: frozenset[int] = frozenset(),
 ) -> TokenTables:
-    """Follow the events of `report` through `layers` layers, of which `recurrent` hold a state.
+    """Follow the events of `report` through the layers, of which `recurrent` hold a state.
 
     prompt: int64 (B, P). present: bool (B, P), False on padding. visual: slots of the visual tokens of each row, int64.
+    sources: for each layer the one whose keys and values it attends to.
     Raises ValueError when the report contradicts itself or the prompt.
     """
     check(report, visual)
     plans = tuple(report.plans)
     moves = moves_of(report, visual)
     alive, size = present.clone(), torch.ones(prompt.shape, dtype=torch.float64, device=prompt.device)
-    tables = TokenTables(prompt, visual, plans, [], [], [], [], [], recurrent)
-    for layer in range(layers):
+    tables = TokenTables(prompt, visual, plans, [], [], [], [], [], sources, report.last_only, recurrent)
+    for layer, source in enumerate(sources):
         before = [move for site, move in moves if _moves_before(site, layer)]
         mid = [move for site, move in moves if site.in_decoder and site.point == "mid" and site.layer == layer]
         for move in before:
@@ -136,7 +150,7 @@ def tables_of(
         tables.entering.append(alive.clone())
         tables.sizes.append(size.clone())
         # A layer whose keys no decoding step will ask for need not hold them.
-        written = [plan[layer].writes_kv and plan.decoding(layer).attends for plan in plans]
+        written = [plan[source].writes_kv and plan.decoding(layer).attends for plan in plans]
         tables.lasting.append(alive & torch.tensor(written, device=alive.device)[:, None])
         for move in mid:
             _apply(move, report.events[move.number], alive, size)

@@ -43,7 +43,7 @@ class ShortenedReference:
         self.model, self.inputs, self.report, self.merges = model, inputs, report, merges or {}
         self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
-        layers = len(report.layer_tokens[0])
+        layers = range(len(report.layer_tokens[0]))
         self.tables: TokenTables = tables_of(inputs["input_ids"], self.present, self.visual, report, layers)
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ Shape letters: B batch, P padded prompt, S prompt plus decoded tokens, H hidden.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -106,6 +107,7 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
         for name, module in decoder.named_children():
             if module is not decoder.layers and "rot" in name:
                 stack.enter_context(_rotations(module, calls))
+        stack.enter_context(_for_all_tokens(decoder))
         for number, layer in enumerate(decoder.layers):
             stack.enter_context(_arguments(layer, layers[number], prompt.shape[0], calls))
         cast("Any", model).generate(
@@ -149,6 +151,27 @@ def parts_of(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return parts[0], parts[1]
 
 
+def arguments_of(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of `layer` by their names, but for the first."""
+    names = list(inspect.signature(layer.forward).parameters)
+    return dict(zip(names[1 : len(args)], args[1:], strict=True)) | dict(kwargs)
+
+
+def kv_sources(layers: Sequence[Any]) -> tuple[int, ...]:
+    """For each layer the one whose keys and values it attends to: itself, or the one of its kind that stores them."""
+    found: list[int] = []
+    for number, layer in enumerate(layers):
+        attention = parts_of(layer)[0]
+        same = [n for n, one in enumerate(layers[:number]) if _stores(one, getattr(attention, "layer_type", None))]
+        found.append(same[-1] if getattr(attention, "is_kv_shared_layer", False) else number)
+    return tuple(found)
+
+
+def _stores(layer: nn.Module, kind: str | None) -> bool:
+    attention = parts_of(layer)[0]
+    return bool(getattr(attention, "store_full_length_kv", False)) and getattr(attention, "layer_type", None) == kind
+
+
 @contextmanager
 def as_square(model: PreTrainedModel) -> Iterator[None]:
     """While open, a model with kernels that take other masks (flash) runs under sdpa."""
@@ -162,6 +185,20 @@ def as_square(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, implementation in changed:
             config._attn_implementation = implementation
+
+
+@contextmanager
+def _for_all_tokens(decoder: nn.Module) -> Iterator[None]:
+    """While open, a decoder that is told how many tokens are wanted of it, and may leave out others, runs for all."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | ({"logits_to_keep": 0} if "logits_to_keep" in kwargs else {})
+
+    handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -181,13 +218,14 @@ def _rotations(module: nn.Module, calls: list[Rotation]) -> Iterator[None]:
 @contextmanager
 def _arguments(layer: nn.Module, inputs: LayerInputs, rows: int, calls: list[Rotation]) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = args[0].shape[1]
+        kwargs = arguments_of(layer, args, kwargs)
+        tokens = args[0].shape[-2]
         before = sum(mask.shape[-2] for mask in inputs.masks)
         mask = kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:  # a layer with a recurrent state gets the padding alone
             inputs.masks.append(_as_bool(mask, tokens, before + tokens).expand(rows, -1, -1))
         for one in calls:
-            if one.result is kwargs.get("position_embeddings"):
+            if _same(one.result, kwargs.get("position_embeddings")):
                 inputs.rotations.append(one)
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -195,6 +233,15 @@ def _arguments(layer: nn.Module, inputs: LayerInputs, rows: int, calls: list[Rot
         yield
     finally:
         handle.remove()
+
+
+def _same(made: Any, given: Any) -> bool:
+    """Whether a layer is given what a rotary module made, or views of all of it."""
+    if made is given or not (isinstance(made, tuple) and isinstance(given, tuple)):
+        return made is given
+    return all(
+        one.data_ptr() == two.data_ptr() and one.shape == two.shape for one, two in zip(made, given, strict=True)
+    )
 
 
 def _as_bool(mask: Tensor | None, queries: int, keys: int) -> Tensor:

@@ -9,6 +9,8 @@ from torch import nn
 
 PAD, BOS, NEWLINE, IMAGE, VIDEO, BEGIN, END = range(7)
 FIRST_WORD, VOCABULARY = 10, 120
+# What configs call the number of heads.
+HEADS = ("num_attention_heads", "num_heads")
 # A sliding window that is shorter than any prompt with an image.
 WINDOW = 12
 
@@ -23,8 +25,13 @@ def tiny_from_config(config: Any, attention: str = "sdpa", dtype: torch.dtype = 
     import transformers
 
     auto: Any = transformers.AutoModelForImageTextToText
-    # The usual kernel of experts takes no float64.
-    model = auto.from_config(config, attn_implementation=attention, experts_implementation="eager")
+    tower = getattr(config, "vision_config", None)
+    convolves = tower is not None and not any(hasattr(tower, name) for name in HEADS)
+    # Convolutions have no attention to choose, and the usual kernel of experts takes no float64.
+    chosen = {"": attention, **dict.fromkeys(config.sub_configs, attention)} | {"vision_config": "eager"}
+    model = auto.from_config(
+        config, attn_implementation=chosen if convolves else attention, experts_implementation="eager"
+    )
     _randomise(model, seed)
     with torch.no_grad():
         model.get_output_embeddings().weight[:FIRST_WORD] = 0

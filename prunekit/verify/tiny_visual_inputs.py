@@ -102,6 +102,34 @@ def _patches(config: Any, count: int, generator: Generator) -> Tensor:
     return torch.randn(count, 3 * depth * vision.patch_size**2, generator=generator)
 
 
+# Rows of patches with their places are filled up to one length, as processors do.
+LONGEST = 36
+
+
+def placed_patches(config: Any, generator: Generator) -> VisualInput:
+    """An image as patches and their columns and rows: `pixel_values` (1, patches, ...), `image_position_ids`."""
+    size = choose(generator, (4, 4), (4, 8), (8, 4), (4, 6), (6, 6), (2, 8))
+    pixels, places = _placed(config, size, 1, generator)
+    return {"pixel_values": pixels, "image_position_ids": places}
+
+
+def placed_frames(config: Any, generator: Generator) -> VisualInput:
+    """A video of such frames: `pixel_values_videos` (frames, ...), `video_position_ids`, `num_frames_per_video`."""
+    number, size = choose(generator, (2, (4, 4)), (3, (2, 4)), (2, (4, 2)))
+    pixels, places = _placed(config, size, number, generator)
+    return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": torch.tensor([number])}
+
+
+def _placed(config: Any, size: tuple[int, int], number: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    vision = config.vision_config
+    side = getattr(vision, "model_patch_size", vision.patch_size)
+    rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    real = torch.stack([columns, rows], dim=-1).view(-1, 2)
+    places = functional.pad(real, (0, 0, 0, LONGEST - len(real)), value=-1).expand(number, -1, -1)
+    pixels = torch.rand(number, len(real), 3 * side**2, generator=generator)
+    return functional.pad(pixels, (0, 0, 0, LONGEST - len(real))), places
+
+
 def concatenate(pieces: list[Tensor]) -> Tensor:
     """Tensors one behind the other in their first dimension, the others filled up with zeros to the largest."""
     sizes = [max(piece.shape[n] for piece in pieces) for n in range(1, pieces[0].ndim)]

@@ -17,16 +17,15 @@ import torch
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.verify import tiny_visual_inputs as draw
-from prunekit.verify.tiny_models import BEGIN, BOS, END, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
+from prunekit.verify.tiny_models import BEGIN, BOS, END, HEADS, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
 from prunekit.verify.tiny_prompts import Recipe, image_tiles, tiny_batch, video_frames
 
 LAYERS = 6
-HEADS = ("num_attention_heads", "num_heads")
 EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 # Numbers that only make a decoder with experts smaller.
 LIMITS = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": WINDOW,
+    "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": WINDOW, "vocab_size_per_layer_input": VOCABULARY,
 } | dict.fromkeys(EXPERTS, 4)  # fmt: skip
 TOKENS = {
     "pad_token_id": PAD,
@@ -76,20 +75,33 @@ def shrunken(config: Any) -> Any:
 
 def _shrink_text(text: Any) -> tuple[int, int]:
     """Two heads of their own size; returns the width before and after."""
-    before = text.hidden_size
+    before, layers = text.hidden_size, text.num_hidden_layers
+    if getattr(text, "is_heterogeneous", False):
+        text.per_layer_config = None  # heads of one width do
     size = getattr(text, "head_dim", None) or before // text.num_attention_heads
     keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     text.num_key_value_heads = 2 if keys == text.num_attention_heads else 1
     text.num_attention_heads, text.hidden_size = 2, 2 * size
-    text.intermediate_size, text.vocab_size = 2 * text.hidden_size, VOCABULARY
-    layers = text.num_hidden_layers
+    many = isinstance(text.intermediate_size, (list, tuple))
+    text.intermediate_size = [2 * text.hidden_size] * layers if many else 2 * text.hidden_size
+    text.vocab_size = VOCABULARY
     text.num_hidden_layers = min(layers, LAYERS)
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == layers:
             setattr(text, name, value[: text.num_hidden_layers])
         elif name in LIMITS and isinstance(value, int) and not isinstance(value, bool):
             setattr(text, name, min(value, LIMITS[name]))
+    if shared := getattr(text, "num_kv_shared_layers", 0):
+        _share(text, min(shared, text.num_hidden_layers // 2))
     return before, text.hidden_size
+
+
+def _share(text: Any, shared: int) -> None:
+    """Let the last layers read keys and values of earlier ones, of each kind one, as in the whole."""
+    kinds = list(dict.fromkeys(reversed(text.layer_types)))
+    layers = range(text.num_hidden_layers)
+    text.layer_types = [kinds[(layers[-1] - layer) % len(kinds)] for layer in layers]
+    text.num_kv_shared_layers = shared
 
 
 def _shrink_vision(small: Any, vision: Any, wide: Mapping[int, int]) -> None:
@@ -174,7 +186,7 @@ def _guesses(model: Any, parts: Parts) -> Iterator[Recipe]:
             yield recipe
             yield replace(recipe, runs=image_tiles)
         else:
-            moving = replace(recipe, video=draw.video_patches if "video_grid_thw" in video else draw.frames)
+            moving = replace(recipe, video=_video_draw(video))
             yield moving
             yield replace(moving, runs=video_frames, stamped=True)
 
@@ -184,8 +196,16 @@ def _arguments(model: Any, method: str) -> Mapping[str, Any]:
     return inspect.signature(encoder).parameters if encoder else {}
 
 
+def _video_draw(arguments: Mapping[str, Any]) -> draw.Draw:
+    if "video_position_ids" in arguments:
+        return draw.placed_frames
+    return draw.video_patches if "video_grid_thw" in arguments else draw.frames
+
+
 def _draws(arguments: Mapping[str, Any]) -> list[tuple[draw.Draw, bool]]:
     """Kinds of images that an encoder with these arguments may take, and whether a row's images are stacked."""
+    if "image_position_ids" in arguments:
+        return [(draw.placed_patches, False)]
     if "image_grid_thw" in arguments:
         return [(draw.patches, False)]
     if "pixel_attention_mask" in arguments:

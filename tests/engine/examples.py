@@ -125,7 +125,10 @@ class Lots:
         actions, plans = list(LayerAction), []
         for one in seed:
             draw = torch.randint(len(actions), (shape.layers,), generator=torch.Generator().manual_seed(one)).tolist()
-            plans.append(LayerPlan({layer: actions[number] for layer, number in enumerate(draw)}))
+            plan = {layer: actions[number] for layer, number in enumerate(draw)}
+            for source in {source for layer, source in enumerate(shape.kv_sources) if layer != source}:
+                plan[source] = plan[source] if plan[source].writes_kv else LayerAction.RUN  # others read it
+            plans.append(LayerPlan(plan))
         return Route(plans=plans)
 
 

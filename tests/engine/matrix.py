@@ -112,7 +112,9 @@ ALLOWED = {"float32": 1e-3}
 
 # What is refused, and the message that is due.
 SIDE_BY_SIDE = ("aya_vision", "cohere2_vision")
-SLIDING = ("gemma3", "aya_vision", "cohere2_vision")
+# The last layers read keys and values of layers 1 and 2, and layers do more behind their MLP than add it.
+SHARED_KV = ("gemma3n", "gemma4", "gemma4_unified")
+SLIDING = ("gemma3", "aya_vision", "cohere2_vision", *SHARED_KV)
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 # What some plan of these tells a layer to do needs keys and values of tokens.
 NEEDS_KV = ("fill-kv", "freeze", "freeze-and-cut", "plans", "plans-and-cuts")
@@ -155,8 +157,16 @@ class Cell:
         if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", ""):
             return "side by side"
         if self.pipeline == "append-cls" and self.family not in HAS_CLS:
-            return "no CLS token|does not map single tokens"
-        return ""
+            return "no CLS token|does not map single tokens|cannot be read"
+        return self._refused_of_shared_kv if self.family in SHARED_KV else ""
+
+    @property
+    def _refused_of_shared_kv(self) -> str:
+        if self.pipeline in ("skip-in-decoding", "mlp-only"):
+            return "attends to its keys and values"
+        if self.pipeline in ("sizes-mid", "renumber-mid"):
+            return "changes further behind the MLP"
+        return "vision tower cannot be cut" if GROUP_OF[self.pipeline] == "tower" else ""
 
     def __str__(self) -> str:
         return "-".join(part for part in (self.family, self.pipeline, self.batch, self.attention, self.way) if part)

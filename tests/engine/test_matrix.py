@@ -117,7 +117,8 @@ WRONG = {
     Renumbered: "before", OneLayerLate: "mid", PadsSeen: "before", AllAlike: "recycle", Uncropped: "prefill-end",
     Unfilled: "fill-kv",
 }  # fmt: skip
-SPECIAL = ("qwen2_5_vl", "gemma3", "paligemma", "qwen3_vl", "idefics3", "cohere2_vision")  # positions, masks, features
+# Of positions, masks, features, and keys and values that layers share.
+SPECIAL = ("qwen2_5_vl", "gemma3", "paligemma", "qwen3_vl", "idefics3", "cohere2_vision", "gemma3n", "gemma4")
 
 
 @pytest.mark.parametrize("wrong", WRONG)

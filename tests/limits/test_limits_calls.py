@@ -112,16 +112,22 @@ def test_the_decoder_by_itself(model):
 
 
 def test_layers_called_with_positional_arguments():
-    """Simulated: a version of transformers whose decoder hands its mask on without a name."""
-    own = model_of()
+    """Simulated: a version of transformers whose decoder hands its mask on without a name, which a layer may have."""
+    own, inputs = model_of(), inputs_of()
     first = own.get_decoder().layers[0]
+    with prunekit.apply(own, FASTV):
+        named = own(**inputs).logits
 
     def positional(_, given, named):
         return (*given, named.pop("attention_mask")), named
 
     first.register_forward_pre_hook(positional, with_kwargs=True)
+    with prunekit.apply(own, FASTV):
+        assert torch.equal(own(**inputs).logits, named)
+    plain = first.forward
+    first.forward = lambda hidden, *rest, **more: plain(hidden, attention_mask=rest[0], **more)
     with prunekit.apply(own, FASTV), refused("decoder layers are called with positional arguments", own):
-        own(**inputs_of())
+        own(**inputs)
 
 
 GENERATE = "=...) is not supported under a pruning pipeline: "

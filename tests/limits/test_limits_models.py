@@ -65,6 +65,11 @@ def test_a_model_of_no_known_family():
             pass
 
 
+def _reads_through_the_cache(text):
+    text.layers[2].self_attn.is_kv_shared_layer = True
+    text.layers[1].self_attn.store_full_length_kv = True
+
+
 def _no_layers(text):
     text.layers = nn.ModuleList()
 
@@ -120,7 +125,8 @@ def _shared(text):
         (_chunked, "its layers hold chunked_attention, whose cache cannot be cut"),
         (_two_at_once, "layer 2 has self_attn and conv at once, and so two kinds of cache"),
         (_nothing_attends, "none of its layers attends"),
-        (_shared, "its layers share their keys and values"),
+        (_shared, "its layers share their keys and values, but do not say which"),
+        (_reads_through_the_cache, "layer 2 reads keys and values of another one in an unknown way"),
     ],
 )
 def test_decoders_that_are_not_plain(change, reason):
@@ -190,9 +196,6 @@ class TestTheProof:
             change(own.model.language_model)
             return proof._observe(own, tiny_batch(own))
 
-        def positional(text):
-            text.layers[0].register_forward_pre_hook(lambda _, given: (*given, None), prepend=True)
-
         def tuples(text):
             text.layers[-1].register_forward_hook(lambda _, given, result: (result, None))
 
@@ -204,7 +207,6 @@ class TestTheProof:
                 layer.register_forward_pre_hook(lambda _, given: (given[0] * 1.01, *given[1:]))
 
         for change, phrase in (
-            (positional, "its decoder layers take positional arguments beside the hidden states"),
             (tuples, "its decoder layers return more than the hidden states"),
             (fewer, "its decoder called 5 layers of 6 in one forward"),
             (growing, "its decoder changes hidden states between all layers"),

@@ -18,18 +18,21 @@ from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.tokens.layout import Layout, take
 from prunekit.errors import Unsupported
 from prunekit.strategy.decisions import LayerAction
-from prunekit.upstream import RECURRENT_LAYER
+from prunekit.upstream import EMPTY_LAYERS, RECURRENT_LAYER
 
 _OWNER = "_prunekit_owner"
 # A sliding layer may be replaced too: all kept tokens stay, and the logical mask of transformers hides the old ones.
-ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer, RECURRENT_LAYER)
+# Layers that read another one's keys and values have one that holds none.
+ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer, RECURRENT_LAYER, *EMPTY_LAYERS)
 
 
 class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The KV of one decoder layer.
 
-    layout: which prompt tokens it holds, for the rows that it stores; None: all of them. logical: tokens that have
-    passed the layer, kept or not. Tokens after the prompt are never dropped: they are the tail, in order.
+    layout: which prompt tokens it holds, for the rows that it stores; None: all of them. Of a layer that attends to
+    another one's keys and values, and holds none itself, the slots of those, with the ones that it sees.
+    logical: tokens that have passed the layer, kept or not. Tokens after the prompt are never dropped: they are the
+    tail, in order.
     actions: what decoding does with the layer: one action, or one for each row of the batch.
     rows: the batch rows that are stored, those whose decoding reads the layer; None: all.
     """
@@ -126,8 +129,9 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def batch_repeat_interleave(self, repeats: int) -> None:
         if isinstance(self.actions, tuple):
             self._select(torch.arange(len(self.actions)).repeat_interleave(repeats))
-        elif self.keys is not None:
-            self._select(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+        elif self.keys is not None or self.layout is not None:
+            rows = len(self) or len(self.layout.index)  # type: ignore[union-attr]
+            self._select(torch.arange(rows, device=self._device).repeat_interleave(repeats))
 
     def _select(self, rows: Tensor) -> None:
         if isinstance(self.actions, tuple):

@@ -19,7 +19,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
 from prunekit.strategy.decisions import LayerAction
-from prunekit.upstream import CACHE
+from prunekit.upstream import CACHE, EMPTY_LAYERS
 
 
 class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
@@ -121,15 +121,17 @@ class RaggedStaticLayer(RaggedLayer):  # type: ignore[no-untyped-call]
 
 def takes(cache: Cache) -> bool:
     """Whether `cache` is a StaticCache whose layers attend to everything."""
-    return type(cache) is StaticCache and all(type(layer) in (StaticLayer, RaggedStaticLayer) for layer in cache.layers)
+    return type(cache) is StaticCache and all(
+        type(layer) in (StaticLayer, RaggedStaticLayer, *EMPTY_LAYERS) for layer in cache.layers
+    )
 
 
 def layers_for(cache: Cache, tokens: int) -> list[RaggedLayer]:
     """Ragged layers of fixed size in place of a StaticCache's own. Raises Unsupported for longer prompts."""
-    sizes = [layer.max_cache_len for layer in cache.layers]  # type: ignore[union-attr]
-    if tokens > min(sizes):
-        raise Unsupported(f"a prompt of {tokens} tokens does not fit into a static cache of {min(sizes)}")
-    return [RaggedStaticLayer(size) for size in sizes]
+    size = min(layer.max_cache_len for layer in cache.layers if not isinstance(layer, EMPTY_LAYERS))  # type: ignore[union-attr]
+    if tokens > size:
+        raise Unsupported(f"a prompt of {tokens} tokens does not fit into a static cache of {size}")
+    return [RaggedStaticLayer(size) for _ in cache.layers]
 
 
 def seal(cache: Cache | None) -> None:
@@ -160,7 +162,7 @@ def decode(
 ) -> Any:
     """Layer `number` in a compiled decoding step: what `Decoding.run_layer` does, from the cache alone."""
     store: RaggedStaticLayer = kwargs[CACHE].layers[number]
-    tokens, action, layout = hidden.shape[1], store.actions, store.layout
+    tokens, action, layout = hidden.shape[-2], store.actions, store.layout
     if action is LayerAction.SKIP:
         store.open(tokens)
         return hidden

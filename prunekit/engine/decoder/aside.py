@@ -18,22 +18,26 @@ from prunekit.engine.attention.tap import Aborted, Record, recorded
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.layer_call import LayerCall
 from prunekit.engine.tokens.layout import Layout
+from prunekit.engine.tokens.streams import as_layers_take, tokens_first
 from prunekit.errors import Unsupported
+from prunekit.upstream import SHARED_KV
 
 
 @dataclass(frozen=True)
 class Aside:
-    """How a layer is called on the side: with the arguments of `here`, on the tokens of `layout` (None: all)."""
+    """How layer `number` is called on the side: as the one of `here`, on the tokens of `layout` (None: all)."""
 
     here: Here
     layout: Layout | None
+    number: int
 
     def arguments(self, hidden: Tensor) -> dict[str, Any]:
         """A layer's arguments for physical states (B, K, H), without a cache."""
         current, kwargs = self.here.forward_pass, self.here.kwargs
-        layout = current.localised(self.layout, kwargs)
-        call = LayerCall(current, self.here.number, _nothing, hidden, kwargs, layout, range(len(hidden)), None, None)
-        return call.local() | {"use_cache": False}
+        layout, who = current.localised(self.layout, kwargs), range(len(hidden))
+        call = LayerCall(current, self.number, _nothing, hidden, kwargs, layout, who, None, None, self.layout)
+        shared = {SHARED_KV: call.handed(keeps=False)} if SHARED_KV in kwargs else {}
+        return call.local() | {"use_cache": False} | shared
 
 
 @torch.no_grad()
@@ -65,16 +69,16 @@ def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: R
 
     def call() -> Any:
         if record is None:
-            return layer.forward(hidden, **arguments)
+            return layer.forward(as_layers_take(hidden), **arguments)
         try:
             with recorded(record):
-                return layer.forward(hidden, **arguments)
+                return layer.forward(as_layers_take(hidden), **arguments)
         except Aborted:
-            return hidden
+            return as_layers_take(hidden)
 
     output = Context().run(call)
     states: Tensor = output[0] if isinstance(output, tuple) else output
-    return states
+    return tokens_first(states)
 
 
 def _unrotated(arguments: dict[str, Any]) -> dict[str, Any]:

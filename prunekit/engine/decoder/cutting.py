@@ -18,8 +18,9 @@ from prunekit.engine.decoder.routers import by_scores, route
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState, Decision
 from prunekit.engine.decoder.view import View
-from prunekit.engine.tokens.layout import Layout, blank, take
+from prunekit.engine.tokens.layout import Layout, blank, per_token, take
 from prunekit.engine.tokens.merges import merged
+from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower.record import dropped_in_tower
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut, Stage
@@ -65,7 +66,7 @@ class Cutter:
 
     def _route(self, router: Stage, hidden: Tensor, here: Here) -> None:
         state = self.state
-        embeds = hidden if state.layout is None else state.layout.expand(hidden)
+        embeds = main_stream(hidden if state.layout is None else state.layout.expand(hidden), state.parts.stream)
         view = self._view(Cut(ENCODER, router, router.keeps[0] if router.keeps else None, 0), hidden, here)
         state.scores[router.index], state.plans = route(view, embeds)
 
@@ -93,12 +94,21 @@ class Cutter:
             selection = Selection(selection.keep, crop=True)
         state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
         if selection.weights is not None:
+            self._check_merge(cut)
             hidden = _merge(hidden, view, selection.keep, selection.weights)
         if selection.sizes is not None:
             sized = tokens.layout.with_sizes(self._sizes(tokens, selection))
             state.layout = sized
             return hidden, self._narrow(sized, tokens, selection)
         return hidden, self._narrow(tokens.layout, tokens, selection)
+
+    def _check_merge(self, cut: Cut) -> None:
+        """Raise Unsupported for a merge between attention and MLP that the rest of the layer would not follow."""
+        if cut.site.point == "mid" and cut.site.in_decoder and not self.state.parts.mlp_last:
+            raise Unsupported(
+                f"{cut.stage.label} merges tokens inside layer {cut.site.layer}, whose states this model changes "
+                f"further behind the MLP; merge at '{cut.site.layer}' or '{cut.site.layer}.after'"
+            )
 
     def _sizes(self, tokens: SiteTokens, selection: Selection) -> Tensor:
         """The layout's sizes, float (B, K), with those of the tokens that a stage keeps."""
@@ -159,5 +169,5 @@ def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor | Owners) -
     before = take(hidden, tokens.slots, 1)
     takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
     states = merged(weights, blank(before, tokens.valid), tokens.sizes, view.extras if takes_extras else None)
-    slots = tokens.slots.to(hidden.device)[..., None].expand_as(states)
-    return hidden.scatter(1, slots, torch.where(keep.to(hidden.device)[..., None], states, before))
+    slots = per_token(tokens.slots.to(hidden.device), states).expand_as(states)
+    return hidden.scatter(1, slots, torch.where(per_token(keep.to(hidden.device), states), states, before))

@@ -68,6 +68,7 @@ class Forward:
                 raise PluginError(f"{self.cut.label}: forward asks for layer {number} of {len(parts.layers)}")
             if at < len(layers) - 1 and isinstance(layer, int) and number < parts.logical_until:
                 raise Unsupported(f"forward cannot go on after layer {number}: this model adds features of images")
+            self._check_arguments(number)
             module = parts.layers[number] if isinstance(layer, int) else layer
             run = self.readings.run_aside(here, number, states)
             attention = parts.attention if rows is not None and at == len(layers) - 1 else None
@@ -76,6 +77,15 @@ class Forward:
         if rows is not None and attended is not None and run is not None:
             attention_rows = self.readings.rows(attended, run, rows, self.tokens)
         return self._result(states, attention_rows)
+
+    def _check_arguments(self, number: int) -> None:
+        """Raise Unsupported for a layer that is called with what is not known here, or with several streams."""
+        parts = self.readings.state.parts
+        if parts.stream is not None or (parts.token_kwargs and number != self.here.number):
+            raise Unsupported(
+                f"forward cannot run layer {number} here: this model gives each layer inputs of its own, or several "
+                "streams of hidden states; read `attention`, `keys` or `values`"
+            )
 
     def _start(self, layers: Sequence[int | nn.Module], hidden: Tensor | None) -> Tensor:
         tokens, states = self.tokens, self.hidden_states

@@ -26,6 +26,7 @@ class ForwardPass(ABC):
     left_out: the part of the running layer that does not run, SKIP_ATTENTION or SKIP_MLP; None: both run.
     mid: the cuts inside the running layer; None: there are none.
     passing: layers with which nothing is to be done but run them.
+    layouts: in a prefill, the tokens that entered each layer so far, None: all. writers: as in `Handed`.
     """
 
     state: BatchState
@@ -35,6 +36,8 @@ class ForwardPass(ABC):
     left_out: LayerAction | None = None
     mid: MidCuts | None = None
     passing: frozenset[int] = frozenset()
+    layouts: dict[int, Layout | None] = field(default_factory=dict)
+    writers: dict[Any, int] = field(default_factory=dict)
     _memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)
 
     is_prefill: ClassVar[bool]

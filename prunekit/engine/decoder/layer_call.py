@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunekit.engine.attention.tap import Aborted, Record, recorded
 from prunekit.engine.cache.ragged import RaggedLayer
 from prunekit.engine.cache.recurrent import RecurrentLayer, StateShares
+from prunekit.engine.cache.shared import Handed, slots_in
 from prunekit.engine.cache.stand_ins import Beside, Shares, grab
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.tokens import masks
-from prunekit.engine.tokens.layout import Layout, select_rows, take
+from prunekit.engine.tokens.layout import Layout, per_token, select_rows, take
 from prunekit.engine.tokens.positions import take_rotary
 from prunekit.strategy.decisions import LayerAction
-from prunekit.upstream import CACHE
+from prunekit.upstream import CACHE, SHARED_KV
 
 PARTIAL = frozenset({LayerAction.SKIP_ATTENTION, LayerAction.SKIP_MLP})
 
@@ -29,6 +32,8 @@ class LayerCall:
     original: the layer's own forward. hidden: float (B', K, H), the group's physical states. kwargs: of the layer's
     call, logical, for the whole batch. layout: of the group, None for all tokens. who: the group's rows, and
     rows: the same as an index, int64 (B',), None: all. cache: what the layer writes its keys to, None without one.
+    alive: in a prefill, `layout` of the whole batch with no positions moved. asking: the part of `layout` that `hidden`
+    holds, and its slots, int64 (B', Q); None: all of it.
     """
 
     forward_pass: ForwardPass
@@ -40,6 +45,8 @@ class LayerCall:
     who: Sequence[int]
     rows: Tensor | None
     cache: Any
+    alive: Layout | None = None
+    asking: tuple[Layout, Tensor] | None = None
 
     def local(self, queries: tuple[Layout, Tensor] | None = None) -> dict[str, Any]:
         """The layer's arguments for the tokens that it really runs on and attends to.
@@ -52,17 +59,47 @@ class LayerCall:
         """The arguments among `local` that differ from `kwargs`, but for the cache."""
         if self.layout is None and self.rows is None:
             return {}
+        queries, is_prefill = queries or self.asking, self.forward_pass.is_prefill
         # Flash kernels read gaps in position_ids as packed sequences; rotation comes from position_embeddings.
         changes: dict[str, Any] = {"attention_mask": self._mask(queries), "position_ids": None}
         if (rotary := self.kwargs.get("position_embeddings")) is not None:
             changes["position_embeddings"] = self._rotary(rotary, queries)
-        if self.forward_pass.is_prefill:
-            asking = queries[0] if queries else self.layout
-            for name in self.forward_pass.state.parts.token_kwargs:
-                if isinstance(whole := self.kwargs.get(name), Tensor):
-                    mine = select_rows(whole, self.rows)
-                    changes[name] = mine if asking is None else asking.gather(mine)
+        if SHARED_KV in self.kwargs and (is_prefill or self.rows is not None):
+            changes[SHARED_KV] = self.handed()
+        if not is_prefill and self.rows is None:
+            return changes
+        asking = queries[0] if queries else self._tokens()
+        for name in self.forward_pass.state.parts.token_kwargs:
+            if isinstance(whole := self.kwargs.get(name), Tensor):
+                mine = select_rows(whole, self.rows)
+                changes[name] = mine if asking is None else asking.gather(mine)
         return changes
+
+    def _tokens(self) -> Layout | None:
+        """The tokens that `hidden` holds, also where they attend to nothing; None: all that the call was given."""
+        if self.layout is not None or self.alive is None or self.rows is None:
+            return self.layout if self.forward_pass.is_prefill else None
+        return self.alive.select(self.rows)
+
+    def handed(self, keeps: bool = True) -> Handed:
+        """The keys and values that layers share, as this call sees them; keeps: as in `Handed`."""
+        current = self.forward_pass
+        slots = None
+        if self.reads and current.is_prefill:
+            source = current.layouts[self.source]
+            slots = current.once((source, self.alive, "slots"), lambda: slots_in(source, self.alive))
+        batch = len(current.state.lengths)
+        return Handed(self.kwargs[SHARED_KV], current.writers, self.number, batch, self.rows, slots, keeps)
+
+    @property
+    def reads(self) -> bool:
+        """Whether the layer attends to keys and values of an earlier one, and writes none."""
+        return self.forward_pass.state.parts.is_reader(self.number)
+
+    @property
+    def source(self) -> int:
+        """That earlier layer, or the layer itself."""
+        return self.forward_pass.state.bound.shape.kv_source(self.number)
 
     def _mask(self, queries: tuple[Layout, Tensor] | None) -> Tensor | None:
         current, mask, layout = self.forward_pass, self.kwargs.get("attention_mask"), self.layout
@@ -83,11 +120,26 @@ class LayerCall:
 
     def _rotary(self, rotary: Any, queries: tuple[Layout, Tensor] | None) -> Any:
         current = self.forward_pass
-        of = (rotary, self.layout, self.rows, "rotary")
-        whole = current.once(of, lambda: current.rotations.local(rotary, self.layout, self.rows, current.is_prefill))
+        of: tuple[object, ...] = (rotary, self.layout, self.rows, "rotary")
+        if self.reads and current.is_prefill and self.layout is not None and self.layout.shift is not None:
+            of = (*of, current.layouts[self.source])
+            whole = current.once(of, lambda: self._rotary_of_source(rotary))
+        else:
+            whole = current.once(
+                of, lambda: current.rotations.local(rotary, self.layout, self.rows, current.is_prefill)
+            )
         if queries is None:
             return whole
         return tuple(take_rotary(part, queries[1]) for part in whole)
+
+    def _rotary_of_source(self, rotary: Any) -> Any:
+        """Renumbered positions are those that the keys have, which are the source's."""
+        current = self.forward_pass
+        source = current.localised(current.layouts[self.source], self.kwargs)
+        source = source if source is None or self.rows is None else source.select(self.rows)
+        whole = current.rotations.local(rotary, source, self.rows, True)
+        slots = slots_in(source, self.layout)
+        return whole if slots is None else tuple(take_rotary(part, slots) for part in whole)
 
 
 def run_action(action: LayerAction, call: LayerCall) -> Tensor:
@@ -121,7 +173,10 @@ def run_groups(call: LayerCall, actions: Sequence[LayerAction], store: RaggedLay
         rows = state.index(who)
         layout = _layout_of(call, who, store) if action.writes_kv else None
         cache = None if shares is None else shares.of(who)
-        part = replace(call, hidden=select_rows(call.hidden, rows), layout=layout, who=who, rows=rows, cache=cache)
+        asking = call.asking and (call.asking[0].select(rows), select_rows(call.asking[1], rows))
+        part = replace(
+            call, hidden=select_rows(call.hidden, rows), layout=layout, who=who, rows=rows, cache=cache, asking=asking
+        )
         results = results.index_copy(0, rows.to(results.device), run_action(action, part))
     if shares is not None:
         shares.close()
@@ -153,8 +208,14 @@ def _run(call: LayerCall, local: dict[str, Any], hidden: Tensor | None = None) -
 
 
 def _fill(call: LayerCall) -> Tensor:
-    """Write keys and values of the layer's input; nothing else runs."""
-    if call.cache is not None:
+    """Write keys and values of the layer's input; nothing else runs. A layer that reads another one's has none."""
+    parts = call.forward_pass.state.parts
+    if call.reads:
+        return call.hidden
+    if parts.is_source(call.number):  # until its kernel is asked for, it has written them and handed them on
+        with suppress(Aborted), recorded(Record(getattr(parts.layers[call.number], parts.attention), abort=True)):
+            _run(call, call.local())
+    elif call.cache is not None:
         keys, values = grab(call.original, call.hidden, call.local())
         call.cache.update(keys, values, call.number)
     return call.hidden
@@ -176,14 +237,16 @@ def _freeze(call: LayerCall) -> Tensor:
     shared = replace(call, layout=layout)
     resting, at_rest = layout.narrow(frozen, many)
     moving, in_motion = layout.narrow(active, [state.lengths[row] - state.counts[row] for row in call.who])
-    keys, values = grab(call.original, take(call.hidden, at_rest, 1), _of_part(shared, (resting, at_rest)))
     order = _side_by_side(layout.width, (at_rest, frozen), (in_motion, active))
-    local = shared.local((moving, in_motion)) | {CACHE: Beside((keys, values), order, call.cache)}
+    local = shared.local((moving, in_motion))
+    if not call.reads:
+        both = grab(call.original, take(call.hidden, at_rest, 1), _of_part(shared, (resting, at_rest)))
+        local |= {CACHE: Beside(both, order, call.cache)}
     out = _run(call, local, take(call.hidden, in_motion, 1))
     offset = at_rest.shape[1]
     everything = torch.cat([take(call.hidden, at_rest, 1), out], dim=1)
     moved = take(everything, order.clamp_min(0), 1)
-    return torch.where((order >= offset)[..., None].to(moved.device), moved, call.hidden)
+    return torch.where(per_token(order >= offset, moved).to(moved.device), moved, call.hidden)
 
 
 def _of_part(call: LayerCall, part: tuple[Layout, Tensor]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from prunekit.engine.cache import static
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.streams import as_layers_take, tokens_first
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.bound import BoundPipeline
@@ -55,21 +57,37 @@ def current_pass() -> ForwardPass | None:
 
 def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = inspect.signature(original).parameters.values()
+        names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+
+        def run(hidden: Tensor, **kwargs: Any) -> Any:
+            return _first(original(as_layers_take(hidden), **kwargs), tokens_first)
+
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(names):
+                raise Unsupported(
+                    "decoder layers are called with positional arguments that have no names; this transformers version "
+                    "is not supported"
+                )
+            if args:
+                kwargs.update(zip(names, args, strict=False))
             if torch.compiler.is_dynamo_compiling():  # the cheapest test: it is made for every layer and step
                 return static.decode(number, original, hidden_states, kwargs, kind)
             current = CURRENT.get()
             if current is None or number in current.passing:
-                return original(hidden_states, *args, **kwargs)
-            if args:
-                raise Unsupported(
-                    "decoder layers are called with positional arguments; this transformers version is not supported"
-                )
-            return current.run_layer(number, original, hidden_states, kwargs)
+                return original(hidden_states, **kwargs)
+            if hidden_states.ndim == 3:
+                return current.run_layer(number, original, hidden_states, kwargs)
+            return _first(current.run_layer(number, run, tokens_first(hidden_states), kwargs), as_layers_take)
 
         return forward
 
     return make
+
+
+def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a layer gave, hidden states or a tuple that begins with them, with these changed."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
 def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.cache.recurrent import RecurrentLayer
+from prunekit.engine.cache.shared import seen_of
 from prunekit.engine.decoder.cutting import Cutter
 from prunekit.engine.decoder.forward_pass import ForwardPass, Here
 from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
@@ -56,6 +57,8 @@ class Prefill(ForwardPass):
         if number == 0:
             hidden = self.cutter.at_encoder(self.cutter.leave_tower(hidden), here)
         hidden = self.cutter.at(Site(number), hidden, here)
+        if number == state.last_only:
+            hidden = hidden[:, -state.wanted :]
         state.count_entering()
         with self.readings.recording(here, hidden):
             hidden = self._act(here, original, hidden, cache)
@@ -92,6 +95,21 @@ class Prefill(ForwardPass):
         self.state.finish()
         if cache is not None:
             self.cutter.crop(cache)
+            self._settle(cache)
+
+    def _settle(self, cache: Cache) -> None:
+        """Say which of their sources' entries in the KV cache readers see, now that nothing leaves it any more."""
+        same: dict[tuple[Any, ...], Layout | None] = {}
+        for number, source in enumerate(self.state.parts.kv_sources):
+            reader, held, alive = cache.layers[number], cache.layers[source], self.layouts[number]
+            assert isinstance(reader, ragged.RaggedLayer) and isinstance(held, ragged.RaggedLayer)
+            if reader is held or reader.rows == ():
+                continue
+            alive = None if alive is self.layouts[source] else alive
+            key = source, id(alive), reader.rows
+            if key not in same:
+                same[key] = seen_of(held, reader, alive, self.state.prompt.ids)
+            reader.layout = same[key]
 
     def _cut_mask(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Masks for caches of fixed size have columns for later tokens, which a prefill does not see."""
@@ -104,6 +122,7 @@ class Prefill(ForwardPass):
         """Run the layer, or do what was decided in place of that."""
         state, number = self.state, here.number
         actions, decoding = state.actions(number), state.decoding(number)
+        self.layouts[number] = state.layout
         layout = self.localised(state.layout, here.kwargs)
         store: ragged.RaggedLayer | RecurrentLayer | None = None
         if cache is not None:
@@ -112,13 +131,36 @@ class Prefill(ForwardPass):
             store = layer
             store.begin(self._held(layout, actions, decoding), decoding)
             store.open(self.tokens)
-        call = LayerCall(self, number, original, hidden, here.kwargs, layout, range(len(hidden)), None, cache)
+        asking = self._asking(number, hidden.shape[1])
+        if asking is not None and layout is None:
+            layout = self.full
+        who = range(len(hidden))
+        call = LayerCall(self, number, original, hidden, here.kwargs, layout, who, None, cache, state.layout, asking)
         mid = [cut for cut in state.bound.cuts if cut.site == Site(number, "layer", "mid")]
         if mid and state.has_visual:
             return self._run_with_cuts(mid, here, actions, call)
         if len(set(actions)) > 1 or (store is not None and store.rows not in (None, ())):
             return run_groups(call, actions, store)
         return run_action(actions[0], call)
+
+    def _asking(self, number: int, tokens: int) -> tuple[Layout, Tensor] | None:
+        """The last tokens, where layer `number` runs for so many of them alone, and their slots."""
+        if self.state.last_only is None or number < self.state.last_only:
+            return None
+        layout = self.state.layout or self.full
+
+        def make() -> tuple[Layout, Tensor]:
+            slots = torch.arange(layout.width, device=layout.index.device)[-tokens:].expand(len(layout.index), -1)
+            return layout.last(tokens), slots
+
+        last: tuple[Layout, Tensor] = self.once((layout, "last"), make)
+        return last
+
+    @property
+    def full(self) -> Layout:
+        """All tokens of the prompt; the same for all layers."""
+        whole: Layout = self.once((self.state, "full"), lambda: Layout.full(self.state.prompt.ids))
+        return whole
 
     def _run_with_cuts(
         self, cuts: Sequence[Cut], here: Here, actions: Sequence[LayerAction], call: LayerCall

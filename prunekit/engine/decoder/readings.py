@@ -18,6 +18,7 @@ from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
+from prunekit.engine.tokens.streams import main_stream
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
@@ -125,7 +126,7 @@ class Readings:
     def begin(self, embeds: Tensor) -> None:
         """Take the prompt's embeddings, float (B, S, H), before anything is cut."""
         if self.needs.embeds:
-            self.embeds = embeds
+            self.embeds = main_stream(embeds, self.state.parts.stream)
 
     def finish(self) -> None:
         """Let go of the tensors: the prefill is over. What a layer was called with refers to the pass, and the pass to
@@ -150,7 +151,7 @@ class Readings:
         if number not in self.needs.entered:
             yield
             return
-        run = self.runs[number] = Run(Aside(here, state.layout), number, hidden, state.counts, state.lengths)
+        run = self.runs[number] = Run(Aside(here, state.layout, number), number, hidden, state.counts, state.lengths)
         actions = set(state.actions(number))
         if number not in self.needs.recorded or len(actions) > 1 or not actions <= WHOLE:
             yield
@@ -184,7 +185,7 @@ class Readings:
         like = here if self.kind(here.number) == kind else self.heres.get(kind)
         if like is None:
             raise Unsupported(f"layer {number} cannot be looked at yet: no layer of its kind, {kind}, has run before")
-        return Run(Aside(like, state.layout), number, hidden, state.counts, state.lengths)
+        return Run(Aside(like, state.layout, number), number, hidden, state.counts, state.lengths)
 
     def attended(self, spec: decoder_requests.Spec, at: Here, cut: Cut, hidden: Tensor) -> tuple[Attended, Run]:
         """What `spec` reads: the attention of a layer that has run, or, looking ahead, of one that would run next on

@@ -14,7 +14,7 @@ from prunekit.engine.decoder.view import View
 from prunekit.errors import PluginError, Unsupported
 from prunekit.ops import top_k_mask
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
-from prunekit.pipeline.layer_plans import without_kv
+from prunekit.pipeline.layer_plans import sharing_problem, without_kv
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Route, Selection
 
@@ -36,9 +36,13 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
     if own is None:
         return tokens, state.plans
     try:
-        return tokens, tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
+        plans = tuple(mine.merge(plan) for mine, plan in zip(state.plans, own, strict=True))
     except ValueError as error:
         raise PluginError(f"{stage.label}: route disagrees with another stage: {error}") from error
+    for row, plan in enumerate(plans):
+        if problem := sharing_problem(plan, state.bound.shape):
+            raise Unsupported(f"{stage.label}: route leaves out what another layer needs in sample {row}: {problem}")
+    return tokens, plans
 
 
 def _decided(stage: Stage, state: BatchState, answer: Route) -> tuple[LayerPlan, ...] | None:

@@ -61,9 +61,10 @@ class BatchState:
     layout: the tokens that are alive; None: all. counts, lengths: visual and all tokens of each row that are alive.
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
-    scores: of routers, by the index of their stage. cropped: bool (B, S), tokens that leave the KV when the prefill is
-    over; None: none. stage_states: the hooks' input `state`, by the index of the stage. passing: layers that decoding
-    simply runs.
+    layer_keys: for each of them the tokens that those which entered it can attend to. passing: layers that decoding
+    simply runs. scores: of routers, by the index of their stage. wanted: of how many tokens, the last ones, the caller
+    wants logits; 0: of all. cropped: bool (B, S), tokens that leave the KV when the prefill is over; None: none.
+    stage_states: the hooks' input `state`, by the index of the stage.
     """
 
     bound: BoundPipeline
@@ -78,9 +79,11 @@ class BatchState:
     layer_tokens: list[tuple[int, ...]] = field(default_factory=list)
     layer_visual: list[tuple[int, ...]] = field(default_factory=list)
     mlp_tokens: list[tuple[int, ...]] = field(default_factory=list)
+    layer_keys: list[tuple[int, ...]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     scores: dict[int, Tensor | None] = field(default_factory=dict)
+    wanted: int = 0
     cropped: Tensor | None = None
     passing: frozenset[int] = frozenset()
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
@@ -178,14 +181,32 @@ class BatchState:
         """What decoding does with a layer, row by row."""
         return tuple(plan.decoding(number) for plan in self.plans)
 
+    @property
+    def last_only(self) -> int | None:
+        """From this layer on only the last `wanted` tokens run, as nobody needs what the others would become there."""
+        return self.bound.last_only if self.wanted else None
+
+    def entering(self, number: int) -> tuple[int, ...]:
+        """How many of the tokens that are alive enter layer `number`."""
+        if self.last_only is None or number < self.last_only:
+            return self.lengths
+        return tuple(min(length, self.wanted) for length in self.lengths)
+
+    def last_logical(self, hidden: Tensor) -> Tensor:
+        """The last `wanted` tokens of the complete sequence, (B, wanted, H), from the last physical ones."""
+        if self.layout is None:
+            return hidden
+        return self.layout.last(hidden.shape[1]).expand(hidden)[:, -self.wanted :]
+
     def count_entering(self) -> None:
-        """Count the tokens that are alive as those that enter the next layer."""
-        self.layer_tokens.append(self.lengths)
+        """Count the tokens that are alive as those that enter the next layer, or can be attended to there."""
+        self.layer_tokens.append(self.entering(len(self.layer_tokens)))
         self.layer_visual.append(self.counts)
+        self.layer_keys.append(self.lengths)
 
     def count_leaving(self, number: int) -> None:
         """Count the tokens that went through the MLP of layer `number`."""
-        rows = zip(self.plans, self.lengths, self.counts, strict=True)
+        rows = zip(self.plans, self.entering(number), self.counts, strict=True)
         self.mlp_tokens.append(tuple(_fed(plan[number], tokens, visual) for plan, tokens, visual in rows))
 
 

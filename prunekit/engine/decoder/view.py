@@ -19,6 +19,7 @@ from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.prompt.question import questions
 from prunekit.engine.tokens.layout import blank, take
+from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower import record
 from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
@@ -31,7 +32,8 @@ class View:
     """The visual tokens that reach one stage. Its properties named in the hook specifications are the inputs of hooks.
 
     What hooks get is theirs: writing to it changes nothing of the model.
-    tokens: those that reach the site. hidden_states: float (B, K, H), physical, as they enter it. count: how many
+    tokens: those that reach the site. hidden_states: float (B, K, H), physical, as they enter it; of several streams,
+    (B, K, streams, H). count: how many
     visual tokens to leave, None if the stage takes no `keep`.
     """
 
@@ -73,7 +75,7 @@ class View:
 
     @cached_property
     def hidden(self) -> Tensor:
-        return taken(self._attached(self.hidden_states), self.tokens.slots, self.tokens.valid)
+        return taken(self._main(self.hidden_states), self.tokens.slots, self.tokens.valid)
 
     @cached_property
     def previous_hidden(self) -> Tensor:
@@ -81,7 +83,11 @@ class View:
         assert number is not None, "checked by Needs.of"
         run = self.readings.runs[number]
         columns = self.readings.columns(run, self.tokens.positions)
-        return taken(self._attached(run.hidden), columns, self.tokens.valid)
+        return taken(self._main(run.hidden), columns, self.tokens.valid)
+
+    def _main(self, states: Tensor) -> Tensor:
+        """Of hidden states of several streams, the one that strategies see."""
+        return self._attached(main_stream(states, self.parts.stream))
 
     def _attached(self, states: Tensor) -> Tensor:
         return states if self.place.stage.trainable else states.detach()
@@ -160,7 +166,7 @@ class View:
 
     @cached_property
     def text_hidden(self) -> Tensor:
-        return taken(self._attached(self.hidden_states), self.tokens.text_slots, self.tokens.text_valid)
+        return taken(self._main(self.hidden_states), self.tokens.text_slots, self.tokens.text_valid)
 
     @property
     def norm(self) -> Callable[[Tensor], Tensor]:

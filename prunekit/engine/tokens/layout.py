@@ -99,6 +99,12 @@ class Layout:
         sizes = None if self.sizes is None else self.sizes.gather(1, slots)
         return Layout(self.index.gather(1, slots), valid, self.length, sizes), slots
 
+    def last(self, slots: int) -> Layout:
+        """The last so many slots."""
+        parts = (part if part is None else part[:, -slots:] for part in (self.valid, self.sizes))
+        valid, sizes = parts
+        return Layout(self.index[:, -slots:], valid, self.length, sizes, self.shift)
+
     def with_sizes(self, sizes: Tensor) -> Layout:
         """The same slots with sizes, float (B, K)."""
         return replace(self, sizes=sizes, _selected=[])

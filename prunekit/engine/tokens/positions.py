@@ -29,6 +29,13 @@ class _Made:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def gave(self, rotary: Any) -> bool:
+        """Whether a layer is given what this call made, or views of all of it."""
+        if self.rotary is rotary or not (isinstance(rotary, tuple) and isinstance(self.rotary, tuple)):
+            return self.rotary is rotary
+        pairs = zip(self.rotary, rotary, strict=True)
+        return all(one.data_ptr() == two.data_ptr() and one.shape == two.shape for one, two in pairs)
+
 
 @dataclass
 class Rotations:
@@ -78,7 +85,7 @@ class Rotations:
 
     def _of(self, rotary: Any) -> _Made:
         for made in self.made:
-            if made.rotary is rotary:
+            if made.gave(rotary):
                 return made
         raise Unsupported(
             "positions cannot be renumbered for this model: its layers get rotations that its rotary module did not "
