@@ -151,7 +151,7 @@ def _prove(key: _Key) -> Proof:
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
-    """`CASES`, with the site at which attention is read, behind the first layer that has it from layer 1 on, and layers.
+    """`CASES`, with layers, and the site at which attention is read: behind the first layer from 1 on that has it.
 
     Of a decoder that can be cut at its input only, what happens there.
     """

@@ -7,8 +7,10 @@ import subprocess
 import sys
 
 from prunekit import plugins
+from prunekit.families import find
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
+from prunekit.testing.tiny import tiny_llava
 from prunekit.verify import proof
 from prunekit.verify.strategies import with_own
 
@@ -19,6 +21,8 @@ from prunekit import hookimpl, plugins, strategy
 from prunekit.testing.contract import contract
 from prunekit.testing.tiny import tiny_llava
 from prunekit.testing.tiny_configs import CONFIGS
+from prunekit.families import find
+from prunekit.testing.tiny import tiny_llava
 from prunekit.verify import proof
 
 @strategy()
@@ -56,7 +60,7 @@ def test_an_installation_without_the_built_in_strategies_proves_as_much() -> Non
 
 def test_the_proof_prunes_with_its_own() -> None:
     """Every case builds from a registry of nothing else, and the names clash with nobody's."""
-    for name, stages in proof.CASES.items():
+    for name, stages in proof._cases(find(tiny_llava())):
         assert len(build({"name": "case", "stages": list(stages)}, registry=with_own(Registry())).stages) == len(stages)
         assert all(stage["use"].startswith("verify.") for stage in stages), name
     assert {entry.origin for entry in with_own(Registry()).strategies()} == {"prunekit"}
