@@ -172,3 +172,27 @@ def test_merged_patches_stand_where_their_positions_say(family: str, kind: str) 
         assert place[:, 0].tolist() == sorted(place[:, 0].tolist())
         time = position[:, 0]
         assert all(time[n] < time[n + 1] for n in range(len(time) - 1) if place[n, 0] < place[n + 1, 0])
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_patches_that_come_with_their_places(family: str, kind: str) -> None:
+    """Each token depends on the patches of its cell, whose columns and rows stand beside the pixels."""
+    model = tiny_model(family)
+    for name, weight in model.named_parameters():
+        if "vision" in name and "o_proj" in name:
+            weight.zero_()
+    inputs = tiny_batch(model, [(kind,), (kind, kind)])
+    cell = 1 if family == "gemma4_unified" else model.config.vision_config.pooling_kernel_size
+    pixels = inputs[modality(model, kind).pixels].clone().requires_grad_(True)
+    shown = encode(model, kind, inputs | {modality(model, kind).pixels: pixels}).pooler_output
+    found = places(model, kind, inputs, list(map(len, shown)))
+    positions, first = inputs[f"{kind}_position_ids"], 0
+    for place, tokens in zip(found, shown, strict=True):
+        for (frame, row, column, rows, columns), token in zip(place.tolist(), tokens, strict=True):
+            (slope,) = torch.autograd.grad(token.sum(), pixels, retain_graph=True)
+            frames, patches = (slope.abs().sum(-1) > 0).nonzero(as_tuple=True)
+            assert frames.unique().tolist() == [first + frame]
+            assert {(y // cell, x // cell) for x, y in positions[first + frame, patches].tolist()} == {(row, column)}
+            assert len(patches) == cell**2 and row < rows and column < columns
+        first += int(place[:, 0].max()) + 1
