@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
+from prunekit.engine.callers import Callers
 from prunekit.engine.decoder import layers
 from prunekit.engine.decoder.decoding import Decoding, passing
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
@@ -34,21 +36,33 @@ from prunekit.records import RunReport
 from prunekit.upstream import CACHE, todays_names
 
 _ATTACHED = "__prunekit_attached__"
+# Held while blocks are put on a model or taken off: threads may do so at once.
+_LOCK = threading.RLock()
 
 
 class Attached:
     """A pipeline on a model, from entering this context to leaving it: `with Attached(model, pipeline, parts) as run`.
 
     parts: those of `model`, of a known family or proved. processor: the model's, for hooks that read the prompt as
-    text; None: no hook can. observed: whether observers are told of its runs.
-    Raises SpecError for a pipeline that does not fit the model.
+    text; None: no hook can. observed: whether observers are told of its runs. shared: whether calls of all threads and
+    tasks are meant, not only those of the one that enters, and of what it starts inside.
+    Raises SpecError for a pipeline that does not fit the model, Unsupported inside a block that is not the caller's.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pipeline: Pipeline, parts: Parts, processor: Any = None, observed: bool = True
+        self,
+        model: PreTrainedModel,
+        pipeline: Pipeline,
+        parts: Parts,
+        processor: Any = None,
+        observed: bool = True,
+        shared: bool = False,
     ) -> None:
         self.model, self.parts, self.processor, self.observed = model, parts, processor, observed
+        self.callers = Callers(shared)
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
+        if self.outer is not None:
+            self.outer.callers.check_block()
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
@@ -86,16 +100,28 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in."""
+        """Put the overrides in. Raises Unsupported where another thread has just put in others."""
         parts, base = self.parts, self.parts.base
-        if self.outer is not None:
-            self.outer._overrides.restore()
-        try:
-            self._put_in(parts)
-        except BaseException:
-            self.detach()
-            raise
-        base.__dict__[_ATTACHED] = self
+        with _LOCK:
+            if (newer := base.__dict__.get(_ATTACHED)) is not None:
+                newer.callers.check_block()
+            if self.outer is not None:
+                self.outer._overrides.restore()
+            try:
+                self._put_in(parts)
+            except BaseException:
+                self.detach()
+                raise
+            base.__dict__[_ATTACHED] = self
+            self.callers.open()
+
+    def _refuse_change(self, error: Exception | None = None) -> None:
+        """Raise Unsupported where the overrides have been changed while a call ran, which may have met both."""
+        if self.parts.base.__dict__.get(_ATTACHED) is not self:
+            raise Unsupported(
+                "a prunekit.apply block was opened or left on this model while a call of it ran in another thread; "
+                "let calls end (thread.join()) before"
+            ) from error
 
     def _check_processor(self) -> None:
         reading = [stage.label for stage in self.pipeline.stages if stage.asks_for("question")]
@@ -108,6 +134,7 @@ class Attached:
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
         replace(parts.base, "forward", self._base_forward)
+        replace(parts.base, "_replicate_for_data_parallel", _refuse_replicas)
         for modality in parts.modalities:
             replace(parts.base, modality.method, self._encode(modality))
         replace(parts.text, "forward", self._text_forward)
@@ -122,7 +149,12 @@ class Attached:
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
-        self._detached = True
+        with _LOCK:
+            self._detached = True
+            self.callers.close()
+            self._take_out()
+
+    def _take_out(self) -> None:
         if self.parts.base.__dict__.get(_ATTACHED) not in (self, self.outer, None):
             return  # an inner block has outlived this one; it acts for both, and will not put this one back
         self.parts.base.__dict__.pop(_ATTACHED, None)
@@ -157,6 +189,8 @@ class Attached:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_compiling() and self.active:
                     static.require(None)
+                if self._tower is not None:
+                    self.callers.check_call()
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
                 if self._tower is None:
@@ -183,10 +217,11 @@ class Attached:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
                 return original(*args, **kwargs)
-            if not self.active and ragged.is_filled(kwargs.get(CACHE)):
+            if not self.active and (ragged.is_filled(kwargs.get(CACHE)) or not self.callers.include_current):
                 return original(*args, **kwargs)  # nothing to change, and nothing to report of decoding steps
             call = Call(todays_names(dict(zip(names, args, strict=False)) | kwargs), self.parts)
             if self.active:
+                self.callers.check_call()
                 call.refuse_unsupported()
             token = CALL.set(call)
             try:
@@ -209,6 +244,7 @@ class Attached:
             if not self.active and (call is None or call.given.get("input_ids") is None):
                 return original(*args, **kwargs)  # nothing to report of prompts without ids
             if call is None:
+                self.callers.check_call()
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
@@ -221,11 +257,24 @@ class Attached:
             if state is None:
                 state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
-                return self._finish(prefill, _within(prefill, original, args, kwargs))
+                return self._finish(prefill, self._within(prefill, original, args, kwargs))
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
-            return _within(decoding, original, args, kwargs)
+            return self._within(decoding, original, args, kwargs)
 
         return forward
+
+    def _within(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the decoder with `current` as the pass that its layers belong to."""
+        token = CURRENT.set(current)
+        try:
+            output = original(*args, **kwargs)
+        except Exception as error:
+            self._refuse_change(error)
+            raise
+        finally:
+            CURRENT.reset(token)
+        self._refuse_change()
+        return output
 
     def _finish(self, prefill: Prefill, output: Any) -> Any:
         state = self._newest = prefill.state
@@ -243,13 +292,16 @@ class Attached:
         return output
 
 
-def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the decoder with `current` as the pass that its layers belong to."""
-    token = CURRENT.set(current)
-    try:
-        return original(*args, **kwargs)
-    finally:
-        CURRENT.reset(token)
+def _refuse_replicas(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An override of what `torch.nn.DataParallel` calls to copy a module; a copy would run the original."""
+
+    def replicate() -> Any:
+        raise Unsupported(
+            "DataParallel copies the model on every call, and the copies would run the original; give each GPU a "
+            "process with a model of its own"
+        )
+
+    return replicate
 
 
 def report_of(state: BatchState) -> RunReport:
