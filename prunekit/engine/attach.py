@@ -29,6 +29,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
+from prunekit.engine.tracing import REASON, traced_step, untraced
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
@@ -133,16 +134,16 @@ class Attached:
 
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
-        replace(parts.base, "forward", self._base_forward)
+        replace(parts.base, "forward", self._base_forward, traceable=True)
         replace(parts.base, "_replicate_for_data_parallel", _refuse_replicas)
         for modality in parts.modalities:
             replace(parts.base, modality.method, self._encode(modality))
-        replace(parts.text, "forward", self._text_forward)
+        replace(parts.text, "forward", self._text_forward, traceable=True)
         if self.active:
             generate.override(self._overrides, self.model)
             if self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
-            layers.override(self._overrides, parts, self.bound)
+            layers.override(self._overrides, parts, self.bound, self.needs.read)
             if self._tower is not None:
                 blocks.override(self._overrides, self._tower)
             self.needs.check_version()
@@ -187,8 +188,6 @@ class Attached:
             signature = inspect.signature(original)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
-                if torch.compiler.is_compiling() and self.active:
-                    static.require(None)
                 if self._tower is not None:
                     self.callers.check_call()
                 given = signature.bind_partial(*args, **kwargs).arguments
@@ -215,8 +214,8 @@ class Attached:
         names = list(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
-                return original(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self._compiling(forward, original, args, kwargs)
             if not self.active and (ragged.is_filled(kwargs.get(CACHE)) or not self.callers.include_current):
                 return original(*args, **kwargs)  # nothing to change, and nothing to report of decoding steps
             call = Call(todays_names(dict(zip(names, args, strict=False)) | kwargs), self.parts)
@@ -235,11 +234,9 @@ class Attached:
         """Open a step around the decoder stack; after a prefill, give its output the logical length again."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get(CACHE)
             if torch.compiler.is_compiling():
-                if self.active:
-                    static.require(cache)
-                return original(*args, **kwargs)
+                return self._compiling(forward, original, args, kwargs)
+            cache = kwargs.get(CACHE)
             call = CALL.get()
             if not self.active and (call is None or call.given.get("input_ids") is None):
                 return original(*args, **kwargs)  # nothing to report of prompts without ids
@@ -262,6 +259,16 @@ class Attached:
             return self._within(decoding, original, args, kwargs)
 
         return forward
+
+    def _compiling(self, forward: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is traced: a decoding step on a static cache as it is, anything else with its graph broken."""
+        if not self.active:
+            return original(*args, **kwargs)
+        if static.is_sealed(kwargs.get(CACHE)):
+            return traced_step(original, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(forward, *args, **kwargs)
+        raise Unsupported(f"this call cannot be exported: {REASON}")
 
     def _within(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the decoder with `current` as the pass that its layers belong to."""

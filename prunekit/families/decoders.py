@@ -51,7 +51,7 @@ def decoder(text: Any) -> dict[str, Any]:
 
 
 def token_params(module: nn.Module, config: Any) -> int:
-    """Weights of the matrix products that one token passes: of experts, only as many as a token is sent to."""
+    """As `matrix_params`, for one token: of experts, only as many as it is sent to."""
     parameters = [parameter for _, parameter in module.named_parameters()]
     experts = [parameter for parameter in parameters if parameter.ndim == 3]
     chosen = getattr(config, "num_experts_per_tok", None) if experts else 0

@@ -251,7 +251,7 @@ def test_static_caches(model):
 RENUMBERED = {"positions": "renumber", **FASTV}
 HALF = {"stages": [{"use": "skip_layers", "layers": [0], "what": "attention"}]}
 COMPILED = {
-    "a prefill": (FASTV, False, "only decoding steps on a StaticCache that was filled under this pipeline"),
+    "a prefill": (FASTV, False, "only decoding steps on a StaticCache that was filled under it are one graph"),
     "renumbered": (RENUMBERED, True, "renumbered positions cannot be compiled; decode uncompiled"),
     "half a layer": (HALF, True, "layers that '.+' in decoding cannot be compiled; decode uncompiled"),
 }
