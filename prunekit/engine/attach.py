@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -21,16 +22,16 @@ from prunekit.engine.decoder.readings import Needs
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.prompt import generate
+from prunekit.engine.prompt import fit, generate
 from prunekit.engine.prompt.call import CALL, Call
-from prunekit.engine.prompt.visual_inputs import VisualInputs, counts_of, record_on
+from prunekit.engine.prompt.visual_inputs import ENCODES, VisualInputs, counts_of, record_on
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
 from prunekit.engine.tracing import REASON, traced_step, untraced
-from prunekit.errors import Unsupported
+from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
@@ -188,26 +189,36 @@ class Attached:
             signature = inspect.signature(original)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
+                if ENCODES.get():  # one that encodes videos may call the one for images
+                    return original(*args, **kwargs)
                 if self._tower is not None:
                     self.callers.check_call()
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
-                if self._tower is None:
-                    output, seen = original(*args, **kwargs), None
-                else:
-                    with blocks.encoding(self._tower, modality, given) as seen:
-                        output = original(*args, **kwargs)
-                features = getattr(output, "pooler_output", None)
-                if features is not None:
-                    record = None if seen is None else seen.record(features)
-                    record_on(output, VisualInputs(modality, given, counts_of(features), record))
-                if (call := CALL.get()) is not None:
-                    call.outputs[modality.name] = output
-                return output
+                token = ENCODES.set(True)
+                try:
+                    return self._recorded(modality, given, lambda: original(*args, **kwargs))
+                except (ValueError, RuntimeError) as error:
+                    fit.explain(error, modality, self.parts, self.processor)
+                    raise
+                finally:
+                    ENCODES.reset(token)
 
             return encode
 
         return make
+
+    def _recorded(self, modality: Modality, given: Mapping[str, Any], encode: Callable[[], Any]) -> Any:
+        """What `encode` returns, with a record on it of what it was given, and of the tower where stages need it."""
+        with blocks.encoding(self._tower, modality, given) if self._tower else nullcontext() as seen:
+            output = encode()
+        features = getattr(output, "pooler_output", None)
+        if features is not None:
+            record = None if seen is None else seen.record(features)
+            record_on(output, VisualInputs(modality, given, counts_of(features), record))
+        if (call := CALL.get()) is not None:
+            call.outputs[modality.name] = output
+        return output
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
@@ -225,6 +236,11 @@ class Attached:
             token = CALL.set(call)
             try:
                 return original(*args, **kwargs)
+            except PrunekitError:
+                raise
+            except Exception:
+                fit.check_counts(call, self.processor)  # for which the model has words of its own
+                raise
             finally:
                 CALL.reset(token)
 
@@ -252,7 +268,9 @@ class Attached:
                 call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
-                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
+                prompt = call.prompt()
+                fit.check_counts(call, self.processor, sum(prompt.visual_counts))
+                state = BatchState(self.bound, self.parts, prompt, embeds.element_size(), self.processor)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 return self._finish(prefill, self._within(prefill, original, args, kwargs))
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
