@@ -271,6 +271,7 @@ class Attached:
                 prompt = call.prompt()
                 fit.check_counts(call, self.processor, sum(prompt.visual_counts))
                 state = BatchState(self.bound, self.parts, prompt, embeds.element_size(), self.processor)
+                state.note_length(embeds.shape[1], kwargs.get("position_ids"))
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 return self._finish(prefill, self._within(prefill, original, args, kwargs))
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)

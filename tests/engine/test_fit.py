@@ -127,3 +127,40 @@ def test_masked_images_are_no_fault_of_the_processor(model):
     with prunekit.apply(model, FASTV) as run:
         model(**inputs)
     assert run.report.visual_tokens == (12,)
+
+
+LONG = "more than the model's max_position_embeddings of"
+
+
+def notes(model, inputs, way, stages=FASTV):
+    with prunekit.apply(model, stages) as run:
+        model(**inputs) if way == "forward" else model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    assert LONG not in str(run.report) or any(LONG in note for note in run.report.notes)
+    return [note for note in run.report.notes if LONG in note]
+
+
+@pytest.mark.parametrize("stages", [FASTV, DENSE], ids=["pruned", "dense"])
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_prompts_beyond_the_positions_of_the_model_are_noted(way, stages):
+    model, inputs = tiny_llava(dtype=torch.float32), tiny_inputs((1, 2), (9, 14), dtype=torch.float32)
+    length = inputs["input_ids"].shape[1]
+    model.config.text_config.max_position_embeddings = length
+    assert notes(model, inputs, way, stages) == []
+    model.config.text_config.max_position_embeddings = length - 1
+    (note,) = notes(model, inputs, way, stages)
+    assert note.startswith(f"the prompt takes {length} positions, {LONG} {length - 1}: ")
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_tokens_of_an_image_may_share_positions(way):
+    """With one position for each row and column, a prompt takes fewer than it has tokens."""
+    model = tiny_model("qwen2_vl", dtype=torch.float32)
+    inputs = tiny_batch(model)
+    seen = []
+    model.get_decoder().rotary_emb.register_forward_pre_hook(lambda _, args: seen.append(int(args[1].max()) + 1))
+    model(**inputs)
+    (needed,) = seen
+    assert needed < inputs["input_ids"].shape[1]
+    for limit, wanted in ((needed, 0), (needed - 1, 1)):
+        model.config.text_config.max_position_embeddings = limit
+        assert len(notes(model, inputs, way)) == wanted
