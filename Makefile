@@ -54,7 +54,8 @@ test-full: lint ## the same, shuffled, with the full exactness matrix, whose tab
 	@echo "shuffled tests: SEED=$(SEED)"
 	$(PYTEST) -p randomly --randomly-seed=$(SEED) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
 
-test-matrix: $(STAMP) ## the tests of exactness on several versions of transformers; minutes for each
+test-matrix: $(STAMP) ## the wheel in an empty environment, and exactness on several transformers; minutes for each
+	$(BIN)/python tests/fresh_install.py
 	$(BIN)/python tests/versions.py $(VERSIONS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves

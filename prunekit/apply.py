@@ -22,6 +22,7 @@ def apply(
     overrides: Sequence[str] = (),
     *,
     processor: Any = None,
+    shared: bool = False,
 ) -> Iterator[Attached]:
     """Within the block, `model` really drops the tokens and skips the layers that `pipeline` says.
 
@@ -30,6 +31,10 @@ def apply(
     processor: the model's processor or tokenizer, which strategies that read the prompt as text need; None: such a
     strategy is refused. A model without a family file is proved first, on a tiny twin, which takes seconds, once for
     each config.
+    shared: whose calls of `model` are pruned. False: those of the thread or asyncio task that opens the block, of
+    threads and tasks that it starts inside, and of whatever runs in its context (`asyncio.to_thread`); a call from
+    elsewhere raises Unsupported while the block is open, and so does another block there. True: everybody's, as in a
+    server that opens one block for all requests.
     Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
     model is as it was, bit for bit. Inside another block on the same model, the stages of both act, as if one pipeline
     held them all; the outer block's own pipeline is back when the inner one is left. Raises SpecError for a pipeline
@@ -39,5 +44,5 @@ def apply(
     if isinstance(pipeline, Pipeline) and overrides:
         raise InputError("overrides change a pipeline as it is read: give them to prunekit.load, or the file to apply")
     built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides)
-    with Attached(model, built, proved_parts(model), processor) as attached:
+    with Attached(model, built, proved_parts(model), processor, shared=shared) as attached:
         yield attached

@@ -276,6 +276,10 @@ def _module_forward() -> None:
     _expect(int(module(torch.zeros(()))) == 1, "nn.Module.__call__ does not call the instance's forward")
 
 
+def _replicas() -> None:
+    _expect(callable(nn.Identity()._replicate_for_data_parallel), "DataParallel copies modules in another way")
+
+
 RAGGED, STATIC, TAP = "engine/cache/ragged.py", "engine/cache/static.py", "engine/attention/tap.py"
 PROBES = (
     Probe(
@@ -349,6 +353,12 @@ PROBES = (
         {"families/grids.py": "modeling_llava_next", "families/patch_groups.py": "PACKING"},
         "coords and patches of any-resolution images",
         _anyres,
+    ),
+    Probe(
+        "torch.nn.Module._replicate_for_data_parallel",
+        {"engine/attach.py": "_replicate_for_data_parallel"},
+        "copies of a model inside a block are refused",
+        _replicas,
     ),
     Probe("torch.nn.Module.__call__", {"engine/overrides.py": "__dict__"}, "overrides of instances", _module_forward),
 )

@@ -164,8 +164,8 @@ def test_no_module_imports_itself_through_others(package: str) -> None:
 
 
 ENGINE = (
-    "overrides", "tokens", "attention", "cache", "prompt", "asking", "tower", "decoder", "summary", "observers",
-    "attach",
+    "tracing", "overrides", "patches", "callers", "tokens", "attention", "cache", "prompt", "asking", "tower",
+    "decoder", "summary", "observers", "attach",
 )  # fmt: skip
 
 

@@ -95,6 +95,9 @@ CHANGES: dict[str, Any] = {
     "models.llava_next.modeling_llava_next": lambda patch: patch.setattr(
         modeling_llava_next, "unpad_image", lambda image, size: image
     ),
+    "torch.nn.Module._replicate_for_data_parallel": lambda patch: patch.delattr(
+        torch.nn.Module, "_replicate_for_data_parallel"
+    ),
     "torch.nn.Module.__call__": _one_more,
 }
 

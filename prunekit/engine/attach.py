@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
+from prunekit.engine.callers import Callers
 from prunekit.engine.decoder import around, layers
 from prunekit.engine.decoder.decoding import Decoding, passing
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
@@ -19,36 +22,49 @@ from prunekit.engine.decoder.readings import Needs
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.prompt import generate
+from prunekit.engine.prompt import fit, generate
 from prunekit.engine.prompt.call import CALL, Call
-from prunekit.engine.prompt.visual_inputs import VisualInputs, counts_of, record_on
+from prunekit.engine.prompt.visual_inputs import ENCODES, VisualInputs, counts_of, record_on
 from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import tower_events, tower_tokens
-from prunekit.errors import Unsupported
+from prunekit.engine.tracing import REASON, traced_step, untraced
+from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
 from prunekit.upstream import CACHE, todays_names
 
 _ATTACHED = "__prunekit_attached__"
+# Held while blocks are put on a model or taken off: threads may do so at once.
+_LOCK = threading.RLock()
 
 
 class Attached:
     """A pipeline on a model, from entering this context to leaving it: `with Attached(model, pipeline, parts) as run`.
 
     parts: those of `model`, of a known family or proved. processor: the model's, for hooks that read the prompt as
-    text; None: no hook can. observed: whether observers are told of its runs.
-    Raises SpecError for a pipeline that does not fit the model.
+    text; None: no hook can. observed: whether observers are told of its runs. shared: whether calls of all threads and
+    tasks are meant, not only those of the one that enters, and of what it starts inside.
+    Raises SpecError for a pipeline that does not fit the model, Unsupported inside a block that is not the caller's.
     """
 
     def __init__(
-        self, model: PreTrainedModel, pipeline: Pipeline, parts: Parts, processor: Any = None, observed: bool = True
+        self,
+        model: PreTrainedModel,
+        pipeline: Pipeline,
+        parts: Parts,
+        processor: Any = None,
+        observed: bool = True,
+        shared: bool = False,
     ) -> None:
         self.model, self.parts, self.processor, self.observed = model, parts, processor, observed
+        self.callers = Callers(shared)
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
+        if self.outer is not None:
+            self.outer.callers.check_block()
         shape = self.parts.shape()
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
@@ -86,16 +102,28 @@ class Attached:
         return self._report[1]
 
     def attach(self) -> None:
-        """Put the overrides in."""
+        """Put the overrides in. Raises Unsupported where another thread has just put in others."""
         parts, base = self.parts, self.parts.base
-        if self.outer is not None:
-            self.outer._overrides.restore()
-        try:
-            self._put_in(parts)
-        except BaseException:
-            self.detach()
-            raise
-        base.__dict__[_ATTACHED] = self
+        with _LOCK:
+            if (newer := base.__dict__.get(_ATTACHED)) is not None:
+                newer.callers.check_block()
+            if self.outer is not None:
+                self.outer._overrides.restore()
+            try:
+                self._put_in(parts)
+            except BaseException:
+                self.detach()
+                raise
+            base.__dict__[_ATTACHED] = self
+            self.callers.open()
+
+    def _refuse_change(self, error: Exception | None = None) -> None:
+        """Raise Unsupported where the overrides have been changed while a call ran, which may have met both."""
+        if self.parts.base.__dict__.get(_ATTACHED) is not self:
+            raise Unsupported(
+                "a prunekit.apply block was opened or left on this model while a call of it ran in another thread; "
+                "let calls end (thread.join()) before"
+            ) from error
 
     def _check_processor(self) -> None:
         reading = [stage.label for stage in self.pipeline.stages if stage.asks_for("question")]
@@ -107,24 +135,30 @@ class Attached:
 
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
-        replace(parts.base, "forward", self._base_forward)
+        replace(parts.base, "forward", self._base_forward, traceable=True)
+        replace(parts.base, "_replicate_for_data_parallel", _refuse_replicas)
         for modality in parts.modalities:
             replace(parts.base, modality.method, self._encode(modality))
-        replace(parts.text, "forward", self._text_forward)
+        replace(parts.text, "forward", self._text_forward, traceable=True)
         if self.active:
             generate.override(self._overrides, self.model)
             if parts.opaque is not None:
                 around.check(parts)
             elif self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
-            layers.override(self._overrides, parts, self.bound)
+            layers.override(self._overrides, parts, self.bound, self.needs.read)
             if self._tower is not None:
                 blocks.override(self._overrides, self._tower)
             self.needs.check_version()
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
-        self._detached = True
+        with _LOCK:
+            self._detached = True
+            self.callers.close()
+            self._take_out()
+
+    def _take_out(self) -> None:
         if self.parts.base.__dict__.get(_ATTACHED) not in (self, self.outer, None):
             return  # an inner block has outlived this one; it acts for both, and will not put this one back
         self.parts.base.__dict__.pop(_ATTACHED, None)
@@ -157,42 +191,58 @@ class Attached:
             signature = inspect.signature(original)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
-                if torch.compiler.is_compiling() and self.active:
-                    static.require(None)
+                if ENCODES.get():  # one that encodes videos may call the one for images
+                    return original(*args, **kwargs)
+                if self._tower is not None:
+                    self.callers.check_call()
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
-                if self._tower is None:
-                    output, seen = original(*args, **kwargs), None
-                else:
-                    with blocks.encoding(self._tower, modality, given) as seen:
-                        output = original(*args, **kwargs)
-                features = getattr(output, "pooler_output", None)
-                if features is not None:
-                    record = None if seen is None else seen.record(features)
-                    record_on(output, VisualInputs(modality, given, counts_of(features), record))
-                if (call := CALL.get()) is not None:
-                    call.outputs[modality.name] = output
-                return output
+                token = ENCODES.set(True)
+                try:
+                    return self._recorded(modality, given, lambda: original(*args, **kwargs))
+                except (ValueError, RuntimeError) as error:
+                    fit.explain(error, modality, self.parts, self.processor)
+                    raise
+                finally:
+                    ENCODES.reset(token)
 
             return encode
 
         return make
+
+    def _recorded(self, modality: Modality, given: Mapping[str, Any], encode: Callable[[], Any]) -> Any:
+        """What `encode` returns, with a record on it of what it was given, and of the tower where stages need it."""
+        with blocks.encoding(self._tower, modality, given) if self._tower else nullcontext() as seen:
+            output = encode()
+        features = getattr(output, "pooler_output", None)
+        if features is not None:
+            record = None if seen is None else seen.record(features)
+            record_on(output, VisualInputs(modality, given, counts_of(features), record))
+        if (call := CALL.get()) is not None:
+            call.outputs[modality.name] = output
+        return output
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
         names = list(inspect.signature(original).parameters)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():  # a decoding step, or `_text_forward` refuses it
-                return original(*args, **kwargs)
-            if not self.active and ragged.is_filled(kwargs.get(CACHE)):
+            if torch.compiler.is_compiling():
+                return self._compiling(forward, original, args, kwargs)
+            if not self.active and (ragged.is_filled(kwargs.get(CACHE)) or not self.callers.include_current):
                 return original(*args, **kwargs)  # nothing to change, and nothing to report of decoding steps
             call = Call(todays_names(dict(zip(names, args, strict=False)) | kwargs), self.parts)
             if self.active:
+                self.callers.check_call()
                 call.refuse_unsupported()
             token = CALL.set(call)
             try:
                 return original(*args, **kwargs)
+            except PrunekitError:
+                raise
+            except Exception:
+                fit.check_counts(call, self.processor)  # for which the model has words of its own
+                raise
             finally:
                 CALL.reset(token)
 
@@ -202,15 +252,14 @@ class Attached:
         """Open a step around the decoder stack; after a prefill, give its output the logical length again."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get(CACHE)
             if torch.compiler.is_compiling():
-                if self.active:
-                    static.require(cache)
-                return original(*args, **kwargs)
+                return self._compiling(forward, original, args, kwargs)
+            cache = kwargs.get(CACHE)
             call = CALL.get()
             if not self.active and (call is None or call.given.get("input_ids") is None):
                 return original(*args, **kwargs)  # nothing to report of prompts without ids
             if call is None:
+                self.callers.check_call()
                 raise Unsupported(
                     "the decoder was called by itself; call the LVLM, which knows where the visual tokens are"
                 )
@@ -225,18 +274,49 @@ class Attached:
                 call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
             if state is None:
-                state = BatchState(self.bound, self.parts, call.prompt(), embeds.element_size(), self.processor)
-                state.wanted = wanted
+                state = self._begin(call, kwargs, wanted)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 if self.parts.opaque is not None:
                     return self._finish(prefill, around.prefill(prefill, original, kwargs))
-                return self._finish(prefill, _within(prefill, original, args, kwargs))
+                return self._finish(prefill, self._within(prefill, original, args, kwargs))
             if self.parts.opaque is not None:
                 return around.decode(state, original, kwargs, kind)
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
-            return _within(decoding, original, args, kwargs)
+            return self._within(decoding, original, args, kwargs)
 
         return forward
+
+    def _begin(self, call: Call, kwargs: Mapping[str, Any], wanted: int) -> BatchState:
+        """The state of a new prompt batch, from the arguments of the decoder's call. wanted: as in `BatchState`."""
+        embeds, prompt = kwargs["inputs_embeds"], call.prompt()
+        fit.check_counts(call, self.processor, sum(prompt.visual_counts))
+        state = BatchState(self.bound, self.parts, prompt, embeds.element_size(), self.processor)
+        state.wanted = wanted
+        state.note_length(embeds.shape[1], kwargs.get("position_ids"))
+        return state
+
+    def _compiling(self, forward: Any, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call that is traced: a decoding step on a static cache as it is, anything else with its graph broken."""
+        if not self.active:
+            return original(*args, **kwargs)
+        if static.is_sealed(kwargs.get(CACHE)):
+            return traced_step(original, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return untraced(forward, *args, **kwargs)
+        raise Unsupported(f"this call cannot be exported: {REASON}")
+
+    def _within(self, current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the decoder with `current` as the pass that its layers belong to."""
+        token = CURRENT.set(current)
+        try:
+            output = original(*args, **kwargs)
+        except Exception as error:
+            self._refuse_change(error)
+            raise
+        finally:
+            CURRENT.reset(token)
+        self._refuse_change()
+        return output
 
     def _finish(self, prefill: Prefill, output: Any) -> Any:
         state = self._newest = prefill.state
@@ -260,13 +340,16 @@ class Attached:
         return output
 
 
-def _within(current: ForwardPass, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call the decoder with `current` as the pass that its layers belong to."""
-    token = CURRENT.set(current)
-    try:
-        return original(*args, **kwargs)
-    finally:
-        CURRENT.reset(token)
+def _refuse_replicas(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An override of what `torch.nn.DataParallel` calls to copy a module; a copy would run the original."""
+
+    def replicate() -> Any:
+        raise Unsupported(
+            "DataParallel copies the model on every call, and the copies would run the original; give each GPU a "
+            "process with a model of its own"
+        )
+
+    return replicate
 
 
 def report_of(state: BatchState) -> RunReport:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from prunekit.engine.tracing import as_written
 from prunekit.errors import PrunekitError
 
 MARK = "__prunekit_override__"
@@ -23,11 +24,21 @@ class Overrides:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def replace(self, module: nn.Module, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Override `module.name` with `make(original)`."""
+    def replace(
+        self,
+        module: nn.Module,
+        name: str,
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+        traceable: bool = False,
+    ) -> None:
+        """Override `module.name` with `make(original)`.
+
+        traceable: it knows by itself what to do under `torch.compile`; others are never traced.
+        """
         original = getattr(module, name)
         earlier = module.__dict__.get(name)
-        override = functools.wraps(original)(make(original))
+        made = make(original) if traceable else as_written(make(original), original)
+        override = functools.wraps(original)(made)
         setattr(override, MARK, True)
         module.__dict__[name] = override
 

@@ -308,6 +308,31 @@ def mixer_params(module: nn.Module) -> int:
     return matrix_params(module) + sum(one.weight.numel() for one in convolutions)
 
 
+# Several weights share one number of these; of `float4_e2m1fn_x2`, as its name says, two.
+PACKED = frozenset({"torch.uint8", "torch.int16", "torch.int32", "torch.float4_e2m1fn_x2"})
+
+
 def matrix_params(module: nn.Module) -> int:
-    """Weights of the matrix products that every token passes."""
-    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    """Weights of the matrix products that every token passes.
+
+    A linear layer counts by its features, whatever holds its weights: quantised ones keep them packed, or in no
+    parameter at all. Raises Unsupported for packed weights elsewhere, which do not say how many they are.
+    """
+    if is_linear(module):
+        return int(module.in_features * module.out_features)  # type: ignore[operator]
+    own = list(module.named_parameters(recurse=False))
+    for name, tensor in (*own, *module.named_buffers(recurse=False)):
+        if tensor.ndim > 1 and str(tensor.dtype) in PACKED:
+            raise Unsupported(
+                f"{type(module).__name__}.{name} holds packed weights ({tensor.dtype}) outside of a linear layer, so "
+                "that FLOPs could not be stated; load the model without quantising this part"
+            )
+    return sum(p.numel() for _, p in own if p.ndim == 2) + sum(map(matrix_params, module.children()))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one linear layer: it says its features, and is no wrapper of others, as adapters are."""
+    features = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    return all(isinstance(one, int) for one in features) and not any(
+        hasattr(part, "in_features") for part in module.modules() if part is not module
+    )

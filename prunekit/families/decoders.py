@@ -101,7 +101,7 @@ def plain(text: Any) -> dict[str, Any]:
 
 
 def token_params(module: nn.Module, config: Any) -> int:
-    """Weights of the matrix products that one token passes: of experts, only as many as a token is sent to."""
+    """As `matrix_params`, for one token, with convolutions: of experts, only as many as it is sent to."""
     convolutions = [part.weight for part in module.modules() if isinstance(part, nn.Conv1d)]
     experts = [one for one in module.parameters() if one.ndim == 3 and not any(one is other for other in convolutions)]
     chosen = getattr(config, "num_experts_per_tok", None) if experts else 0

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from examples import registered
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from tower_cases import ANYWHERE, Merging, Norms, piped
@@ -317,3 +318,17 @@ def test_places_seeds_and_counts_inside_the_tower(name):
     assert (first[5], second[5]) == (0, 1)
     assert first[6] == again[6] and len(set(first[6])) == len(first[6])
     assert bool((first[2] == 1).all()) and first[7].shape[-1] == found[0].shape[-1]
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_names() if takes_video(name) and "glm" not in name])
+def test_images_and_videos_of_one_prompt(name):
+    """`generate` encodes them before it calls the model, a forward while it runs; some encode videos as images."""
+    model = model_of(name)
+    inputs = tiny_batch(model, (("image", "video"), ("video",)))
+    for stage in ({"use": "pool", "keep": 0.25}, {"use": "ex_loud", "at": "vision.0", "keep": 0.5}):
+        with registered(), prunekit.apply(model, {"stages": [stage]}) as run:
+            model(**inputs)
+            forward = run.report
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            assert forward is not None and run.report == forward
+            assert all(0 < few < many for few, many in zip(forward.kept_tokens, forward.visual_tokens, strict=True))

@@ -228,8 +228,19 @@ def test_new_images_on_a_pruned_cache(model):
     more = {"input_ids": inputs["input_ids"][:, 5:], "pixel_values": inputs["pixel_values"]}
     with prunekit.apply(model, FASTV):
         cache = model(**inputs)[CACHE]
-        with refused("new images on a KV cache that was already pruned are not supported; start a new prompt", model):
+        with refused("new images on a KV cache that already holds a prompt are not supported", model):
             model(**more, attention_mask=longer(inputs, more["input_ids"].shape[1]), **{CACHE: cache})
+
+
+def test_images_after_a_prompt_without_any(model):
+    """Nothing was pruned there; the reason is another."""
+    inputs = inputs_of()
+    text = {"input_ids": torch.tensor([[1, 5, 6, 7]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    more = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"]}
+    with pytest.warns(prunekit.PrunekitWarning, match="no visual tokens"), prunekit.apply(model, FASTV):
+        cache = model(**text)[CACHE]
+        with refused("stages decide once, when a prompt begins; start a new prompt with all that was said", model):
+            model(**more, attention_mask=longer(text, more["input_ids"].shape[1]), **{CACHE: cache})
 
 
 def test_cropping_into_the_prompt(model):
@@ -257,7 +268,7 @@ def test_static_caches(model):
 RENUMBERED = {"positions": "renumber", **FASTV}
 HALF = {"stages": [{"use": "skip_layers", "layers": [0], "what": "attention"}]}
 COMPILED = {
-    "a prefill": (FASTV, False, "only decoding steps on a StaticCache that was filled under this pipeline"),
+    "a prefill": (FASTV, False, "only decoding steps on a StaticCache that was filled under it are one graph"),
     "renumbered": (RENUMBERED, True, "renumbered positions cannot be compiled; decode uncompiled"),
     "half a layer": (HALF, True, "layers that '.+' in decoding cannot be compiled; decode uncompiled"),
 }

@@ -10,7 +10,6 @@ and no configuration is touched.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from prunekit.engine.attention.attended import Attended
+from prunekit.engine.patches import Patch
 from prunekit.errors import Unsupported
 
 METHOD = "get_interface"
@@ -83,28 +83,6 @@ def recorded(record: Record) -> Iterator[Record]:
         yield record
 
 
-class _Patch:
-    """A block within which there are taps on `AttentionInterface`: of several at once the last takes them off."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0
-        self.original: Callable[..., Any] | None = None
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.users == 0:
-                self.original = method()
-                setattr(AttentionInterface, METHOD, _tapping(self.original))
-            self.users += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.users -= 1
-            if self.users == 0:
-                setattr(AttentionInterface, METHOD, self.original)
-
-
 def method() -> Callable[..., Any]:
     """The method of `AttentionInterface` that taps go on. Raises Unsupported for versions that have none."""
     found: Callable[..., Any] | None = AttentionInterface.__dict__.get(METHOD)
@@ -114,9 +92,6 @@ def method() -> Callable[..., Any]:
             "rows, keys and values; use a version that pyproject.toml names, or stages that need none"
         )
     return found
-
-
-_patch = _Patch()
 
 
 def _tapping(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,3 +120,6 @@ def _around(function: Callable[..., Any], taps: Taps) -> Callable[..., Any]:
         return function(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend
+
+
+_patch = Patch(AttentionInterface, METHOD, _tapping)

@@ -148,13 +148,9 @@ def forget(model: Any) -> None:
         del model.__dict__["_cache"]
 
 
-def require(cache: Any) -> None:
-    """Raise Unsupported while a call is traced that cannot be pruned in compiled form."""
-    if cache is None or not all(isinstance(layer, RaggedStaticLayer) and layer.sealed for layer in cache.layers):
-        raise Unsupported(
-            "only decoding steps on a StaticCache that was filled under this pipeline can be compiled; run the prefill "
-            "uncompiled, as `generate` does with cache_implementation='static'"
-        )
+def is_sealed(cache: Any) -> bool:
+    """Whether `cache` is static, and was filled under a pipeline: all that decoding needs stands on it."""
+    return cache is not None and all(isinstance(one, RaggedStaticLayer) and one.sealed for one in cache.layers)
 
 
 def decode(

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekit.engine.cache import static
-from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
+from prunekit.engine.decoder.forward_pass import CURRENT
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.streams import as_layers_take, tokens_first
+from prunekit.engine.tracing import STEP, as_it_is, is_compiled, untraced
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.strategy.decisions import LayerAction
 
 
-def override(overrides: Overrides, parts: Parts, bound: BoundPipeline) -> None:
-    """Override the layers of `parts`, and of their attention, norm and MLP what `bound` needs."""
+def override(overrides: Overrides, parts: Parts, bound: BoundPipeline, read: Container[int]) -> None:
+    """Override the layers of `parts`, and of their attention, norm and MLP what `bound` needs.
+
+    read: layers whose attention is read.
+    """
     kind = masks.kind_of(parts.attention_implementation) or "bool"
     inside = {cut.site.layer for cut in bound.cuts if cut.site.in_decoder and cut.site.point == "mid"}
     for number, layer in enumerate(parts.layers):
-        overrides.replace(layer, "forward", _layer_forward(number, kind))
+        overrides.replace(layer, "forward", _layer_forward(number, kind), traceable=True)
         if number in inside:
             _override_mid(overrides, parts, layer)
+        if number in read or is_compiled(layer):
+            overrides.replace(parts.mixing(number), "forward", as_it_is)
         if _may(bound, number, LayerAction.SKIP_ATTENTION):
             overrides.replace(parts.mixing(number), "forward", _attention_forward(parts.attends(number)))
         if _may(bound, number, LayerAction.SKIP_MLP):
@@ -49,12 +55,6 @@ def _override_mid(overrides: Overrides, parts: Parts, layer: Any) -> None:
     overrides.replace(getattr(layer, parts.mlp), "forward", _cut_mlp_forward)
 
 
-def current_pass() -> ForwardPass | None:
-    """The pass that runs in this thread; None outside of one, and in compiled decoding, which needs none."""
-    # Context variables cannot be traced.
-    return None if torch.compiler.is_compiling() else CURRENT.get()
-
-
 def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         parameters = inspect.signature(original).parameters.values()
@@ -72,7 +72,9 @@ def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any
             if args:
                 kwargs.update(zip(names, args, strict=False))
             if torch.compiler.is_dynamo_compiling():  # the cheapest test: it is made for every layer and step
-                return static.decode(number, original, hidden_states, kwargs, kind)
+                if STEP.traced:
+                    return static.decode(number, original, hidden_states, kwargs, kind)
+                return untraced(forward, hidden_states, **kwargs)
             current = CURRENT.get()
             if current is None or number in current.passing:
                 return original(hidden_states, **kwargs)
@@ -95,7 +97,7 @@ def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            current = current_pass()
+            current = CURRENT.get()
             if current is None or current.left_out is not LayerAction.SKIP_ATTENTION:
                 return original(*args, **kwargs)
             zeros = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
@@ -108,7 +110,7 @@ def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable
 
 def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = current_pass()
+        current = CURRENT.get()
         if current is None or current.left_out is not LayerAction.SKIP_MLP:
             return original(hidden_states, *args, **kwargs)
         return torch.zeros_like(hidden_states)
@@ -120,7 +122,7 @@ def _cut_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """The norm before the MLP, on the tokens that the cuts inside the layer leave."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = current_pass()
+        current = CURRENT.get()
         if current is None or current.mid is None:
             return original(hidden, *args, **kwargs)
         return original(current.mid.decide(hidden), *args, **kwargs)
@@ -132,7 +134,7 @@ def _cut_mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """The MLP, whose output goes back to the width of the layer."""
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = current_pass()
+        current = CURRENT.get()
         output = original(hidden, *args, **kwargs)
         if current is None or current.mid is None:
             return output
@@ -146,7 +148,7 @@ def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """An override of the decoder's rotary module: its calls are recorded, to be made again with other positions."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        current = current_pass()
+        current = CURRENT.get()
         return original(*args, **kwargs) if current is None else current.rotations.record(original, args, kwargs)
 
     return forward

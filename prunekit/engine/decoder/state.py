@@ -102,6 +102,22 @@ class BatchState:
         elif self.bound.cuts and without:
             self.notes.append(f"no visual tokens in samples {', '.join(without)}: all their tokens ran")
 
+    def note_length(self, tokens: int, positions: Tensor | None) -> None:
+        """Note a prompt that goes beyond the positions that its decoder says to know.
+
+        tokens: of the prompt, padding among them. positions: int64 (B, S), or one for each axis of rotation (3, B, S),
+        of which others may stand in front; None: the decoder counts tokens. Read back only for long prompts.
+        """
+        limit = getattr(self.parts.text.config, "max_position_embeddings", None)
+        if limit is None or tokens <= limit:
+            return
+        needed = tokens if positions is None else 1 + int((positions if positions.ndim < 3 else positions[-3:]).max())
+        if needed > limit:
+            self.notes.append(
+                f"the prompt takes {needed} positions, more than the model's max_position_embeddings of {limit}: "
+                "answers may be poor with or without pruning"
+            )
+
     def __deepcopy__(self, memo: object) -> BatchState:
         """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
         return self

@@ -83,9 +83,12 @@ class Call:
             )
 
     def refuse_new_inputs(self) -> None:
-        """Raise Unsupported when later tokens on a pruned cache bring images or videos."""
+        """Raise Unsupported when later tokens on a prompt's cache bring images or videos."""
         if self.outputs:
-            raise Unsupported("new images on a KV cache that was already pruned are not supported; start a new prompt")
+            raise Unsupported(
+                "new images on a KV cache that already holds a prompt are not supported: stages decide once, when a "
+                "prompt begins; start a new prompt with all that was said"
+            )
 
     def sources(self) -> tuple[VisualInputs, ...]:
         """What was encoded for this call, modality by modality."""

@@ -7,6 +7,7 @@ encoder's output object, which survives that; it is in the order of the inputs b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,10 @@ _ATTRIBUTE = "_prunekit_visual_inputs"
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # One odd factor per dimension, so that a pixel's weight depends on where it is and not on how wide the padding is.
 _FACTORS = (7919, 104729, 1299709, 15485863)
+
+
+# Whether an encoding method of the model runs in this context.
+ENCODES: ContextVar[bool] = ContextVar("prunekit_encodes", default=False)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.packed import as_row, cut_along
 from prunekit.engine.tower.record import Decision
 from prunekit.engine.tower.view import TowerView
+from prunekit.engine.tracing import as_it_is
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality
 from prunekit.pipeline.stage import Cut
@@ -50,6 +51,8 @@ def override(overrides: Overrides, needs: TowerNeeds) -> None:
             overrides.replace(block, "forward", partial(_block_forward, number))
         if number >= first:
             overrides.replace(getattr(block, tower.attention), "forward", _attention_forward)
+        elif number in needs.reads:
+            overrides.replace(getattr(block, tower.attention), "forward", as_it_is)
         if needs.cuts_at(number, "mid"):
             overrides.replace(getattr(block, tower.mlp), "forward", _mlp_forward)
     if needs.pools and tower.pool is not None:
