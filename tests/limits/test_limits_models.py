@@ -109,6 +109,7 @@ def _nothing_attends(text):
 
 def _shared(text):
     text.config.num_kv_shared_layers = 2
+    text.config.layer_types = ["full_attention"] * 6
 
 
 @pytest.mark.parametrize(
