@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -90,15 +90,17 @@ class Parts:
     base: receives `input_ids` and encodes images and videos. text: the decoder stack, whose output is
         `last_hidden_state`. layers: its decoder layers. modalities: the kinds of visual input that it takes.
     visual_tokens: of one image, None where that depends on the image.
-    attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
-        after attention; None where attention and MLP run side by side.
+    attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, or the MLP where there is
+        none, whose input is the state after attention; None where no part has that: attention and MLP run side by side.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
         layer 0.
     norm: of the module of `text` that its output passes last.
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
+    reads_positions: layers use the position ids that they are given, and not only to tell packed sequences apart.
+    counts_to: layers count positions by themselves, in the tokens that they get, which matters from this one on; None:
+        they do not.
     logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
         features to them in Qwen3-VL); 0: it never does.
-    token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
     tower: None where the vision tower cannot be cut or read.
     """
 
@@ -114,8 +116,9 @@ class Parts:
     mlp_params: int | None = None
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
+    reads_positions: bool = False
+    counts_to: int | None = None
     logical_until: int = 0
-    token_kwargs: tuple[str, ...] = ()
     tower: Tower | None = None
 
     @property
@@ -141,19 +144,17 @@ class Parts:
         """The numbers of the model; it may live on the meta device."""
         config: Any = self.text.config
         layer = self.layers[0]
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        attention = matrix_params(getattr(layer, self.attention))
-        inner = config.num_attention_heads * head_dim
+        attentions = [getattr(one, self.attention) for one in self.layers]
+        heads = head_sizes(config, attentions)
         return ModelShape(
             family=self.family,
             layers=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
-            head_dim=head_dim,
-            attention_params=attention,
+            head_dim=(heads.key + heads.value) // 2,
+            attention_params=sum(map(matrix_params, attentions)) // len(attentions),
             mlp_params=matrix_params(getattr(layer, self.mlp)) if self.mlp_params is None else self.mlp_params,
-            kv_width=2 * kv_heads * head_dim,
+            kv_width=heads.kv_width,
             visual_tokens=self.visual_tokens,
             tower=None if self.tower is None else self.tower.shape(),
             attention=self.attention_implementation,
@@ -161,7 +162,7 @@ class Parts:
             logical_until=self.logical_until,
             layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
-            output_params=attention - config.hidden_size * (inner + 2 * kv_heads * head_dim),
+            output_params=config.hidden_size * config.num_attention_heads * heads.value,
         )
 
 
@@ -172,6 +173,42 @@ class Family:
     name: str
     model_types: frozenset[str]
     parts: Callable[[PreTrainedModel], Parts]
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Numbers of one key and of one value of a head, and those that a token adds to the KV cache of a layer."""
+
+    key: int
+    value: int
+    kv_width: int
+
+
+def head_sizes(config: Any, attentions: Sequence[nn.Module]) -> HeadSizes:
+    """Of a decoder with these attentions, on average over its layers, which may differ."""
+    every = [_head_sizes(layer_config(config, number), module) for number, module in enumerate(attentions)]
+    numbers = (sum(column) // len(every) for column in zip(*map(astuple, every), strict=True))
+    return HeadSizes(*numbers)
+
+
+def _head_sizes(config: Any, attention: nn.Module) -> HeadSizes:
+    """Of one layer. Attention with latent keys and values (MLA) caches these, and expands them when it attends."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key, value = size, getattr(config, "v_head_dim", None) or size
+    if getattr(config, "qk_nope_head_dim", None):
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if hasattr(attention, "expand_kv"):
+        return HeadSizes(key, value, config.kv_lora_rank + config.qk_rope_head_dim)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    projection = getattr(attention, "k_proj", None)
+    if isinstance(projection, nn.Linear):  # layers may have more of them than the config says
+        kv_heads = projection.out_features // key
+    return HeadSizes(key, value, kv_heads * (key + value))
+
+
+def layer_config(config: Any, number: int) -> Any:
+    """The config of one decoder layer: layers of the newest models differ in their numbers."""
+    return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config
 
 
 def square_grid(tokens: int) -> Tensor:

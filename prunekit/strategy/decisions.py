@@ -210,6 +210,7 @@ class ModelShape:
         MLP of its layers. logical_until: behind layers before this one it adds features of its images to
         hidden states. layer_kinds: of attention, one for each layer, such as `sliding_attention`; empty: all are alike.
     rotary: it has rotary positions that can be renumbered.
+    head_dim: numbers of a head; where keys and values differ, the mean of both.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     """
 

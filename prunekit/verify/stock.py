@@ -24,7 +24,7 @@ from prunekit.upstream import CACHE
 # Attention implementations whose masks say for every query and key whether it is seen.
 SQUARE = ("sdpa", "eager")
 # The last words of their class names: LlamaAttention, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
-ATTENTION, MLP = re.compile(r"Attention$"), re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
+ATTENTION, MLP = re.compile(r"Attention$"), re.compile(r"(MLP|MoeBlock|MoE|MoELayer|FeedForward)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ class StockRun:
     """Masks and positions of a stock generation.
 
     prompt: int64 (B, P), the prompt that it was taken from. layers: one entry per decoder layer. length: the S tokens
-    that it covers.
+    that it covers. position_ids: as the decoder was given them, int64 (..., B|1, S); None: it was not.
     """
 
     prompt: Tensor
     length: int
     layers: Sequence[LayerInputs]
+    position_ids: Tensor | None = None
 
     def mask(self, layer: int) -> Tensor:
         """Who sees whom in one layer of the stock model: bool (B, S, S), queries by keys."""
@@ -98,8 +99,13 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
     decoder: Any = cast("Any", model).get_decoder()
     layers = [LayerInputs() for _ in decoder.layers]
     prompt = inputs["input_ids"]
+    given: list[Tensor | None] = []
     with ExitStack() as stack, as_square(model):
         calls: list[Rotation] = []
+        note = decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(kwargs.get("position_ids")), with_kwargs=True
+        )
+        stack.callback(note.remove)
         for name, module in decoder.named_children():
             if module is not decoder.layers and "rot" in name:
                 stack.enter_context(_rotations(module, calls))
@@ -109,7 +115,9 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
             **inputs, **{CACHE: DynamicCache()}, do_sample=False, num_beams=1, max_new_tokens=steps,
             min_new_tokens=steps,
         )  # fmt: skip
-    return StockRun(prompt, prompt.shape[1] + steps - 1, layers)
+    ids = [one for one in given if one is not None]
+    position_ids = torch.cat(ids, dim=-1) if ids and len(ids) == len(given) else None
+    return StockRun(prompt, prompt.shape[1] + steps - 1, layers, position_ids)
 
 
 def visual_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:

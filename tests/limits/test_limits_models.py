@@ -87,6 +87,14 @@ def _further_parts(text):
     text.layers[1].cross_attention = nn.Identity()
 
 
+def _loops(text):
+    text.config.n_recurrent_loops = 2
+
+
+def _indexer(text):
+    text.layers[3].self_attn.indexer = nn.Identity()
+
+
 def _linear(text):
     text.config.layer_types = ["linear_attention", "full_attention"] * 3
 
@@ -106,6 +114,8 @@ def _shared(text):
         (_other_mlp, "layer 1 has no MLP under a known name, but self_attn"),
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
+        (_loops, "it runs its layers several times (`n_recurrent_loops`)"),
+        (_indexer, "layer 3 chooses keys by where they stand (`self_attn.indexer`)"),
         (_linear, "its layers hold linear_attention, whose cache cannot be cut"),
         (_shared, "its layers share their keys and values"),
     ],
@@ -167,7 +177,7 @@ class TestTheProof:
 
     def test_a_twin_that_is_not_exact(self, monkeypatch):
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
-        with said("; it was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
+        with said(" was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
             proof.proved_parts(model_of())
 
     def test_loops_that_are_no_plain_ones(self):
