@@ -47,12 +47,16 @@ lint: $(STAMP) ## ruff and mypy
 test: lint ## ruff, mypy and the test suite
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-full: lint ## the same, shuffled, with the full exactness matrix, whose table goes into docs/exactness.md
+test-full: lint ## the same, shuffled, with the full exactness matrix and all decoders, whose tables go into docs/
 	mkdir -p build && rm -f build/exactness.jsonl
 	PRUNEKIT_EXACTNESS=$(CURDIR)/build/exactness.jsonl $(PYTEST) tests/engine/test_matrix.py::test_cell
 	$(BIN)/python tests/engine/exactness_table.py build/exactness.jsonl
+	rm -f build/decoders.jsonl
+	PRUNEKIT_DECODERS=$(CURDIR)/build/decoders.jsonl $(PYTEST) tests/engine/test_decoders.py::test_a_decoder_is_exact_or_refused
+	$(BIN)/python tests/engine/decoders.py build/decoders.jsonl
 	@echo "shuffled tests: SEED=$(SEED)"
-	$(PYTEST) -p randomly --randomly-seed=$(SEED) --deselect tests/engine/test_matrix.py::test_cell $(PYTEST_ARGS)
+	$(PYTEST) -p randomly --randomly-seed=$(SEED) --deselect tests/engine/test_matrix.py::test_cell \
+	  --deselect tests/engine/test_decoders.py::test_a_decoder_is_exact_or_refused $(PYTEST_ARGS)
 
 test-matrix: $(STAMP) ## the wheel in an empty environment, and exactness on several transformers; minutes for each
 	$(BIN)/python tests/fresh_install.py

@@ -560,7 +560,7 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
     ("keys", "changed", "said"),
     [
         ("use: score, at: 2.mid, keep: 1", {"cuts_inside": False},
-         "2:22: .*the layers of stub run attention and MLP side by side: there is no state between them"),
+         "2:22: .*the layers of stub have no state between attention and MLP that could be cut"),
         ("use: running, at: 2.mid, keep: 1", {},
          "2:24: .*'running' asks for forward, but no layer can be run from '2.mid'"),
         ("use: running, at: prefill_end, keep: 1", {},

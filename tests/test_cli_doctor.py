@@ -31,14 +31,14 @@ def test_a_folder_with_a_config_is_enough(tmp_path: Path, capsys: pytest.Capture
     assert data["family"] == "qwen_vl" and data["family_file"]
     assert data["decoder"]["layers"] == 8 and data["decoder"]["logical_until"] == 2
     assert [one["name"] for one in data["visual_inputs"]] == ["image", "video"]
-    assert len(data["proof"]) == 6 and all(case["error"] < 1e-9 for case in data["proof"])
+    assert len(data["proof"]) == 7 and all(case["error"] < 1e-9 for case in data["proof"])
 
 
 def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(CONFIGS["cohere2_vision"](6), tmp_path)
     assert main.main(["doctor", str(path), "--no-proof"]) == 0
     said = capsys.readouterr().out
-    assert "self_attn, mlp side by side" in said
+    assert "self_attn, mlp\n" in said
     assert "sliding_attention in 3 layers, full_attention in 3 layers" in said
     assert "unsupported sites N.mid: attention and MLP run side by side" in said
     assert said.endswith("verdict     recognised; the proof was not run\n")

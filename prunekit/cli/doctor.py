@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from prunekit.families.base import Parts
 
+NO_STATE = "attention and MLP run side by side, or what goes past the MLP is scaled"
+
 
 def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command."""
@@ -64,7 +66,7 @@ def examine(model: PreTrainedModel, proof: bool = True) -> dict[str, Any]:
     except Unsupported as error:
         return head | {"ok": False, "refused": str(error)}
     data = head | {"ok": True, "refused": None} | _recognised(model, parts, file=family is not None)
-    return data | _proved(config) if proof else data
+    return data | _proved(config, data) if proof else data
 
 
 def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, Any]:
@@ -110,10 +112,10 @@ def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
     if parts.opaque is not None:
         yield f"sites in the decoder, layers: {parts.opaque}"
     elif parts.mlp_norm is None:
-        yield "sites N.mid: attention and MLP run side by side, there is no state between them"
+        yield "sites N.mid: " + NO_STATE
 
 
-def _proved(config: Any) -> dict[str, Any]:
+def _proved(config: Any, data: dict[str, Any]) -> dict[str, Any]:
     from prunekit.errors import Unsupported
     from prunekit.verify import proof
 
@@ -122,7 +124,10 @@ def _proved(config: Any) -> dict[str, Any]:
     except Unsupported as error:
         return {"ok": False, "refused": str(error), "proof": None}
     cases = [{"name": case.name, "error": case.error, "fault": case.fault} for case in proved.cases]
-    return {"ok": proved.holds, "refused": None if proved.holds else "the proof does not hold", "proof": cases}
+    verdict = {"ok": proved.holds, "refused": None if proved.holds else "the proof does not hold", "proof": cases}
+    if proved.observed.cuts_inside or data["decoder"]["mlp_norm"] is None:
+        return verdict
+    return verdict | {"unsupported": [*data["unsupported"], "sites N.mid: " + NO_STATE]}
 
 
 def lines(data: dict[str, Any]) -> Iterator[str]:
@@ -146,7 +151,8 @@ def _tower_line(tower: dict[str, Any]) -> str:
 
 def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:
     decoder = data["decoder"]
-    between = f", {decoder['mlp_norm']} between them" if decoder["mlp_norm"] else " side by side"
+    norm = decoder["mlp_norm"]
+    between = ", nothing between them" if norm == decoder["mlp"] else f", {norm} between them" if norm else ""
     inside = f"{decoder['attention']}, {decoder['mlp']}{between}"
     inside = inside if decoder["opaque"] is None else "cut at its input only"
     rows = [

@@ -73,6 +73,7 @@ class Attached:
         self.active = self.bound.acts
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
+        self._check_positions()
         windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(len(parts.layers))]
         self._window: int | None = min((window for window in windows if window), default=None)
         self._newest: BatchState | None = None
@@ -133,6 +134,13 @@ class Attached:
                 "the prompt: apply(model, pipeline, processor=processor)"
             )
 
+    def _check_positions(self) -> None:
+        if self._kind == "flat" and self.bound.cuts and self.parts.reads_positions:
+            raise Unsupported(
+                f"the layers of {self.parts.family} need position ids, whose gaps flash attention would take for the "
+                "borders of packed sequences; load the model with attn_implementation='sdpa' or 'eager'"
+            )
+
     def _put_in(self, parts: Parts) -> None:
         replace = self._overrides.replace
         replace(parts.base, "forward", self._base_forward, traceable=True)
@@ -172,6 +180,17 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
+
+    def _check_length(self, tokens: int, cache: Any) -> None:
+        """Some layers count the tokens that they get, behind those of the cache, to which they already belong."""
+        least = self.parts.counts_to
+        if least is None or not self.active:
+            return
+        if 2 * tokens + (0 if cache is None else int(cache.get_seq_length())) >= least:
+            raise Unsupported(
+                f"the layers of {self.parts.family} count positions by themselves, which is exact for prompts of less "
+                f"than {least // 2} tokens, and of less than {least} with the answer; shorten the prompt"
+            )
 
     def _check_window(self, tokens: int, cache: Any) -> None:
         """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
@@ -273,6 +292,7 @@ class Attached:
                 state.refuse_other(self.pipeline.sha, self.parts)
                 call.refuse_new_inputs()
             self._check_window(embeds.shape[1], cache)
+            self._check_length(embeds.shape[1], cache)
             if state is None:
                 state = self._begin(call, kwargs, wanted)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)

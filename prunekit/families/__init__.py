@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, GenerationMixin, PreTrainedModel
 
 from prunekit.errors import Unsupported
 from prunekit.families import generic
 from prunekit.families.base import Family, Parts
+from prunekit.families.decoders import PROVED
 from prunekit.strategy.decisions import ModelShape
 
 
@@ -45,6 +47,15 @@ def family_of(model: PreTrainedModel) -> Family | None:
                 raise Unsupported(f"{type(model).__name__} cannot generate; give the complete model with its head")
             return family
     return None
+
+
+def is_vouched_for(model: PreTrainedModel) -> bool:
+    """Whether the tests prove models of this type with their decoder: its family's own one, or one of `PROVED`."""
+    if family_of(model) is None:
+        return False
+    config: Any = model.config
+    own, text = type(config).sub_configs.get("text_config"), config.get_text_config()
+    return text.model_type in PROVED or own is None or (own is not AutoConfig and isinstance(text, own))
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -91,18 +91,21 @@ class Parts:
     base: receives `input_ids` and encodes images and videos. text: the decoder stack, whose output is
         `last_hidden_state`. layers: its decoder layers. modalities: the kinds of visual input that it takes.
     visual_tokens: of one image, None where that depends on the image.
-    attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, whose input is the state
-        after attention; None where attention and MLP run side by side.
+    attention, mlp: names of the two parts of a layer; mlp_norm: of the norm before the MLP, or the MLP where there is
+        none, whose input is the state after attention; None where no part has that: attention and MLP run side by side.
     mixer: the name of the part that stands in the place of attention in layers that hold a recurrent state instead of
         keys and values of tokens; None where all layers attend.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
         layer 0.
     norm: of the module of `text` that its output passes last.
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
+    reads_positions: layers use the position ids that they are given, and not only to tell packed sequences apart.
+    counts_to: layers count positions by themselves, in the tokens that they get, which matters from this one on; None:
+        they do not.
     logical_until: the first layer after which the decoder loop no longer touches hidden states between layers (it adds
         features to them in Qwen3-VL); 0: it never does.
     opaque: why nothing can be cut inside the decoder, so that tokens leave at its input only; None: all can be.
-    token_kwargs: further arguments of a layer with one entry per token, (B, S, ...), to be cut along with them.
+    own_inputs: layers get inputs of their own for each token, beside hidden states.
     kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one, which hands them
         on in the layer's argument `upstream.SHARED_KV`; empty: itself.
     stream: the number of the hidden states' main stream where layers get several side by side, (streams, B, S, H);
@@ -126,9 +129,11 @@ class Parts:
     mlp_params: int | None = None
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
+    reads_positions: bool = False
+    counts_to: int | None = None
     logical_until: int = 0
     opaque: str | None = None
-    token_kwargs: tuple[str, ...] = ()
+    own_inputs: bool = False
     kv_sources: tuple[int, ...] = ()
     stream: int | None = None
     mlp_last: bool = True
@@ -179,18 +184,17 @@ class Parts:
         if self.opaque is not None:
             return self._opaque_shape()
         recurrent = tuple(number for number in range(len(self.layers)) if not self.attends(number))
-        attending = next(number for number in range(len(self.layers)) if self.attends(number))
-        mlp = matrix_params(getattr(self.layers[attending], self.mlp)) if self.mlp_params is None else self.mlp_params
-        head_dim, kv_heads = self._heads(attending)
+        attentions = {number: self.mixing(number) for number in range(len(self.layers)) if self.attends(number)}
+        heads, first = head_sizes(config, attentions), self.layers[min(attentions)]
         return ModelShape(
             family=self.family,
             layers=len(self.layers),
             hidden=config.hidden_size,
             heads=config.num_attention_heads,
-            head_dim=head_dim,
-            attention_params=matrix_params(self.mixing(attending)),
-            mlp_params=mlp,
-            kv_width=2 * kv_heads * head_dim,
+            head_dim=(heads.key + heads.value) // 2,
+            attention_params=sum(map(matrix_params, attentions.values())) // len(attentions),
+            mlp_params=matrix_params(getattr(first, self.mlp)) if self.mlp_params is None else self.mlp_params,
+            kv_width=heads.kv_width,
             visual_tokens=self.visual_tokens,
             tower=None if self.tower is None else self.tower.shape(),
             attention=self.attention_implementation,
@@ -198,7 +202,7 @@ class Parts:
             logical_until=self.logical_until,
             layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             rotary=self.rotary is not None,
-            output_params=config.num_attention_heads * head_dim * config.hidden_size,
+            output_params=config.hidden_size * config.num_attention_heads * heads.value,
             per_layer=tuple(map(self._layer_shape, range(len(self.layers)))) if self._layers_differ else (),
             kv_sources=self.kv_sources,
             last_only=self._last_only,
@@ -234,27 +238,18 @@ class Parts:
         widths = {getattr(self.mixing(number), "head_dim", None) for number in attending}
         return bool(self.kv_sources or self.other_params or len(widths) > 1)
 
-    def _heads(self, number: int) -> tuple[int, int]:
-        """Width of a head in one layer, and how many heads of keys it has."""
-        config: Any = self.text.config
-        attention: Any = self.mixing(number)
-        if hasattr(attention, "head_dim") and hasattr(attention, "num_key_value_groups"):
-            return attention.head_dim, config.num_attention_heads // attention.num_key_value_groups
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return head_dim, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
     def _layer_shape(self, number: int) -> LayerShape:
         """The numbers of one layer, from its own modules."""
         attention: Any = self.mixing(number)
-        head_dim, kv_heads = self._heads(number)
         config: Any = self.text.config
+        heads = head_sizes(config, {number: attention})
         return LayerShape(
             config.num_attention_heads,
-            head_dim,
+            (heads.key + heads.value) // 2,
             attention_params=matrix_params(attention),
             output_params=matrix_params(attention.o_proj),
             mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
-            kv_width=2 * kv_heads * head_dim,
+            kv_width=heads.kv_width,
             other_params=self.other_params,
             early_params=self.early_params,
             reads_kv=self.is_reader(number),
@@ -276,6 +271,45 @@ class Family:
     name: str
     model_types: frozenset[str]
     parts: Callable[[PreTrainedModel], Parts]
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Numbers of one key and of one value of a head, and those that a token adds to the KV cache of a layer."""
+
+    key: int
+    value: int
+    kv_width: int
+
+
+def head_sizes(config: Any, attentions: Mapping[int, nn.Module]) -> HeadSizes:
+    """Of the attentions of these layers, on average, as they may differ."""
+    every = [_head_sizes(layer_config(config, number), module) for number, module in attentions.items()]
+    numbers = (sum(column) // len(every) for column in zip(*map(astuple, every), strict=True))
+    return HeadSizes(*numbers)
+
+
+def _head_sizes(config: Any, attention: nn.Module) -> HeadSizes:
+    """Of one layer. Attention with latent keys and values (MLA) caches these, and expands them when it attends."""
+    own = getattr(attention, "head_dim", None)
+    size = own or getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key, value = size, getattr(config, "v_head_dim", None) or size
+    if getattr(config, "qk_nope_head_dim", None):
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if hasattr(attention, "expand_kv"):
+        return HeadSizes(key, value, config.kv_lora_rank + config.qk_rope_head_dim)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    projection = getattr(attention, "k_proj", None)
+    if isinstance(projection, nn.Linear):  # layers may have more of them than the config says
+        kv_heads = projection.out_features // key
+    elif groups := getattr(attention, "num_key_value_groups", None):
+        kv_heads = config.num_attention_heads // groups
+    return HeadSizes(key, value, kv_heads * (key + value))
+
+
+def layer_config(config: Any, number: int) -> Any:
+    """The config of one decoder layer: layers of the newest models differ in their numbers."""
+    return config.per_layer_config[number] if getattr(config, "is_heterogeneous", False) else config
 
 
 def square_grid(tokens: int) -> Tensor:

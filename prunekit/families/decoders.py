@@ -19,10 +19,20 @@ from prunekit.upstream import SHARED_KV
 ATTENTION = "self_attn"
 # What stands in its place in layers with a recurrent state: Qwen3.5, LFM2.
 MIXERS = ("linear_attn", "conv")
-# The norms of one layer, and which of them stands between the state after attention and the MLP.
+MLP = "the MLP itself"
+# The norms of one layer, and which part gets the state after attention.
 NORMS: dict[frozenset[str], str | None] = {
     frozenset({"input_layernorm"}): None,  # Cohere: attention and MLP side by side
     frozenset({"input_layernorm", "post_attention_layernorm"}): "post_attention_layernorm",
+    frozenset({"attention_layernorm", "feedforward_layernorm"}): "feedforward_layernorm",  # Apertus
+    frozenset({"input_layernorm", "pre_feedforward_layernorm"}): "pre_feedforward_layernorm",  # VaultGemma
+    frozenset({"post_attention_layernorm", "post_feedforward_layernorm"}): MLP,  # OLMo 2 and 3, EXAONE 4: norms follow
+    frozenset(
+        {"input_layernorm", "post_attention_layernorm", "post_norm1", "post_norm2"}
+    ): "post_attention_layernorm",  # HyperCLOVA X
+    frozenset(
+        {"input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"}
+    ): "pre_mlp_layernorm",  # AFMoE
     frozenset(
         {"input_layernorm", "post_attention_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm"}
     ): "post_attention_layernorm",  # GLM-4
@@ -42,10 +52,26 @@ FINAL_NORMS = ("norm", "embedding_norm")
 # Parts beside norms, attention and MLP that work on each token by itself: inputs of their own for each layer (Gemma 3n
 # and 4), streams that predict and correct each other (AltUp, https://arxiv.org/abs/2301.13310), a bypass of low rank.
 BY_TOKEN = frozenset({"act_fn", "per_layer_input_gate", "per_layer_projection", "altup", "laurel"})
-PER_LAYER = "per_layer_input"
+# Types of decoders that are proved as the decoder of a LLaVA; others prove themselves before they are pruned.
+PROVED = frozenset({
+    "afmoe", "apertus", "apertus1p5_text", "arcee", "aria_text", "axk1", "bitnet", "cohere", "cohere2",
+    "cohere2_moe", "cohere_compass_text", "cwm", "deepseek_v2", "deepseek_v3", "diffllama", "doge", "dots1",
+    "ernie4_5", "ernie4_5_moe", "exaone", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2",
+    "gemma3_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granite",
+    "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hunyuan_v1_dense",
+    "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "kolibri1", "laguna", "llama",
+    "llama4_text", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral",
+    "ministral3", "mistral", "mistral4", "mixtral", "moshi", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "sarvam_mla",
+    "sarvam_moe", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
+})  # fmt: skip
 MLPS = ("mlp", "feed_forward", "block_sparse_moe")
-# Kinds of layers whose cache can be cut, or holds a state of what passed.
-CUTTABLE = frozenset({"full_attention", "sliding_attention"}) | RECURRENT
+# Kinds of layers whose cache can be cut, as masks say who sees whom, or that hold a state of what passed.
+CUTTABLE = frozenset({"full_attention", "sliding_attention", "chunked_attention"}) | RECURRENT
+# What configs call the number of times that layers run: Dory, Inkling 2.
+LOOPS = ("n_recurrent_loops", "loop_num_passes")
+# What configs call the number of experts that a token is sent to.
+CHOSEN = ("num_experts_per_tok", "moe_topk")
 
 
 class NotPlain(Unsupported):
@@ -83,6 +109,8 @@ def plain(text: Any) -> dict[str, Any]:
     layers = getattr(text, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise NotPlain(text, "it has no list `layers` of decoder layers")
+    if loops := [name for name in LOOPS if (getattr(text.config, name, None) or 1) > 1]:
+        raise NotPlain(text, f"it runs its layers several times (`{loops[0]}`)")
     _check_cache(text)
     _check_layers(text, layers)
     return {
@@ -91,9 +119,11 @@ def plain(text: Any) -> dict[str, Any]:
         "attention": ATTENTION,
         "mixer": next((name for name in MIXERS if any(hasattr(layer, name) for layer in layers)), None),
         "mlp": _mlp(layers[0]),
-        "mlp_norm": NORMS[_norms(layers[0])],
+        "mlp_norm": _between(layers),
         "norm": next((name for name in FINAL_NORMS if hasattr(text, name)), FINAL_NORMS[0]),
         "rotary": "rotary_emb" if hasattr(text, "rotary_emb") else None,
+        "reads_positions": not hasattr(text, "rotary_emb") or any(map(_reads_positions, layers)),
+        "counts_to": min((scale for layer in layers if (scale := _counts_to(layer))), default=None),
         "kv_sources": _kv_sources(text, layers),
         **_by_token(layers[0]),
         "mlp_params": sum(token_params(getattr(layer, _mlp(layer)), text.config) for layer in layers) // len(layers),
@@ -104,10 +134,35 @@ def token_params(module: nn.Module, config: Any) -> int:
     """As `matrix_params`, for one token, with convolutions: of experts, only as many as it is sent to."""
     convolutions = [part.weight for part in module.modules() if isinstance(part, nn.Conv1d)]
     experts = [one for one in module.parameters() if one.ndim == 3 and not any(one is other for other in convolutions)]
-    chosen = getattr(config, "num_experts_per_tok", None) if experts else 0
+    chosen = next((one for name in CHOSEN if (one := getattr(config, name, None))), None) if experts else 0
     if chosen is None:
         raise Unsupported(f"{type(config).__name__} has experts but does not say to how many of them a token is sent")
+    if isinstance(chosen, (list, tuple)):  # one for each layer
+        chosen = sum(chosen) // len(chosen)
     return mixer_params(module) + sum(parameter[0].numel() * chosen for parameter in experts)
+
+
+def _between(layers: nn.ModuleList) -> str | None:
+    """The part of a layer that gets the state after attention; None where there is none."""
+    between = NORMS[_norms(layers[0])]
+    return _mlp(layers[0]) if between == MLP else between
+
+
+def _reads_positions(layer: nn.Module) -> bool:
+    """Whether attention cannot do without position ids: queries scaled by position, as in Ministral 3."""
+    attention = getattr(layer, ATTENTION, None)  # None where a recurrent part stands in its place
+    taken = None if attention is None else inspect.signature(attention.forward).parameters.get("position_ids")
+    return taken is not None and taken.default is inspect.Parameter.empty
+
+
+def _counts_to(layer: nn.Module) -> int | None:
+    """Up to which position an attention does not care that it counts positions by itself, as in Llama 4.
+
+    It scales queries by the logarithm of their position over this number, which is 0 as long as that is below 1.
+    """
+    attention: Any = getattr(layer, ATTENTION, None)
+    scales = getattr(attention, "attn_temperature_tuning", False) and not getattr(attention, "use_rope", True)
+    return int(attention.floor_scale) if scales else None
 
 
 def _check_layers(text: Any, layers: nn.ModuleList) -> None:
@@ -118,6 +173,8 @@ def _check_layers(text: Any, layers: nn.ModuleList) -> None:
             raise NotPlain(text, f"layer {number} has no `{ATTENTION}`, under which attention has to be, but {parts}")
         if len(mixing) > 1:
             raise NotPlain(text, f"layer {number} has {' and '.join(mixing)} at once, and so two kinds of cache")
+        if indexers := [name for name in _children(getattr(layer, mixing[0])) if "indexer" in name]:
+            raise NotPlain(text, f"layer {number} chooses keys by where they stand (`{ATTENTION}.{indexers[0]}`)")
         if not _mlp(layer):
             raise NotPlain(text, f"layer {number} has no MLP under a known name, but {', '.join(_children(layer))}")
         if _norms(layer) not in NORMS:
@@ -164,7 +221,7 @@ def _by_token(layer: nn.Module) -> dict[str, Any]:
     scaled = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
     said: dict[str, Any] = {"mlp_last": not (found or scaled), "other_params": params}
     if "per_layer_input_gate" in found:
-        said["token_kwargs"] = (PER_LAYER,)
+        said["own_inputs"] = True
     if "altup" in found:
         altup, config = found["altup"], found["altup"].config
         # Streams are predicted from each other, by coefficients that the token itself makes; the router runs twice.

@@ -40,7 +40,10 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
     if shape.opaque and site > ENCODER:
         return f"'{site}' is inside a decoder that can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
     if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
-        message = f"the layers of {shape.family} run attention and MLP side by side: there is no state between them"
+        message = (
+            f"the layers of {shape.family} have no state between attention and MLP that could be cut: they run these "
+            "side by side, or scale what goes past the MLP"
+        )
         return message, f"cut at '{site.layer}' or '{site.layer}.after'"
     if site.place == "vision" and (problem := _tower_site_problem(cut, cuts, shape.tower)):
         return problem

@@ -237,6 +237,7 @@ class ModelShape:
     rotary: it has rotary positions that can be renumbered.
     opaque: why nothing can be cut inside the decoder, but at its input only; empty: all can be. FLOPs of such a decoder
         are those of its weights, spread evenly over its layers, and of plain attention.
+    head_dim: numbers of a head; where keys and values differ, the mean of both.
     kv_width: numbers that one token adds to the KV cache of one layer (keys and values together).
     per_layer: of models whose layers differ, the numbers of each; those above are then of layer 0, or averages.
     kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one; empty: itself.

@@ -172,12 +172,16 @@ class MaskedReference:
 
     @contextmanager
     def _embedded(self, tokens: Tensor) -> Iterator[None]:
-        """While open, the decoder gets the embeddings of `tokens` behind the prompt, whatever their ids."""
+        """While open, the decoder gets the embeddings of `tokens` behind the prompt, whatever their ids, and the
+        position ids that the stock `generate` gives it.
+        """
         length = self.present.shape[1]
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             words = self.stock.get_input_embeddings()(tokens)
-            kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :length], words], 1)
+            embeds = kwargs["inputs_embeds"] = torch.cat([kwargs["inputs_embeds"][:, :length], words], 1)
+            if self.stock_run is not None and self.stock_run.position_ids is not None:
+                kwargs["position_ids"] = self.stock_run.position_ids[..., : embeds.shape[1]]
 
         handle = self.stock.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
         try:
@@ -212,6 +216,8 @@ class MaskedReference:
             positions = self.positions(layer, tokens)
             if positions is not None and self.stock_run is not None:
                 arguments["position_embeddings"] = self.stock_run.rotate(layer, positions)
+                if len(positions) == 1 and arguments.get("position_ids") is not None:
+                    arguments["position_ids"] = positions[0]
             return self._moved(self.tables.before[layer], state)
 
         return edit
@@ -241,10 +247,11 @@ class MaskedReference:
 
         def edit(_: Any, arguments: dict[str, Any], result: Any) -> Any:
             first = result[0] if isinstance(result, tuple) else result
-            adds = self.tables.switch(layer, table, first.shape[1])[..., None]
+            states = first.view(len(self.present), -1, first.shape[-1])  # some experts give them in a row
+            adds = self.tables.switch(layer, table, states.shape[1])[..., None]
             if part in self.muted:
                 adds = torch.zeros_like(adds)
-            first = torch.where(adds, first, torch.zeros_like(first))
+            first = torch.where(adds, states, torch.zeros_like(states)).view(first.shape)
             return (first, *result[1:]) if isinstance(result, tuple) else first
 
         return edit

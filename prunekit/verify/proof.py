@@ -23,11 +23,10 @@ from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
-from prunekit.upstream import CACHE
 from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.stock import StockRun, arguments_of, stock_run_of
-from prunekit.verify.strategies import ATTENDED, DRAWN, WITHOUT, with_own
+from prunekit.verify.stock import StockRun, stock_run_of
+from prunekit.verify.strategies import ATTENDED, DRAWN, MERGED, WITHOUT, with_own
 from prunekit.verify.tiny_prompts import tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
@@ -47,23 +46,28 @@ CASES: Mapping[str, Stages] = {
     "attention skipped": ({"use": WITHOUT, "layers": UNREAD, "what": "attention"},),
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
+INSIDE = "tokens merged between attention and MLP of layer 1", ({"use": MERGED, "at": "1.mid", "keep": 0.5},)
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What only a running model shows: see `Parts.logical_until` and `Parts.token_kwargs`."""
+    """What only a running model shows: see `Parts.logical_until`; and whether its layers can be cut inside."""
 
     logical_until: int = 0
-    token_kwargs: tuple[str, ...] = ()
+    cuts_inside: bool = True
 
     def added_to(self, parts: Parts) -> Parts:
-        """The parts of a model that was only recognised, with what was observed."""
-        return replace(parts, logical_until=self.logical_until, token_kwargs=self.token_kwargs)
+        """The parts of a model, with what was observed, but for what a family's file states."""
+        until = max(parts.logical_until, self.logical_until)
+        return replace(parts, logical_until=until, mlp_norm=parts.mlp_norm if self.cuts_inside else None)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One pipeline on the twin: what it did, the largest error of a logit, and what went wrong, None if nothing."""
+    """One pipeline on the twin: what it did, the largest error of a logit, and what went wrong, None if nothing.
+
+    One that cuts inside a layer is no case where layers cannot be cut there: `Observed.cuts_inside` says it.
+    """
 
     name: str
     error: float | None
@@ -85,18 +89,20 @@ class Proof:
 def proved_parts(model: PreTrainedModel) -> Parts:
     """The parts of `model`: as the file of its family says, or recognised, and then proved on its tiny twin.
 
+    A family whose models may carry any decoder is proved with those that the tests do not prove with it.
     Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with all that is amiss,
     and for a version of transformers that lacks what prunekit needs.
     """
     upstream.verify()
     parts = families.find(model)
-    if families.family_of(model) is not None and parts.opaque is None:
+    if families.is_vouched_for(model) and parts.opaque is None:
         return parts
     proof = prove(model.config)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
     if faults:
         raise Unsupported(
-            f"{type(model).__name__} was recognised, but its tiny twin is not pruned exactly: {'; '.join(faults)}"
+            f"{type(model).__name__} with {type(parts.text).__name__} was recognised, but its tiny twin is not pruned "
+            f"exactly: {'; '.join(faults)}"
         )
     return proof.observed.added_to(parts)
 
@@ -135,19 +141,23 @@ def _prove(key: _Key) -> Proof:
         parts = families.find(twin)
         recipe = recipe_for(twin, parts)
         inputs = tiny_batch(twin, recipe, rows_of(recipe))
-        observed = _observe(twin, inputs) if parts.opaque is None else Observed()
+        with Float64Throughout():  # eager layers would make NaN of padding, which equals nothing
+            observed = _observe(twin, inputs) if parts.opaque is None else Observed(cuts_inside=False)
     except PrunekitError:
         raise
     except Exception as error:  # code that was never seen may fail in any way
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
-    if families.family_of(twin) is None:
-        parts = observed.added_to(parts)
+    parts = observed.added_to(parts)
     stock_run = None
     if parts.opaque is None:
         with Float64Throughout():
             stock_run = stock_run_of(twin, inputs, STEPS + 1)
-    return Proof(observed, tuple(_run(name, twin, parts, stages, inputs, stock_run) for name, stages in _cases(parts)))
+    cases = [_run(name, twin, parts, stages, inputs, stock_run) for name, stages in _cases(parts)]
+    inside = None if parts.mlp_norm is None else _run(INSIDE[0], twin, parts, INSIDE[1], inputs, stock_run)
+    if inside is None or inside.fault is not None:
+        return Proof(replace(observed, cuts_inside=False), tuple(cases))
+    return Proof(observed, (*cases, inside))
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
@@ -192,15 +202,13 @@ def _run(
 
 @torch.no_grad()
 def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
-    """Record the decoder loop during one prefill: which states it changes between layers, what it hands to them."""
+    """Record the decoder loop during one prefill: which states it changes between layers."""
     layers = twin.get_decoder().layers
     entered: list[Tensor] = []
     returned: list[Any] = []
-    arguments: list[dict[str, Any]] = []
 
     def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered.append(args[0])
-        arguments.append(arguments_of(layer, args, kwargs))
 
     def after(_: Any, args: Any, kwargs: Any, result: Any) -> None:
         if not isinstance(result, Tensor):
@@ -219,16 +227,4 @@ def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
     touched = [n for n in range(len(layers) - 1) if not torch.equal(returned[n], entered[n + 1])]
     if touched and touched[-1] == len(layers) - 2:
         raise Unsupported("its decoder changes hidden states between all layers")
-    return Observed(touched[-1] + 1 if touched else 0, _per_token(arguments[0], entered[0]))
-
-
-USUAL = frozenset({"attention_mask", "position_ids", "position_embeddings", CACHE, "cache_position"})
-
-
-def _per_token(keywords: Mapping[str, Any], state: Tensor) -> tuple[str, ...]:
-    """Names of further arguments of a layer with one entry for each token."""
-    return tuple(
-        name
-        for name, value in keywords.items()
-        if name not in USUAL and isinstance(value, Tensor) and value.shape[:2] == state.shape[-3:-1]
-    )
+    return Observed(touched[-1] + 1 if touched else 0)

@@ -28,7 +28,7 @@ from prunekit.upstream import CACHE
 SQUARE = ("sdpa", "eager")
 # The last words of their class names: LlamaAttention, Lfm2ShortConv, CohereMLP, MixtralSparseMoeBlock, DeepseekV3MoE.
 ATTENTION = re.compile(r"(Attention|GatedDeltaNet|ShortConv)$")
-MLP = re.compile(r"(MLP|MoeBlock|MoE|FeedForward)$", re.IGNORECASE)
+MLP = re.compile(r"(MLP|MoeBlock|MoE|MoELayer|FeedForward)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,13 @@ class StockRun:
     """Masks and positions of a stock generation.
 
     prompt: int64 (B, P), the prompt that it was taken from. layers: one entry per decoder layer. length: the S tokens
-    that it covers.
+    that it covers. position_ids: as the decoder was given them, int64 (..., B|1, S); None: it was not.
     """
 
     prompt: Tensor
     length: int
     layers: Sequence[LayerInputs]
+    position_ids: Tensor | None = None
 
     def mask(self, layer: int) -> Tensor:
         """Who sees whom in one layer of the stock model: bool (B, S, S), queries by keys."""
@@ -102,8 +103,13 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
     decoder: Any = cast("Any", model).get_decoder()
     layers = [LayerInputs() for _ in decoder.layers]
     prompt = inputs["input_ids"]
+    given: list[Tensor | None] = []
     with ExitStack() as stack, as_square(model):
         calls: list[Rotation] = []
+        note = decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(kwargs.get("position_ids")), with_kwargs=True
+        )
+        stack.callback(note.remove)
         for name, module in decoder.named_children():
             if module is not decoder.layers and "rot" in name:
                 stack.enter_context(_rotations(module, calls))
@@ -114,7 +120,9 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
             **inputs, **{CACHE: _whole_cache(model)}, do_sample=False, num_beams=1, max_new_tokens=steps,
             min_new_tokens=steps,
         )  # fmt: skip
-    return StockRun(prompt, prompt.shape[1] + steps - 1, layers)
+    ids = [one for one in given if one is not None]
+    position_ids = torch.cat(ids, dim=-1) if ids and len(ids) == len(given) else None
+    return StockRun(prompt, prompt.shape[1] + steps - 1, layers, position_ids)
 
 
 def _whole_cache(model: PreTrainedModel) -> DynamicCache:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from prunekit.hookspecs import hookimpl
 from prunekit.registry import Registry
-from prunekit.strategy.decisions import LayerAction, LayerPlan
+from prunekit.strategy.decisions import LayerAction, LayerPlan, Owners
 from prunekit.strategy.declare import strategy
 from prunekit.strategy.decoder_requests import Rows
 from prunekit.strategy.sites import Site, Sites
 
-DRAWN, ATTENDED, WITHOUT = "verify.drawn", "verify.attended", "verify.without"
+DRAWN, MERGED, ATTENDED, WITHOUT = "verify.drawn", "verify.merged", "verify.attended", "verify.without"
 ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "mlp": LayerAction.SKIP_MLP}
 
 
@@ -29,6 +29,22 @@ class Drawn:
     def score_tokens(self, valid: Tensor, seed: int) -> Tensor:
         """Uniform scores, float (V,), another draw for each sample."""
         return torch.rand(len(valid), generator=torch.Generator().manual_seed(seed)).to(valid.device)
+
+
+@strategy(per_sample=True)
+class Merged:
+    """Keep visual tokens at random, and merge the others into the first of them."""
+
+    @hookimpl
+    def score_tokens(self, valid: Tensor, seed: int) -> Tensor:
+        """Uniform scores, float (V,)."""
+        return torch.rand(len(valid), generator=torch.Generator().manual_seed(seed)).to(valid.device)
+
+    @hookimpl
+    def merge_tokens(self, keep: Tensor) -> Owners:
+        """Kept tokens own themselves, the first of them those that are dropped."""
+        own = torch.arange(len(keep), device=keep.device)
+        return Owners(torch.where(keep, own, keep.int().argmax()))
 
 
 @strategy(
@@ -60,6 +76,6 @@ class Without:
 def with_own(registry: Registry) -> Registry:
     """`registry`, to which these strategies are added; their names, with a dot, are in nobody's way."""
     own = registry.signed("verify", "prunekit")
-    for name, cls in ((DRAWN, Drawn), (ATTENDED, Attended), (WITHOUT, Without)):
+    for name, cls in ((DRAWN, Drawn), (MERGED, Merged), (ATTENDED, Attended), (WITHOUT, Without)):
         own.strategy(name, f"{__name__}:{cls.__name__}", summary=str(cls.__doc__).partition("\n")[0])
     return registry

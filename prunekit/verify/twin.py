@@ -26,6 +26,7 @@ EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
 LIMITS = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": WINDOW, "vocab_size_per_layer_input": VOCABULARY,
+    "attention_chunk_size": WINDOW, "keep_window_size": WINDOW,
 } | dict.fromkeys(EXPERTS, 4)  # fmt: skip
 TOKENS = {
     "pad_token_id": PAD,
@@ -75,22 +76,23 @@ def shrunken(config: Any) -> Any:
 
 def _shrink_text(text: Any) -> tuple[int, int]:
     """Two heads of their own size; returns the width before and after."""
-    before, layers = text.hidden_size, text.num_hidden_layers
-    if getattr(text, "is_heterogeneous", False):
-        text.per_layer_config = None  # heads of one width do
-    size = getattr(text, "head_dim", None) or before // text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    text.num_key_value_heads = 2 if keys == text.num_attention_heads else 1
-    text.num_attention_heads, text.hidden_size = 2, 2 * size
-    many = isinstance(text.intermediate_size, (list, tuple))
-    text.intermediate_size = [2 * text.hidden_size] * layers if many else 2 * text.hidden_size
-    text.vocab_size = VOCABULARY
+    own = _numbers_of_layers(text)
+    before, layers, text.vocab_size = text.hidden_size, text.num_hidden_layers, VOCABULARY
+    if getattr(text, "num_attention_heads", None):
+        size = getattr(text, "head_dim", None) or before // text.num_attention_heads
+        keys = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        text.num_key_value_heads = 2 if keys == text.num_attention_heads else 1
+        text.num_attention_heads, text.hidden_size = 2, 2 * size
+        many = isinstance(text.intermediate_size, (list, tuple))
+        text.intermediate_size = [2 * text.hidden_size] * layers if many else 2 * text.hidden_size
     text.num_hidden_layers = min(layers, LAYERS)
     for name, value in list(vars(text).items()):
         if isinstance(value, (list, tuple)) and len(value) == layers:
             setattr(text, name, value[: text.num_hidden_layers])
         elif name in LIMITS and isinstance(value, int) and not isinstance(value, bool):
             setattr(text, name, min(value, LIMITS[name]))
+    if own:
+        text.per_layer_config = {number: own[number] for number in range(text.num_hidden_layers)}
     if shared := getattr(text, "num_kv_shared_layers", 0):
         _share(text, min(shared, text.num_hidden_layers // 2))
     return before, text.hidden_size
@@ -102,6 +104,19 @@ def _share(text: Any, shared: int) -> None:
     layers = range(text.num_hidden_layers)
     text.layer_types = [kinds[(layers[-1] - layer) % len(kinds)] for layer in layers]
     text.num_kv_shared_layers = shared
+
+
+def _numbers_of_layers(text: Any) -> list[dict[str, Any]]:
+    """Takes out of a config the numbers in which its layers differ, and returns those of each layer; empty: in none."""
+    if not getattr(text, "is_heterogeneous", False):
+        return []
+    names = [name for name in text.per_layer_attributes if name not in ("intermediate_size", "num_attention_heads")]
+    own = [{name: getattr(one, name) for name in names} for one in text.per_layer_config]
+    text.per_layer_config = None
+    for numbers in own:
+        if "num_key_value_heads" in numbers:
+            numbers["num_key_value_heads"] = 1
+    return own
 
 
 def _shrink_vision(small: Any, vision: Any, wide: Mapping[int, int]) -> None:

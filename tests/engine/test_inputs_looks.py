@@ -42,12 +42,15 @@ def states(**given):
     return Attended(q, k, v, **{"mask": None, "scaling": 0.3, **given})
 
 
-def softmaxed(seen, softcap=None):
-    """Full maps (B, A, L, L) with bool (B, L, L) of what is seen."""
+def softmaxed(seen, softcap=None, sinks=None):
+    """Full maps (B, A, L, L) with bool (B, L, L) of what is seen; sinks are one more key, whose column is left out."""
     one = states()
     logits = one.query @ one.key.repeat_interleave(2, dim=1).transpose(-1, -2) * one.scaling
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    return logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    return torch.cat([logits, sinks[:, None, None].expand(B, -1, L, 1)], -1).softmax(-1)[..., :L]
 
 
 CAUSAL = torch.ones(L, L, dtype=torch.bool).tril().expand(B, L, L)
@@ -65,6 +68,7 @@ KINDS = {
     "bool for each head": ({"mask": SEEN[:, None].expand(-1, A, -1, -1)}, SEEN),
     "additive": ({"mask": torch.zeros(B, 1, L, L).double().masked_fill(~SEEN[:, None], -torch.inf)}, SEEN),
     "capped": ({"softcap": 2.0}, CAUSAL),
+    "sinks": ({"sinks": torch.tensor([-1.0, 0.0, 1.0, 2.0]).double()}, CAUSAL),
 }
 
 
@@ -74,7 +78,11 @@ def test_masks_of_every_kind(kind, domain):
     given, seen = KINDS[kind]
     queries = torch.tensor([[L - 1, 9, 12], [L - 1, 8, 15]])
     visual = (torch.arange(L) > 6) & (torch.arange(L) < 17)
-    maps = softmaxed(seen & visual if domain == "visual" else seen, given.get("softcap"))
+    maps = softmaxed(
+        seen & visual if domain == "visual" else seen,
+        given.get("softcap"),
+        given.get("sinks") if domain == "softmax" else None,
+    )
     wanted = maps.gather(2, queries[:, None, :, None].expand(-1, A, -1, L)).nan_to_num(0.0)
     found = states(**given).scores(queries, visual.expand(B, -1), domain)
     torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-10)
@@ -385,9 +393,8 @@ def test_forward_needs_the_batch():
 def test_attention_of_other_kinds_is_refused():
     """Rows of kernels that add more to their logits, or take another mask, are not known."""
     one, module = states(), nn.Identity()
-    for extra in ("s_aux", "position_bias"):
-        with pytest.raises(Unsupported, match=f"where attention has {extra}"):
-            Attended.of(module, one.query, one.key, one.value, None, {extra: torch.zeros(1)})
+    with pytest.raises(Unsupported, match="where attention has a position_bias"):
+        Attended.of(module, one.query, one.key, one.value, None, {"position_bias": torch.zeros(1)})
     with pytest.raises(Unsupported, match="object as mask"):
         Attended.of(module, one.query, one.key, one.value, object(), {})
 

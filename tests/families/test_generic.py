@@ -46,7 +46,9 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_hidden_family_is_proved(family: str) -> None:
     found = proof.prove(CONFIGS[family](6))
     assert found.holds, found
-    assert len(found.cases) == 6 and all(case.error is not None and case.error < 1e-9 for case in found.cases)
+    assert len(found.cases) == 6 + found.observed.cuts_inside and all(
+        case.error is not None and case.error < 1e-9 for case in found.cases
+    )
     assert found.observed.logical_until == (2 if family.startswith("qwen3_vl") else 0)
 
 

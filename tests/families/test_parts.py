@@ -147,7 +147,6 @@ def _rename_attention(text: Any) -> None:
 
 def _other_norms(text: Any) -> None:
     text.layers[0].post_feedforward_layernorm = torch.nn.Identity()
-    del text.layers[0].input_layernorm
 
 
 def _further_parts(text: Any) -> None:
@@ -180,7 +179,7 @@ def _shared(text: Any) -> None:
     ("change", "reason"),
     [
         (_rename_attention, "layer 2 has no `self_attn`, under which attention has to be, but mlp"),
-        (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm, post_feedforward_layernorm"),
+        (_other_norms, "layer 0 has an unknown order of norms: input_layernorm, post_attention_layernorm, post_"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
         (_no_layers, "no list `layers`"),
         (_other_kinds, "hold chunked_attention, whose cache cannot be cut"),

@@ -30,7 +30,7 @@ def refused(phrase, model, after=0, error=prunekit.Unsupported):
     """Within the block `error` is raised with `phrase`, once at most `after` decoder layers have run."""
     ran = []
     layers = model.get_decoder().layers
-    handles = [layer.mlp.register_forward_hook(lambda *_: ran.append(1)) for layer in layers]
+    handles = [_mlp(layer).register_forward_hook(lambda *_: ran.append(1)) for layer in layers]
     try:
         with pytest.raises(error, match=re.escape(phrase)):
             yield
@@ -38,6 +38,10 @@ def refused(phrase, model, after=0, error=prunekit.Unsupported):
         for handle in handles:
             handle.remove()
     assert len(ran) <= after, f"{len(ran)} layers ran before the refusal"
+
+
+def _mlp(layer):
+    return layer.mlp if hasattr(layer, "mlp") else layer.feed_forward
 
 
 @contextmanager

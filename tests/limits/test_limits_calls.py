@@ -7,13 +7,15 @@ import pickle
 
 import pytest
 import torch
-from refusing import FASTV, flash_kernel, inputs_of, model_of, refused
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from refusing import FASTV, FLASH, flash_kernel, inputs_of, model_of, refused
+from transformers import AutoConfig, DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationConfig
 
 import prunekit
 from prunekit.engine.cache import static
 from prunekit.testing.tiny import IMAGE
+from prunekit.testing.tiny_configs import CONFIGS, text
+from prunekit.testing.tiny_families import tiny_from_config
 from prunekit.upstream import CACHE
 
 
@@ -306,6 +308,38 @@ def test_a_kind_of_attention_that_is_not_known(model):
     own.config.text_config._attn_implementation = "flex_attention"
     with refused("is not supported by this version; load the model with", own), prunekit.apply(own, FASTV):
         pass
+
+
+def with_decoder(kind, **numbers):
+    """A LLaVA with another decoder; it is not proved here."""
+    config = CONFIGS["llava"](4)
+    decoder = text(4, **numbers)
+    config.text_config = AutoConfig.for_model(kind, **decoder)
+    return tiny_from_config(config, "eager", torch.float32)
+
+
+def test_positions_under_flash_attention():
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
+    own = with_decoder("ministral3", rope_parameters=rope | {"original_max_position_embeddings": 8})
+    with flash_kernel():
+        own.config.text_config._attn_implementation = FLASH
+        phrase = ", whose gaps flash attention would take for the borders of packed sequences"
+        with refused(phrase, own), prunekit.apply(own, FASTV):
+            pass
+        with prunekit.apply(own, {"stages": [{"use": "skip_layers", "layers": [1]}]}):
+            own.generate(**inputs_of(), max_new_tokens=2)
+
+
+def test_positions_that_layers_count_by_themselves():
+    numbers = {"num_local_experts": 2, "intermediate_size_mlp": 32, "head_dim": 8, "floor_scale": 60}
+    own = with_decoder("llama4_text", no_rope_layers=[1, 1, 1, 0], **numbers)
+    inputs = inputs_of((1,), 9)
+    with prunekit.apply(own, FASTV):
+        with refused(" count positions by themselves, which is exact for prompts of less than 30 tokens", own):
+            own(**inputs_of((2,), 9))
+        own.generate(**inputs, max_new_tokens=3)
+        with refused("and of less than 60 with the answer", own, after=1000):
+            own.generate(**inputs, max_new_tokens=50, min_new_tokens=50)
 
 
 def test_a_window_under_flash_attention():

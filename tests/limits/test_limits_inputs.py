@@ -128,9 +128,8 @@ def test_attention_that_is_not_known():
     one, module = torch.zeros(1, 2, 3, 4), nn.Identity()
     with said("attention rows and keys are not available with a object as mask"):
         Attended.of(module, one, one, one, object(), {})
-    for extra in ("s_aux", "position_bias"):
-        with said(f"attention rows and keys are not available where attention has {extra}"):
-            Attended.of(module, one, one, one, None, {extra: one})
+    with said("attention rows and keys are not available where attention has a position_bias"):
+        Attended.of(module, one, one, one, None, {"position_bias": one})
     with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
         _ = tap.Record(module).result
     with said("rope=False is not available for this model"):
@@ -165,7 +164,7 @@ def test_cutting_inside_a_layer_that_does_not_simply_run(model):
 def test_cutting_between_what_runs_side_by_side():
     own = tiny_model("cohere2_vision", dtype=torch.float32)
     loud = {"stages": [{"use": "random", "at": "2.mid", "keep": 0.5}]}
-    with refused("run attention and MLP side by side: there is no state between them", own, error=SpecError):
+    with refused("have no state between attention and MLP that could be cut", own, error=SpecError):
         with prunekit.apply(own, loud):
             pass
 

@@ -92,9 +92,16 @@ def _further_parts(text):
     text.layers[1].cross_attention = nn.Identity()
 
 
-def _chunked(text):
-    text.config.layer_types = ["chunked_attention", "full_attention"] * 3
-    text.config.attention_chunk_size = 64
+def _loops(text):
+    text.config.n_recurrent_loops = 2
+
+
+def _indexer(text):
+    text.layers[3].self_attn.indexer = nn.Identity()
+
+
+def _indexed(text):
+    text.config.layer_types = ["indexed_attention", "full_attention"] * 3
 
 
 def _two_at_once(text):
@@ -123,7 +130,9 @@ def _shared(text):
         (_other_mlp, "layer 1 has no MLP under a known name, but self_attn"),
         (_other_norms, "layer 0 has an unknown order of norms: post_attention_layernorm"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
-        (_chunked, "its layers hold chunked_attention, whose cache cannot be cut"),
+        (_loops, "it runs its layers several times (`n_recurrent_loops`)"),
+        (_indexer, "layer 3 chooses keys by where they stand (`self_attn.indexer`)"),
+        (_indexed, "its layers hold indexed_attention, whose cache cannot be cut"),
         (_two_at_once, "layer 2 has self_attn and conv at once, and so two kinds of cache"),
         (_nothing_attends, "none of its layers attends"),
         (_shared, "its layers share their keys and values, but do not say which"),

@@ -26,7 +26,8 @@ class Attended:
 
     query: (B, A, L, D). key, value: (B, A_kv, K, D). mask: None, bool or additive (B|1, 1|A, L, K), or bool (B, K) of
     the keys that are no padding, as flash kernels get it. causal: whether queries see no later keys, where `mask` does
-    not already say so. window: how many keys back a query sees, there too; None: all.
+    not already say so. window: how many keys back a query sees, there too; None: all. sinks: (A,), a logit of each head
+    that takes its share of the softmax and attends to nothing; None: there is none.
     """
 
     query: Tensor
@@ -37,6 +38,7 @@ class Attended:
     softcap: float | None = None
     causal: bool = True
     window: int | None = None
+    sinks: Tensor | None = None
 
     @classmethod
     def of(
@@ -45,14 +47,14 @@ class Attended:
         """From the arguments of an attention function. Raises Unsupported for kinds whose rows are not known."""
         if mask is not None and not isinstance(mask, Tensor):
             raise Unsupported(f"attention rows and keys are not available with a {type(mask).__name__} as mask")
-        extra = [name for name in ("s_aux", "position_bias") if arguments.get(name) is not None]
-        if extra:
-            raise Unsupported(f"attention rows and keys are not available where attention has {extra[0]}")
-        scaling, causal = arguments.get("scaling"), arguments.get("is_causal")
+        if arguments.get("position_bias") is not None:
+            raise Unsupported("attention rows and keys are not available where attention has a position_bias")
+        scaling, causal, sinks = (arguments.get(name) for name in ("scaling", "is_causal", "s_aux"))
         return cls(
             query.detach(), key.detach(), value.detach(), None if mask is None else mask.detach(),
             query.shape[-1] ** -0.5 if scaling is None else scaling, arguments.get("softcap"),
             bool(getattr(module, "is_causal", True) if causal is None else causal), arguments.get("sliding_window"),
+            None if sinks is None else sinks.detach(),
         )  # fmt: skip
 
     def narrowed(self, keys: int) -> Attended:
@@ -97,19 +99,25 @@ class Attended:
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
         seen = self.seen(slots)
         if domain == "softmax" or visual is None:
-            return probabilities(logits, seen)
+            return probabilities(logits, seen, sinks=self.sinks)
         inside = visual[:, None, None, :]
         inside = inside if seen is None else inside & visible(seen)
         rows = probabilities(logits, seen, inside)
         return rows.masked_fill(~inside.any(-1, keepdim=True), 0.0)
 
 
-def probabilities(logits: Tensor, seen: Tensor | None, inside: Tensor | None = None) -> Tensor:
-    """The softmax over the last axis of what a query sees, in at least float32.
+def probabilities(
+    logits: Tensor, seen: Tensor | None, inside: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
+    """The softmax over the last axis of what a query sees, (B, A, Q, K), in at least float32.
 
-    seen: bool, or additive; None: everything. inside: bool, keys beyond which the row is not normalised.
+    seen: bool, or additive; None: everything. inside: bool, keys beyond which the row is not normalised. sinks: (A,),
+    of whose share rows sum to less than one.
     """
     if seen is not None:
         logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if sinks is not None:
+        column = sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
     return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)

@@ -22,8 +22,16 @@ class Grabbed(Exception):
     """Thrown by a stand-in to leave a layer once its keys and values are computed."""
 
 
+class StandIn:
+    """What all of them say to a layer that asks how many tokens have passed."""
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Any number would do: layers that ask are refused where it could matter (`Parts.counts_to`)."""
+        return 0
+
+
 @dataclass
-class Grab:
+class Grab(StandIn):
     """A cache that takes a layer's keys and values and stops it there: `grab(...)` runs a layer only that far."""
 
     keys: Tensor | None = None
@@ -44,7 +52,7 @@ def grab(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Te
 
 
 @dataclass
-class Beside:
+class Beside(StandIn):
     """A cache of one layer call, whose tokens attend to their own keys and to others that did not run.
 
     frozen: keys and values of the others. order: int64 (B, K), for each slot of the layer the column of its key among
@@ -108,7 +116,7 @@ class Shares:
 
 
 @dataclass
-class _Share:
+class _Share(StandIn):
     shares: Shares
     rows: tuple[int, ...]
 

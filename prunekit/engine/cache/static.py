@@ -172,4 +172,4 @@ def decode(
     if mask is None:
         raise Unsupported("compiled decoding on a pruned cache needs the attention mask that `generate` makes")
     local = masks.decode_mask(mask, layout, store.tail, tokens, hidden, kind)
-    return original(hidden, **{**kwargs, "attention_mask": local, "position_ids": None})
+    return original(hidden, **{**kwargs, "attention_mask": local})

@@ -84,6 +84,8 @@ def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: R
 def _unrotated(arguments: dict[str, Any]) -> dict[str, Any]:
     """Rotations that rotate by nothing. Raises Unsupported where a layer takes its positions some other way."""
     rotary = arguments.get("position_embeddings")
+    if isinstance(rotary, Tensor) and rotary.is_complex():
+        return {"position_embeddings": torch.ones_like(rotary)}
     if not (isinstance(rotary, tuple) and len(rotary) == 2):
         raise Unsupported(
             "rope=False is not available for this model: its layers do not get their rotation as (cos, sin)"

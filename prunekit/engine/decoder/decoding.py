@@ -45,16 +45,17 @@ class Decoding(ForwardPass):
         if actions in _RUNS and layout is None:
             return original(hidden, **kwargs)
         if actions in _RUNS and layout is not None:
-            mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+            mask, rotary, ids = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
             if mask is None and layout.plain:  # what `LayerCall.changes` would say, for the commonest case
-                kwargs["position_ids"] = None
+                if not self.gives_positions:
+                    kwargs["position_ids"] = None
                 return original(hidden, **kwargs)
             # Layers that share a layout share what differs from the arguments of the complete sequence. This is `once`
             # written out, without a closure for every layer.
-            key = (id(layout), id(mask), id(rotary))
+            key = (id(layout), id(mask), id(rotary), id(ids))
             if key not in self._memo:
                 changes = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache).changes()
-                self._memo[key] = changes, (layout, mask, rotary)
+                self._memo[key] = changes, (layout, mask, rotary, ids)
             kwargs.update(self._memo[key][0])
             return original(hidden, **kwargs)
         call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)

@@ -81,7 +81,7 @@ class Forward:
     def _check_arguments(self, number: int) -> None:
         """Raise Unsupported for a layer that is called with what is not known here, or with several streams."""
         parts = self.readings.state.parts
-        if parts.stream is not None or (parts.token_kwargs and number != self.here.number):
+        if parts.stream is not None or (parts.own_inputs and number != self.here.number):
             raise Unsupported(
                 f"forward cannot run layer {number} here: this model gives each layer inputs of its own, or several "
                 "streams of hidden states; read `attention`, `keys` or `values`"

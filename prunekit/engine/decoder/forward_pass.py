@@ -49,11 +49,24 @@ class ForwardPass(ABC):
         kwargs: the arguments of its call, a dict of this call's own.
         """
 
+    @property
+    def gives_positions(self) -> bool:
+        """Whether layers are given position ids with the gaps that cuts leave.
+
+        With a batch of one, flash kernels take ids with gaps for packed sequences, whose borders they look for at the
+        lowest id, or in older transformers at id 0, which may have been dropped. So they get none where the layers
+        themselves rotate by `position_embeddings` alone.
+        """
+        return self.kind != "flat" or self.state.parts.reads_positions
+
     def localised(self, layout: Layout | None, kwargs: Mapping[str, Any]) -> Layout | None:
-        """The layout with what its rotary positions moved by, where the pipeline renumbers positions."""
-        if layout is None or self.state.bound.positions == "keep":
+        """The layout with what its rotary positions moved by, where the pipeline renumbers positions.
+
+        Some decoders have layers that rotate nothing among others.
+        """
+        rotary = kwargs.get("position_embeddings")
+        if layout is None or self.state.bound.positions == "keep" or rotary is None:
             return layout
-        rotary = kwargs["position_embeddings"]
         shifted: Layout = self.once((layout, rotary, "shift"), lambda: self.rotations.shifted(rotary, layout))
         return shifted
 

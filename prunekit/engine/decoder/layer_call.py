@@ -17,8 +17,9 @@ from prunekit.engine.cache.shared import Handed, slots_in
 from prunekit.engine.cache.stand_ins import Beside, Shares, grab
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.arguments import USUAL, cut_along
 from prunekit.engine.tokens.layout import Layout, per_token, select_rows, take
-from prunekit.engine.tokens.positions import take_rotary
+from prunekit.engine.tokens.positions import each, take_ids, take_rotary
 from prunekit.strategy.decisions import LayerAction
 from prunekit.upstream import CACHE, SHARED_KV
 
@@ -60,20 +61,32 @@ class LayerCall:
         if self.layout is None and self.rows is None:
             return {}
         queries, is_prefill = queries or self.asking, self.forward_pass.is_prefill
-        # Flash kernels read gaps in position_ids as packed sequences; rotation comes from position_embeddings.
-        changes: dict[str, Any] = {"attention_mask": self._mask(queries), "position_ids": None}
+        changes: dict[str, Any] = {"attention_mask": self._mask(queries)}
+        if (ids := self.kwargs.get("position_ids")) is not None:
+            changes["position_ids"] = self._position_ids(ids, queries)
         if (rotary := self.kwargs.get("position_embeddings")) is not None:
             changes["position_embeddings"] = self._rotary(rotary, queries)
         if SHARED_KV in self.kwargs and (is_prefill or self.rows is not None):
             changes[SHARED_KV] = self.handed()
-        if not is_prefill and self.rows is None:
-            return changes
-        asking = queries[0] if queries else self._tokens()
-        for name in self.forward_pass.state.parts.token_kwargs:
-            if isinstance(whole := self.kwargs.get(name), Tensor):
-                mine = select_rows(whole, self.rows)
-                changes[name] = mine if asking is None else asking.gather(mine)
-        return changes
+        return changes | self._others(queries)
+
+    def _others(self, queries: tuple[Layout, Tensor] | None) -> dict[str, Any]:
+        """The arguments that only some decoders have, and that differ."""
+        current = self.forward_pass
+        slots = (queries[0] if queries else self._tokens()) if current.is_prefill else None
+        if slots is None and self.rows is None:
+            return {}
+        size = len(current.state.lengths), current.tokens
+        others = {name: value for name, value in self.kwargs.items() if name not in USUAL and value is not None}
+        return {name: cut_along(name, value, size, self.rows, slots) for name, value in others.items()}
+
+    def _position_ids(self, ids: Tensor, queries: tuple[Layout, Tensor] | None) -> Tensor | None:
+        current, layout = self.forward_pass, self.layout
+        if not current.gives_positions:
+            return None
+        of = (ids, layout, self.rows, "positions")
+        whole = current.once(of, lambda: current.rotations.local_ids(ids, layout, self.rows, current.is_prefill))
+        return whole if queries is None else take_ids(whole, queries[1])
 
     def _tokens(self) -> Layout | None:
         """The tokens that `hidden` holds, also where they attend to nothing; None: all that the call was given."""
@@ -130,7 +143,7 @@ class LayerCall:
             )
         if queries is None:
             return whole
-        return tuple(take_rotary(part, queries[1]) for part in whole)
+        return each(whole, lambda part: take_rotary(part, queries[1]))
 
     def _rotary_of_source(self, rotary: Any) -> Any:
         """Renumbered positions are those that the keys have, which are the source's."""

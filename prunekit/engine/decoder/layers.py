@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from prunekit.engine.cache import static
 from prunekit.engine.decoder.forward_pass import CURRENT
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens import masks
+from prunekit.engine.tokens.layout import take
 from prunekit.engine.tokens.streams import as_layers_take, tokens_first
 from prunekit.engine.tracing import STEP, as_it_is, is_compiled, untraced
 from prunekit.errors import Unsupported
@@ -109,23 +110,29 @@ def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable
 
 
 def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    known: list[Any] = []  # what it returns for one token, where experts return the states and more
+
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = CURRENT.get()
         if current is None or current.left_out is not LayerAction.SKIP_MLP:
             return original(hidden_states, *args, **kwargs)
-        return torch.zeros_like(hidden_states)
+        if not known:
+            more, named = _changed(lambda x: _of_tokens(x, hidden_states.shape[1], slice(1)), args, kwargs)
+            known.append(original(hidden_states[:, :1], *more, **named))
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, *known[0][1:]) if isinstance(known[0], tuple) else zeros
 
     return forward
 
 
 def _cut_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The norm before the MLP, on the tokens that the cuts inside the layer leave."""
+    """The norm before the MLP, or the MLP where none is, on the tokens that the cuts inside the layer leave."""
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = CURRENT.get()
         if current is None or current.mid is None:
-            return original(hidden, *args, **kwargs)
-        return original(current.mid.decide(hidden), *args, **kwargs)
+            return original(hidden_states, *args, **kwargs)
+        return original(current.mid.decide(hidden_states), *args, **kwargs)
 
     return forward
 
@@ -133,15 +140,31 @@ def _cut_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _cut_mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """The MLP, whose output goes back to the width of the layer."""
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         current = CURRENT.get()
-        output = original(hidden, *args, **kwargs)
         if current is None or current.mid is None:
-            return output
-        widen = current.mid.widen
-        return (widen(output[0]), *output[1:]) if isinstance(output, tuple) else widen(output)
+            return original(hidden_states, *args, **kwargs)
+        mid = current.mid
+        more, named = _changed(lambda x: _of_tokens(x, mid.width, mid.slots), args, kwargs)
+        output = original(hidden_states, *more, **named)
+        first = output[0] if isinstance(output, tuple) else output
+        whole = mid.widen(first.reshape(len(hidden_states), -1, first.shape[-1]))  # some experts give them in a row
+        return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     return forward
+
+
+def _changed(
+    change: Callable[[Any], Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    return [change(one) for one in args], {name: change(one) for name, one in kwargs.items()}
+
+
+def _of_tokens(x: Any, tokens: int, slots: Tensor | slice | None) -> Any:
+    """Another argument of an MLP for `slots` of the tokens that it has an entry for, (B, tokens, ...), if it has."""
+    if slots is None or not isinstance(x, Tensor) or x.ndim < 2 or x.shape[1] != tokens:
+        return x
+    return x[:, slots] if isinstance(slots, slice) else take(x, slots, 1)
 
 
 def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,14 +59,26 @@ class Rotations:
         return ids if ids.ndim == 3 else ids[None]
 
     def local(self, rotary: Any, layout: Layout | None, rows: Tensor | None, prefill: bool) -> Any:
-        """The rotations, (cos, sin), of the slots of `layout` for batch rows `rows` (None: all)."""
+        """The rotations, (cos, sin) or one tensor, of the slots of `layout` for batch rows `rows` (None: all)."""
         if layout is not None and layout.shift is not None:
             return self._renumbered(rotary, layout, rows, prefill)
         if rows is not None:
-            rotary = tuple(select_rows(part, rows, part.ndim - 3) for part in rotary)
+            rotary = each(rotary, lambda part: select_rows(part, rows, part.ndim - 3))
         if layout is None or not prefill:
             return rotary
-        return tuple(take_rotary(part, layout.index) for part in rotary)
+        return each(rotary, lambda part: take_rotary(part, layout.index))
+
+    def local_ids(self, ids: Tensor, layout: Layout | None, rows: Tensor | None, prefill: bool) -> Tensor:
+        """The position ids that a layer gets, int64 (B|1, S) or (axes, B|1, S), for the same.
+
+        They are renumbered where they are those of the rotations.
+        """
+        mine = select_rows(ids, rows, ids.ndim - 2)
+        if layout is None:
+            return mine
+        if layout.shift is not None and any(made.ids is ids for made in self.made):
+            return _moved(mine, layout, layout.shift, prefill)
+        return _slots(mine, layout) if prefill else mine
 
     def shifted(self, rotary: Any, layout: Layout) -> Layout:
         """`layout` with the number of position values, int64 (B,), that none of its tokens uses any more."""
@@ -78,8 +90,7 @@ class Rotations:
     def _renumbered(self, rotary: Any, layout: Layout, rows: Tensor | None, prefill: bool) -> Any:
         made = self._of(rotary)
         assert layout.shift is not None
-        ids = select_rows(made.ids, rows, made.ids.ndim - 2)
-        ids = _closed(ids, layout) if prefill else ids - layout.shift[:, None].to(ids.device)
+        ids = _moved(select_rows(made.ids, rows, made.ids.ndim - 2), layout, layout.shift, prefill)
         states = made.states[:1]
         return made.module(states, ids, *made.args, **made.kwargs)
 
@@ -93,16 +104,29 @@ class Rotations:
         )
 
 
+def each(rotary: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` of both parts of a rotation (cos, sin), or of the one complex tensor that some decoders have."""
+    return change(rotary) if isinstance(rotary, Tensor) else tuple(change(part) for part in rotary)
+
+
 def take_rotary(part: Tensor, index: Tensor) -> Tensor:
     """Entries of a rotation (B|1, S, D), or (axes, B|1, S, D) as M-RoPE has it, at a per-row index, int64 (B, K)."""
     return torch.stack([take(axis, index, 1) for axis in part]) if part.ndim == 4 else take(part, index, 1)
 
 
+def take_ids(ids: Tensor, index: Tensor) -> Tensor:
+    """Entries of position ids (B|1, S) or (axes, B|1, S) at a per-row index, int64 (B, K)."""
+    return torch.stack([take(axis, index, 1) for axis in ids]) if ids.ndim == 3 else take(ids, index, 1)
+
+
+def _moved(ids: Tensor, layout: Layout, shift: Tensor, prefill: bool) -> Tensor:
+    """Position ids of the slots with the gaps closed, or those of new tokens behind them."""
+    return _closed(ids, layout) if prefill else ids - shift[:, None].to(ids.device)
+
+
 def _slots(ids: Tensor, layout: Layout) -> Tensor:
     """Position ids of the slots: (B, K), or (axes, B, K)."""
-    if ids.ndim == 3:
-        return torch.stack([take(axis, layout.index, 1) for axis in ids])
-    return take(ids, layout.index, 1)
+    return take_ids(ids, layout.index)
 
 
 def _last(ids: Tensor, layout: Layout) -> Tensor:
