@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -25,11 +25,10 @@ from prunekit.engine.overrides import Overrides
 from prunekit.engine.prompt import fit, generate
 from prunekit.engine.prompt.call import CALL, Call
 from prunekit.engine.prompt.visual_inputs import ENCODES, VisualInputs, counts_of, record_on
-from prunekit.engine.summary import summarise
+from prunekit.engine.reporting import report_of
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
-from prunekit.engine.tower.record import tower_events, tower_tokens
 from prunekit.engine.tracing import REASON, traced_step, untraced
 from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
@@ -370,32 +369,6 @@ def _refuse_replicas(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return replicate
-
-
-def report_of(state: BatchState) -> RunReport:
-    """What the prefill of a prompt batch did; reads the decisions back from their device."""
-    layers = state.bound.shape.layers
-    every = [state.entering(number) for number in range(layers)]
-    return summarise(
-        state.bound,
-        state.plans,
-        prompt_tokens=state.prompt.lengths,
-        visual_tokens=state.prompt.visual_counts,
-        kept_tokens=state.counts,
-        events=(*tower_events(state.prompt), *(decision.event() for decision in state.decisions)),
-        layer_tokens=_by_row(state.layer_tokens or every),
-        layer_visual=_by_row(state.layer_visual or [state.counts] * layers),
-        layer_keys=_by_row(state.layer_keys or [state.lengths] * layers),
-        mlp_tokens=_by_row(state.mlp_tokens or every),
-        notes=tuple(state.notes),
-        tower_tokens=tower_tokens(state.prompt),
-        itemsize=state.itemsize,
-        wanted=state.wanted,
-    )
-
-
-def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(zip(*layers, strict=True))
 
 
 def _rotary(parts: Parts) -> nn.Module:

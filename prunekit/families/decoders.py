@@ -12,7 +12,7 @@ from torch import nn
 
 from prunekit import upstream
 from prunekit.errors import Unsupported
-from prunekit.families.base import matrix_params, mixer_params
+from prunekit.families.weights import matrix_params, mixer_params
 from prunekit.strategy.decisions import RECURRENT
 from prunekit.upstream import SHARED_KV
 

@@ -27,7 +27,7 @@ from prunekit.verify.comparison import compared
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import StockRun, stock_run_of
 from prunekit.verify.strategies import ATTENDED, DRAWN, MERGED, WITHOUT, with_own
-from prunekit.verify.tiny_prompts import tiny_batch
+from prunekit.verify.tiny_prompts import Recipe, tiny_batch
 from prunekit.verify.twin import recipe_for, rows_of, twin_of
 
 STEPS, ALLOWED = 3, 1e-5
@@ -99,6 +99,11 @@ def proved_parts(model: PreTrainedModel) -> Parts:
         return parts
     proof = prove(model.config)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
+    if faults and parts.opaque is not None:
+        raise Unsupported(
+            f"the decoder {type(parts.text).__name__} can be cut at its input only, since {parts.opaque}, and its tiny "
+            "twin shows that even this would not be exact"
+        )
     if faults:
         raise Unsupported(
             f"{type(model).__name__} with {type(parts.text).__name__} was recognised, but its tiny twin is not pruned "
@@ -139,7 +144,7 @@ def _prove(key: _Key) -> Proof:
         torch.random.set_rng_state(state)
     try:
         parts = families.find(twin)
-        recipe = recipe_for(twin, parts)
+        recipe = _recipe(twin, parts)
         inputs = tiny_batch(twin, recipe, rows_of(recipe))
         with Float64Throughout():  # eager layers would make NaN of padding, which equals nothing
             observed = _observe(twin, inputs) if parts.opaque is None else Observed(cuts_inside=False)
@@ -158,6 +163,18 @@ def _prove(key: _Key) -> Proof:
     if inside is None or inside.fault is not None:
         return Proof(replace(observed, cuts_inside=False), tuple(cases))
     return Proof(observed, (*cases, inside))
+
+
+def _recipe(twin: Any, parts: Parts) -> Recipe:
+    """As `recipe_for`; of a decoder that is not known inside the reason is that."""
+    try:
+        return recipe_for(twin, parts)
+    except Unsupported as error:
+        if parts.opaque is None:
+            raise
+        raise Unsupported(
+            _unproved(parts, "and on a tiny twin no prompt runs, so that even this is unproved")
+        ) from error
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:

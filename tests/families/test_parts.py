@@ -15,8 +15,8 @@ import prunekit.families
 from prunekit.cost import kv_bytes
 from prunekit.errors import Unsupported
 from prunekit.families import families, find
-from prunekit.families.base import matrix_params
 from prunekit.families.decoders import decoder, plain, token_params
+from prunekit.families.weights import matrix_params
 from prunekit.testing.tiny_configs import CONFIGS, IMAGE, VIDEO
 from prunekit.testing.tiny_families import takes_video, tiny_from_config, tiny_model, tiny_names
 from prunekit.upstream import CACHE
@@ -158,7 +158,7 @@ def _no_layers(text: Any) -> None:
 
 
 def _other_kinds(text: Any) -> None:
-    text.config.layer_types = ["chunked_attention", "full_attention"] * 3
+    text.config.layer_types = ["indexed_attention", "full_attention"] * 3
 
 
 def _two_at_once(text: Any) -> None:
@@ -182,7 +182,7 @@ def _shared(text: Any) -> None:
         (_other_norms, "layer 0 has an unknown order of norms: input_layernorm, post_attention_layernorm, post_"),
         (_further_parts, "layer 1 has further parts: cross_attention"),
         (_no_layers, "no list `layers`"),
-        (_other_kinds, "hold chunked_attention, whose cache cannot be cut"),
+        (_other_kinds, "hold indexed_attention, whose cache cannot be cut"),
         (_two_at_once, "layer 2 has self_attn and conv at once, and so two kinds of cache"),
         (_nothing_attends, "none of its layers attends"),
         (_shared, "share their keys and values"),

@@ -10,7 +10,7 @@ from torch import nn
 
 import prunekit
 from prunekit.families import find
-from prunekit.families.base import matrix_params
+from prunekit.families.weights import matrix_params
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 
 FASTV = {"stages": [{"use": "fastv", "at": 2, "keep": 0.4}]}

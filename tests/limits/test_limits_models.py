@@ -15,7 +15,7 @@ import prunekit
 from prunekit import upstream
 from prunekit.families import find, generic, grids, patch_groups
 from prunekit.families.base import square_grid
-from prunekit.families.decoders import decoder, plain, token_params
+from prunekit.families.decoders import NotPlain, decoder, plain, token_params
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import proof, twin
 
@@ -162,6 +162,14 @@ def test_a_version_of_transformers_that_lacks_something(monkeypatch):
         pass
 
 
+def _not_plain(text):
+    raise NotPlain(text, "it is closed")
+
+
+def _no_recipe(twin, parts):
+    raise prunekit.Unsupported("7 is not 8")
+
+
 class TestTheProof:
     """Of a model without a family file: on a tiny twin, before anything is pruned."""
 
@@ -199,6 +207,18 @@ class TestTheProof:
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
         with said(" was recognised, but its tiny twin is not pruned exactly: nothing pruned: off by 3"):
             proof.proved_parts(model_of())
+
+    def test_a_decoder_that_is_not_known_inside(self, monkeypatch):
+        own = model_of()
+        own.model.language_model.layers[1].gate = nn.Identity()
+        monkeypatch.setattr(prunekit.families.decoders, "plain", _not_plain)
+        monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
+        with said("since it is closed, and its tiny twin shows that even this would not be exact"):
+            proof.proved_parts(own)
+        proof._prove.cache_clear()
+        monkeypatch.setattr(proof, "recipe_for", _no_recipe)
+        with said("since it is closed, and on a tiny twin no prompt runs, so that even this cannot be proved"):
+            proof.proved_parts(own)
 
     def test_loops_that_are_no_plain_ones(self):
         def watched(change):

@@ -38,7 +38,9 @@ def override(overrides: Overrides, parts: Parts, bound: BoundPipeline, read: Con
         if _may(bound, number, LayerAction.SKIP_ATTENTION):
             overrides.replace(parts.mixing(number), "forward", _attention_forward(parts.attends(number)))
         if _may(bound, number, LayerAction.SKIP_MLP):
-            overrides.replace(getattr(layer, parts.mlp), "forward", _mlp_forward)
+            mlp = getattr(layer, parts.mlp)
+            experts = any(parameter.ndim > 2 for parameter in mlp.parameters())
+            overrides.replace(mlp, "forward", _mlp_forward(experts))
 
 
 def _may(bound: BoundPipeline, number: int, action: LayerAction) -> bool:
@@ -109,20 +111,25 @@ def _attention_forward(weights: bool) -> Callable[[Callable[..., Any]], Callable
     return make
 
 
-def _mlp_forward(original: Callable[..., Any]) -> Callable[..., Any]:
-    known: list[Any] = []  # what it returns for one token, where experts return the states and more
+def _mlp_forward(experts: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The override of an MLP. Experts may return more than states: what, they are asked once, with one token."""
 
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        current = CURRENT.get()
-        if current is None or current.left_out is not LayerAction.SKIP_MLP:
-            return original(hidden_states, *args, **kwargs)
-        if not known:
-            more, named = _changed(lambda x: _of_tokens(x, hidden_states.shape[1], slice(1)), args, kwargs)
-            known.append(original(hidden_states[:, :1], *more, **named))
-        zeros = torch.zeros_like(hidden_states)
-        return (zeros, *known[0][1:]) if isinstance(known[0], tuple) else zeros
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        known: list[Any] = []
 
-    return forward
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            current = CURRENT.get()
+            if current is None or current.left_out is not LayerAction.SKIP_MLP:
+                return original(hidden_states, *args, **kwargs)
+            if experts and not known:
+                more, named = _changed(lambda x: _of_tokens(x, hidden_states.shape[1], slice(1)), args, kwargs)
+                known.append(original(hidden_states[:, :1], *more, **named))
+            zeros = torch.zeros_like(hidden_states)
+            return (zeros, *known[0][1:]) if known and isinstance(known[0], tuple) else zeros
+
+        return forward
+
+    return make
 
 
 def _cut_norm_forward(original: Callable[..., Any]) -> Callable[..., Any]:
