@@ -173,8 +173,8 @@ def _recipe(twin: Any, parts: Parts) -> Recipe:
         if parts.opaque is None:
             raise
         raise Unsupported(
-            f"the decoder {type(parts.text).__name__} can be cut at its input only, since {parts.opaque}, and on a tiny "
-            "twin no prompt runs, so that even this cannot be proved"
+            f"the decoder {type(parts.text).__name__} can be cut at its input only, since {parts.opaque}, and on a "
+            "tiny twin no prompt runs, so that even this cannot be proved"
         ) from error
 
 
