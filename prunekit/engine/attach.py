@@ -50,7 +50,7 @@ class Attached:
         self.model, self.parts, self.processor, self.observed = model, parts, processor, observed
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
         shape = self.parts.shape()
-        self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
+        self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
         self._check_processor()
         # One that changes nothing leaves the layers alone.

@@ -239,3 +239,8 @@ class ModelShape:
     recurrent: tuple[int, ...] = ()
     mixer_params: int = 0
     opaque: str = ""
+
+    @property
+    def tower_depth(self) -> int:
+        """Blocks of the vision tower that lead to the features that the projector gets; 0 where it cannot be cut."""
+        return 0 if self.tower is None else self.tower.feature_block + 1

@@ -45,10 +45,13 @@ def test_coverage_as_mmtok(case, dtype) -> None:
 
 
 @both_precisions
-@cases("idpruner_mmr", parallel_k=1)
+@cases("idpruner_mmr")
 def test_mmr_as_idpruner(case, dtype) -> None:
     t, params = drawn(case, dtype), case["params"]
-    order = ops.mmr(ops.min_max(t["raw_score"]), ops.cosine(t["tokens"]), params["keep"], params["mmr_lambda"])
+    order = ops.mmr(
+        ops.min_max(t["raw_score"]), ops.cosine(t["tokens"]), params["keep"], params["mmr_lambda"],
+        at_once=params["parallel_k"],
+    )  # fmt: skip
     assert order.tolist() == case["expected"]["selected_in_order"]
 
 
