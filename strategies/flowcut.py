@@ -91,7 +91,7 @@ class FlowCut:
         if distance % 2:
             return sizes
         entropy = torch.zeros_like(shares, dtype=flow.dtype).index_add(0, frames, torch.special.entr(flow))
-        concentration = 1 - (entropy / sizes.log().clamp(min=math.log(2))).square()
+        concentration = 1 - (entropy / sizes.clamp(min=2).to(flow.dtype).log()).square()
         gone = ((sizes - shares) / math.sqrt(distance) * concentration).round().long()
         return (sizes - gone).maximum(shares)
 
