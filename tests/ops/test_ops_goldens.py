@@ -125,3 +125,13 @@ def test_borda_and_matching_as_tokencarve(case) -> None:
     joined = {i: j for i, j in enumerate(owner.tolist()) if j not in (-1, i)}
     assert joined == dict(map(tuple, expected["merge_from_to"]))
     assert [i for i, j in enumerate(owner.tolist()) if i == j] == expected["kept_sorted"]
+
+
+@both_precisions
+@cases("tome", class_token=False)
+def test_bipartite_matching_as_tome(case, dtype) -> None:
+    """Without a class token, whose towers the strategy splits otherwise; its other cases are tests of the strategy."""
+    t, p = drawn(case, dtype), case["params"]
+    owner = ops.bipartite_matching(ops.cosine(t["keys"].mean(0)), p["r"]).tolist()
+    groups = {one: [i for i, other in enumerate(owner) if other == one] for one in owner}
+    assert sorted(groups.values()) == sorted(case["expected"]["groups"])

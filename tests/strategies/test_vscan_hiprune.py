@@ -7,9 +7,11 @@ import torch
 from asking import ask, cases, stage_of
 from golden_files import drawn
 from plain import SEEDS, best, cosine, kept, sample, spread
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import prunekit
 from prunekit.families import shape_of
+from prunekit.pipeline.forecast import forecast
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent
@@ -139,12 +141,12 @@ def test_neighbours_are_those_of_the_original_grid():
 
 
 def test_the_two_stages_of_vscan_on_llava():
-    """In at 96, out at 32 of 576 after half the layers: 64 on average; as a shipped pipeline."""
-    counts = [prunekit.Keep(keep).count(576, 576) for keep in (1 / 6, 1 / 18)]
-    assert counts == [96, 32] and sum(counts) / 2 == 64
-    pipeline = prunekit.load("vscan-r11")
-    assert [stage.keeps[0].tokens for stage in pipeline.stages] == [96, 32]
-    assert [str(site) for site, _ in stage_of("vscan_decoder").placements(32, 0)] == ["16"]
+    """96 of 576 enter, 32 leave the middle layer; 64 on average."""
+    stages = [{"use": "vscan", "keep_tokens": 96}, {"use": "vscan_decoder", "keep_tokens": 32}]
+    with torch.device("meta"):
+        shape = shape_of(LlavaForConditionalGeneration(LlavaConfig()))
+    figures = forecast(prunekit.load({"stages": stages}).bind(shape), 0)
+    assert figures.layer_tokens == (96,) * 16 + (32,) * 16 and sum(figures.layer_tokens) == 32 * 64
     assert stage_of("vscan_decoder").inputs["attention"].layer == "next"
 
 
