@@ -36,6 +36,17 @@ def test_several_crops_and_newlines(use):
     assert tuple(map(len, event.kept)) == event.asked
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("use", [*OPTIONS, "vscan_decoder", "flowcut", "tome"])
+def test_other_precisions_run(use, dtype):
+    """As many tokens are kept, and nothing that is computed from half precision is NaN."""
+    model, inputs = tiny_llava(dtype=dtype), tiny_inputs(images=(1, 2), text=(9, 5), dtype=dtype)
+    with prunekit.apply(model, {"stages": [{"use": use, "keep": 0.4, **OPTIONS.get(use, {})}]}) as run:
+        assert model(**inputs).logits.isfinite().all()
+    each = (6, 12) if run.report.events[-1].site.startswith("vision") else (6, 13)
+    assert run.report.kept_tokens == each
+
+
 @pytest.fixture(scope="module")
 def llava_7b():
     with torch.device("meta"):
