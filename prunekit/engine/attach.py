@@ -65,7 +65,7 @@ class Attached:
         if self.outer is not None:
             self.outer.callers.check_block()
         shape = self.parts.shape()
-        self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape.layers)
+        self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
         self._check_processor()
         # One that changes nothing leaves the layers alone.

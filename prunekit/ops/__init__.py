@@ -17,6 +17,7 @@ Conventions, stated here once:
 
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
+from prunekit.ops.crops import crop_quotas
 from prunekit.ops.density import density_peaks
 from prunekit.ops.dpp import dpp
 from prunekit.ops.greedy import index_mask
@@ -24,10 +25,11 @@ from prunekit.ops.grid import even_grid, grid_cells, middles
 from prunekit.ops.groups import group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
+from prunekit.ops.maxsum import max_sum
 from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
-from prunekit.ops.scale import cosine, min_max
+from prunekit.ops.scale import cosine, min_max, precise
 from prunekit.ops.topk import ranks, top_k_mask
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "borda",
     "cosine",
     "coverage",
+    "crop_quotas",
     "density_peaks",
     "dpp",
     "even_grid",
@@ -43,11 +46,13 @@ __all__ = [
     "group_top_k",
     "index_mask",
     "max_min",
+    "max_sum",
     "middles",
     "min_max",
     "mmr",
     "nearest_kept",
     "outliers",
+    "precise",
     "quotas",
     "ranks",
     "top_k_mask",

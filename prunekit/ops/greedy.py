@@ -17,12 +17,17 @@ def steps_of(count: GreedyCount, tokens: int) -> int:
     return min(count if isinstance(count, int) else max(count, default=0), tokens)
 
 
-def choose(gain: Tensor, after: Callable[[Tensor], Tensor], count: GreedyCount, valid: Tensor | None) -> Tensor:
+def choose(
+    gain: Tensor, after: Callable[[Tensor], Tensor], count: GreedyCount, valid: Tensor | None, at_once: int = 1
+) -> Tensor:
     """Indices in the order of choice: int64 (B, T), T the largest count; -1 where a row has no more to choose.
 
-    gain: float (B, V), what each token would gain as the first. after: the gains once the tokens `pick`, int64 (B, 1),
-    are chosen as well; what it says of tokens that are chosen already is ignored.
+    gain: float (B, V), what each token would gain as the first. after: the gains once the tokens `pick`, int64 (B, n),
+    are chosen as well; what it says of tokens that are chosen already is ignored. at_once: how many a step takes, the
+    last one perhaps fewer.
     """
+    if at_once > 1:
+        return _several(gain, after, count, valid, at_once)
     closed = torch.zeros_like(gain, dtype=torch.bool) if valid is None else ~valid
     most = per_row(count, gain.device).minimum((~closed).sum(-1, keepdim=True))
     picks: list[Tensor] = []
@@ -36,6 +41,24 @@ def choose(gain: Tensor, after: Callable[[Tensor], Tensor], count: GreedyCount, 
         return torch.empty(*gain.shape[:-1], 0, dtype=torch.int64, device=gain.device)
     order = torch.cat(picks, dim=-1)
     return order.masked_fill(torch.arange(len(picks), device=gain.device) >= most, -1)
+
+
+def _several(
+    gain: Tensor, after: Callable[[Tensor], Tensor], count: GreedyCount, valid: Tensor | None, at_once: int
+) -> Tensor:
+    """As `choose`, by a sort in each step."""
+    closed = torch.zeros_like(gain, dtype=torch.bool) if valid is None else ~valid
+    most = per_row(count, gain.device).minimum((~closed).sum(-1, keepdim=True))
+    steps = steps_of(count, gain.shape[-1])
+    picks = [torch.empty(*gain.shape[:-1], 0, dtype=torch.int64, device=gain.device)]
+    for begin in range(0, steps, at_once):
+        if begin:
+            gain = after(picks[-1])
+        best = sortable(gain).masked_fill(closed, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        picks.append(best[..., : min(at_once, steps - begin)])
+        closed = closed.scatter(-1, picks[-1], True)
+    order = torch.cat(picks, dim=-1)
+    return order.masked_fill(torch.arange(steps, device=gain.device) >= most, -1)
 
 
 def row_at(matrix: Tensor, pick: Tensor) -> Tensor:

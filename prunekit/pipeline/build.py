@@ -54,7 +54,7 @@ class Pipeline:
         Raises SpecError with everything that does not fit, Unsupported for a model that no pipeline can prune.
         """
         faults: list[Fault] = []
-        placed = cuts.cuts_of(self.stages, shape.layers)
+        placed = cuts.cuts_of(self.stages, shape.layers, shape.tower_depth)
         faults += site_faults(self.stages, placed, shape)
         faults += cuts.sequence_faults(self.stages, placed, shape.visual_tokens)
         plan = layer_plans.static_plan(self.stages, shape, faults)
@@ -141,8 +141,8 @@ def file_of(source: Source, registry: Registry) -> Source:
         raise SpecError([Fault(None, "", message, error.hint)]) from error
 
 
-def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
-    """One pipeline with the stages of both, in the order in which the data of a decoder of `layers` layers passes them.
+def combine(outer: Pipeline, inner: Pipeline, shape: ModelShape) -> Pipeline:
+    """One pipeline with the stages of both, in the order in which the data of a model with these numbers passes them.
 
     Raises SpecError when they do not agree about positions, or one has a budget for the whole.
     """
@@ -153,7 +153,8 @@ def combine(outer: Pipeline, inner: Pipeline, layers: int) -> Pipeline:
         message = f"'{(outer if outer.budget else inner).name}' has one, which is for a whole pipeline"
         raise SpecError([Fault(None, "budget", message, "say with `keep` how much each stage leaves")])
     both = [*outer.stages, *inner.stages]
-    first = {cut.stage.index: cut.site for cut in reversed(cuts.cuts_of(_numbered(both), layers))}
+    placed = cuts.cuts_of(_numbered(both), shape.layers, shape.tower_depth)
+    first = {cut.stage.index: cut.site for cut in reversed(placed)}
     order = sorted(_numbered(both), key=lambda stage: first.get(stage.index, Site(None, "pixels")))
     stages = _numbered(order)
     data = {"name": f"{outer.name}+{inner.name}", "positions": inner.positions}

@@ -14,18 +14,20 @@ CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
 LET_RUN = "move it, or let that layer run"
 
 
-def cuts_of(stages: Sequence[Stage], layers: int | None) -> tuple[Cut, ...]:
+def cuts_of(stages: Sequence[Stage], layers: int | None, blocks: int = 0) -> tuple[Cut, ...]:
     """The cuts of all stages in the order in which the data passes them; at one site in the order of the stages.
 
-    layers: of the decoder; None leaves out stages whose default site scales with them.
+    layers: of the decoder; None leaves out stages whose default site scales with them. blocks: of the vision tower,
+    those that lead to the image features.
     """
     cuts: list[Cut] = []
     for stage in stages:
         unread = stage.sites_given is None and "at" in stage.names
         if unread or not stage.cuts_tokens:
             continue
-        placements = stage.placements(layers) or ()
-        cuts += [Cut(site, stage, keep, number) for number, (site, keep) in enumerate(placements)]
+        placements = stage.placements(layers, blocks) or ()
+        sites = tuple(site for site, _ in placements)
+        cuts += [Cut(site, stage, keep, number, sites) for number, (site, keep) in enumerate(placements)]
     return tuple(sorted(cuts, key=lambda cut: (cut.site, cut.stage.index)))
 
 

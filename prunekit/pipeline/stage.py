@@ -89,21 +89,21 @@ class Stage:
     @property
     def known_sites(self) -> tuple[Site, ...] | None:
         """Where it acts; None while that is a default that scales with the depth of a model."""
-        placements = self.placements(None)
+        placements = self.placements(None, 0)
         return None if placements is None else tuple(site for site, _ in placements)
 
-    def placements(self, layers: int | None) -> tuple[tuple[Site, Keep | None], ...] | None:
+    def placements(self, layers: int | None, blocks: int) -> tuple[tuple[Site, Keep | None], ...] | None:
         """Its sites in a decoder of `layers` layers, each with its budget, in the order of the data.
 
         A budget is None where the strategy decides by itself. layers: None is a model that is not known yet; the result
-        is then None where a default scales with the depth. What the file leaves out comes from the strategy's schedule,
-        else from its default site.
+        is then None where a default scales with the depth. blocks: of the vision tower, those that lead to the image
+        features. What the file leaves out comes from the strategy's schedule, else from its default site.
         """
         schedule = None
         if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
             if layers is None and callable(self.declaration.schedule):
                 return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
-            schedule = self.declaration.schedule_of(self.strategy, layers or 0)
+            schedule = self.declaration.schedule_of(self.strategy, layers or 0, blocks)
         sites = self.sites_given
         if sites is None and schedule is not None:
             sites = tuple(site for site, _ in schedule)
@@ -112,7 +112,12 @@ class Stage:
                 return None
             sites = (self.sites.resolve(layers or 0),)
         keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
-        return tuple(zip(sites, keeps * len(sites) if len(keeps) == 1 else keeps, strict=True))
+        if len(keeps) == 1:
+            keeps *= len(sites)
+            only = keeps[0]
+            if self.declaration.spread and only is not None and only.of == "original":
+                keeps = tuple(dataclasses.replace(only, cuts=cuts) for cuts in range(len(sites), 0, -1))
+        return tuple(zip(sites, keeps, strict=True))
 
     @property
     def drops_all(self) -> bool:
@@ -165,13 +170,15 @@ class Stage:
 class Cut:
     """One place where a stage takes visual tokens away. A stage with a list of sites has several, numbered from 0.
 
-    keep: None for a strategy that decides by itself.
+    keep: None for a strategy that decides by itself. sites: all of the stage's, in the order of the data; empty for a
+    router.
     """
 
     site: Site
     stage: Stage
     keep: Keep | None
     number: int
+    sites: tuple[Site, ...] = ()
 
     @property
     def asked_at(self) -> Site:

@@ -281,3 +281,8 @@ class ModelShape:
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values `layer` attends to."""
         return self.kv_sources[layer] if self.kv_sources else layer
+
+    @property
+    def tower_depth(self) -> int:
+        """Blocks of the vision tower that lead to the features that the projector gets; 0 where it cannot be cut."""
+        return 0 if self.tower is None else self.tower.feature_block + 1

@@ -40,7 +40,7 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     **STATEMENTS,
 }
 # What the decorator says that means something only for one kind of strategy; the rest is for both kinds.
-OF_TOKENS = ("schedule", "drops_all", "extras")
+OF_TOKENS = ("schedule", "spread", "drops_all", "extras")
 OF_ROUTERS = ("keep_layers", "routes")
 EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
 Policy = Literal["required", "optional", "refused"]
@@ -58,7 +58,11 @@ class Declaration:
     keep: whether the pipeline file has to say how many tokens to leave (`keep`, `keep_tokens`), may, or must not.
         A strategy that refuses decides by itself. keep_layers: the same for how many layers a router lets run.
     schedule: default sites with the fraction that each keeps of the original tokens, `{Site(8): 0.5, Site(16): 0.25}`;
-        or a function of the instance and the number of decoder layers. The file may then leave out `at` and `keep`.
+        or a function of the instance and the number of decoder layers; for sites in the vision tower, one that names a
+        third argument, `blocks`: how many blocks lead to the features that the projector gets, 1 where the tower cannot
+        be cut. The file may then leave out `at` and `keep`.
+    spread: one budget for several sites is what the last one leaves, and each takes an equal part of what has to go;
+        else every site leaves as much. With `keep_of: current` it means nothing.
     per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
         axis, `count` and `seed` an int, `question` a str. They answer alike, such as float (V,) for scores.
     drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
@@ -69,7 +73,8 @@ class Declaration:
     inputs: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     keep: Policy = "required"
     keep_layers: Policy = "required"
-    schedule: Schedule | Callable[[Any, int], Schedule] | None = None
+    schedule: Schedule | Callable[..., Schedule] | None = None
+    spread: bool = False
     per_sample: bool = False
     drops_all: bool = False
     trainable: bool = False
@@ -94,14 +99,18 @@ class Declaration:
             raise PluginError(f"{type(instance).__name__}: {wrong}")
         return requests
 
-    def schedule_of(self, instance: Any, layers: int) -> tuple[tuple[Site, Keep], ...] | None:
+    def schedule_of(self, instance: Any, layers: int, blocks: int) -> tuple[tuple[Site, Keep], ...] | None:
         """Default sites with their budgets in a decoder of `layers` layers, in the order of the data; None without one.
 
-        Raises PluginError when the strategy's function gives something else.
+        blocks: of the vision tower, those that lead to the image features. Raises PluginError when the strategy's
+        function gives something else.
         """
-        if self.schedule is None:
+        schedule = self.schedule
+        if schedule is None:
             return None
-        schedule = self.schedule(instance, layers) if callable(self.schedule) else self.schedule
+        if callable(schedule):
+            tower = {"blocks": max(blocks, 1)} if "blocks" in inspect.signature(schedule).parameters else {}
+            schedule = schedule(instance, layers, **tower)
         if (wrong := _schedule_problem(schedule)) is not None:
             raise PluginError(f"`schedule` of {type(instance).__name__}: {wrong}")
         return tuple((site, Keep(float(schedule[site]))) for site in sorted(schedule))
@@ -200,7 +209,7 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
         "extras": lambda value: _tuple_problem(value, EXTRAS),
         "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
         **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
-        **dict.fromkeys(("per_sample", "drops_all", "trainable"), _flag_problem),
+        **dict.fromkeys(("per_sample", "spread", "drops_all", "trainable"), _flag_problem),
     }
     for name, value in declared.items():
         if (wrong := checks[name](value)) is not None:

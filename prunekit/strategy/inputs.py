@@ -151,7 +151,8 @@ INPUTS: tuple[Input, ...] = (
         "count", "a tuple of B ints", "B",
         "how many visual tokens to leave of each sample; None where the file gives no budget", _ALL,
     ),
-    Input("cut", "an int", "", "number of the site in a list of sites, from 0"),
+    Input("cut", "an int", "", "number of the site among the stage's sites, from 0"),
+    Input("sites", "a tuple of `Site`", "", "the stage's sites; `sites[cut]` is the one at which it is asked"),
     Input(
         "seed", "a tuple of B ints", "B", "drawn from each sample's token ids and pixels: equal in every batch and run",
         _ALL,

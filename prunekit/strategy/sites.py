@@ -33,7 +33,7 @@ class Site:
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
     `Site(2)` is before decoder layer 2, `Site(None)` the encoder. Raises ValueError for a layer that is no whole number
-    from 0.
+    from 0, and for a tower site without its point.
     """
 
     layer: int | None
@@ -46,6 +46,10 @@ class Site:
             raise ValueError(f"Site({layer!r}): layers are whole numbers from 0 (Site.parse reads text)")
         if not self.place:
             object.__setattr__(self, "place", "encoder" if self.layer is None else "layer")
+        if self.place == "vision" and (layer is None or self.point == "before"):
+            raise ValueError(
+                f"Site({layer}, 'vision', {self.point!r}): in the tower a site is 'mid' or 'after' a block"
+            )
 
     @classmethod
     def parse(cls, text: object) -> Site:
@@ -163,16 +167,21 @@ class Keep:
 
     A fraction is of the sample's original visual tokens, or with `of="current"` of those that reach the stage;
     it is rounded half up and is at least 1.
+    cuts: how many cuts take equal parts of what has to go, from this one on; the last of them leaves the number itself.
     """
 
     fraction: float | None = None
     tokens: int | None = None
     of: Literal["original", "current"] = "original"
+    cuts: int = 1
 
     def count(self, original: int, current: int) -> int:
         """Tokens to leave of a sample that had `original` visual tokens and has `current` of them here."""
         if current == 0:
             return 0
+        return current - -(-(current - self._at_last(original, current)) // self.cuts)
+
+    def _at_last(self, original: int, current: int) -> int:
         if self.tokens is not None:
             return min(self.tokens, current)
         base = original if self.of == "original" else current

@@ -71,13 +71,29 @@ def max_min(distance: Matrix, count: int) -> list[int]:
     return greedily(len(distance), count, gain)
 
 
-def mmr(scores: Row, similarity: Matrix, count: int, balance: float = 0.5) -> list[int]:
+def mmr(scores: Row, similarity: Matrix, count: int, balance: float = 0.5, at_once: int = 1) -> list[int]:
     def gain(token: int, chosen: list[int]) -> float:
         if not chosen:
             return scores[token]
         return balance * scores[token] - (1 - balance) * max(similarity[token][j] for j in chosen)
 
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(scores)):
+        before = list(chosen)
+        others = [i for i in range(len(scores)) if i not in chosen]
+        chosen += best_first(others, lambda i, before=before: gain(i, before))[: min(at_once, count - len(chosen))]
+    return chosen
+
+
+def max_sum(similarity: Matrix, scores: Row, count: int) -> list[int]:
+    def gain(token: int, chosen: list[int]) -> float:
+        return -sum(similarity[token][j] for j in chosen) if chosen else scores[token]
+
     return greedily(len(scores), count, gain)
+
+
+def precise(values: Sequence[float]) -> list[float]:
+    return list(values)
 
 
 def coverage(similarity: Matrix, count: int, weights: Row, saliency: Row) -> list[int]:
@@ -221,6 +237,14 @@ def shares(weights: list[Fraction], rest: int, room: list[int], remainder: str) 
     for g in best_first(candidates, (fraction if remainder == "fraction" else weights).__getitem__)[:left_over]:
         quota[g] += 1
     return quota
+
+
+def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+    crops = sorted({(place[0], frame) for place, frame in zip(coords, frames, strict=True) if place[1] >= 0})
+    places = zip(coords, frames, strict=True)
+    groups = [crops.index((place[0], frame)) if place[1] >= 0 else len(crops) for place, frame in places]
+    sizes = [groups.count(group) for group in range(max(groups) + 1)]
+    return groups, quotas([*sizes[: len(crops)], *[0] * (len(sizes) - len(crops))], count, sizes)
 
 
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:

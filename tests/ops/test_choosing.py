@@ -84,14 +84,37 @@ def test_max_min(batch: Ragged, seed: int) -> None:
     check(ops.max_min, naive.max_min, case, "order")
 
 
-@given(ragged(), seeds, st.sampled_from([0.0, 0.25, 0.5, 1.0]))
-def test_mmr(batch: Ragged, seed: int, balance: float) -> None:
+@given(ragged(), seeds)
+def test_max_sum(batch: Ragged, seed: int) -> None:
     case = Case(
         batch,
         vectors={"scores": scores_of(batch, seed)},
         matrices={"similarity": matrices_of(batch, seed)},
         numbers={"count": counts_of(batch, seed)},
-        options={"balance": balance},
+    )
+    check(ops.max_sum, naive.max_sum, case, "order")
+
+
+def test_max_sum_takes_turns_between_two_opposite_clusters() -> None:
+    side = torch.tensor([1.0, 1, 1, -1, -1, -1])
+    assert ops.max_sum(side[:, None] * side, -side, 6).tolist() == [3, 0, 1, 4, 2, 5]
+
+
+def test_precise() -> None:
+    for dtype in DTYPES:
+        wide = ops.precise(torch.tensor([1.0, 0.5], dtype=dtype))
+        assert wide.tolist() == naive.precise([1.0, 0.5])
+        assert wide.dtype == torch.promote_types(dtype, torch.float32)
+
+
+@given(ragged(), seeds, st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.integers(1, 4))
+def test_mmr(batch: Ragged, seed: int, balance: float, at_once: int) -> None:
+    case = Case(
+        batch,
+        vectors={"scores": scores_of(batch, seed)},
+        matrices={"similarity": matrices_of(batch, seed)},
+        numbers={"count": counts_of(batch, seed)},
+        options={"balance": balance, "at_once": at_once},
     )
     check(ops.mmr, naive.mmr, case, "order")
 

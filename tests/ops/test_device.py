@@ -24,17 +24,19 @@ CALLS = {
     "group_top_k": lambda: ops.group_top_k(SCORES, NUMBERS, SIZES, VALID),
     "index_mask": lambda: ops.index_mask(NUMBERS, V),
     "max_min": lambda: ops.max_min(MATRIX, [3, 2], VALID),
+    "max_sum": lambda: ops.max_sum(MATRIX, SCORES, [3, 2], VALID),
     "middles": lambda: ops.middles(NUMBERS[0]),
     "min_max": lambda: ops.min_max(SCORES, VALID),
-    "mmr": lambda: ops.mmr(SCORES, MATRIX, [3, 2], 0.5, VALID),
+    "mmr": lambda: ops.mmr(SCORES, MATRIX, [3, 2], 0.5, VALID, at_once=2),
     "nearest_kept": lambda: ops.nearest_kept(MATRIX, VALID, VALID),
     "outliers": lambda: ops.outliers(SCORES, VALID),
+    "precise": lambda: ops.precise(SCORES),
     "quotas": lambda: ops.quotas(WEIGHTS, [3, 2], SIZES, 1),
     "ranks": lambda: ops.ranks(SCORES, VALID),
     "top_k_mask": lambda: ops.top_k_mask(SCORES, NUMBERS[:, 0], VALID),
 }
-# Plain numbers, and a function of coords that reads the sizes of the images.
-ON_THE_HOST = {"even_grid", "grid_cells"}
+# Plain numbers, and functions of coords that read the sizes or the number of the images.
+ON_THE_HOST = {"crop_quotas", "even_grid", "grid_cells"}
 
 
 @pytest.mark.parametrize("name", sorted(set(ops.__all__) - ON_THE_HOST))

@@ -45,10 +45,13 @@ def test_coverage_as_mmtok(case, dtype) -> None:
 
 
 @both_precisions
-@cases("idpruner_mmr", parallel_k=1)
+@cases("idpruner_mmr")
 def test_mmr_as_idpruner(case, dtype) -> None:
     t, params = drawn(case, dtype), case["params"]
-    order = ops.mmr(ops.min_max(t["raw_score"]), ops.cosine(t["tokens"]), params["keep"], params["mmr_lambda"])
+    order = ops.mmr(
+        ops.min_max(t["raw_score"]), ops.cosine(t["tokens"]), params["keep"], params["mmr_lambda"],
+        at_once=params["parallel_k"],
+    )  # fmt: skip
     assert order.tolist() == case["expected"]["selected_in_order"]
 
 
@@ -122,3 +125,13 @@ def test_borda_and_matching_as_tokencarve(case) -> None:
     joined = {i: j for i, j in enumerate(owner.tolist()) if j not in (-1, i)}
     assert joined == dict(map(tuple, expected["merge_from_to"]))
     assert [i for i, j in enumerate(owner.tolist()) if i == j] == expected["kept_sorted"]
+
+
+@both_precisions
+@cases("tome", class_token=False)
+def test_bipartite_matching_as_tome(case, dtype) -> None:
+    """Without a class token, whose towers the strategy splits otherwise; its other cases are tests of the strategy."""
+    t, p = drawn(case, dtype), case["params"]
+    owner = ops.bipartite_matching(ops.cosine(t["keys"].mean(0)), p["r"]).tolist()
+    groups = {one: [i for i, other in enumerate(owner) if other == one] for one in owner}
+    assert sorted(groups.values()) == sorted(case["expected"]["groups"])

@@ -25,6 +25,7 @@ from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
+from prunekit.strategy.sites import Site
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +65,10 @@ class View:
     @property
     def cut(self) -> int:
         return self.place.number
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.place.sites
 
     @property
     def ordinals(self) -> Tensor:

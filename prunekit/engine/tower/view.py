@@ -20,6 +20,7 @@ from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, cut_for_sample
+from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import EncoderSpec
 
 
@@ -46,6 +47,10 @@ class TowerView:
     @property
     def cut(self) -> int:
         return self.place.number
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.place.sites
 
     @cached_property
     def ordinals(self) -> Tensor:
