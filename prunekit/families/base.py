@@ -25,8 +25,9 @@ class Modality:
     token_ids: ids whose embeddings in the prompt are replaced by its features.
     coords: from the method's arguments by name and the number of visual tokens of each image or video to int64 (n, 5)
         for each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
-        tokens that only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no
-        grid. Called only when a strategy asks for `coords` or `frames`.
+        tokens that only separate, such as the newlines of any-resolution models. Where the crops of an image stand side
+        by side, (n, 9): then follow row, column, rows and columns in the grid that they form together. Raises
+        Unsupported where there is no grid. Called only when a strategy asks for `coords`, `frames` or `places`.
     """
 
     name: str
@@ -80,7 +81,14 @@ class Tower:
             pool=self.pool is not None,
             projects_tokens=self.projector is not None,
             attention=str(getattr(config, "_attn_implementation", "eager")),
+            width=_width(getattr(self.layers[0], self.attention)),
         )
+
+
+def _width(attention: nn.Module) -> int:
+    """Numbers of one token's state, by the input of the first linear module of an attention; 0 where there is none."""
+    inputs = (getattr(one, "in_features", None) for one in attention.modules())
+    return next((one for one in inputs if isinstance(one, int)), 0)
 
 
 @dataclass(frozen=True)

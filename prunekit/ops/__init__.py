@@ -17,17 +17,18 @@ Conventions, stated here once:
 
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
+from prunekit.ops.crops import crop_quotas
 from prunekit.ops.density import density_peaks
 from prunekit.ops.dpp import dpp
 from prunekit.ops.greedy import index_mask
-from prunekit.ops.grid import even_grid, grid_cells, middles
-from prunekit.ops.groups import group_sizes, group_top_k, quotas
+from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
+from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
 from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
-from prunekit.ops.scale import cosine, min_max
+from prunekit.ops.scale import cosine, min_max, precise
 from prunekit.ops.topk import ranks, top_k_mask
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "borda",
     "cosine",
     "coverage",
+    "crop_quotas",
     "density_peaks",
     "dpp",
     "even_grid",
     "grid_cells",
+    "group_members",
     "group_sizes",
     "group_top_k",
     "index_mask",
@@ -48,7 +51,9 @@ __all__ = [
     "mmr",
     "nearest_kept",
     "outliers",
+    "precise",
     "quotas",
     "ranks",
+    "tile_of",
     "top_k_mask",
 ]

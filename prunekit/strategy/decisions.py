@@ -182,7 +182,8 @@ class TowerShape:
 
     blocks: how many it has. feature_block: the one whose output the projector gets; -1: it gets the tower's input.
     leading: tokens in front of the patches of each image or crop, such as CLS. pool: a pooling head stands behind the
-    blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation.
+    blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation. width:
+    numbers of one token's state; 0: not known.
     """
 
     blocks: int
@@ -191,6 +192,7 @@ class TowerShape:
     pool: bool = False
     projects_tokens: bool = False
     attention: str = "sdpa"
+    width: int = 0
 
     @property
     def features(self) -> str:

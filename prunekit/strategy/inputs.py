@@ -121,12 +121,23 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input("extras_valid", "bool", "B E", "False on padding of `extras`", regions=("encoder",)),
     Input(
+        "extras_crops", "int64", "B E 2",
+        "of which image each of `extras` is, as in `coords`, and of which crop or frame, as in `frames`; -1 on "
+        "padding; empty for a stage that declares none",
+    ),
+    Input(
         "coords", "int64", "B V 5",
         "number of the image or video in the prompt, row, column, rows and columns of its crop or frame; -1 on "
         "padding, row and column also on tokens that only separate, such as newlines", _ALL,
     ),
     Input(
         "frames", "int64", "B V", "number of the crop or video frame within its image or video; -1 on padding", _ALL
+    ),
+    Input(
+        "places", "int64", "B V 4",
+        "row, column, rows and columns in the grid of the complete image or frame, in which the crops of an image "
+        "stand side by side; as in `coords` where an image is not cut into crops, or where it is not known how they "
+        "lie; -1 as in `coords`", _ALL,
     ),
     Input(
         "index", "int64", "B V", "number of the token among the original visual tokens of its sample; -1 on padding",

@@ -80,6 +80,10 @@ def mmr(scores: Row, similarity: Matrix, count: int, balance: float = 0.5) -> li
     return greedily(len(scores), count, gain)
 
 
+def precise(values: Sequence[float]) -> list[float]:
+    return list(values)
+
+
 def coverage(similarity: Matrix, count: int, weights: Row, saliency: Row) -> list[int]:
     def covered(target: int, chosen: list[int]) -> float:
         return max([0, *(similarity[target][j] for j in chosen)])
@@ -182,6 +186,10 @@ def group_sizes(groups: Sequence[int], count: int) -> list[int]:
     return [list(groups).count(group) for group in range(count)]
 
 
+def group_members(groups: Sequence[int], count: int) -> list[list[int]]:
+    return [[i for i, group in enumerate(groups) if group == number] for number in range(count)]
+
+
 def group_top_k(scores: Row, groups: Sequence[int], quota: Sequence[int]) -> list[bool]:
     mask = [False] * len(scores)
     for group, count in enumerate(quota):
@@ -223,6 +231,14 @@ def shares(weights: list[Fraction], rest: int, room: list[int], remainder: str) 
     return quota
 
 
+def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+    crops = sorted({(place[0], frame) for place, frame in zip(coords, frames, strict=True) if place[1] >= 0})
+    places = zip(coords, frames, strict=True)
+    groups = [crops.index((place[0], frame)) if place[1] >= 0 else len(crops) for place, frame in places]
+    sizes = [groups.count(group) for group in range(max(groups) + 1)]
+    return groups, quotas([*sizes[: len(crops)], *[0] * (len(sizes) - len(crops))], count, sizes)
+
+
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
     fitting = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= count]
     return max(fitting, key=lambda grid: (grid[0] * grid[1], -abs(grid[0] / grid[1] - rows / columns), -grid[0]))
@@ -251,3 +267,22 @@ def middles(cells: Sequence[int]) -> list[bool]:
         members = [i for i, other in enumerate(cells) if other == cell]
         mask[members[len(members) // 2]] = True
     return mask
+
+
+def tile_of(coords: Sequence[Sequence[int]], places: Sequence[Sequence[int]], groups: Sequence[int]) -> list[int]:
+    def is_tile(i: int) -> bool:
+        return coords[i][1] >= 0 and coords[i][3:] != places[i][2:]
+
+    def under(i: int) -> int:
+        image, row, column, rows, columns = coords[i]
+        if row < 0 or is_tile(i):
+            return -1
+        for j, (other, (y, x, height, width)) in enumerate(zip(coords, places, strict=True)):
+            if other[0] == image and is_tile(j):
+                down = Fraction(2 * row + 1, 2 * rows) * height - (y - other[1])
+                across = Fraction(2 * column + 1, 2 * columns) * width - (x - other[2])
+                if 0 <= down < other[3] and 0 <= across < other[4]:
+                    return groups[j]
+        return -1
+
+    return [under(i) for i in range(len(coords))]

@@ -29,12 +29,13 @@ CALLS = {
     "mmr": lambda: ops.mmr(SCORES, MATRIX, [3, 2], 0.5, VALID),
     "nearest_kept": lambda: ops.nearest_kept(MATRIX, VALID, VALID),
     "outliers": lambda: ops.outliers(SCORES, VALID),
+    "precise": lambda: ops.precise(SCORES),
     "quotas": lambda: ops.quotas(WEIGHTS, [3, 2], SIZES, 1),
     "ranks": lambda: ops.ranks(SCORES, VALID),
     "top_k_mask": lambda: ops.top_k_mask(SCORES, NUMBERS[:, 0], VALID),
 }
-# Plain numbers, and a function of coords that reads the sizes of the images.
-ON_THE_HOST = {"even_grid", "grid_cells"}
+# Plain numbers, and functions of coords that read the sizes or the number of the images.
+ON_THE_HOST = {"crop_quotas", "even_grid", "grid_cells", "group_members", "tile_of"}
 
 
 @pytest.mark.parametrize("name", sorted(set(ops.__all__) - ON_THE_HOST))

@@ -97,3 +97,9 @@ def test_quotas_and_top_k_keep_exactly_the_total() -> None:
         scores = torch.randn(2, 40, generator=generator).to(dtype)
         quota = ops.quotas(torch.rand(2, 5, generator=generator), [13, 39], ops.group_sizes(groups, 5), minimum=1)
         assert ops.group_top_k(scores, groups, quota).sum(1).tolist() == [13, 39]
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=20))
+def test_group_members(groups: list[int]) -> None:
+    found = ops.group_members(torch.tensor(groups), 5)
+    assert [one.tolist() for one in found] == naive.group_members(groups, 5)

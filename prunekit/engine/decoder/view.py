@@ -88,7 +88,7 @@ class View:
 
     @cached_property
     def _coords(self) -> Tensor:
-        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
+        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 10)."""
         return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
@@ -98,6 +98,10 @@ class View:
     @property
     def frames(self) -> Tensor:
         return self._coords[..., 1].clone()
+
+    @property
+    def places(self) -> Tensor:
+        return self._coords[..., 6:].clone()
 
     @property
     def sizes(self) -> Tensor:
@@ -185,6 +189,13 @@ class View:
         return torch.arange(int(crops.max()), device=crops.device) < crops[:, None]
 
     @property
+    def extras_crops(self) -> Tensor:
+        device = self.tokens.slots.device
+        if not self.place.stage.extras:
+            return torch.empty(len(self.counts), 0, 2, dtype=torch.int64, device=device)
+        return record.crop_numbers(self.prompt).to(device)
+
+    @property
     def index(self) -> Tensor:
         return self.tokens.ordinals.masked_fill(~self.tokens.valid, -1)
 
@@ -226,7 +237,7 @@ class View:
             return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
         lengths = {"V": self.counts[b], "T": self.tokens.text_counts[b]}
         if name.startswith("extras"):
-            lengths["E"] = record.crops(self.prompt)[b]
+            lengths["E"] = record.crops(self.prompt)[b] if self.place.stage.extras else 0
         if name not in table.OF_DECODER_LAYERS:
             return table.cut_for_sample(name, value, b, lengths)
         declared = table.requests(self.place.stage.inputs, name)

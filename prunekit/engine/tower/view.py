@@ -69,7 +69,7 @@ class TowerView:
     @cached_property
     def coords(self) -> Tensor:
         """The number of the input is 0: its prompt is not known yet."""
-        coords = self._places.clone()
+        coords = self._table[..., :5].clone()
         coords[..., 0] = torch.where(self.valid, 0, -1)
         return coords
 
@@ -80,11 +80,20 @@ class TowerView:
 
     @property
     def frames(self) -> Tensor:
-        return self._places[..., 0]
+        return self._table[..., 0]
+
+    @property
+    def extras_crops(self) -> Tensor:
+        """Inside the tower nothing is projected yet."""
+        return torch.empty(len(self.counts), 0, 2, dtype=torch.int64, device=self.valid.device)
+
+    @property
+    def places(self) -> Tensor:
+        return self._table[..., 5:].clone()
 
     @cached_property
-    def _places(self) -> Tensor:
-        """As `Modality.coords`, int64 (B, V, 5)."""
+    def _table(self) -> Tensor:
+        """As `VisualInputs.coords`, int64 (B, V, 9)."""
         tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
@@ -118,7 +127,7 @@ class TowerView:
         value, count = self.get(name), self.counts[b]
         if name in OF_TOWER:
             return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
-        return cut_for_sample(name, value, b, {"V": count})
+        return cut_for_sample(name, value, b, {"V": count, "E": 0})
 
     def _declared(self, spec: EncoderSpec) -> Tensor:
         table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))
