@@ -3,8 +3,10 @@
 Rule, for each crop or frame with T tokens to keep: its raster is cut into `chunks` runs of equal length (the first ones
 a token longer). Within a run of n tokens S = cosine of the projected tokens with 0 on the diagonal, m_i = sum_j S_ij /
 (n - 1), v_i = sum_j (S_ij - m_i)^2 / (n - 1); with b = 1000 * CLS attention (mean over heads, block whose output the
-projector gets) a token scores b_i + 0.09 v_i mean|b| / (mean|v| + 1e-6). Runs share T in proportion to the mean of
-their scores, rounded down, what is left going to the largest means; in each run the largest CLS attention stays.
+projector gets) a token scores b_i + 0.09 v_i mean b / (mean v + 1e-6), means of its run. Runs share T in proportion to
+the mean of their scores, rounded down, what is left going to the largest means; in each run the largest CLS attention
+stays. (The mean of that second term is 0.09 mean b wherever v is not tiny: in the authors' code, too, variety hardly
+counts.)
 
 Studied: obananas/HoloV@1d2e65e (LLaVA). Deviations: what a run cannot hold goes to the others, where the authors' code
 appends zero vectors; tokens keep raster order; a run's only token has v = 0; the "refetching" of the paper is not in
@@ -45,8 +47,7 @@ class HoloV:
             attention, parts = encoder_attention[tokens], self._parts(coords[tokens])
             sizes = group_sizes(parts, self.chunks)
             scores = self._scores(attention.double(), cosine(hidden[tokens]).double(), parts, sizes)
-            means = torch.zeros_like(sizes, dtype=scores.dtype).index_add_(0, parts, scores) / sizes.clamp(min=1)
-            keep[tokens] = group_top_k(attention, parts, quotas(means, share, sizes, remainder="weight"))
+            keep[tokens] = group_top_k(attention, parts, quotas(scores, share, sizes, remainder="weight"))
         return keep
 
     def _parts(self, coords: Tensor) -> Tensor:
@@ -58,13 +59,18 @@ class HoloV:
         return torch.where(place < border, place // (size + 1), late).clamp(min=0)
 
     def _scores(self, attention: Tensor, similarity: Tensor, parts: Tensor, sizes: Tensor) -> Tensor:
+        """Of each run, float64 (chunks,)."""
         same = parts[:, None] == parts
         similarity = (similarity * same).fill_diagonal_(0.0)
         others = (sizes[parts] - 1).clamp(min=1)[:, None]
         mean = similarity.sum(1, keepdim=True) / others
         variance = ((similarity - mean).square() * same / others).sum(1) * (sizes[parts] > 1)
-        loud = 1000 * attention
-        return loud + self.variety * variance * loud.abs().mean() / (variance.abs().mean() + 1e-6)
+
+        def of_runs(values: Tensor) -> Tensor:
+            return values.new_zeros(self.chunks).index_add_(0, parts, values) / sizes.clamp(min=1)
+
+        loud, varied = of_runs(1000 * attention), of_runs(variance)
+        return loud + self.variety * varied * loud / (varied + 1e-6)
 
     @hookimpl
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
