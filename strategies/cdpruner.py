@@ -99,7 +99,9 @@ def _chosen(hidden: Tensor, relevance: Tensor, coords: Tensor, frames: Tensor, c
     relevance = _scaled(relevance, images.masked_fill(coords[:, 1] < 0, -1))
     keep = torch.zeros_like(groups, dtype=torch.bool)
     for tokens, share in zip(group_members(groups, len(quota)), quota.tolist(), strict=True):
-        keep[tokens[dpp(cosine(hidden[tokens]), share, relevance[tokens])]] = True
+        similarity = cosine(hidden[tokens])
+        similarity.diagonal().round_()  # of a token with itself, 1 but for rounding, which must not decide
+        keep[tokens[dpp(similarity, share, relevance[tokens])]] = True
     return keep
 
 

@@ -84,19 +84,30 @@ def files_of(clip: Path | str) -> list[Path]:
     return [folder / "config.json", *weights, *(path for path in sorted(folder.glob("*.json")) if "token" in path.name)]
 
 
-def check_pair(clip: Path | str, shape: ModelShape) -> None:
-    """Raise ValueError for what is no CLIP model, or whose vision tower cannot be that of the model."""
+def _config(clip: Path | str) -> Any:
+    """Of the CLIP model. Raises ValueError for files that are none."""
     from transformers import AutoConfig
 
-    config: Any = AutoConfig.from_pretrained(folder_of(clip), local_files_only=True)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder_of(clip), local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"clip: the config.json of '{clip}' cannot be read: {error}") from error
     if config.model_type != "clip":
         raise ValueError(f"clip: '{clip}' is a {config.model_type}, not a complete CLIP model with its text tower")
-    vision, tower = config.vision_config, shape.tower
-    if tower is None or (vision.num_hidden_layers, vision.hidden_size) != (tower.blocks, tower.width):
-        mine = "no tower that can be read" if tower is None else f"{tower.blocks} blocks of width {tower.width}"
+    return config
+
+
+def check_pair(clip: Path | str, shape: ModelShape) -> None:
+    """Raise ValueError for what is no CLIP model, or whose vision tower cannot be that of the model."""
+    vision, tower = _config(clip).vision_config, shape.tower
+    theirs = (vision.num_hidden_layers, vision.hidden_size, 1)
+    if tower is None or (tower.blocks, tower.width, tower.leading) != theirs:
+        wanted = f"{vision.num_hidden_layers} blocks of width {vision.hidden_size} and a CLS token"
+        has = "no tower that can be read" if tower is None else f"{tower.blocks} blocks of width {tower.width}"
+        without = " without one" if tower and not tower.leading else ""
         raise ValueError(
-            f"clip: its vision tower has {vision.num_hidden_layers} blocks of width {vision.hidden_size}, this model "
-            f"{mine}; name the CLIP model that the tower was taken from"
+            f"clip: its vision tower has {wanted}, this model {has}{without}; name the CLIP model that the tower was "
+            "taken from"
         )
 
 
@@ -112,15 +123,13 @@ def load(clip: Path | str, dtype: torch.dtype, device: torch.device) -> ClipPair
     return ClipPair(
         model.vision_model.post_layernorm.to(device), model.visual_projection.to(device),
         model.text_model.to(device), model.text_projection.to(device),
-        lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]),
         tokenizer.bos_token_id, tokenizer.eos_token_id, model.config.text_config.max_position_embeddings,
     )  # fmt: skip
 
 
 def text_flops(clip: Path | str, tokens: int) -> int:
     """What the text tower costs for so many tokens."""
-    from transformers import AutoConfig
-
-    config: Any = AutoConfig.from_pretrained(folder_of(clip), local_files_only=True).text_config
+    config = _config(clip).text_config
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
     return 2 * tokens * config.num_hidden_layers * (layer + 2 * config.hidden_size * tokens)
