@@ -25,9 +25,15 @@ STRATEGIES = {
     "hired": ("hired:HiRED", "a budget for each tile from early CLS attention (HiRED, AAAI 2025)"),
     "globalcom2": ("globalcom2:GlobalCom2", "the whole image steers what stays of its tiles (GlobalCom2, AAAI 2026)"),
     "holov": ("holov:HoloV", "CLS attention within parts of the image, by variety (HoloV, NeurIPS 2025)"),
-    "trim": ("trim:TRIM", "what CLIP's text tower finds of the question, and a mean (TRIM, COLING 2025)"),
-    "cdpruner": ("cdpruner:CDPruner", "a diverse subset weighed by CLIP's text tower (CDPruner, NeurIPS 2025)"),
-    "cdpruner_embeds": ("cdpruner:CDPrunerEmbeds", "the same, weighed by the decoder's own embeddings of the question"),
+    "trim": ("clip_text.trim:TRIM", "what CLIP's text tower finds of the question, and a mean (TRIM, COLING 2025)"),
+    "cdpruner": (
+        "clip_text.cdpruner:CDPruner",
+        "a diverse subset weighed by CLIP's text tower (CDPruner, NeurIPS 2025)",
+    ),
+    "cdpruner_embeds": (
+        "clip_text.cdpruner:CDPrunerEmbeds",
+        "the same, weighed by the decoder's own embeddings of the question",
+    ),
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),

@@ -13,7 +13,7 @@ import torch
 from asking import ask, cases, stage_of
 from golden_files import drawn
 from layouts import Layout, drawn_features, drawn_layout, grid, layout
-from prunekit_strategies import clip_pair
+from prunekit_strategies.clip_text import pair as clip_pair
 from selection_cost import share_of_prefill
 from transformers import LlamaConfig
 

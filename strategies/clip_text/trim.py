@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from prunekit_strategies import clip_pair
+from prunekit_strategies.clip_text import pair as clip_pair
 from torch import Tensor
 
 from prunekit import ModelShape, Owners, Selection, Sites, hookimpl, strategy

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from prunekit_strategies import clip_pair
+from prunekit_strategies.clip_text import pair as clip_pair
 from torch import Tensor
 
 from prunekit import ModelShape, hookimpl, strategy
