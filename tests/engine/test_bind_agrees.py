@@ -33,6 +33,8 @@ INPUTS = {
     "text_hidden": st.none(),
     "forward": st.none(),
     "extras": st.none(),
+    "extras_crops": st.none(),
+    "places": st.none(),
     "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),
     "keys": st.builds(Keys, layer=st.sampled_from(("previous", "own", "next"))),
     "encoder_attention": st.one_of(
