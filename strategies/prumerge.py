@@ -6,21 +6,22 @@ width W, CLS among the keys and not normalised again. Kept are the tokens with a
 token is the sum of a_j x_j over all dropped ones. "+": of n tokens, T of them outliers, also those at 0, s, 2 s, ...
 below N - 1 in raster order are kept, s = floor(floor(n / T) / 3).
 
-Studied: 42Shawn/LLaVA-PruMerge@097c041. Deviations: the authors merge in front of the projector, which is not linear,
-and here projected features are merged; tokens keep raster order and positions, the merged token stands in the place of
-the last dropped one; outliers are counted in each crop, at least one; s is at least 1, where the authors' code fails
-above a third. With a budget (the authors have a fixed ratio for PruMerge alone) a crop keeps exactly its share: the
-highest a and the merged token, in "+" a quarter of them by a and the others at even distances, about as many as the
-rule has.
+Studied: 42Shawn/LLaVA-PruMerge@097c041. Deviations: tokens keep raster order and positions, the merged token stands in
+the place of the last dropped one; outliers are counted in each crop, at least one; s is at least 1, where the authors'
+code fails above a third. With a budget (the authors have a fixed ratio for PruMerge alone) a crop keeps exactly its
+share: the highest a and the merged token, in "+" a quarter of them by a and the others at even distances, about as many
+as the rule has.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from prunekit import EncoderKeys, EncoderRows, ModelShape, Selection, Sites, hookimpl, strategy
-from prunekit.ops import cosine, crop_quotas, group_members, outliers, top_k_mask
+from prunekit.ops import cosine, crop_quotas, group_members, outliers, precise, slot_weights, top_k_mask
 
 
 @strategy(
@@ -42,12 +43,19 @@ class PruMerge:
 
     @hookimpl
     def select_tokens(
-        self, encoder_attention: Tensor, encoder_keys: Tensor, coords: Tensor, frames: Tensor, count: int | None
+        self,
+        encoder_attention: Tensor,
+        encoder_keys: Tensor,
+        features: Tensor,
+        coords: Tensor,
+        frames: Tensor,
+        project: Callable[[Tensor], Tensor],
+        count: int | None,
     ) -> Selection:
-        """`count` tokens, or as many as there are outliers and merged ones, with the weights (V, V)."""
+        """`count` tokens, or as many as there are outliers and merged ones; merged ones are extras, float (E, H)."""
         groups, quota = crop_quotas(coords, frames, len(coords) if count is None else count)
-        keep = torch.zeros_like(groups, dtype=torch.bool)
-        weights = torch.eye(len(groups), dtype=encoder_attention.dtype, device=groups.device)
+        keep, merged = torch.zeros_like(groups, dtype=torch.bool), torch.zeros_like(groups, dtype=torch.bool)
+        states = precise(features).clone()
         for tokens, share in zip(group_members(groups, len(quota)), quota.tolist(), strict=True):
             separates = bool(coords[tokens[0], 1] < 0)
             if (count is None and separates) or not share:
@@ -55,15 +63,17 @@ class PruMerge:
             if count is not None and (separates or share == len(tokens)):
                 keep[tokens[:share]] = True
                 continue
-            attention = encoder_attention[tokens]
+            attention = encoder_attention[tokens].to(states.dtype)
             chosen = self._chosen(attention, coords[tokens], None if count is None else share - 1)
-            keep[tokens[chosen]] = True
-            weights[tokens[:, None], tokens] = self._added(attention, encoder_keys[tokens].flatten(1), chosen)
-            if len(dropped := tokens[~chosen]):
-                keep[dropped[-1]] = True
+            weights = self._added(attention, encoder_keys[tokens].flatten(1), chosen)
+            if len(dropped := (~chosen).nonzero()[:, 0]):
+                chosen[dropped[-1]] = True
                 weights[dropped[-1]] = 0
-                weights[dropped[-1], dropped] = attention[~chosen]
-        return Selection(keep, weights)
+                weights[dropped[-1], dropped] = attention[dropped]
+            keep[tokens[chosen]] = merged[tokens[chosen]] = True
+            states[tokens] = weights @ states[tokens]
+        slots = merged.nonzero()[:, 0]
+        return Selection(keep, slot_weights(slots, len(keep)), extras=project(states[slots].to(features)))
 
     def _added(self, attention: Tensor, keys: Tensor, chosen: Tensor) -> Tensor:
         """float (n, n): each token of a crop, and in kept ones their nearest others times their attention."""
@@ -77,9 +87,9 @@ class PruMerge:
 
     @hookimpl
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
-        """One row of attention, cosines of keys within each crop, and the merge."""
+        """One row of attention, cosines of keys within each crop, and merges; not what the projector does again."""
         width, crop = shape.tower.width if shape.tower else 0, min(visual, shape.visual_tokens or visual)
-        return 2 * visual * (width * (1 + crop) + shape.hidden * visual)
+        return 2 * visual * (width * (1 + 2 * crop) + shape.hidden * visual)
 
 
 @strategy()

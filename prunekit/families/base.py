@@ -46,8 +46,9 @@ class Tower:
     CLS. feature_layer: which hidden state the projector gets, counted as in `output_hidden_states` (-1 the last; of
     several, the latest). projector: from tower features to the decoder's width, token by token; None where it mixes or
     pools them. Behind a cut it runs on what visual tokens still need, if it gets the tower's rows with all tokens or
-    without the first; what it gets in other numbers, such as pooled frames, it maps in full. pool: the head behind the
-    blocks that attends from one learned query, where there is one.
+    without the first; what it gets in other numbers, such as pooled frames, it maps in full. norm: of the tower, which
+    the projector's input has passed behind the block; None: it is the block's output as it is. pool: the head behind
+    the blocks that attends from one learned query, where there is one.
     patch_groups: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches
     of a row (without `leading`) to int64 (V, p) for each image or video: the patches, numbered through all rows, that
     become each of its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual
@@ -63,8 +64,15 @@ class Tower:
     leading: int = 0
     feature_layer: int = -1
     patch_groups: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
+    norm: nn.Module | None = None
     pool: nn.Module | None = None
     packed: bool = False
+
+    def project(self, states: Tensor) -> Tensor:
+        """States (n, W) of the feature block as the decoder gets them, (n, H); only with a `projector`."""
+        assert self.projector is not None
+        projected: Tensor = self.projector(states if self.norm is None else self.norm(states))
+        return projected
 
     @property
     def feature_block(self) -> int:

@@ -20,6 +20,7 @@ from prunekit.ops.coverage import coverage
 from prunekit.ops.crops import crop_quotas
 from prunekit.ops.density import density_peaks
 from prunekit.ops.dpp import dpp
+from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
 from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
 from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
@@ -54,6 +55,7 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "slot_weights",
     "tile_of",
     "top_k_mask",
 ]

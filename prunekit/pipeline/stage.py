@@ -132,7 +132,7 @@ class Stage:
     @property
     def extras(self) -> tuple[str, ...]:
         """What of the tower it takes beside the visual tokens, such as `cls`."""
-        return self.declaration.extras_of(self.strategy)
+        return self.declaration.extras
 
     @property
     def label(self) -> str:

@@ -56,6 +56,8 @@ class Selection:
     sizes: None leaves them as they are, 1 at first. Else float (B, V), above 0: how many tokens each kept slot stands
         for. From here on attention adds log(size) to the logits of that key, in prefill and decoding (ToMe,
         https://arxiv.org/abs/2210.09461, proportional attention).
+    extras: in front of and inside the decoder, float (B, E, H): states of the strategy's own for the last E columns of
+        `weights`, in place of declared extras. For E that differs between the samples of a batch, rows are padded.
     crop: also remove the dropped tokens from the KV that earlier layers have already written. What was computed with
         them stays as it is; only decoding no longer sees them.
     """
@@ -64,6 +66,7 @@ class Selection:
     weights: Tensor | Owners | None = None
     sizes: Tensor | None = None
     crop: bool = False
+    extras: Tensor | None = None
 
 
 class LayerAction(Enum):

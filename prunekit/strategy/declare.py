@@ -62,8 +62,7 @@ class Declaration:
     per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
         axis, `count` and `seed` an int, `question` a str. They answer alike, such as float (V,) for scores.
     drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
-    extras: what of the tower it takes beside the visual tokens, such as ("cls",); or a function of the instance.
-    routes: what a router decides about.
+    extras: what of the tower it takes beside the visual tokens, such as ("cls",). routes: what a router decides about.
     """
 
     sites: Sites | Callable[[Any], Sites] = field(default_factory=Sites)
@@ -74,7 +73,7 @@ class Declaration:
     per_sample: bool = False
     drops_all: bool = False
     trainable: bool = False
-    extras: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    extras: tuple[str, ...] = ()
     routes: tuple[Routes, ...] = ("tokens", "layers")
 
     def sites_of(self, instance: Any) -> Sites:
@@ -94,15 +93,6 @@ class Declaration:
         if (wrong := table.problem(requests)) is not None:
             raise PluginError(f"{type(instance).__name__}: {wrong}")
         return requests
-
-    def extras_of(self, instance: Any) -> tuple[str, ...]:
-        """What an instance takes beside the visual tokens. Raises PluginError for something that no tower gives."""
-        if not callable(self.extras):
-            return self.extras
-        extras = self.extras(instance)
-        if (wrong := _tuple_problem(extras, EXTRAS)) is not None:
-            raise PluginError(f"`extras` of {type(instance).__name__} gave {extras!r}; {wrong}")
-        return extras
 
     def schedule_of(self, instance: Any, layers: int) -> tuple[tuple[Site, Keep], ...] | None:
         """Default sites with their budgets in a decoder of `layers` layers, in the order of the data; None without one.
@@ -207,7 +197,7 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
         "sites": lambda value: None if callable(value) or isinstance(value, Sites) else "write Sites(...) there",
         "inputs": lambda value: None if callable(value) else table.problem(value),
         "schedule": lambda value: None if value is None or callable(value) else _schedule_problem(value),
-        "extras": lambda value: None if callable(value) else _tuple_problem(value, EXTRAS),
+        "extras": lambda value: _tuple_problem(value, EXTRAS),
         "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
         **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
         **dict.fromkeys(("per_sample", "drops_all", "trainable"), _flag_problem),

@@ -121,9 +121,9 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input("extras_valid", "bool", "B E", "False on padding of `extras`", regions=("encoder",)),
     Input(
-        "extras_crops", "int64", "B E 2",
-        "of which image each of `extras` is, as in `coords`, and of which crop or frame, as in `frames`; -1 on "
-        "padding; empty for a stage that declares none",
+        "cls_crops", "int64", "B E 2",
+        "of which image each CLS token in `extras`, or requested with `of=\"cls\"`, is, as in `coords`, and of which "
+        "crop, as in `frames`; -1 on padding",
     ),
     Input(
         "coords", "int64", "B V 5",
@@ -169,6 +169,11 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input(
         "state", "a dict", "B", "lives for one prompt batch and belongs to the stage, at all of its sites", _ALL
+    ),
+    Input(
+        "project", "a function of states (..., W)", "",
+        "the model's projector, token by token: states (..., H) for those of the block whose output it gets, such as "
+        "sums of `features` that a `Selection` with `extras` puts in", regions=("encoder",),
     ),
     Input(
         "norm", "a function of states (..., H)", "", "the model's final norm", regions=_WITH_PROMPT

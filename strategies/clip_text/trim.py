@@ -7,22 +7,22 @@ more, the mean of the dropped ones.
 
 Studied: FreedomIntelligence/TRIM@f5a232d, without its training. Deviations: quartiles are those of each image, where
 the authors' are of the flattened batch; scores are computed in float32, where theirs are rounded to half precision; the
-mean is of projected features, theirs is in front of the projector, which is not linear; it stands in the place of the
-last dropped token. With a budget (the authors have a fixed ratio) an image keeps exactly its share, the mean among it.
-Longer questions than the text tower takes are cut off.
+mean, which as theirs goes through the projector afterwards, stands in the place of the last dropped token. With a
+budget (the authors have a fixed ratio) an image keeps exactly its share, the mean among it. Longer questions than the
+text tower takes are cut off.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from prunekit_strategies.clip_text import pair as clip_pair
 from torch import Tensor
 
-from prunekit import ModelShape, Owners, Selection, Sites, hookimpl, strategy
-from prunekit.ops import crop_quotas, group_members, outliers, precise, top_k_mask
+from prunekit import ModelShape, Selection, Sites, hookimpl, strategy
+from prunekit.ops import crop_quotas, group_members, outliers, precise, slot_weights, top_k_mask
 
 
 @strategy(sites=Sites(decoder=False), keep="optional", per_sample=True)
@@ -46,26 +46,33 @@ class TRIM:
         clip_pair.check_pair(self.clip, shape)
 
     @hookimpl
-    def select_tokens(self, features: Tensor, question: str, coords: Tensor, count: int | None) -> Selection:
-        """`count` tokens, or one more than outliers of each image; dropped ones join the last of them."""
-        features = precise(features)
-        pair = clip_pair.load(self.clip, features.dtype, features.device)
-        return self._selection(pair.patches(features) @ pair.segments(question)[0], coords, count)
-
-    @staticmethod
-    def _selection(likeness: Tensor, coords: Tensor, count: int | None) -> Selection:
-        """likeness: float (V,), the products of patches and text."""
+    def select_tokens(
+        self,
+        features: Tensor,
+        question: str,
+        coords: Tensor,
+        project: Callable[[Tensor], Tensor],
+        count: int | None,
+    ) -> Selection:
+        """`count` tokens, or one more than outliers of each image; means are extras, float (E, H), one an image."""
+        states = precise(features)
+        pair = clip_pair.load(self.clip, states.dtype, states.device)
+        likeness = pair.patches(states) @ pair.segments(question)[0]
         groups, quota = crop_quotas(coords, torch.zeros_like(coords[:, 0]), len(coords) if count is None else count)
-        owner = torch.full_like(groups, -1)
+        keep, means = torch.zeros_like(groups, dtype=torch.bool), {}
         for tokens, share in zip(group_members(groups, len(quota)), quota.tolist(), strict=True):
             separates = bool(coords[tokens[0], 1] < 0)
             if count is not None and (separates or share == len(tokens)):
-                owner[tokens[:share]] = tokens[:share]
+                keep[tokens[:share]] = True
             elif share and not separates:
                 scores = (-likeness[tokens]).softmax(0)
                 chosen = top_k_mask(scores, int(outliers(scores).sum()) if count is None else share - 1)
-                owner[tokens] = torch.where(chosen, tokens, tokens[~chosen][-1])
-        return Selection(owner == torch.arange(len(owner), device=owner.device), Owners(owner, "mean"))
+                dropped = tokens[~chosen]
+                means[int(dropped[-1])] = states[dropped].mean(0)
+                keep[tokens[chosen]] = keep[dropped[-1]] = True
+        slots = torch.tensor(list(means), dtype=torch.int64, device=keep.device)
+        made = torch.stack([*means.values()]) if means else states[:0]
+        return Selection(keep, slot_weights(slots, len(keep)), extras=project(made.to(features)))
 
     @hookimpl
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:

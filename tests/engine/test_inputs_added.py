@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from reading import piped, reader
 
 import prunekit
 from prunekit import EncoderKeys, Route, Rows, Selection, Sites, hookimpl, loading, strategy
-from prunekit.errors import PluginError, SpecError, Unsupported
+from prunekit.errors import SpecError, Unsupported
 from prunekit.ops import top_k_mask
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
@@ -199,51 +199,14 @@ class TestQuestion:
             pytest.fail("entered")
 
 
-@strategy(extras=lambda self: ("cls",) if self.cls else (), sites=Sites(tower=True), per_sample=True)
-class ChoosesExtras:
-    """Baseline: an option says whether CLS tokens go in; of which crops they are is asked for either way."""
-
-    SEEN: ClassVar[list[Any]] = []
-    cls: bool = True
-
-    @hookimpl
-    def select_tokens(self, hidden, extras_crops, places, coords, count):
-        assert torch.equal(places, coords[:, 1:])
-        self.SEEN.append(extras_crops.tolist())
-        return torch.arange(len(hidden)) < count
-
-
-@pytest.mark.parametrize("keys", [{}, {"cls": False}, {"cls": False, "at": "vision.0"}], ids=str)
-def test_extras_by_an_option(keys):
-    ChoosesExtras.SEEN.clear()
-    model, inputs = tiny_llava(), tiny_inputs(**RAGGED)
-    with torch.no_grad(), prunekit.apply(model, piped((ChoosesExtras, {"keep": 0.5, **keys}))):
-        model(**inputs)
-    expected = [[[0, 0]], [[0, 0], [1, 0]]] if not keys else [[]] * (3 if "at" in keys else 2)
-    assert expected == ChoosesExtras.SEEN
-
-
-@strategy(extras=lambda self: ("pooled",))
-class WrongExtras(ChoosesExtras):
-    """Asks for what no tower gives."""
-
-
-def test_extras_of_an_option_are_checked():
-    with (
-        pytest.raises(PluginError, match="`extras` of WrongExtras gave"),
-        prunekit.apply(tiny_llava(), piped((WrongExtras, {"keep": 0.5}))),
-    ):
-        pytest.fail("entered")
-
-
-def test_extras_say_of_which_crop_they_are():
+def test_cls_tokens_say_of_which_crop_they_are():
     """LLaVA-NeXT: the whole and the tiles of each image, in their order; padded behind rows with fewer."""
     model = tiny_model("llava_next")
     batch = tiny_batch(model, [("image",), ("image", "image")])
     (seen,) = seen_at(
-        model, dict(batch), ["extras_crops", "extras_valid"], "encoder", extras=("cls",), sites=Sites(decoder=False)
+        model, dict(batch), ["cls_crops", "extras_valid"], "encoder", extras=("cls",), sites=Sites(decoder=False)
     )
-    for crops, valid in zip(seen["extras_crops"], seen["extras_valid"], strict=True):
+    for crops, valid in zip(seen["cls_crops"], seen["extras_valid"], strict=True):
         assert (crops[~valid] == -1).all()
         numbers = crops[valid].tolist()
         for image in {image for image, _ in numbers}:

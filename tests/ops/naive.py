@@ -239,6 +239,13 @@ def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: i
     return groups, quotas([*sizes[: len(crops)], *[0] * (len(sizes) - len(crops))], count, sizes)
 
 
+def slot_weights(slots: Sequence[int], size: int) -> list[list[float]]:
+    rows = [[float(i == j) for j in range(size + len(slots))] for i in range(size)]
+    for number, slot in enumerate(slots):
+        rows[slot] = [float(j == size + number) for j in range(size + len(slots))]
+    return rows
+
+
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
     fitting = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= count]
     return max(fitting, key=lambda grid: (grid[0] * grid[1], -abs(grid[0] / grid[1] - rows / columns), -grid[0]))

@@ -103,3 +103,10 @@ def test_quotas_and_top_k_keep_exactly_the_total() -> None:
 def test_group_members(groups: list[int]) -> None:
     found = ops.group_members(torch.tensor(groups), 5)
     assert [one.tolist() for one in found] == naive.group_members(groups, 5)
+
+
+@given(st.integers(1, 9), st.randoms(use_true_random=False))
+def test_slot_weights(size: int, random) -> None:
+    slots = random.sample(range(size), random.randint(0, size))
+    found = ops.slot_weights(torch.tensor(slots, dtype=torch.int64), size)
+    assert found.tolist() == naive.slot_weights(slots, size)

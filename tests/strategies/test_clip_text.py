@@ -48,7 +48,7 @@ class Pair:
 
 def select(use, where: Layout, count, options=None, **given) -> Selection:
     stage = stage_of(use, **(options or {}))
-    answer = ask(stage, "select_tokens", **where.places_as_named, **given, count=count)
+    answer = ask(stage, "select_tokens", **where.places_as_named, **given, project=lambda states: states, count=count)
     return answer if isinstance(answer, Selection) else Selection(answer)
 
 
@@ -83,10 +83,10 @@ def test_trim_as_its_authors(case, dtype, clip, monkeypatch):
     assert len(slots) == expected["count_out"]
     (rest,) = set(slots) - set(expected["kept_sorted"])
     assert set(expected["kept_sorted"]) < set(slots)
-    joined = chosen.weights.owner == rest
-    assert rest == int(joined.nonzero()[-1]) and chosen.weights.mode == "mean"
-    mean, authors = features[joined].mean(0), torch.tensor(expected["mean_of_dropped"], dtype=dtype)
+    assert rest == max(set(range(params["patches"])) - set(expected["kept_sorted"]))
+    (mean,), authors = chosen.extras, torch.tensor(expected["mean_of_dropped"], dtype=dtype)
     assert ((mean - authors).abs() <= 2e-5 * (1 + authors.abs())).all()
+    assert chosen.weights[rest].tolist() == [0.0] * params["patches"] + [1.0]
 
 
 @seeds
@@ -119,8 +119,11 @@ def test_trim_as_loops(seed, budget, clip, monkeypatch):
         for i in tokens if count is None or share else []:
             owner[i] = i if i in stay else [j for j in tokens if j not in stay][-1]
     found = select("trim", where, count, {"clip": str(clip)}, features=features, question="")
-    assert found.weights.owner.tolist() == owner
-    assert kept(found) == [i for i, one in enumerate(owner) if i == one]
+    slots = [i for i, one in enumerate(owner) if i == one]
+    states = torch.cat([features, found.extras])
+    assert kept(found) == slots
+    means = torch.stack([features[[j for j, one in enumerate(owner) if one == i]].mean(0) for i in slots])
+    assert torch.allclose((found.weights.double() @ states)[found.keep], means, atol=1e-12)
     assert count is None or len(kept(found)) == count
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from random import Random
+from typing import Any
 
 import naive
 import pytest
@@ -15,7 +16,7 @@ from selection_cost import share_of_prefill
 from torch import Tensor
 
 import prunekit
-from prunekit import EncoderKeys, EncoderRows, Owners, Selection, SpecError
+from prunekit import EncoderKeys, EncoderRows, Features, Selection, SpecError
 from prunekit.testing.contract import RAGGED, contract
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
@@ -31,11 +32,11 @@ def square(tokens: int, images: int = 1) -> Layout:
     return layout([one for image in range(images) for one in grid(rows, columns, image)])
 
 
-def select(use: str, where: Layout, count: int | None, options: dict | None = None, **given: Tensor) -> Selection:
-    """What the strategy's `select_tokens` says, with `weights` (V, V + E) always a matrix where it merges."""
+def select(use: str, where: Layout, count: int | None, options: dict | None = None, **given: Any) -> Selection:
+    """What the strategy's `select_tokens` says where nothing stands between tower and decoder."""
     stage = stage_of(use, **(options or {}))
-    extras = torch.empty(0, 2, dtype=torch.int64)
-    answer = ask(stage, "select_tokens", **{"extras_crops": extras, **where.places_as_named, **given}, count=count)
+    given = {"cls_crops": torch.empty(0, 2, dtype=torch.int64), "project": lambda states: states, **given}
+    answer = ask(stage, "select_tokens", **where.places_as_named, **given, count=count)
     return answer if isinstance(answer, Selection) else Selection(answer)
 
 
@@ -44,15 +45,9 @@ def kept(selection: Selection) -> list[int]:
 
 
 def merged(selection: Selection, states: Tensor) -> Tensor:
-    """The states that stand in the slots of kept tokens; extras are the last of `states`."""
-    weights, width = selection.weights, len(selection.keep)
-    if isinstance(weights, Owners):
-        matrix = torch.zeros(width, width, dtype=states.dtype)
-        for i, owner in enumerate(weights.owner.tolist()):
-            if owner >= 0:
-                matrix[owner, i] = weights.amounts[i] if weights.amounts is not None else 1
-        weights = matrix if weights.mode == "sum" else matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    return (weights.to(states) @ states)[selection.keep]
+    """The states (V, W) that stand in the slots of kept tokens."""
+    whole = torch.cat([states, selection.extras.to(states)])
+    return (selection.weights.to(states) @ whole)[selection.keep]
 
 
 # FasterVLM
@@ -168,23 +163,25 @@ def test_visionzip_as_its_authors(case, dtype):
     """Dominant patches in raster order, contextual tokens by their targets; CLS is one of the tokens."""
     tensors, params, expected = drawn(case, dtype), case["params"], case["expected"]
     stage, count = stage_of("visionzip"), params["dominant"] + params["contextual"]
-    assert stage.inputs["encoder_attention"] == EncoderRows(heads="sum") and stage.extras == ("cls",)
+    assert stage.inputs == {"encoder_attention": EncoderRows(heads="sum"), "features": (Features(), Features(of="cls"))}
+    patches, cls = tensors["hidden"][1:], tensors["hidden"][:1]
     chosen = select(
         "visionzip", square(params["patches"]), count, {"contextual": params["contextual"] / count},
         encoder_attention=tensors["cls_row"][:, 1:].sum(0), encoder_keys=tensors["keys"][:, 1:].mean(0),
-        extras_crops=torch.tensor([[0, 0]]),
+        cls_crops=torch.tensor([[0, 0]]), features=(patches, cls),
     )  # fmt: skip
     assert len(kept(chosen)) == count == expected["count_out"]
-    cls = [i for i in kept(chosen) if chosen.weights[i, -1] == 1]
-    assert len(cls) == 1 and (chosen.weights[cls[0], :-1] == 0).all()
-    alone = [i for i in kept(chosen) if i not in cls and chosen.weights[i].count_nonzero() == 1]
-    targets = expected["derived_contextual_target_patches"]
-    assert [i for i in alone if i not in targets] == expected["dominant_patches_sorted"]
-    assert [i for i in kept(chosen) if i not in [*cls, *expected["dominant_patches_sorted"]]] == targets
-    states = tensors["hidden"].roll(-1, 0)  # CLS behind the patches
-    found = merged(chosen, states)[[kept(chosen).index(i) for i in targets]]
+    targets, states = expected["derived_contextual_target_patches"], merged(chosen, patches)
+    (slot,) = [i for i in kept(chosen) if torch.equal(states[kept(chosen).index(i)], cls[0])]
+    others = [i for i in kept(chosen) if i != slot]
+    assert [i for i in others if i not in targets] == expected["dominant_patches_sorted"]
+    assert [i for i in others if i not in expected["dominant_patches_sorted"]] == targets
+    assert slot == min(set(range(params["patches"])) - set(others))
+    found = states[[kept(chosen).index(i) for i in targets]]
     authors = torch.tensor(expected["contextual"], dtype=dtype)
     assert ((found - authors).abs() <= 2e-5 * (1 + authors.abs())).all()
+    alone = [kept(chosen).index(i) for i in expected["dominant_patches_sorted"]]
+    assert torch.equal(states[alone], patches[expected["dominant_patches_sorted"]])
 
 
 @pytest.mark.parametrize(("count", "dominant"), [(64, 54), (128, 108), (192, 162)])
@@ -192,10 +189,9 @@ def test_visionzip_splits_as_in_the_tables(count, dominant):
     """Of 64 tokens CLS, 53 patches and 10 contextual ones, and so on."""
     rng = torch.Generator().manual_seed(0)
     attention, keys = torch.rand(576, generator=rng), torch.randn(576, 8, generator=rng)
-    given = {"encoder_attention": attention, "encoder_keys": keys, "extras_crops": torch.tensor([[0, 0]])}
-    chosen = select("visionzip", square(576), count, **given)
-    several = [i for i in kept(chosen) if chosen.weights[i].count_nonzero() > 1]
-    assert len(kept(chosen)) == count and len(several) == count - dominant
+    given = {"encoder_attention": attention, "encoder_keys": keys, "cls_crops": torch.tensor([[0, 0]])}
+    chosen = select("visionzip", square(576), count, features=(keys, torch.zeros(1, 8)), **given)
+    assert len(kept(chosen)) == count and len(chosen.extras) == count - dominant + 1  # contextual ones, and CLS
 
 
 def visionzip(tokens, share, attention, cosines, contextual, cls):
@@ -225,9 +221,13 @@ def test_visionzip_as_loops(seed, cls):
     count, cosines = drawn_count(rng, len(where)), naive.cosine(keys.tolist(), keys.tolist())
     names = [tuple(map(int, (where.coords[crop[0], 0], where.frames[crop[0]]))) for crop in where.crops()]
     extras = [(7, 7), *names] if cls else []  # the first is of a crop that an earlier stage has emptied
+    states = torch.randn(
+        len(where) + len(extras), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     found = select(
         "visionzip", where, count, {"contextual": contextual, "cls": cls}, encoder_attention=attention,
-        encoder_keys=keys, extras_crops=torch.tensor(extras, dtype=torch.int64).view(-1, 2),
+        encoder_keys=keys, cls_crops=torch.tensor(extras, dtype=torch.int64).view(-1, 2),
+        features=(states[: len(where)], states[len(where) :]),
     )  # fmt: skip
     matrix = torch.zeros(len(where), len(where) + len(extras), dtype=torch.float64)
     staying = []
@@ -235,7 +235,7 @@ def test_visionzip_as_loops(seed, cls):
         if number == len(names):  # newlines
             slots, slot = {i: {i: 1.0} for i in naive.best_first(tokens, lambda i: attention[i])[:share]}, None
         else:
-            slots, slot = visionzip(tokens, share, attention, cosines, contextual, cls)
+            slots, slot = visionzip(tokens, share, attention, cosines, contextual, cls and share < len(tokens))
         for i, parts in slots.items():
             for j, factor in parts.items():
                 matrix[i, j] = factor
@@ -243,35 +243,41 @@ def test_visionzip_as_loops(seed, cls):
             matrix[slot, len(where) + 1 + number] = 1
         staying += [*slots, *([] if slot is None else [slot])]
     assert kept(found) == sorted(staying) and len(staying) == count
-    states = torch.randn(matrix.shape[1], 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    assert torch.allclose(merged(found, states), (matrix @ states)[sorted(staying)], atol=1e-12)
+    assert torch.allclose(merged(found, states[: len(where)]), (matrix @ states)[sorted(staying)], atol=1e-12)
 
 
 def test_visionzip_may_average():
     """`merge: mean`: a target and what joins it have the same weight."""
     rng = Random(3)
     where = layout(grid(5, 5))
-    given = {"encoder_attention": drawn_scores(rng, 25), "encoder_keys": drawn_features(rng, 25)}
+    ones, none = torch.ones(25, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64)
+    given = {
+        "encoder_attention": drawn_scores(rng, 25),
+        "encoder_keys": drawn_features(rng, 25),
+        "features": (ones, none),
+    }
     options = {"cls": False, "contextual": 0.5}
     added, mean = (select("visionzip", where, 6, {**options, "merge": how}, **given) for how in ("add", "mean"))
     assert kept(added) == kept(mean)
-    ones = torch.ones(25, 1, dtype=torch.float64)
     assert torch.allclose(merged(mean, ones), torch.ones(6, 1, dtype=torch.float64))
     assert sorted(merged(added, ones).flatten().tolist())[-1] == pytest.approx(2)
 
 
 class TestVisionZipWithoutCls(contract("visionzip", {"cls": False})):
-    """Also inside the tower, where the authors merge."""
+    """Patches alone."""
 
 
-def test_visionzip_in_front_of_the_projector():
-    """At the block whose output the projector gets, merges are of tower states."""
-    pipeline = {"stages": [{"use": "visionzip", "cls": False, "at": "vision.1", "keep": 0.5}]}
-    assert_equivalent(tiny_llava(), pipeline, tiny_inputs(**RAGGED), steps=2)
-    refused = {"stages": [{"use": "visionzip", "at": "vision.1", "keep": 0.5}]}
+def test_visionzip_on_tiles():
+    """LLaVA-NeXT: every crop has a CLS token of its own."""
+    model = tiny_model("llava_next")
+    batch = dict(tiny_batch(model, [("image",), ("image", "image")]))
+    assert_equivalent(model, {"stages": [{"use": "visionzip", "keep": 0.4}]}, batch, steps=2)
+
+
+def test_where_visionzip_cannot_be():
     with pytest.raises(SpecError, match=r"cannot act at 'vision\.1'"):
-        prunekit.load(refused)
-    with pytest.raises(SpecError, match="does not map single tokens"):
+        prunekit.load({"stages": [{"use": "visionzip", "at": "vision.1", "keep": 0.5}]})
+    with pytest.raises(SpecError, match="there is no projector here that maps single tokens"):
         prunekit.apply(tiny_model("internvl"), {"stages": [{"use": "visionzip", "keep": 0.5}]}).__enter__()
 
 
@@ -281,7 +287,8 @@ def test_visionzip_in_front_of_the_projector():
 def prumerge_inputs(case, dtype):
     tensors, params = drawn(case, dtype), case["params"]
     logits = tensors["q"][0] @ tensors["k"].T / params["dim"] ** 0.5
-    return tensors["hidden"][1:], {"encoder_attention": logits.softmax(-1)[1:], "encoder_keys": tensors["k"][1:, None]}
+    given = {"encoder_attention": logits.softmax(-1)[1:], "encoder_keys": tensors["k"][1:, None]}
+    return tensors["hidden"][1:], {**given, "features": tensors["hidden"][1:]}
 
 
 @both_precisions
@@ -359,14 +366,12 @@ def test_prumerge_as_loops(seed, use, budget):
     else:
         for tokens in where.crops():
             slots |= prumerge(where, tokens, None, attention, cosines, near, use == "prumerge_plus")
-    given = {"encoder_attention": attention, "encoder_keys": keys[:, None]}
+    states = torch.randn(len(where), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    given = {"encoder_attention": attention, "encoder_keys": keys[:, None], "features": states}
     found = select(use, where, count, {"neighbours": near}, **given)
     assert kept(found) == sorted(slots)
-    for i, parts in slots.items():
-        row = torch.zeros(len(where), dtype=torch.float64)
-        for j, factor in parts.items():
-            row[j] = factor
-        assert torch.allclose(found.weights[i], row, atol=1e-12)
+    sums = torch.stack([sum(factor * states[j] for j, factor in slots[i].items()) for i in sorted(slots)])
+    assert torch.allclose(merged(found, states), sums, atol=1e-12)
 
 
 class TestPruMergeByOutliers(contract("prumerge", keep={})):
@@ -382,7 +387,7 @@ def test_prumerge_takes_no_tower_site_and_needs_cls(use):
     with pytest.raises(SpecError, match="needs 'encoder'"):
         prunekit.load({"stages": [{"use": use, "at": "vision.1", "keep": 0.5}]})
     with pytest.raises(SpecError, match="this vision tower has no CLS token"):
-        prunekit.apply(tiny_model("qwen2_vl"), {"stages": [{"use": use}]}).__enter__()
+        prunekit.apply(tiny_model("paligemma"), {"stages": [{"use": use}]}).__enter__()
 
 
 # HoloV
@@ -461,13 +466,14 @@ def test_half_precision_is_ranked_as_the_same_numbers_in_float32(use, half):
     attention = torch.randn(144, generator=rng).softmax(0)
     answers = []
     for states in (features, features.float()):
-        given = {"encoder_attention": attention}
+        given = {"encoder_attention": attention, "features": (states, states[:0]) if use == "visionzip" else states}
         names = {"features": states, "encoder_keys": states, "keys_by_head": states.view(144, 2, 32), "hidden": states}
         given |= {name.replace("keys_by_head", "encoder_keys"): names[name] for name in GIVEN[use][1:]}
         answers.append(select(use, where, 40, {"cls": False} if use == "visionzip" else None, **given))
     assert kept(answers[0]) == kept(answers[1])
-    if answers[0].weights is not None:
-        assert torch.equal(*(merged(one, features.double()) for one in answers))
+    if answers[0].weights is not None:  # the projector gets sums in the model's dtype
+        half_sums, sums = (merged(one, features.float()) for one in answers)
+        assert torch.equal(half_sums.to(half), sums.to(half))
 
 
 @pytest.mark.parametrize("use", GIVEN)

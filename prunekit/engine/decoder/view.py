@@ -167,6 +167,17 @@ class View:
         return taken(self._attached(self.hidden_states), self.tokens.text_slots, self.tokens.text_valid)
 
     @property
+    def project(self) -> Callable[[Tensor], Tensor]:
+        tower = self.parts.tower
+        assert tower is not None, "checked when the pipeline was bound"
+
+        def project(states: Tensor) -> Tensor:
+            made = tower.project(states.reshape(-1, states.shape[-1]))
+            return made.view(*states.shape[:-1], made.shape[-1])
+
+        return project
+
+    @property
     def norm(self) -> Callable[[Tensor], Tensor]:
         module: Callable[[Tensor], Tensor] = self.parts.final_norm
         return module
@@ -189,11 +200,8 @@ class View:
         return torch.arange(int(crops.max()), device=crops.device) < crops[:, None]
 
     @property
-    def extras_crops(self) -> Tensor:
-        device = self.tokens.slots.device
-        if not self.place.stage.extras:
-            return torch.empty(len(self.counts), 0, 2, dtype=torch.int64, device=device)
-        return record.crop_numbers(self.prompt).to(device)
+    def cls_crops(self) -> Tensor:
+        return record.crop_numbers(self.prompt).to(self.tokens.slots.device)
 
     @property
     def index(self) -> Tensor:
@@ -236,8 +244,8 @@ class View:
             crops = record.crops(self.prompt)[b]
             return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
         lengths = {"V": self.counts[b], "T": self.tokens.text_counts[b]}
-        if name.startswith("extras"):
-            lengths["E"] = record.crops(self.prompt)[b] if self.place.stage.extras else 0
+        if name.startswith("extras") or name == "cls_crops":
+            lengths["E"] = record.crops(self.prompt)[b]
         if name not in table.OF_DECODER_LAYERS:
             return table.cut_for_sample(name, value, b, lengths)
         declared = table.requests(self.place.stage.inputs, name)

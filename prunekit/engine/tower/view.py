@@ -82,10 +82,11 @@ class TowerView:
     def frames(self) -> Tensor:
         return self._table[..., 0]
 
-    @property
-    def extras_crops(self) -> Tensor:
-        """Inside the tower nothing is projected yet."""
-        return torch.empty(len(self.counts), 0, 2, dtype=torch.int64, device=self.valid.device)
+    @cached_property
+    def cls_crops(self) -> Tensor:
+        """The number of the input is 0."""
+        rows = [torch.tensor([(0, crop) for crop in range(len(row))]) for row in self.encoding.patches.rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(self.valid.device)
 
     @property
     def places(self) -> Tensor:
@@ -127,7 +128,7 @@ class TowerView:
         value, count = self.get(name), self.counts[b]
         if name in OF_TOWER:
             return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
-        return cut_for_sample(name, value, b, {"V": count, "E": 0})
+        return cut_for_sample(name, value, b, {"V": count, "E": len(self.encoding.patches.rows[b])})
 
     def _declared(self, spec: EncoderSpec) -> Tensor:
         table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))
