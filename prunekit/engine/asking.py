@@ -91,13 +91,29 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
     if isinstance(weights, Owners):
         weights = _owners(stage, merging, weights, keep, valid, refusals)
     elif weights is not None:
-        weights = _matrix(stage, merging, weights, keep, _extras(stage, get), refusals)
+        count = _extras(stage, get) if selection.extras is None else _own_extras(stage, selection.extras, refusals)
+        weights = _matrix(stage, merging, weights, keep, count, refusals)
+    if selection.extras is not None and not isinstance(weights, Tensor):
+        raise PluginError(f"{stage.label}: select_tokens (extras) needs weights, a matrix whose last columns take them")
     if sizes is not None:
         hook = "select_tokens (sizes)"
         sizes = _floats(stage, hook, sizes, valid.shape).to(valid.device)
         wrong = keep & ~(torch.isfinite(sizes) & (sizes > 0))
         refusals.add(wrong, f"{stage.label}: {hook} must be finite and above 0 for every kept token")
-    return Selection(keep, weights, sizes, selection.crop)
+    return Selection(keep, weights, sizes, selection.crop, selection.extras)
+
+
+def _own_extras(stage: Stage, extras: Any, refusals: Refusals) -> int:
+    """How many extras a strategy brings itself, (..., E, H)."""
+    hook = "select_tokens (extras)"
+    if not isinstance(extras, Tensor) or extras.ndim != (2 if stage.per_sample else 3):
+        got = tuple(extras.shape) if isinstance(extras, Tensor) else type(extras).__name__
+        raise PluginError(
+            f"{stage.label}: {hook} must be states, {'(E, H)' if stage.per_sample else '(B, E, H)'}, not {got}"
+        )
+    floats = _floats(stage, hook, extras, extras.shape)
+    refusals.add(~torch.isfinite(floats), f"{stage.label}: {hook} holds NaN or infinity")
+    return int(floats.shape[-2])
 
 
 def _owners(stage: Stage, hook: str, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals) -> Owners:
@@ -157,7 +173,17 @@ def _together(stage: Stage, view: View, answers: dict[int, Selection]) -> Select
         for b, one in answers.items():
             if one.sizes is not None:
                 sizes[b, : view.counts[b]] = one.sizes.to(sizes)
-    return Selection(keep, merge, sizes, crops.pop() if crops else False)
+    own = {b: one.extras for b, one in answers.items() if one.extras is not None}
+    return Selection(keep, merge, sizes, crops.pop() if crops else False, _extras_together(len(keep), own))
+
+
+def _extras_together(rows: int, own: dict[int, Tensor]) -> Tensor | None:
+    """Extras of single samples, (E, H) each, as (B, E, H) with zeros behind."""
+    if not own:
+        return None
+    some = next(iter(own.values()))
+    listed = [own.get(b, some[:0]) for b in range(rows)]
+    return torch.nn.utils.rnn.pad_sequence(listed, batch_first=True)
 
 
 def _owners_together(keep: Tensor, owners: dict[int, Owners]) -> Owners:

@@ -27,8 +27,9 @@ class Modality:
     token_ids: ids whose embeddings in the prompt are replaced by its features.
     coords: from the method's arguments by name and the number of visual tokens of each image or video to int64 (n, 5)
         for each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
-        tokens that only separate, such as the newlines of any-resolution models. Raises Unsupported where there is no
-        grid. Called only when a strategy asks for `coords` or `frames`.
+        tokens that only separate, such as the newlines of any-resolution models. Where the crops of an image stand side
+        by side, (n, 9): then follow row, column, rows and columns in the grid that they form together. Raises
+        Unsupported where there is no grid. Called only when a strategy asks for `coords`, `frames` or `places`.
     """
 
     name: str
@@ -47,8 +48,9 @@ class Tower:
     CLS. feature_layer: which hidden state the projector gets, counted as in `output_hidden_states` (-1 the last; of
     several, the latest). projector: from tower features to the decoder's width, token by token; None where it mixes or
     pools them. Behind a cut it runs on what visual tokens still need, if it gets the tower's rows with all tokens or
-    without the first; what it gets in other numbers, such as pooled frames, it maps in full. pool: the head behind the
-    blocks that attends from one learned query, where there is one.
+    without the first; what it gets in other numbers, such as pooled frames, it maps in full. norm: of the tower, which
+    the projector's input has passed behind the block; None: it is the block's output as it is. pool: the head behind
+    the blocks that attends from one learned query, where there is one.
     patch_groups: from the name of the modality, the method's arguments, the rows of the tower's batch and the patches
     of a row (without `leading`) to int64 (V, p) for each image or video: the patches, numbered through all rows, that
     become each of its visual tokens; -1 for one without a patch, such as a newline. Raises Unsupported where visual
@@ -64,8 +66,15 @@ class Tower:
     leading: int = 0
     feature_layer: int = -1
     patch_groups: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
+    norm: nn.Module | None = None
     pool: nn.Module | None = None
     packed: bool = False
+
+    def project(self, states: Tensor) -> Tensor:
+        """States (n, W) of the feature block as the decoder gets them, (n, H); only with a `projector`."""
+        assert self.projector is not None
+        projected: Tensor = self.projector(states if self.norm is None else self.norm(states))
+        return projected
 
     @property
     def feature_block(self) -> int:
@@ -82,7 +91,14 @@ class Tower:
             pool=self.pool is not None,
             projects_tokens=self.projector is not None,
             attention=str(getattr(config, "_attn_implementation", "eager")),
+            width=_width(getattr(self.layers[0], self.attention)),
         )
+
+
+def _width(attention: nn.Module) -> int:
+    """Numbers of one token's state, by the input of the first linear module of an attention; 0 where there is none."""
+    inputs = (getattr(one, "in_features", None) for one in attention.modules())
+    return next((one for one in inputs if isinstance(one, int)), 0)
 
 
 @dataclass(frozen=True)

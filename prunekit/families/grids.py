@@ -105,12 +105,17 @@ def anyres(config: Any, limited: bool = False) -> Coords:
         tables = [
             torch.cat([grid(side, side), separator(side, side, 0)])
             if count == side * side + 1
-            else torch.cat([grid(side, side), _tiles(size, side, limit, config)])
+            else torch.cat([_whole(grid(side, side)), _tiles(size, side, limit, config)])
             for size, count in zip(sizes, counts, strict=True)
         ]
         return checked(tables, counts)
 
     return coords
+
+
+def _whole(coords: Tensor) -> Tensor:
+    """Coords, int64 (n, 5), of a crop that shows the whole image, with its places: int64 (n, 9)."""
+    return torch.cat([coords, coords[:, 1:]], dim=1)
 
 
 def positioned(positions: str, cell: int, frames: str | None = None) -> Coords:
@@ -132,7 +137,7 @@ def positioned(positions: str, cell: int, frames: str | None = None) -> Coords:
 
 
 def _tiles(size: Sequence[int], side: int, limit: int | None, config: Any) -> Tensor:
-    """Coords of an image's tokens behind the whole: rows with a newline each."""
+    """Coords of an image's tokens behind the whole, int64 (n, 9): rows with a newline each."""
     down, across = PACKING.get_anyres_image_grid_shape(
         size, config.image_grid_pinpoints, config.vision_config.image_size
     )
@@ -147,11 +152,12 @@ def _tiles(size: Sequence[int], side: int, limit: int | None, config: Any) -> Te
     column, width = _within(tile_columns)
     crop = 1 + tile_rows[:, None] * across + tile_columns
     shape = crop.shape
-    parts = [crop, row[:, None], column, height[:, None], width]
+    down_all, across_all = torch.arange(shape[0])[:, None], torch.arange(shape[1])
+    parts = [crop, row[:, None], column, height[:, None], width, down_all, across_all, *map(torch.tensor, shape)]
     table = torch.stack([part.expand(shape) for part in parts], dim=-1)
     newline = table[:, -1:].clone()
-    newline[..., 1:3] = -1
-    return torch.cat([table, newline], dim=1).view(-1, 5)
+    newline[..., [1, 2, 5, 6]] = -1
+    return torch.cat([table, newline], dim=1).view(-1, 9)
 
 
 def _shrunken(tiles: Tensor, length: int) -> Tensor:

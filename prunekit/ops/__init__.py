@@ -20,9 +20,10 @@ from prunekit.ops.coverage import coverage
 from prunekit.ops.crops import crop_quotas
 from prunekit.ops.density import density_peaks
 from prunekit.ops.dpp import dpp
+from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
-from prunekit.ops.grid import even_grid, grid_cells, middles
-from prunekit.ops.groups import group_sizes, group_top_k, quotas
+from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
+from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
 from prunekit.ops.maxsum import max_sum
@@ -42,6 +43,7 @@ __all__ = [
     "dpp",
     "even_grid",
     "grid_cells",
+    "group_members",
     "group_sizes",
     "group_top_k",
     "index_mask",
@@ -55,5 +57,7 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "slot_weights",
+    "tile_of",
     "top_k_mask",
 ]

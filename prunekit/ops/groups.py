@@ -23,6 +23,16 @@ def group_sizes(groups: Tensor, count: int, valid: Tensor | None = None) -> Tens
     return sizes.scatter_add_(-1, groups.clamp(min=0), member.long())
 
 
+def group_members(groups: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The tokens of each group of one sample, ascending: `count` tensors int64 (n,).
+
+    groups: int64 (V,), below `count`; -1 for tokens of no group. Reads how many there are, so it waits for the device.
+    """
+    order = groups.argsort(stable=True)
+    sizes = group_sizes(groups, count).tolist()
+    return torch.split(order[len(groups) - sum(sizes) :], sizes)
+
+
 @torch.no_grad()
 def quotas(
     weights: Tensor,

@@ -92,6 +92,10 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"
     if tower is not None and cut.stage.extras and (problem := _extras_problem(cut, tower)):
         return problem
+    if cut.stage.asks_for("project") and (problem := _project_problem(cut, tower)):
+        return problem
+    if cut.stage.asks_for("cls_crops") and not (cut.stage.extras or _reads_cls(cut.stage)):
+        return f"'{use}' asks for cls_crops, but for no CLS token of which they could be", "request of='cls'"
     for name in of_tower:
         for request in requests(cut.stage.inputs, name):
             if tower is not None and (problem := _request_problem(request, site, cuts, tower)):
@@ -165,6 +169,23 @@ def _extras_problem(cut: Cut, tower: TowerShape) -> Problem | None:
     elif tower.feature_block < 0:
         reason = "the projector gets the tower's input, which no block has made"
     return None if reason is None else (f"{extras}, but {reason}", "use another strategy")
+
+
+def _project_problem(cut: Cut, tower: TowerShape | None) -> Problem | None:
+    asks = f"'{cut.stage.use}' asks for project"
+    if cut.site != ENCODER:
+        return f"{asks}, but what the projector makes goes in at 'encoder' only", "name 'encoder'"
+    if tower is None or not tower.projects_tokens:
+        return f"{asks}, but there is no projector here that maps single tokens", "use another strategy"
+    if tower.feature_block < 0:
+        return f"{asks}, but the projector gets what enters the tower, no features", "use another strategy"
+    return None
+
+
+def _reads_cls(stage: Stage) -> bool:
+    """It requests something of the tower's CLS tokens."""
+    names = [name for name in OF_TOWER if stage.asks_for(name)]
+    return any(getattr(one, "of", "") == "cls" for name in names for one in requests(stage.inputs, name))
 
 
 def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], tower: TowerShape) -> Problem | None:

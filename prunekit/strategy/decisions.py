@@ -56,6 +56,8 @@ class Selection:
     sizes: None leaves them as they are, 1 at first. Else float (B, V), above 0: how many tokens each kept slot stands
         for. From here on attention adds log(size) to the logits of that key, in prefill and decoding (ToMe,
         https://arxiv.org/abs/2210.09461, proportional attention).
+    extras: in front of and inside the decoder, float (B, E, H): states of the strategy's own for the last E columns of
+        `weights`, in place of declared extras. For E that differs between the samples of a batch, rows are padded.
     crop: also remove the dropped tokens from the KV that earlier layers have already written. What was computed with
         them stays as it is; only decoding no longer sees them.
     """
@@ -64,6 +66,7 @@ class Selection:
     weights: Tensor | Owners | None = None
     sizes: Tensor | None = None
     crop: bool = False
+    extras: Tensor | None = None
 
 
 class LayerAction(Enum):
@@ -182,7 +185,8 @@ class TowerShape:
 
     blocks: how many it has. feature_block: the one whose output the projector gets; -1: it gets the tower's input.
     leading: tokens in front of the patches of each image or crop, such as CLS. pool: a pooling head stands behind the
-    blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation.
+    blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation. width:
+    numbers of one token's state; 0: not known.
     """
 
     blocks: int
@@ -191,6 +195,7 @@ class TowerShape:
     pool: bool = False
     projects_tokens: bool = False
     attention: str = "sdpa"
+    width: int = 0
 
     @property
     def features(self) -> str:

@@ -121,12 +121,23 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input("extras_valid", "bool", "B E", "False on padding of `extras`", regions=("encoder",)),
     Input(
+        "cls_crops", "int64", "B E 2",
+        "of which image each CLS token in `extras`, or requested with `of=\"cls\"`, is, as in `coords`, and of which "
+        "crop, as in `frames`; -1 on padding",
+    ),
+    Input(
         "coords", "int64", "B V 5",
         "number of the image or video in the prompt, row, column, rows and columns of its crop or frame; -1 on "
         "padding, row and column also on tokens that only separate, such as newlines", _ALL,
     ),
     Input(
         "frames", "int64", "B V", "number of the crop or video frame within its image or video; -1 on padding", _ALL
+    ),
+    Input(
+        "places", "int64", "B V 4",
+        "row, column, rows and columns in the grid of the complete image or frame, in which the crops of an image "
+        "stand side by side; as in `coords` where an image is not cut into crops, or where it is not known how they "
+        "lie; -1 as in `coords`", _ALL,
     ),
     Input(
         "index", "int64", "B V", "number of the token among the original visual tokens of its sample; -1 on padding",
@@ -159,6 +170,11 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input(
         "state", "a dict", "B", "lives for one prompt batch and belongs to the stage, at all of its sites", _ALL
+    ),
+    Input(
+        "project", "a function of states (..., W)", "",
+        "the model's projector, token by token: states (..., H) for those of the block whose output it gets, such as "
+        "sums of `features` that a `Selection` with `extras` puts in", regions=("encoder",),
     ),
     Input(
         "norm", "a function of states (..., H)", "", "the model's final norm", regions=_WITH_PROMPT

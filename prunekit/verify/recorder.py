@@ -76,7 +76,7 @@ class Recorder:
             @hookimpl(wrapper=True)
             def select_tokens(self, valid: Tensor, sizes: Tensor, cut: int) -> Any:
                 result = yield
-                note(stage, cut, Call(valid, _weights(result, valid, sizes), None))
+                note(stage, cut, Call(valid, _weights(result, valid, sizes), _own_extras(result)))
                 return result
 
             @hookimpl(wrapper=True)
@@ -90,7 +90,8 @@ class Recorder:
             @hookimpl(wrapper=True)
             def select_tokens(self, valid: Tensor, sizes: Tensor, cut: int, extras: Tensor) -> Any:
                 result = yield
-                note(stage, cut, Call(valid, _weights(result, valid, sizes), extras))
+                own = _own_extras(result)
+                note(stage, cut, Call(valid, _weights(result, valid, sizes), extras if own is None else own))
                 return result
 
             @hookimpl(wrapper=True)
@@ -101,6 +102,10 @@ class Recorder:
                 return weights
 
         return WithExtras() if extras else Wrapper()
+
+
+def _own_extras(result: Any) -> Tensor | None:
+    return result.extras if isinstance(result, Selection) else None
 
 
 def _weights(result: Any, valid: Tensor, sizes: Tensor) -> Tensor | None:
@@ -143,7 +148,8 @@ def _merge(calls: Sequence[Call], event: StageEvent, before: Sequence[Sequence[i
     for (matrix, extras), keep, many in zip(rows, chosen, event.entered, strict=True):
         weights.append(torch.eye(many, many + width)[keep] if matrix is None else matrix[keep])
         if empty is not None:
-            extra.append(extras if extras is not None else empty.new_zeros(width, empty.shape[-1]))
+            behind = width if matrix is None else matrix.shape[1] - many
+            extra.append(extras if extras is not None else empty.new_zeros(behind, empty.shape[-1]))
     return Merge(tuple(weights), tuple(extra) if empty is not None else None)
 
 

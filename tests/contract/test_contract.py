@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_clip
 
 import prunekit
 from prunekit import PREFILL_END, Selection, Site, Sites, hookimpl, plugins, strategy
@@ -35,6 +36,14 @@ def _calibrated(tmp_path_factory):
     influence = [float(layer) for layer in range(shape.layers)]
     Artefact(prunekit.__version__, "shortgpt", about, {"name": "none"}, {"influence": influence}).write(path)
     globals()["Test_shortgpt"].options = {**OPTIONS["shortgpt"], "calibration": str(path)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _paired(tmp_path_factory):
+    """Strategies that read the question with CLIP get a model that the tower might be taken from."""
+    clip = str(tiny_clip.write(tmp_path_factory.mktemp("clip")))
+    for name in ("trim", "cdpruner"):
+        globals()[f"Test_{name}"].options = {"clip": clip}
 
 
 def test_the_strategies_of_this_version_are_all_here():

@@ -33,6 +33,9 @@ INPUTS = {
     "text_hidden": st.none(),
     "forward": st.none(),
     "extras": st.none(),
+    "cls_crops": st.none(),
+    "project": st.none(),
+    "places": st.none(),
     "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),
     "keys": st.builds(Keys, layer=st.sampled_from(("previous", "own", "next"))),
     "encoder_attention": st.one_of(

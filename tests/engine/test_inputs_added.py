@@ -197,3 +197,19 @@ class TestQuestion:
         refused = pytest.raises(SpecError, match=r"asks for question, which is not there yet at 'vision\.1'")
         with refused, prunekit.apply(micro[0], tower, processor=micro[1]):
             pytest.fail("entered")
+
+
+def test_cls_tokens_say_of_which_crop_they_are():
+    """LLaVA-NeXT: the whole and the tiles of each image, in their order; padded behind rows with fewer."""
+    model = tiny_model("llava_next")
+    batch = tiny_batch(model, [("image",), ("image", "image")])
+    (seen,) = seen_at(
+        model, dict(batch), ["cls_crops", "extras_valid"], "encoder", extras=("cls",), sites=Sites(decoder=False)
+    )
+    for crops, valid in zip(seen["cls_crops"], seen["extras_valid"], strict=True):
+        assert (crops[~valid] == -1).all()
+        numbers = crops[valid].tolist()
+        for image in {image for image, _ in numbers}:
+            of_image = [crop for number, crop in numbers if number == image]
+            assert of_image == list(range(len(of_image))) and len(of_image) > 1
+        assert numbers == sorted(numbers)

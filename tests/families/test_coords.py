@@ -137,7 +137,7 @@ def test_a_large_image_is_shrunken_after_its_tiles_were_joined() -> None:
     tiles = found[16:]
     for crop in range(1, 10):
         inside = tiles[(tiles[:, 0] == crop) & (tiles[:, 1] >= 0)]
-        rows, columns = inside[0, 3:].tolist()
+        rows, columns = inside[0, 3:5].tolist()
         assert inside[:, 1:3].tolist() == [[row, column] for row in range(rows) for column in range(columns)]
 
 
@@ -196,3 +196,25 @@ def test_patches_that_come_with_their_places(family: str, kind: str) -> None:
             assert {(y // cell, x // cell) for x, y in positions[first + frame, patches].tolist()} == {(row, column)}
             assert len(patches) == cell**2 and row < rows and column < columns
         first += int(place[:, 0].max()) + 1
+
+
+@pytest.mark.parametrize("family", ANYRES)
+def test_tiles_form_one_grid(family: str) -> None:
+    """Behind the whole image, tokens stand row by row in the grid of their places, and tiles fill it side by side."""
+    model = tiny_model(family)
+    for seed in range(6):
+        batch = tiny_batch(model, [("image",)], seed=seed)
+        counts = [len(one) for one in encode(model, "image", dict(batch)).pooler_output]
+        for table in modality(model, "image").coords(dict(batch), counts):
+            if table.shape[1] == 5:
+                continue
+            side = int(table[0, 3])
+            assert torch.equal(table[: side * side, 5:], table[: side * side, 1:5])
+            tiles = table[side * side :]
+            shown = tiles[tiles[:, 1] >= 0]
+            rows, columns = shown[0, 7:].tolist()
+            assert [(y, x) for y, x in shown[:, 5:7].tolist()] == [(y, x) for y in range(rows) for x in range(columns)]
+            assert (tiles[tiles[:, 1] < 0][:, 5:7] == -1).all()
+            begins = shown[:, 5:7] - shown[:, 1:3]  # of the tile that each token is of
+            for tile in shown[:, 0].unique():
+                assert len(begins[shown[:, 0] == tile].unique(dim=0)) == 1

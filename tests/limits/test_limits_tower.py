@@ -127,6 +127,36 @@ def test_extras_that_cannot_be_projected(llava):
         bound_on(llava, strategy(extras=("cls",)), at=2)
 
 
+def test_projecting_what_a_strategy_merges(llava):
+    projects = prunekit.strategy(sites=EVERYWHERE)(type("Strategy", (), {"score_tokens": hookimpl(_projecting)}))
+    with at_once(", but what the projector makes goes in at 'encoder' only"):
+        bound_on(llava, projects, at=2)
+    with at_once(", but the projector gets what enters the tower, no features"):
+        bound_on(llava, projects, feature_block=-1)
+    own = tiny_model("internvl", dtype=torch.float32)
+    with refused(", but there is no projector here that maps single tokens", own, error=SpecError):
+        with prunekit.apply(own, piped(projects, at="encoder")):
+            pass
+    with at_once(" asks for cls_crops, but for no CLS token of which they could be"):
+        bound_on(llava, strategy("cls_crops"))
+
+
+def _projecting(self, features, project):
+    return project(features).norm(dim=-1)
+
+
+def test_extras_of_a_strategy_in_the_tower(llava):
+    def select_tokens(self, hidden, valid):
+        weights = torch.eye(hidden.shape[1], hidden.shape[1] + 1).expand(len(hidden), -1, -1)
+        return Selection(valid, weights, extras=hidden[:, :1])
+
+    body = {"select_tokens": hookimpl(select_tokens)}
+    brings = prunekit.strategy(sites=EVERYWHERE, keep="refused")(type("Strategy", (), body))
+    with prunekit.apply(llava, piped(brings, at="vision.0")):
+        with refused(": extras are states of the decoder's width; there are none at 'vision.0'", llava):
+            llava(**inputs_of())
+
+
 def test_pooling_heads(llava):
     pooled = strategy("encoder_attention", EncoderRows(query="pool"))
     with refused("this vision tower has no pooling head", llava, error=SpecError):

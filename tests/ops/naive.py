@@ -198,6 +198,10 @@ def group_sizes(groups: Sequence[int], count: int) -> list[int]:
     return [list(groups).count(group) for group in range(count)]
 
 
+def group_members(groups: Sequence[int], count: int) -> list[list[int]]:
+    return [[i for i, group in enumerate(groups) if group == number] for number in range(count)]
+
+
 def group_top_k(scores: Row, groups: Sequence[int], quota: Sequence[int]) -> list[bool]:
     mask = [False] * len(scores)
     for group, count in enumerate(quota):
@@ -247,6 +251,13 @@ def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: i
     return groups, quotas([*sizes[: len(crops)], *[0] * (len(sizes) - len(crops))], count, sizes)
 
 
+def slot_weights(slots: Sequence[int], size: int) -> list[list[float]]:
+    rows = [[float(i == j) for j in range(size + len(slots))] for i in range(size)]
+    for number, slot in enumerate(slots):
+        rows[slot] = [float(j == size + number) for j in range(size + len(slots))]
+    return rows
+
+
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:
     fitting = [(r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if r * c <= count]
     return max(fitting, key=lambda grid: (grid[0] * grid[1], -abs(grid[0] / grid[1] - rows / columns), -grid[0]))
@@ -275,3 +286,22 @@ def middles(cells: Sequence[int]) -> list[bool]:
         members = [i for i, other in enumerate(cells) if other == cell]
         mask[members[len(members) // 2]] = True
     return mask
+
+
+def tile_of(coords: Sequence[Sequence[int]], places: Sequence[Sequence[int]], groups: Sequence[int]) -> list[int]:
+    def is_tile(i: int) -> bool:
+        return coords[i][1] >= 0 and coords[i][3:] != places[i][2:]
+
+    def under(i: int) -> int:
+        image, row, column, rows, columns = coords[i]
+        if row < 0 or is_tile(i):
+            return -1
+        for j, (other, (y, x, height, width)) in enumerate(zip(coords, places, strict=True)):
+            if other[0] == image and is_tile(j):
+                down = Fraction(2 * row + 1, 2 * rows) * height - (y - other[1])
+                across = Fraction(2 * column + 1, 2 * columns) * width - (x - other[2])
+                if 0 <= down < other[3] and 0 <= across < other[4]:
+                    return groups[j]
+        return -1
+
+    return [under(i) for i in range(len(coords))]

@@ -41,3 +41,46 @@ def test_cells_are_blocks_and_have_one_middle(sizes: list[tuple[int, int]], coun
 def test_cells_of_a_square_image_are_its_pooling_windows() -> None:
     cells = ops.grid_cells(grid((4, 4)), 4).view(4, 4)
     assert torch.equal(cells, torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]))
+
+
+def tiled(rows: list[int], columns: list[int], side: int, image: int) -> torch.Tensor:
+    """Crop, coords and places, int64 (n, 10), of an image as LLaVA-NeXT has it: the whole, tiles, a newline.
+
+    rows, columns: of each row and column of tiles, in tokens.
+    """
+    whole = [(0, image, y, x, side, side, y, x, side, side) for y in range(side) for x in range(side)]
+    size = sum(rows), sum(columns)
+    tiles = [
+        (1 + i * len(columns) + j, image, y, x, h, w, sum(rows[:i]) + y, sum(columns[:j]) + x, *size)
+        for i, h in enumerate(rows)
+        for y in range(h)
+        for j, w in enumerate(columns)
+        for x in range(w)
+    ]
+    return torch.tensor(
+        [*whole, *tiles, (len(rows) * len(columns), image, -1, -1, rows[-1], columns[-1], -1, -1, *size)]
+    )
+
+
+lengths = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+
+
+@given(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=2), st.integers(1, 4), st.integers(0, 99))
+def test_tile_of(images: list[tuple[list[int], list[int]]], side: int, seed: int) -> None:
+    """Tiles of any size, tokens are gone, and there may be several images."""
+    table = torch.cat([tiled(*image, side, number) for number, image in enumerate(images)])
+    present = torch.rand(len(table), generator=torch.Generator().manual_seed(seed)) < 0.8
+    present[0] = True
+    frames, coords, places = table[present].split((1, 5, 4), dim=1)
+    groups, _ = ops.crop_quotas(coords, frames[:, 0], 1)
+    found = ops.tile_of(coords, places, groups)
+    assert found.tolist() == naive.tile_of(coords.tolist(), places.tolist(), groups.tolist())
+
+
+def test_every_token_of_a_whole_image_lies_on_a_tile() -> None:
+    """Two by two tiles of 4 x 4 under a whole of 4 x 4: its quarters."""
+    frames, coords, places = tiled([4, 4], [4, 4], 4, 0).split((1, 5, 4), dim=1)
+    groups, _ = ops.crop_quotas(coords, frames[:, 0], 1)
+    found = ops.tile_of(coords, places, groups)
+    assert found[:16].view(4, 4).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+    assert (found[16:] == -1).all()

@@ -97,3 +97,16 @@ def test_quotas_and_top_k_keep_exactly_the_total() -> None:
         scores = torch.randn(2, 40, generator=generator).to(dtype)
         quota = ops.quotas(torch.rand(2, 5, generator=generator), [13, 39], ops.group_sizes(groups, 5), minimum=1)
         assert ops.group_top_k(scores, groups, quota).sum(1).tolist() == [13, 39]
+
+
+@given(st.lists(st.integers(-1, 4), min_size=1, max_size=20))
+def test_group_members(groups: list[int]) -> None:
+    found = ops.group_members(torch.tensor(groups), 5)
+    assert [one.tolist() for one in found] == naive.group_members(groups, 5)
+
+
+@given(st.integers(1, 9), st.randoms(use_true_random=False))
+def test_slot_weights(size: int, random) -> None:
+    slots = random.sample(range(size), random.randint(0, size))
+    found = ops.slot_weights(torch.tensor(slots, dtype=torch.int64), size)
+    assert found.tolist() == naive.slot_weights(slots, size)

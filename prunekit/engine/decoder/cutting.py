@@ -22,7 +22,7 @@ from prunekit.engine.tokens.layout import Layout, blank, per_token, take
 from prunekit.engine.tokens.merges import merged
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower.record import dropped_in_tower
-from prunekit.errors import Unsupported
+from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
@@ -95,7 +95,7 @@ class Cutter:
         state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
         if selection.weights is not None:
             self._check_merge(cut)
-            hidden = _merge(hidden, view, selection.keep, selection.weights)
+            hidden = _merge(hidden, view, selection, selection.weights)
         if selection.sizes is not None:
             sized = tokens.layout.with_sizes(self._sizes(tokens, selection))
             state.layout = sized
@@ -163,11 +163,17 @@ class Cutter:
         return narrowed.with_shift(layout.shift), slots
 
 
-def _merge(hidden: Tensor, view: View, keep: Tensor, weights: Tensor | Owners) -> Tensor:
+def _merge(hidden: Tensor, view: View, selection: Selection, weights: Tensor | Owners) -> Tensor:
     """`hidden` with what tokens, and extras after them, are merged to in the slots of the kept ones."""
-    tokens = view.tokens
+    tokens, keep, extras = view.tokens, selection.keep, selection.extras
     before = take(hidden, tokens.slots, 1)
-    takes_extras = isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]
-    states = merged(weights, blank(before, tokens.valid), tokens.sizes, view.extras if takes_extras else None)
+    if extras is not None and extras.shape[-1] != before.shape[-1]:
+        raise PluginError(
+            f"{view.place.stage.label}: select_tokens (extras) must be states of width {before.shape[-1]}, not "
+            f"{extras.shape[-1]}"
+        )
+    if extras is None and isinstance(weights, Tensor) and weights.shape[-1] > before.shape[1]:
+        extras = view.extras
+    states = merged(weights, blank(before, tokens.valid), tokens.sizes, extras)
     slots = per_token(tokens.slots.to(hidden.device), states).expand_as(states)
     return hidden.scatter(1, slots, torch.where(per_token(keep.to(hidden.device), states), states, before))

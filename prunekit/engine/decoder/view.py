@@ -99,7 +99,7 @@ class View:
 
     @cached_property
     def _coords(self) -> Tensor:
-        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 6)."""
+        """As `Prompt.coords`, of the tokens that reach the site: int64 (B, V, 10)."""
         return blank(take(self.prompt.coords, self.tokens.ordinals, 1), self.tokens.valid, -1)
 
     @property
@@ -109,6 +109,10 @@ class View:
     @property
     def frames(self) -> Tensor:
         return self._coords[..., 1].clone()
+
+    @property
+    def places(self) -> Tensor:
+        return self._coords[..., 6:].clone()
 
     @property
     def sizes(self) -> Tensor:
@@ -174,6 +178,17 @@ class View:
         return taken(self._main(self.hidden_states), self.tokens.text_slots, self.tokens.text_valid)
 
     @property
+    def project(self) -> Callable[[Tensor], Tensor]:
+        tower = self.parts.tower
+        assert tower is not None, "checked when the pipeline was bound"
+
+        def project(states: Tensor) -> Tensor:
+            made = tower.project(states.reshape(-1, states.shape[-1]))
+            return made.view(*states.shape[:-1], made.shape[-1])
+
+        return project
+
+    @property
     def norm(self) -> Callable[[Tensor], Tensor]:
         module: Callable[[Tensor], Tensor] = self.parts.final_norm
         return module
@@ -194,6 +209,10 @@ class View:
     def extras_valid(self) -> Tensor:
         crops = torch.tensor(record.crops(self.prompt), device=self.tokens.slots.device)
         return torch.arange(int(crops.max()), device=crops.device) < crops[:, None]
+
+    @property
+    def cls_crops(self) -> Tensor:
+        return record.crop_numbers(self.prompt).to(self.tokens.slots.device)
 
     @property
     def index(self) -> Tensor:
@@ -236,7 +255,7 @@ class View:
             crops = record.crops(self.prompt)[b]
             return record.row_of_declared(self.place.stage.inputs, name, value, b, self.counts[b], crops)
         lengths = {"V": self.counts[b], "T": self.tokens.text_counts[b]}
-        if name.startswith("extras"):
+        if name.startswith("extras") or name == "cls_crops":
             lengths["E"] = record.crops(self.prompt)[b]
         if name not in table.OF_DECODER_LAYERS:
             return table.cut_for_sample(name, value, b, lengths)

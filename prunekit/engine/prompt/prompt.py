@@ -85,10 +85,10 @@ class Prompt:
 
     @cached_property
     def coords(self) -> Tensor:
-        """Number of the image or video, then as `Modality.coords`, of original visual tokens: int64 (B, V, 6); padding
-        is -1.
+        """Number of the image or video, then as `VisualInputs.coords`, of original visual tokens: int64 (B, V, 10);
+        padding is -1.
         """
-        table = torch.full((*self.ids.shape, 6), -1, dtype=torch.int64)
+        table = torch.full((*self.ids.shape, 10), -1, dtype=torch.int64)
         for b, row in enumerate(self.by_row):
             for number, one in enumerate(row):
                 positions = one.positions.cpu()

@@ -42,8 +42,9 @@ class VisualInputs:
 
     @cached_property
     def coords(self) -> list[Tensor]:
-        """As `Modality.coords`."""
-        return self.modality.coords(self.arguments, self.counts)
+        """As `Modality.coords`, int64 (n, 9): the place in the whole is that in the crop where none is told apart."""
+        tables = self.modality.coords(self.arguments, self.counts)
+        return [one if one.shape[1] == 9 else torch.cat([one, one[:, 1:]], dim=1) for one in tables]
 
     @cached_property
     def checksums(self) -> list[int] | None:

@@ -181,6 +181,8 @@ class TowerRun:
         selection = decide(cut.stage, view)
         if selection.crop:
             raise Unsupported(f"{cut.label}: crop=True is about the KV cache; there is none at '{cut.site}'")
+        if selection.extras is not None:
+            raise Unsupported(f"{cut.label}: extras are states of the decoder's width; there are none at '{cut.site}'")
         if selection.sizes is not None and not self.needs.takes_masks:
             raise Unsupported(
                 f"{cut.label}: sizes add to attention logits, and this vision tower takes no masks for them"

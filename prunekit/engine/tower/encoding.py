@@ -186,7 +186,7 @@ class Encoding:
         extras = kept = None
         if needs.extras and needs.tower.projector is not None:
             feature = self.states[needs.tower.feature_block][:, 0]
-            extras = [needs.tower.projector(feature[list(rows)]) for rows in patches.rows]
+            extras = [needs.tower.project(feature[list(rows)]) for rows in patches.rows]
         if needs.cuts:
             kept = [row[:count] for row, count in zip(self.present | ~patches.present, counts, strict=True)]
         # A packed tower's one row holds all; it is counted input by input.

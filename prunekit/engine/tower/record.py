@@ -98,6 +98,16 @@ def crops(prompt: Prompt) -> tuple[int, ...]:
     return tuple(sum(len(record.rows[one.at]) for one, record in row if record.rows) for row in _by_row(prompt))
 
 
+def crop_numbers(prompt: Prompt) -> Tensor:
+    """Of which image or video each CLS token of a row is, and of which of its crops: int64 (B, E, 2), -1 on padding."""
+    rows = [
+        [(image, crop) for image, (one, record) in enumerate(row) for crop in range(len(record.rows[one.at]))]
+        for row in _by_row(prompt)
+    ]
+    tables = [torch.tensor(row, dtype=torch.int64).view(-1, 2) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=-1)
+
+
 def _by_row(prompt: Prompt) -> list[list[tuple[VisualInput, TowerRecord]]]:
     return [[(one, record_of(one.source)) for one in row] for row in prompt.by_row]
 

@@ -74,7 +74,7 @@ class TowerView:
     @cached_property
     def coords(self) -> Tensor:
         """The number of the input is 0: its prompt is not known yet."""
-        coords = self._places.clone()
+        coords = self._table[..., :5].clone()
         coords[..., 0] = torch.where(self.valid, 0, -1)
         return coords
 
@@ -85,11 +85,21 @@ class TowerView:
 
     @property
     def frames(self) -> Tensor:
-        return self._places[..., 0]
+        return self._table[..., 0]
 
     @cached_property
-    def _places(self) -> Tensor:
-        """As `Modality.coords`, int64 (B, V, 5)."""
+    def cls_crops(self) -> Tensor:
+        """The number of the input is 0."""
+        rows = [torch.tensor([(0, crop) for crop in range(len(row))]) for row in self.encoding.patches.rows]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1).to(self.valid.device)
+
+    @property
+    def places(self) -> Tensor:
+        return self._table[..., 5:].clone()
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """As `VisualInputs.coords`, int64 (B, V, 9)."""
         tables = torch.nn.utils.rnn.pad_sequence(self.encoding.visual.coords, batch_first=True, padding_value=-1)
         return self.pick(tables.to(self.valid.device), -1)
 
@@ -123,7 +133,7 @@ class TowerView:
         value, count = self.get(name), self.counts[b]
         if name in OF_TOWER:
             return row_of_declared(self.place.stage.inputs, name, value, b, count, len(self.encoding.patches.rows[b]))
-        return cut_for_sample(name, value, b, {"V": count})
+        return cut_for_sample(name, value, b, {"V": count, "E": len(self.encoding.patches.rows[b])})
 
     def _declared(self, spec: EncoderSpec) -> Tensor:
         table = self.encoding.table(self.encoding.needs.resolve(spec, self.place.site))
