@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from prunekit import plugins
-from prunekit.errors import Fault, PluginError, UnknownName, Where
+from prunekit.errors import Fault, PluginError, SpecError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
 from prunekit.spec.budget_keys import OPEN
@@ -103,7 +103,7 @@ class Stage:
         if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
             if layers is None and callable(self.declaration.schedule):
                 return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
-            schedule = self.declaration.schedule_of(self.strategy, layers or 0)
+            schedule = self._schedule(layers or 0)
         sites = self.sites_given
         if sites is None and schedule is not None:
             sites = tuple(site for site, _ in schedule)
@@ -113,6 +113,14 @@ class Stage:
             sites = (self.sites.resolve(layers or 0),)
         keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
         return tuple(zip(sites, keeps * len(sites) if len(keeps) == 1 else keeps, strict=True))
+
+    def _schedule(self, layers: int) -> tuple[tuple[Site, Keep | None], ...] | None:
+        """Its strategy's schedule. Raises SpecError where the options do not allow one."""
+        try:
+            return self.declaration.schedule_of(self.strategy, layers)
+        except ValueError as error:
+            problem = named_problem(type(self.strategy), str(error))
+            raise SpecError([self.fault(problem.key, problem.message, problem.hint)]) from error
 
     @property
     def drops_all(self) -> bool:

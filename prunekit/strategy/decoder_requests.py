@@ -62,6 +62,10 @@ class Rows:
     rope: False takes queries and keys as they are before rotation.
     domain: `softmax` is over all keys that a query sees, as the layer computes it; `visual` over those that are visual,
         zeros where it sees none; `logits` are the scaled products before softmax and without the mask.
+    undecay: True divides each probability, before heads and queries become one, by what rotation alone leaves of a
+        product at the distance of query and key: the mean of cos(distance * frequency), 1 at distance 0, taken as 0.1
+        where it is less. It undoes the preference of rotary positions for near tokens (SparseVLM "+",
+        https://arxiv.org/abs/2410.04417).
     """
 
     layer: Where = "previous"
@@ -70,6 +74,7 @@ class Rows:
     over: Reduction = "mean"
     rope: bool = True
     domain: Domain = "softmax"
+    undecay: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for rows that do not exist, rather than giving others."""
@@ -83,6 +88,9 @@ class Rows:
         _one_of("over", self.over, Reduction)
         _one_of("domain", self.domain, Domain)
         _boolean("rope", self.rope)
+        _boolean("undecay", self.undecay)
+        if self.undecay and (self.domain == "logits" or not self.rope):
+            raise ValueError("undecay is of probabilities from rotated queries and keys: not with rope=False or logits")
 
 
 @dataclass(frozen=True)
