@@ -27,7 +27,7 @@ from prunekit.ops.maxmin import max_min
 from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
-from prunekit.ops.scale import cosine, min_max
+from prunekit.ops.scale import cosine, min_max, precise
 from prunekit.ops.topk import ranks, top_k_mask
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "mmr",
     "nearest_kept",
     "outliers",
+    "precise",
     "quotas",
     "ranks",
     "top_k_mask",

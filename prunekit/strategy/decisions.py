@@ -239,3 +239,13 @@ class ModelShape:
     recurrent: tuple[int, ...] = ()
     mixer_params: int = 0
     opaque: str = ""
+
+    def row_flops(self, queries: int, keys: int) -> int:
+        """FLOPs of the attention rows of so many queries in one layer: their products with all `keys`."""
+        return 2 * queries * keys * self.heads * self.head_dim
+
+    def look_flops(self, tokens: int) -> int:
+        """FLOPs of the queries, keys and values of `tokens` tokens in one layer: of a look ahead, or of rows without
+        rotation, for which a layer is called once more up to its attention.
+        """
+        return 2 * (self.attention_params - self.output_params) * tokens
