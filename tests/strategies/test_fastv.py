@@ -31,7 +31,9 @@ def test_options_choose_the_rows():
         stage_of("fastv", domain="image")
 
 
-@pytest.mark.parametrize("options", [{"rope": False}, {"domain": "visual"}, {"rope": False, "domain": "logits"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"rope": False}, {"domain": "visual"}, {"rope": False, "domain": "logits"}], ids=str
+)
 def test_options_are_exact(options):
     """And they choose other tokens: `domain: visual` the same ones for one head, but not for the mean of several."""
     stages = [{"use": "random", "keep": 0.75}, {"use": "fastv", "keep": 0.25, **options}]

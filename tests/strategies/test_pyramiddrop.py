@@ -56,7 +56,7 @@ def test_the_schedule_scales_with_depth(layers, sites):
 
 
 def test_no_budget_is_below_what_its_layers_cost():
-    """With its first cut at a quarter of the layers, an average of less than a quarter of the tokens is out of reach."""
+    """With its first cut at a quarter of the layers, an average below a quarter of the tokens is out of reach."""
     shape = dataclasses.replace(shape_of(tiny_llava()), layers=32, visual_tokens=576)
     with pytest.raises(SpecError, match="cannot be reached"):
         prunekit.load({"budget": {"layer_mean": 128 / 576}, "stages": [{"use": "pyramiddrop"}]}).bind(shape)
