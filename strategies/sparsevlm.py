@@ -3,15 +3,15 @@
 Raters: text tokens t behind the image with r_t = mean_v softmax_t(e_v . e_t) above the mean of r, of the embeddings e
 that enter the decoder. score_i = mean over raters and heads of their attention to i in the layer that has just run.
 v1.5 keeps the K best, and clusters the best floor(0.3 d) + 1 of the d others into floor(m / 10) + 1 means (DPC-KNN).
-"+" divides each probability by what rotation leaves at its distance, takes the 14 heads that look at the image most,
-and clusters nothing.
+"+" divides each probability by what rotation leaves at its distance, takes the 14 heads of 32 that look at the image
+most, and clusters nothing.
 
-Rule: Gumpest/SparseVLMs@26a5f48, the lists of v1.5 and "+" as default schedules, as fractions of the visual tokens and
-layers of 32. Deviations: `keep` counts means too (the authors' 192 of [300, 200, 110] leaves 309, 204, 113), and K
-follows; a mean stands in the place of its cluster's centre, theirs are appended to the visual tokens; positions stay,
-those of v1.5 close up there (`positions: renumber`); of equally dense tokens the lower index is denser, in the place of
-random noise; "+" divides by at least a tenth of what rotation leaves at distance 0. Where no text rates, all text
-behind the image does, and where there is none, the last token.
+Rule: Gumpest/SparseVLMs@26a5f48, the lists of v1.5 and "+" as default schedules, as fractions of the visual tokens,
+layers and heads of 32. Deviations: `keep` counts means too (the authors' 192 of [300, 200, 110] leaves 309, 204, 113),
+and K follows; a mean stands in the place of its cluster's centre, theirs are appended to the visual tokens; positions
+stay, those of v1.5 close up there (`positions: renumber`); of equally dense tokens the lower index is denser, in the
+place of random noise; "+" divides by at least a tenth of what rotation leaves at distance 0. Where no text rates, all
+text behind the image does, and where there is none, the last token.
 """
 
 from collections.abc import Mapping
@@ -112,15 +112,16 @@ class SparseVLM:
 class SparseVLMPlus:
     """Keep what the words about the image attend to in the heads that look at it most, regardless of distance ("+").
 
-    heads: how many of the layer's heads. tokens: which of the authors' lists is the default schedule.
+    heads: how many of a layer's heads, or which part of them. tokens: which of the authors' lists is the default
+    schedule.
     """
 
-    heads: int = 14
+    heads: int | float = 14 / 32
     tokens: Budget = 192
 
     def __post_init__(self) -> None:
-        if self.heads < 1:
-            raise ValueError("heads: is at least 1")
+        if not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads < 1):
+            raise ValueError("heads: is at least 1, or a fraction below 1")
 
     @hookimpl
     def check(self, shape: ModelShape) -> None:

@@ -17,7 +17,6 @@ OPTIONS = {
     "freeze_layers": {"layers": [1, 4]},
     "par": {"weights": None, "seed": 0, "width": 32},
     "shortgpt": {"drop": 2},
-    "sparsevlm_plus": {"heads": 2},
 }
 AT_MOST = {"pool"}
 NAMES = [entry.name for entry in plugins.registry().strategies()]

@@ -106,9 +106,10 @@ class Sample:
 
 def reduce(rows, spec):
     """Rows (q, a, v): heads first, then queries."""
-    if isinstance(spec.heads, int):
+    if not isinstance(spec.heads, str):
         mass = rows.sum((0, 2)).tolist()
-        best = sorted(range(len(mass)), key=lambda head: (-mass[head], head))[: spec.heads]
+        number = {0.375: 2}.get(spec.heads, spec.heads)  # 1.5 of 4 heads, rounded half up
+        best = sorted(range(len(mass)), key=lambda head: (-mass[head], head))[:number]
         rows = rows[:, best].mean(1)
     elif spec.heads != "none":
         rows = {"mean": rows.mean(1), "max": rows.amax(1), "sum": rows.sum(1)}[spec.heads]
@@ -137,7 +138,8 @@ SPECS = [
         {"queries": "after", "heads": "none", "over": "none", "rope": False}, {"queries": even_rows, "over": "max"},
         {"queries": "visual", "over": "none", "heads": "none"},
         {"queries": "visual", "domain": "visual", "rope": False}, {"undecay": True},
-        {"undecay": True, "queries": even_rows, "heads": 2}, {"undecay": True, "queries": "all", "domain": "visual"},
+        {"undecay": True, "queries": even_rows, "heads": 0.375},
+        {"undecay": True, "queries": "all", "domain": "visual"},
     )
 ]  # fmt: skip
 # The site, what `layer` means there, and the layer that this is.

@@ -126,8 +126,8 @@ def test_more_heads_than_there_are():
 
 @pytest.mark.parametrize(
     "given",
-    [{"layer": "last"}, {"queries": "question"}, {"heads": 0}, {"heads": True}, {"heads": "min"}, {"over": "none "},
-     {"domain": "text"}, {"rope": 1}, {"undecay": "yes"}],
+    [{"layer": "last"}, {"queries": "question"}, {"heads": 0}, {"heads": True}, {"heads": 1.5}, {"heads": "min"},
+     {"over": "none "}, {"domain": "text"}, {"rope": 1}, {"undecay": "yes"}],
     ids=str,
 )  # fmt: skip
 def test_rows_that_do_not_exist(given):

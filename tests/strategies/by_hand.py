@@ -18,7 +18,8 @@ SEEDS = range(50)
 
 def decided(stage: Stage, count: int | None, **arguments: Any) -> Selection:
     """What a stage decides about one sample, whose inputs are given without the batch axis."""
-    visual = next(len(one) for name, one in arguments.items() if name in ("attention", "hidden") and one is not None)
+    first = arguments.get("attention", arguments.get("hidden"))
+    visual = len(first[0] if isinstance(first, tuple) else first)
     given = {"valid": torch.ones(visual, dtype=torch.bool), "count": count, "seed": 0, "state": {}, "cut": 0}
     given |= arguments
     if not stage.per_sample:

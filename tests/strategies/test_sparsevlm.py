@@ -97,7 +97,8 @@ def test_the_authors_choice_without_distance(case, dtype):
     least = (states.phases[0, raters] @ states.phases[0, image].T).min() * dim**0.5
     assert float(least) == pytest.approx(expected["rope_map_min_image_part"], abs=1e-3)
     spec = stage.inputs["attention"]
-    assert spec.heads == len(expected["heads_used"]) and spec.undecay
+    assert spec.heads_of(32) == len(expected["heads_used"]) and spec.undecay
+    spec = dataclasses.replace(spec, heads=14)
     score = decoder_rows.attention(states, raters[None], there, seen, image[None], spec)[0]
     assert kept(stage, expected["count"], attention=score) == expected["kept_sorted"]
 
@@ -230,13 +231,14 @@ def test_the_schedule_scales_with_depth(use):
 
 def test_heads_that_there_are_not():
     with pytest.raises(SpecError, match=r"heads.*the model has 4 attention heads in a layer, not 14"):
-        prunekit.load({"stages": [{"use": "sparsevlm_plus"}]}).bind(shape_of(tiny_llava()))
-    with pytest.raises(SpecError, match=r"heads.*is at least 1"):
-        stage_of("sparsevlm_plus", heads=0)
+        prunekit.load({"stages": [{"use": "sparsevlm_plus", "heads": 14}]}).bind(shape_of(tiny_llava()))
+    for heads in (0, 1.0, -0.5):
+        with pytest.raises(SpecError, match=r"heads.*is at least 1, or a fraction below 1"):
+            stage_of("sparsevlm_plus", heads=heads)
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("options", [{"use": "sparsevlm"}, {"use": "sparsevlm_plus", "heads": 2}], ids=str)
+@pytest.mark.parametrize("options", [{"use": "sparsevlm"}, {"use": "sparsevlm_plus"}], ids=str)
 def test_they_are_exact_behind_another(options, positions):
     pipeline = {"positions": positions, "stages": [{"use": "random", "keep": 0.75}, {**options, "tokens": 64}]}
     inputs = tiny_inputs(images=(1, 2), text=(5, 9))
