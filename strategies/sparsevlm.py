@@ -58,7 +58,7 @@ def _split(tokens: int, count: int) -> tuple[int, int, int]:
 
 
 def _sites(layers: int, left: list[int]) -> Mapping[Site, float]:
-    places = [Site(layers * at // 32, "layer", "after") for at in LAYERS]
+    places = [Site((layers * at + 16) // 32, "layer", "after") for at in LAYERS]
     return {site: count / IMAGE for site, count in zip(places, left, strict=True)}
 
 

@@ -17,7 +17,7 @@ KEPT = {3: 0.5, 17: 0.25, 22: 1e-9}  # of 32 layers; a stage keeps at least one 
 
 @strategy(
     sites=Sites(encoder=False, lowest=1),
-    schedule=lambda self, layers: {Site(max(layers * at // 32, 1)): keep for at, keep in KEPT.items()},
+    schedule=lambda self, layers: {Site(max((layers * at + 16) // 32, 1)): keep for at, keep in KEPT.items()},
 )
 class V2Drop:
     """Keep the visual tokens whose states the layer before changed most."""
