@@ -20,7 +20,10 @@ STRATEGIES = {
         "sparsevlm:SparseVLM",
         "rated by words about the image, others clustered (SparseVLM v1.5, ICML 2025)",
     ),
-    "sparsevlm_plus": ("sparsevlm:SparseVLMPlus", "rated by words about the image in the best heads, near or far (SparseVLM +, 2025)"),
+    "sparsevlm_plus": (
+        "sparsevlm:SparseVLMPlus",
+        "rated by words about the image in the best heads, near or far (SparseVLM +, 2025)",
+    ),
     "dart": ("dart:DART", "what resembles pivots with large keys least (DART, EMNLP 2025)"),
     "v2drop": ("v2drop:V2Drop", "what a layer changes most (V2Drop, CVPR 2026)"),
     "tokencarve": ("tokencarve:TokenCarve", "attended and informative, similar ones merged (TokenCarve, 2025)"),

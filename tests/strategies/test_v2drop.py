@@ -47,7 +47,9 @@ def test_changes_beyond_half_precision_are_ranked():
     assert kept(stage_of("v2drop"), 1, hidden=hidden, previous_hidden=before) == [3]
 
 
-@pytest.mark.parametrize(("layers", "sites"), [(32, ["3", "17", "22"]), (28, ["3", "15", "19"]), (8, ["1", "4", "6"]), (6, ["1", "3", "4"])])
+@pytest.mark.parametrize(
+    ("layers", "sites"), [(32, ["3", "17", "22"]), (28, ["3", "15", "19"]), (8, ["1", "4", "6"]), (6, ["1", "3", "4"])]
+)
 def test_the_schedule_scales_with_depth(layers, sites):
     shape = dataclasses.replace(shape_of(tiny_llava()), layers=layers, visual_tokens=576)
     cuts = prunekit.load({"stages": [{"use": "v2drop"}]}).bind(shape).cuts
