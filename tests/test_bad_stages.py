@@ -118,6 +118,11 @@ class Positions(Score):
     def score_tokens(self, positions: Any) -> Any: ...
 
 
+@strategy(inputs={"attention": Rows(undecay=True)})
+class Undecay(Previous):
+    """Undoes what rotary positions do to far tokens."""
+
+
 @strategy()
 class Router:
     @hookimpl
@@ -161,7 +166,7 @@ class Plan:
 
 STRATEGIES = (
     Score, Input, Plain, Later, Previous, Own, Ahead, Twice, Text, Encoder, Cls, Router, LayerRouter, TokenRouter,
-    Planner, OwnLayers, Plan, Running, TowerRouter, Positions,
+    Planner, OwnLayers, Plan, Running, TowerRouter, Positions, Undecay,
 )  # fmt: skip
 
 
@@ -567,6 +572,8 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
          "2:24: .*'running' asks for forward, but no layer can be run from 'prefill_end'"),
         ("use: positions, at: 2, keep: 1", {"rotary": False},
          "2:26: .*'positions' asks for positions, but the stub decoder has no rotary ones"),
+        ("use: undecay, at: 2, keep: 1", {"rotary": False},
+         "2:24: .*'undecay' undoes the decay of rotary positions, but the stub decoder has none"),
         ("use: towerrouter, at: vision.1, keep: 1", {},
          "2:28: .*'towerrouter' decides at the decoder input, after 'vision.1'"),
         ("use: score, at: vision.3, keep: 1", {"tower": TowerShape(6, 2)},

@@ -200,7 +200,8 @@ class TestRun:
         assert data["report"]["prompt_tokens"] == [20]
         assert data["report"]["layer_tokens"] == [shown["model"]["layer_tokens"]]
         assert data["report"]["kv_tokens"] == [shown["model"]["kv_tokens"]]
-        assert data["report"]["cost"]["flops_fraction"] == pytest.approx(shown["model"]["prefill_flops_fraction"][0])
+        promised = shown["model"]["prefill_flops_fraction"][0] + shown["model"]["decision_flops_fraction"]
+        assert data["report"]["cost"]["flops_fraction"] == pytest.approx(promised)
         assert data["report"]["cost"]["kv_fraction"] == pytest.approx(shown["model"]["kv_fraction"][0])
         out = run(capsys, *arguments, "--image", image)
         assert out.startswith(data["answer"] + "\n\npipeline compose (") and "visual tokens 16 -> 8" in out

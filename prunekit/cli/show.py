@@ -206,7 +206,8 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
         print(f"    {' '.join(map(str, data['layer_tokens']))}")
         flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
         own = data["decision_flops_fraction"]
-        more = f", decisions another {'at most ' * data['tokens_at_most']}{own:.1%}" if own else ""
+        told = own >= 0.0005  # less is 0.0%
+        more = f", decisions another {'at most ' * data['tokens_at_most']}{own:.1%}" if told else ""
         print(f"  prefill FLOPs of the decoder {flops} of dense{more}, KV {kv} of dense")
 
 

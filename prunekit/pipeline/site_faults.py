@@ -87,6 +87,10 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
     if cut.stage.asks_for("positions") and not shape.rotary:
         return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
+    rows = requests(cut.stage.inputs, "attention") if cut.stage.asks_for("attention") else ()
+    if any(one.undecay for one in rows) and not shape.rotary:
+        message = f"'{use}' undoes the decay of rotary positions, but the {shape.family} decoder has none"
+        return message, "use another strategy"
     of_tower = ["extras"] * bool(cut.stage.extras) + [name for name in OF_TOWER if cut.stage.asks_for(name)]
     if of_tower and tower is None:
         return f"'{use}' asks for {of_tower[0]}, but this model's vision tower cannot be read", "use another strategy"

@@ -10,7 +10,7 @@ from typing import Any
 import pluggy
 
 from prunekit import plugins
-from prunekit.errors import Fault, PluginError, UnknownName, Where
+from prunekit.errors import Fault, PluginError, SpecError, UnknownName, Where
 from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
 from prunekit.spec.budget_keys import OPEN
@@ -103,7 +103,7 @@ class Stage:
         if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
             if layers is None and callable(self.declaration.schedule):
                 return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
-            schedule = self.declaration.schedule_of(self.strategy, layers or 0, blocks)
+            schedule = self._schedule(layers or 0, blocks)
         sites = self.sites_given
         if sites is None and schedule is not None:
             sites = tuple(site for site, _ in schedule)
@@ -118,6 +118,14 @@ class Stage:
             if self.declaration.spread and only is not None and only.of == "original":
                 keeps = tuple(dataclasses.replace(only, cuts=cuts) for cuts in range(len(sites), 0, -1))
         return tuple(zip(sites, keeps, strict=True))
+
+    def _schedule(self, layers: int, blocks: int) -> tuple[tuple[Site, Keep | None], ...] | None:
+        """Its strategy's schedule. Raises SpecError where the options do not allow one."""
+        try:
+            return self.declaration.schedule_of(self.strategy, layers, blocks)
+        except ValueError as error:
+            problem = named_problem(type(self.strategy), str(error))
+            raise SpecError([self.fault(problem.key, problem.message, problem.hint)]) from error
 
     @property
     def drops_all(self) -> bool:

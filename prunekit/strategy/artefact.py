@@ -28,10 +28,12 @@ class CalibrationPrompt(Protocol):
     def visual(self) -> Tensor:
         """Which positions of the prompt hold visual tokens: bool (S,)."""
 
-    def logits(self, stages: Sequence[Mapping[str, Any]] = ()) -> Tensor:
+    def logits(self, stages: Sequence[Mapping[str, Any]] = (), wrapper: object | None = None) -> Tensor:
         """Logits of the token behind the prompt, float32 (vocabulary,), under a pipeline of `stages`; without, dense.
 
-        stages: as a pipeline file has them, such as [{"use": "vtw", "at": 5}].
+        stages: as a pipeline file has them, such as [{"use": "vtw", "at": 5}]. wrapper: an object whose
+        `@hookimpl(wrapper=True)` hooks stand around those of the first stage: they see what it is given at each of its
+        sites, and may answer in its place.
         """
 
     def states(self) -> Sequence[Tensor]:

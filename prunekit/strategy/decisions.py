@@ -291,3 +291,13 @@ class ModelShape:
     def tower_depth(self) -> int:
         """Blocks of the vision tower that lead to the features that the projector gets; 0 where it cannot be cut."""
         return 0 if self.tower is None else self.tower.feature_block + 1
+
+    def row_flops(self, queries: int, keys: int) -> int:
+        """FLOPs of the attention rows of so many queries in one layer: their products with all `keys`."""
+        return 2 * queries * keys * self.heads * self.head_dim
+
+    def look_flops(self, tokens: int) -> int:
+        """FLOPs of the queries, keys and values of `tokens` tokens in one layer: of a look ahead, or of rows without
+        rotation, for which a layer is called once more up to its attention.
+        """
+        return 2 * (self.attention_params - self.output_params) * tokens

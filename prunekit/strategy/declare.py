@@ -45,7 +45,7 @@ OF_ROUTERS = ("keep_layers", "routes")
 EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
 Policy = Literal["required", "optional", "refused"]
 Routes = Literal["tokens", "layers"]
-Schedule = Mapping[Site, float]
+Schedule = Mapping[Site, float | None]
 C = TypeVar("C", bound=type)
 
 
@@ -57,10 +57,11 @@ class Declaration:
     inputs: requests by the name of the input; or a function of the instance.
     keep: whether the pipeline file has to say how many tokens to leave (`keep`, `keep_tokens`), may, or must not.
         A strategy that refuses decides by itself. keep_layers: the same for how many layers a router lets run.
-    schedule: default sites with the fraction that each keeps of the original tokens, `{Site(8): 0.5, Site(16): 0.25}`;
-        or a function of the instance and the number of decoder layers; for sites in the vision tower, one that names a
-        third argument, `blocks`: how many blocks lead to the features that the projector gets, 1 where the tower cannot
-        be cut. The file may then leave out `at` and `keep`.
+    schedule: default sites with the fraction that each keeps of the original tokens, `{Site(8): 0.5, Site(16): 0.25}`,
+        or None where the strategy decides by itself; or a function of the instance and the number of decoder layers,
+        which raises ValueError where options do not allow one; for sites in the vision tower, one that names a third
+        argument, `blocks`: how many blocks lead to the features that the projector gets, 1 where the tower cannot be
+        cut. The file may then leave out `at` and `keep`.
     spread: one budget for several sites is what the last one leaves, and each takes an equal part of what has to go;
         else every site leaves as much. With `keep_of: current` it means nothing.
     per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
@@ -99,11 +100,11 @@ class Declaration:
             raise PluginError(f"{type(instance).__name__}: {wrong}")
         return requests
 
-    def schedule_of(self, instance: Any, layers: int, blocks: int) -> tuple[tuple[Site, Keep], ...] | None:
+    def schedule_of(self, instance: Any, layers: int, blocks: int) -> tuple[tuple[Site, Keep | None], ...] | None:
         """Default sites with their budgets in a decoder of `layers` layers, in the order of the data; None without one.
 
-        blocks: of the vision tower, those that lead to the image features. Raises PluginError when the strategy's
-        function gives something else.
+        A budget is None where the strategy decides by itself. blocks: of the vision tower, those that lead to the image
+        features. Raises ValueError as the strategy's function does, and PluginError when it gives something else.
         """
         schedule = self.schedule
         if schedule is None:
@@ -111,9 +112,10 @@ class Declaration:
         if callable(schedule):
             tower = {"blocks": max(blocks, 1)} if "blocks" in inspect.signature(schedule).parameters else {}
             schedule = schedule(instance, layers, **tower)
-        if (wrong := _schedule_problem(schedule)) is not None:
+        if (wrong := _schedule_problem(schedule) or _undecided(type(instance), schedule, self.keep)) is not None:
             raise PluginError(f"`schedule` of {type(instance).__name__}: {wrong}")
-        return tuple((site, Keep(float(schedule[site]))) for site in sorted(schedule))
+        keeps = {site: None if keep is None else Keep(float(keep)) for site, keep in schedule.items()}
+        return tuple((site, keeps[site]) for site in sorted(keeps))
 
 
 @dataclass_transform(frozen_default=True)
@@ -238,10 +240,20 @@ def _schedule_problem(schedule: object) -> str | None:
     for site, keep in schedule.items():
         if not isinstance(site, Site):
             return f"{site!r} is no Site"
-        if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
+        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
             return f"{keep!r} at '{site}' is no fraction in (0, 1]"
-    fractions = [schedule[site] for site in sorted(schedule)]
+    fractions = [schedule[site] for site in sorted(schedule) if schedule[site] is not None]
     return "fractions must not rise" if fractions != sorted(fractions, reverse=True) else None
+
+
+def _undecided(cls: type[Any], schedule: Schedule, policy: Policy) -> str | None:
+    """What does not fit between the budgets of a schedule and who says how many tokens stay."""
+    for site, keep in schedule.items():
+        if keep is None and (policy == "required" or not implements(cls, "select_tokens")):
+            return f"None at '{site}' is for strategies that may decide by themselves (keep='optional', select_tokens)"
+        if keep is not None and policy == "refused":
+            return f"{keep} at '{site}' is a default budget, which keep='refused' takes none of"
+    return None
 
 
 def _takes(names: Iterable[str]) -> str:
@@ -335,5 +347,7 @@ def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
             f"{who} only scores, so how many tokens stay comes from `keep`: leave out keep={declaration.keep!r}, or "
             "implement select_tokens"
         )
-    if declaration.schedule is not None and declaration.keep == "refused":
-        raise PluginError(f"{who}: `schedule` gives default budgets, which keep='refused' takes none of")
+    schedule = declaration.schedule
+    wrong = _undecided(cls, schedule, declaration.keep) if isinstance(schedule, Mapping) else None
+    if wrong is not None:
+        raise PluginError(f"{who}: `schedule`: {wrong}")

@@ -11,6 +11,7 @@ rows, D numbers of a head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
@@ -56,33 +57,49 @@ class Rows:
         the text behind the last visual token; `visual`; `all`; or a function from `PromptTokens` to bool (B, S).
         Tokens that are not there any more are left out; a sample without any gets zeros.
     heads: how the A heads become one, before the queries do; a number h takes the mean of the h heads with the largest
-        sum over queries and visual columns, lower head first on ties; `none` keeps them: float (B, V, A).
+        sum over queries and visual columns, lower head first on ties; a fraction in (0, 1) such a part of the heads,
+        rounded half up, at least 1; `none` keeps them: float (B, V, A).
     over: how the query rows become one; `none` keeps them, (B, V, Q) or (B, V, A, Q), in the order of the prompt, with
         zeros behind the rows of samples that have fewer. Only this asks for memory that grows with both.
     rope: False takes queries and keys as they are before rotation.
     domain: `softmax` is over all keys that a query sees, as the layer computes it; `visual` over those that are visual,
         zeros where it sees none; `logits` are the scaled products before softmax and without the mask.
+    undecay: True divides each probability, before heads and queries become one, by what rotation alone leaves of a
+        product at the distance of query and key: the mean of cos(distance * frequency), 1 at distance 0, taken as 0.1
+        where it is less. It undoes the preference of rotary positions for near tokens (SparseVLM "+",
+        https://arxiv.org/abs/2410.04417).
     """
 
     layer: Where = "previous"
     queries: Queries | Callable[[PromptTokens], Tensor] = "last"
-    heads: Reduction | int = "mean"
+    heads: Reduction | int | float = "mean"
     over: Reduction = "mean"
     rope: bool = True
     domain: Domain = "softmax"
+    undecay: bool = False
+
+    def heads_of(self, heads: int) -> int | None:
+        """How many of so many heads are taken; None where all are."""
+        if isinstance(self.heads, str):
+            return None
+        return self.heads if isinstance(self.heads, int) else max(math.floor(self.heads * heads + 0.5), 1)
 
     def __post_init__(self) -> None:
         """Raises ValueError for rows that do not exist, rather than giving others."""
         _one_of("layer", self.layer, Where)
         if not callable(self.queries):
             _one_of("queries", self.queries, Queries)
-        if isinstance(self.heads, bool) or not isinstance(self.heads, int):
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int | float):
             _one_of("heads", self.heads, Reduction)
-        elif self.heads < 1:
-            raise ValueError(f"heads is {self.heads}; as a number it says how many heads to take, at least 1")
+        elif not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads < 1):
+            wanted = "as a number it says how many heads to take, at least 1, or which part of them, below 1"
+            raise ValueError(f"heads is {self.heads}; {wanted}")
         _one_of("over", self.over, Reduction)
         _one_of("domain", self.domain, Domain)
         _boolean("rope", self.rope)
+        _boolean("undecay", self.undecay)
+        if self.undecay and (self.domain == "logits" or not self.rope):
+            raise ValueError("undecay is of probabilities from rotated queries and keys: not with rope=False or logits")
 
 
 @dataclass(frozen=True)

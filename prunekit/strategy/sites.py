@@ -14,7 +14,8 @@ from prunekit.errors import PluginError
 
 # The order in which the data passes the places.
 PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
-POINTS = ("before", "mid", "after")
+Point = Literal["before", "mid", "after"]
+POINTS: tuple[Point, ...] = ("before", "mid", "after")
 WRITTEN = re.compile(r"(?P<tower>vision\.)?(?P<number>\d+)(\.(?P<point>mid|after))?")
 USE = "use 'encoder' (the decoder input) or a layer number such as 2"
 
@@ -38,7 +39,7 @@ class Site:
 
     layer: int | None
     place: Literal["", "pixels", "vision", "encoder", "layer", "prefill_end"] = ""
-    point: Literal["before", "mid", "after"] = "before"
+    point: Point = "before"
 
     def __post_init__(self) -> None:
         layer: Any = self.layer
@@ -122,6 +123,7 @@ class Sites:
     encoder: the decoder input is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
     of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
     tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.
+    points: where around a decoder layer; a strategy that reads the layer which it stands in says ("mid", "after").
     """
 
     default: Site | Callable[[int], Site] = ENCODER
@@ -131,9 +133,12 @@ class Sites:
     tower: bool = False
     end: bool = False
     pixels: bool = False
+    points: tuple[Point, ...] = POINTS
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a default that is neither a site nor a function."""
+        """Raises ValueError for a default that is neither a site nor a function, and for points that there are not."""
+        if not self.points or not all(point in POINTS for point in self.points):
+            raise ValueError(f"Sites(points={self.points!r}): it is a tuple of {', '.join(map(repr, POINTS))}")
         if not isinstance(self.default, Site) and not callable(self.default):
             raise ValueError(f"Sites(default={self.default!r}): it takes one Site, or a function of N; {SEVERAL}")
 
@@ -158,6 +163,9 @@ class Sites:
             return f"needs {' or '.join(name for place, name in names.items() if allowed[place])}"
         if site.place == "layer" and site.depth < self.lowest:
             return f"needs layer {self.lowest} or later"
+        if site.place == "layer" and site.point not in self.points:
+            written = {"before": f"'{site.layer}'", "mid": f"'{site.layer}.mid'", "after": f"'{site.layer}.after'"}
+            return f"needs another point of the layer: {' or '.join(written[point] for point in self.points)}"
         return None
 
 

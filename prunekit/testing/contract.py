@@ -153,7 +153,9 @@ class TokenContract(StrategyContract):
         """Of each kind of place one, of decoder layers the first that it allows and the last."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
         tried = 0
-        for site in ("vision.0.mid", "vision.0", "encoder", 0, 1, layers - 1, "prefill_end"):
+        inside = [f"{layer}.{point}" for point in ("mid", "after") for layer in (0, layers - 1)]
+        before = [layer for layer in (0, 1, layers - 1) if self.allows(layer)]
+        for site in ("vision.0.mid", "vision.0", "encoder", *(before or inside), "prefill_end"):
             if self.allows(site):
                 result = self.exact(tiny_inputs(**RAGGED), at=site)
                 assert result.report.events[0].site == str(site)
@@ -163,7 +165,8 @@ class TokenContract(StrategyContract):
     def test_it_follows_another_stage(self) -> None:
         """Where an earlier stage has thinned the tokens, it chooses among the kept ones."""
         layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
-        behind = next(site for site in (layers - 2, "encoder", "prefill_end", "vision.1") if self.allows(site))
+        places = (layers - 2, f"{layers - 2}.mid", f"{layers - 2}.after", "encoder", "prefill_end", "vision.1")
+        behind = next(site for site in places if self.allows(site))
         first = {"use": DRAWN, "keep": 0.8, "at": "vision.0" if behind == "vision.1" else "encoder"}
         second = {"use": self.use, **self.options, **self.keep, "at": behind}
         registry = with_own(plugins.registry())

@@ -72,11 +72,16 @@ class Prompt:
         return torch.isin(ids, torch.tensor(self._parts.visual_ids, device=ids.device))
 
     @torch.no_grad()
-    def logits(self, stages: Sequence[Mapping[str, Any]] = ()) -> Tensor:
-        """Logits of the token after the prompt, float32 (vocabulary,), under a pipeline of `stages` or dense."""
+    def logits(self, stages: Sequence[Mapping[str, Any]] = (), wrapper: object | None = None) -> Tensor:
+        """Logits of the token after the prompt, float32 (vocabulary,), under a pipeline of `stages` or dense.
+
+        wrapper: put around the first stage.
+        """
         if not stages:
             return self._last_logits()
         pipeline = build({"name": "calibration", "stages": [dict(stage) for stage in stages]})
+        if wrapper is not None:
+            pipeline.stages[0].manager.register(wrapper)
         with Attached(self._model, pipeline, self._parts, processor=self._processor, observed=False):
             return self._last_logits()
 

@@ -223,13 +223,13 @@ class MaskedReference:
         return edit
 
     def _leaving(self, layer: int, module: Any) -> Callable[[Tensor, dict[str, Any], Any], Any]:
-        """The layer's output, with what moves inside it, and the input where a token passes unchanged."""
+        """The layer's output, the input where a token passes unchanged, with what moves inside and right behind it."""
 
         def edit(state: Tensor, arguments: dict[str, Any], result: Any) -> Any:
             runs = self.tables.switch(layer, RUNS, state.shape[-2], frozen=True)[..., None]
             if any(move.number in self.merges for move in self.tables.mid[layer]):
                 result = self._in_two(layer, module, state, arguments)
-            return torch.where(runs, result, state)
+            return self._moved(self.tables.after[layer], torch.where(runs, result, state))
 
         return edit
 

@@ -44,7 +44,8 @@ class TokenTables:
     entering[l]: bool (B, P), prompt tokens that enter layer l, which its prompt queries can see.
     lasting[l]: bool (B, P), prompt tokens whose keys and values decoded tokens find in layer l.
     sizes[l]: float64 (B, P), tokens that each key of layer l stands for.
-    before[l], mid[l]: what moves before layer l, and inside it between attention and MLP.
+    before[l], mid[l], after[l]: what moves before layer l, inside it between attention and MLP, and right behind it,
+    before a decoder adds anything there.
     plans: per row. sources: for each layer the one whose keys and values it attends to. last_only: as in the report.
     recurrent: layers that hold a state in place of keys and values.
     """
@@ -57,6 +58,7 @@ class TokenTables:
     sizes: list[Tensor]
     before: list[list[Move]]
     mid: list[list[Move]]
+    after: list[list[Move]]
     sources: Sequence[int]
     last_only: tuple[int, int] | None
     recurrent: frozenset[int]
@@ -139,14 +141,17 @@ def tables_of(
     plans = tuple(report.plans)
     moves = moves_of(report, visual)
     alive, size = present.clone(), torch.ones(prompt.shape, dtype=torch.float64, device=prompt.device)
-    tables = TokenTables(prompt, visual, plans, [], [], [], [], [], sources, report.last_only, recurrent)
+    tables = TokenTables(prompt, visual, plans, [], [], [], [], [], [], sources, report.last_only, recurrent)
     for layer, source in enumerate(sources):
-        before = [move for site, move in moves if _moves_before(site, layer)]
-        mid = [move for site, move in moves if site.in_decoder and site.point == "mid" and site.layer == layer]
-        for move in before:
+        before = [(site, move) for site, move in moves if _moves_before(site, layer)]
+        for _, move in before:
             _apply(move, report.events[move.number], alive, size)
-        tables.before.append(before)
+        mid, after = (
+            [move for site, move in moves if site == Site(layer, "layer", point)] for point in ("mid", "after")
+        )
+        tables.before.append([move for site, move in before if site.point != "after"])
         tables.mid.append(mid)
+        tables.after.append(after)
         tables.entering.append(alive.clone())
         tables.sizes.append(size.clone())
         # A layer whose keys no decoding step will ask for need not hold them.

@@ -30,12 +30,19 @@ globals().update({f"Test_{name}": contract(name, OPTIONS.get(name), at_most=name
 @pytest.fixture(autouse=True, scope="module")
 def _calibrated(tmp_path_factory):
     """Strategies that need a calibration get one of the contract's model."""
-    shape = shape_of(tiny_llava())
+    shape, folder = shape_of(tiny_llava()), tmp_path_factory.mktemp("calibrations")
     about = {"id": "tiny", "family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
-    path = tmp_path_factory.mktemp("calibrations") / "shortgpt.json"
-    influence = [float(layer) for layer in range(shape.layers)]
-    Artefact(prunekit.__version__, "shortgpt", about, {"name": "none"}, {"influence": influence}).write(path)
-    globals()["Test_shortgpt"].options = {**OPTIONS["shortgpt"], "calibration": str(path)}
+    results = {
+        "shortgpt": {"influence": [float(layer) for layer in range(shape.layers)]},
+        "fitprune": {
+            "reduction": 0.6,
+            "alpha": 0.5,
+            "left": [1.0, *(1 / (1 + layer) for layer in range(1, shape.layers))],
+        },
+    }
+    for name, result in results.items():
+        Artefact(prunekit.__version__, name, about, {"name": "none"}, result).write(folder / f"{name}.json")
+        globals()[f"Test_{name}"].options = {**OPTIONS.get(name, {}), "calibration": str(folder / f"{name}.json")}
 
 
 @pytest.fixture(autouse=True, scope="module")

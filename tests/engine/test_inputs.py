@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from reading import logits_of, piped, projected, reader, watched
+from reading import logits_of, piped, projected, reader, rotated, watched
 
 import prunekit
 from prunekit import Rows
@@ -78,10 +78,18 @@ class Sample:
                 if spec.domain == "visual":
                     line[:, ~visual] = -torch.inf
                 line = torch.zeros_like(line) if line[0].isinf().all() else line.softmax(-1)
+            if spec.undecay:
+                line = line / self.left_by_rotation(layer, query)
             lines.append(line[:, visual])
         stacked = torch.stack(lines) if lines else maps.new_zeros(1, maps.shape[0], int(visual.sum()))
         assert number == len(visual)
         return reduce(stacked, spec) if lines or spec.over != "none" else None
+
+    def left_by_rotation(self, layer, query):
+        """What becomes of the product of two vectors of ones when both are rotated, over what it was: (s,)."""
+        dim = self.layers[layer].self_attn.head_dim
+        ones = rotated(torch.ones(1, 1, len(self.tokens[layer]), dim, dtype=torch.float64), *self.rotary[layer])[0, 0]
+        return torch.stack([(ones[query] @ key / dim).clamp(min=0.1) for key in ones])
 
     def queries(self, layer, spec):
         visual = self.visual(layer)
@@ -98,9 +106,10 @@ class Sample:
 
 def reduce(rows, spec):
     """Rows (q, a, v): heads first, then queries."""
-    if isinstance(spec.heads, int):
+    if not isinstance(spec.heads, str):
         mass = rows.sum((0, 2)).tolist()
-        best = sorted(range(len(mass)), key=lambda head: (-mass[head], head))[: spec.heads]
+        number = {0.375: 2}.get(spec.heads, spec.heads)  # 1.5 of 4 heads, rounded half up
+        best = sorted(range(len(mass)), key=lambda head: (-mass[head], head))[:number]
         rows = rows[:, best].mean(1)
     elif spec.heads != "none":
         rows = {"mean": rows.mean(1), "max": rows.amax(1), "sum": rows.sum(1)}[spec.heads]
@@ -128,7 +137,9 @@ SPECS = [
         {"queries": "all", "heads": 3, "over": "max"}, {"queries": "text", "domain": "visual", "over": "none"},
         {"queries": "after", "heads": "none", "over": "none", "rope": False}, {"queries": even_rows, "over": "max"},
         {"queries": "visual", "over": "none", "heads": "none"},
-        {"queries": "visual", "domain": "visual", "rope": False},
+        {"queries": "visual", "domain": "visual", "rope": False}, {"undecay": True},
+        {"undecay": True, "queries": even_rows, "heads": 0.375},
+        {"undecay": True, "queries": "all", "domain": "visual"},
     )
 ]  # fmt: skip
 # The site, what `layer` means there, and the layer that this is.
@@ -246,7 +257,7 @@ def test_a_sample_at_a_time(names):
 
 
 def test_default_rows_have_the_bits_of_one_query_alone():
-    """Products of the last query with grouped keys, masked, softmax in at least float32, mean of the heads."""
+    """Products of the last query with grouped keys, all in at least float32, masked, softmax, mean of the heads."""
     generator = torch.Generator().manual_seed(0)
     for batch, heads, shared, length, dim in ((1, 16, 16, 640, 64), (3, 8, 2, 47, 8)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -260,7 +271,7 @@ def test_default_rows_have_the_bits_of_one_query_alone():
             last, there = torch.full((batch, 1), length - 1), torch.ones(batch, 1, dtype=torch.bool)
             visual = torch.zeros(batch, length, dtype=torch.bool).scatter(1, columns, True)
             grouped = q[torch.arange(batch), :, last[:, 0]].view(batch, shared, heads // shared, dim)
-            logits = (grouped @ k.transpose(-1, -2)).view(batch, heads, -1) * dim**-0.5
+            logits = (grouped.float() @ k.float().transpose(-1, -2)).view(batch, heads, -1) * dim**-0.5
             logits = logits.masked_fill(~mask[:, 0, -1][:, None], -torch.inf)
-            wanted = logits.to(torch.float32).softmax(-1).mean(1)[:, 5 : length - 9]
+            wanted = logits.softmax(-1).mean(1)[:, 5 : length - 9]
             assert torch.equal(decoder_rows.attention(states, last, there, visual, columns, Rows()), wanted)

@@ -134,8 +134,8 @@ def test_more_heads_than_there_are():
 
 @pytest.mark.parametrize(
     "given",
-    [{"layer": "last"}, {"queries": "question"}, {"heads": 0}, {"heads": True}, {"heads": "min"}, {"over": "none "},
-     {"domain": "text"}, {"rope": 1}],
+    [{"layer": "last"}, {"queries": "question"}, {"heads": 0}, {"heads": True}, {"heads": 1.5}, {"heads": "min"},
+     {"over": "none "}, {"domain": "text"}, {"rope": 1}, {"undecay": "yes"}],
     ids=str,
 )  # fmt: skip
 def test_rows_that_do_not_exist(given):
@@ -403,6 +403,31 @@ def test_attention_that_takes_its_kernel_elsewhere_is_refused():
     looked = tap.Record(nn.Identity())
     with pytest.raises(Unsupported, match="Identity are not available"):
         _ = looked.result
+
+
+@pytest.mark.parametrize("given", [{"rope": False}, {"domain": "logits"}], ids=str)
+def test_only_rotated_probabilities_have_a_decay(given):
+    with pytest.raises(ValueError, match="undecay is of probabilities"):
+        Rows(undecay=True, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_of_massive_channels_in_half_precision(dtype):
+    """Products that overflow in half precision have the probabilities that a kernel, which sums up wide, gives them."""
+    one = states()
+    query, key = one.query.clone(), one.key.clone()
+    query[..., 0], key[..., 0] = 400, 400  # 160,000 before scaling, the same for all keys
+    half = Attended(query.to(dtype), key.to(dtype), one.value.to(dtype), None, 0.3)
+    exact = Attended(half.query.double(), half.key.double(), half.value.double(), None, 0.3)
+    slots = torch.tensor([[L - 1], [9]])
+    found, wanted = half.scores(slots, None, "softmax"), exact.scores(slots, None, "softmax")
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, atol=1e-2, rtol=1e-2)
+    kernel = nn.functional.scaled_dot_product_attention(
+        half.query, half.key.repeat_interleave(2, 1), torch.eye(L, dtype=dtype).expand(B, A, L, L).contiguous(),
+        is_causal=True, scale=0.3,
+    )  # fmt: skip
+    torch.testing.assert_close(found[0, :, 0].double(), kernel[0, :, L - 1].double(), atol=2e-2, rtol=2e-2)
 
 
 def test_layers_without_cos_and_sin_have_no_unrotated_keys():

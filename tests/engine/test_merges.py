@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 import prunekit
 from prunekit import Owners, Selection, Sites, hookimpl, plugins, strategy
 from prunekit.engine.tokens.merges import merged
+from prunekit.families import find
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
+from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent
 from prunekit.verify.precision import Float64Throughout
 
@@ -222,3 +224,13 @@ def test_owners_keep_gradients_and_half_precision_sums_in_float32():
 def test_owners_that_contradict_themselves(mode, amounts, message):
     with pytest.raises(ValueError, match=message):
         Owners(torch.zeros(1, 2, dtype=torch.int64), mode, amounts)
+
+
+def test_a_merge_behind_a_layer_comes_before_what_the_decoder_adds_there():
+    """DeepStack: a merged slot gets its anchor's own features, as every token does, after the merge."""
+    model = tiny_model("qwen3_vl")
+    assert find(model).logical_until > 1
+    for site in ("0.after", "1.after"):
+        pipeline = {"stages": [{"use": "pool", "at": site, "keep": 0.3}]}
+        found = assert_equivalent(model, pipeline, tiny_batch(model), steps=2)
+        assert found.report.kept_tokens < found.report.visual_tokens

@@ -19,7 +19,7 @@ import prunekit
 from prunekit import LayerAction, LayerPlan, Rows, Selection, Sites, hookimpl
 from prunekit.engine.attention import tap
 from prunekit.engine.attention.attended import Attended
-from prunekit.engine.decoder.aside import _unrotated
+from prunekit.engine.decoder.aside import _rotary, _unrotated, phases
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs, Readings
 from prunekit.engine.tokens import masks
@@ -132,8 +132,13 @@ def test_attention_that_is_not_known():
         Attended.of(module, one, one, one, None, {"position_bias": one})
     with said("it does not take its kernel from transformers' AttentionInterface; use stages that need none"):
         _ = tap.Record(module).result
-    with said("rope=False is not available for this model"):
+    with said("rope=False is not available for this model: its layers do not get their rotation as (cos, sin)"):
         _unrotated({"position_embeddings": one})
+    with said("undecay=True is not available for this model"):
+        _rotary({"position_embeddings": one}, "undecay=True")
+    axes = torch.ones(3, 1, 2, 4)
+    with said("undecay=True is not available for this model: its rotation mixes several axes of positions"):
+        phases(SimpleNamespace(arguments=lambda hidden: {"position_embeddings": (axes, axes)}), one, 4)
 
 
 def test_a_version_without_the_interface(model, monkeypatch):

@@ -71,7 +71,10 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a schedule without budgets": (
         declared(type("S", (), {"select_tokens": marked("select_tokens", "valid")}), schedule={Site(2): 0.5},
                  keep="refused"),
-        "`schedule` gives default budgets, which keep='refused' takes none of",
+        "0.5 at '2' is a default budget, which keep='refused' takes none of",
+    ),
+    "a schedule that leaves open what is asked for": (
+        declared(schedule={Site(2): None}), "None at '2' is for strategies that may decide by themselves",
     ),
     "a schedule of a router": (declared(RouterBody, schedule={Site(2): 0.5}), "is for strategies with token hooks"),
     "scores that nobody cuts": (declared(keep="refused"), "only scores, so how many tokens stay comes from `keep`"),

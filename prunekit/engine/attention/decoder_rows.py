@@ -27,9 +27,10 @@ def attention(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, co
     visual: bool (B, K), the key slots that are visual. Raises PluginError for more heads than there are.
     """
     heads = states.query.shape[1]
-    if isinstance(spec.heads, int) and spec.heads > heads:
+    chosen = spec.heads_of(heads)
+    if chosen is not None and chosen > heads:
         raise PluginError(f"Rows(heads={spec.heads}) asks for more heads than the {heads} that the model has")
-    top = _top_heads(states, slots, valid, visual, spec) if isinstance(spec.heads, int) else None
+    top = None if chosen is None else _top_heads(states, slots, valid, visual, spec, chosen)
     parts, total = [], None
     for rows, real in _blocks(states, slots, valid, visual, spec):
         reduced = _over_heads(rows, spec.heads, top)
@@ -68,18 +69,18 @@ def _blocks(
         yield states.scores(slots[:, part], visual, spec.domain), valid[:, part]
 
 
-def _top_heads(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, spec: Rows) -> Tensor:
-    """The heads with the largest sums over queries and visual columns, bool (B, A)."""
+def _top_heads(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, spec: Rows, number: int) -> Tensor:
+    """The `number` heads with the largest sums over queries and visual columns, bool (B, A)."""
     mass: Tensor | None = None
     for rows, real in _blocks(states, slots, valid, visual, spec):
         inside = rows.masked_fill(~(real[:, None, :, None] & visual[:, None, None, :]), 0.0).sum((2, 3))
         mass = inside if mass is None else mass + inside
-    assert mass is not None and isinstance(spec.heads, int)
-    order = mass.argsort(dim=1, descending=True, stable=True)[:, : spec.heads]
+    assert mass is not None
+    order = mass.argsort(dim=1, descending=True, stable=True)[:, :number]
     return torch.zeros_like(mass, dtype=torch.bool).scatter_(1, order, True)
 
 
-def _over_heads(rows: Tensor, heads: str | int, top: Tensor | None) -> Tensor:
+def _over_heads(rows: Tensor, heads: object, top: Tensor | None) -> Tensor:
     if top is not None:
         return rows.masked_fill(~top[:, :, None, None], 0.0).sum(1) / top.sum(1)[:, None, None]
     if heads == "none":

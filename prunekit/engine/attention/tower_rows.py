@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.attended import Attended, probabilities
+from prunekit.engine.attention.attended import Attended, probabilities, wide
 from prunekit.engine.tokens.masks import visible
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues
 
@@ -44,7 +44,7 @@ def _cls_row(spec: EncoderRows, attended: Attended) -> Tensor:
     first = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
     if spec.heads != "joined":
         return attended.scores(first, None, spec.domain)[:, :, 0]
-    logits = (query[:, :, :1] @ attended.key.transpose(-1, -2)).sum(1, keepdim=True)
+    logits = (wide(query[:, :, :1]) @ wide(attended.key).transpose(-1, -2)).sum(1, keepdim=True)
     logits = logits * (query.shape[1] * query.shape[-1]) ** -0.5
     return (logits if spec.domain == "logits" else probabilities(logits, attended.seen(first)))[:, :, 0]
 
@@ -81,4 +81,4 @@ def pooled_row(head: nn.Module, states: Tensor) -> Tensor:
     query = nn.functional.linear(probe[0], weights[0], biases[0]).view(heads, -1)
     key = nn.functional.linear(states, weights[1], biases[1])
     key = key.view(*states.shape[:2], heads, -1)
-    return probabilities(torch.einsum("ad,rkad->rak", query, key) * query.shape[-1] ** -0.5, None)
+    return probabilities(torch.einsum("ad,rkad->rak", wide(query), wide(key)) * query.shape[-1] ** -0.5, None)

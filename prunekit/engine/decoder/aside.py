@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.attended import Attended, wide
 from prunekit.engine.attention.tap import Aborted, Record, recorded
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.layer_call import LayerCall
@@ -54,6 +54,20 @@ def attended(aside: Aside, layer: nn.Module, attention: nn.Module, hidden: Tenso
     return record.result
 
 
+@torch.no_grad()
+def phases(aside: Aside, hidden: Tensor, dim: int) -> Tensor:
+    """The rotation of physical states (B, K, H) as vectors, float (B|1, K, R), at least float32: the product of two is
+    the mean of cos(distance * frequency) over the `dim` numbers of a head. Numbers that do not rotate count as 1.
+    """
+    cos, sin = (wide(part) for part in _rotary(aside.arguments(hidden), "undecay=True"))
+    if cos.ndim != 3:
+        raise Unsupported("undecay=True is not available for this model: its rotation mixes several axes of positions")
+    length = (cos.square() + sin.square()).sqrt()  # of scaled rotations it is not 1
+    resting = torch.full_like(cos[..., :1], max(dim - cos.shape[-1], 0) ** 0.5)
+    vectors: Tensor = torch.cat([cos / length, sin / length, resting], dim=-1) * dim**-0.5
+    return vectors
+
+
 def run(aside: Aside, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
     """Physical states (B, K, H) after `layer`, called as the layer of `aside` is.
 
@@ -83,14 +97,23 @@ def _call(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], record: R
 
 def _unrotated(arguments: dict[str, Any]) -> dict[str, Any]:
     """Rotations that rotate by nothing. Raises Unsupported where a layer takes its positions some other way."""
+    cos, sin = _rotary(arguments, "rope=False")
+    rotary = arguments["position_embeddings"]
+    still = (torch.ones_like(cos), torch.zeros_like(sin))
+    return {"position_embeddings": torch.ones_like(rotary) if isinstance(rotary, Tensor) else still}
+
+
+def _rotary(arguments: dict[str, Any], request: str) -> tuple[Tensor, Tensor]:
+    """The rotation of each slot as (cos, sin), float (B|1, K, R) each, of all numbers of a head that rotate."""
     rotary = arguments.get("position_embeddings")
-    if isinstance(rotary, Tensor) and rotary.is_complex():
-        return {"position_embeddings": torch.ones_like(rotary)}
+    if isinstance(rotary, Tensor) and rotary.is_complex():  # one number for each pair of them
+        return torch.cat([rotary.real] * 2, dim=-1), torch.cat([rotary.imag] * 2, dim=-1)
     if not (isinstance(rotary, tuple) and len(rotary) == 2):
         raise Unsupported(
-            "rope=False is not available for this model: its layers do not get their rotation as (cos, sin)"
+            f"{request} is not available for this model: its layers do not get their rotation as (cos, sin)"
         )
-    return {"position_embeddings": (torch.ones_like(rotary[0]), torch.zeros_like(rotary[1]))}
+    cos, sin = rotary
+    return cos, sin
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Any:

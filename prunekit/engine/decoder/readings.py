@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -241,6 +241,8 @@ class Readings:
     def rows(self, states: Attended, run: Run, spec: Rows, tokens: SiteTokens) -> Tensor:
         """The rows that `spec` describes of one call of a layer, for the visual `tokens`, as the input `attention`."""
         device = states.query.device
+        if spec.undecay:
+            states = replace(states, phases=aside.phases(run.aside, run.hidden, states.query.shape[-1]).to(device))
         slots, valid = self.queries(spec, run)
         columns = self.columns(run, tokens.positions)
         rows = attention(
