@@ -237,7 +237,7 @@ OF_FAMILIES = ("families", "testing", "upstream")
 # What has no reason to name a strategy anywhere; elsewhere docstrings may show one, and comments say whose rule it is.
 WITHOUT_EXAMPLES = ("engine", "families", "verify", "apply", "loading", "cost", "records")
 # Strategies whose names are words of the language, and where those words are values that mean something else.
-WORDS = {"dense", "random", "pool", "stride", "blind"}
+WORDS = {"dense", "random", "pool", "stride", "blind", "first", "last"}
 VALUES = {("training", "random"), ("cli", "random"), ("strategy", "pool")}
 
 

@@ -1,5 +1,6 @@
 """The PAR study asks what it says: real answers, equal FLOPs, nothing twice."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -135,11 +136,12 @@ def test_nothing_gets_less_than_its_share_of_flops_and_par_no_more(bench, flops)
 
     below = same.below({**ROUTER, "keep_layers": 7})
     assert flops - 0.015 < costs_of(below) <= flops
-    strategies = equal.token_strategies([1, 4])
-    wanted = {"fastv, before layer 2", "fastv, before layers 1 and 4", "random, at the encoder"}
-    assert wanted <= {name for name, _ in strategies}
-    for _, stage in strategies:
-        assert flops <= costs_of(same.tokens(stage)) < flops + 0.012
+    reached = {}
+    for name, stage in equal.token_strategies([1, 4]):
+        with contextlib.suppress(SpecError):  # what decides at too great a cost is left out and told
+            reached[name] = costs_of(same.tokens(stage))
+    assert {"fastv, before layer 2", "fastv, before layers 1 and 4", "random, at the encoder"} <= set(reached)
+    assert all(flops <= found < flops + 0.012 for found in reached.values()), reached
     assert flops <= costs_of(same.layers("skip_layers", [6, 4, 5, 1, 3])) < flops + 1 / 8
     assert flops <= costs_of(same.leaving("vtw")) < flops + 1 / 8
     alone = same.router_layers({key: value for key, value in ROUTER.items() if key != "at"})
