@@ -259,7 +259,7 @@ def test_the_core_knows_no_strategy() -> None:
     for source in CORE:
         where = room(source.module)
         constants = _constants(source)
-        values = {(str(where), name) for name in names & constants}
+        values = {(str(where), name) for name in (names - {"first", "last"}) & constants}  # words of many things
         assert values <= VALUES, source
         if where in WITHOUT_EXAMPLES:
             assert _named(names - WORDS, _text(source)) == [], source

@@ -512,8 +512,9 @@ def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
     assert built.name == path.stem
     if "weights: micro" in path.read_text():  # its router belongs to one model; an untrained one fits any
         built = building.build(path, ["stages[0].weights=null"])
-    for layers, visual in ((10, 144), (32, 576)):
-        bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual))
+    for layers, visual, blocks in ((10, 144, 6), (32, 576, 24)):
+        tower = TowerShape(blocks, blocks - 2, leading=1, projects_tokens=True)
+        bound = built.bind(dataclasses.replace(SHAPE, layers=layers, visual_tokens=visual, tower=tower))
         assert bound.acts is (path.stem != "dense")
     first, second = path.read_text().splitlines()[:2]
     assert first.startswith("# ") and second.startswith(f"#   prunekit run {path.stem} --model micro ")
