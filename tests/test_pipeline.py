@@ -14,6 +14,7 @@ from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hook
 from prunekit.errors import PluginError, SpecError
 from prunekit.pipeline import build as building
 from prunekit.registry import Registry
+from prunekit.strategy.decisions import TowerShape
 from prunekit.strategy.declare import HOOKS
 from prunekit.strategy.sites import ENCODER, Keep
 
