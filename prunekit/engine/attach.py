@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -26,7 +26,7 @@ from prunekit.engine.summary import summarise
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
-from prunekit.engine.tower.record import tower_events, tower_tokens
+from prunekit.engine.tower.record import TowerRecord, tower_events, tower_tokens, tower_works
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
@@ -116,9 +116,9 @@ class Attached:
             if self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound)
-            if self._tower is not None:
-                blocks.override(self._overrides, self._tower)
             self.needs.check_version()
+        if self._tower is not None:
+            blocks.override(self._overrides, self._tower)
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
@@ -157,16 +157,17 @@ class Attached:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 if torch.compiler.is_compiling() and self.active:
                     static.require(None)
+                if blocks.running():  # a method for videos that calls the one for images
+                    return original(*args, **kwargs)
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
-                if self._tower is None:
-                    output, seen = original(*args, **kwargs), None
-                else:
-                    with blocks.encoding(self._tower, modality, given) as seen:
-                        output = original(*args, **kwargs)
+
+                def run(arguments: Mapping[str, Any]) -> Any:
+                    return original(*args, **kwargs) if arguments is given else original(**arguments)
+
+                output, record = self._encoded(modality, given, run)
                 features = getattr(output, "pooler_output", None)
                 if features is not None:
-                    record = None if seen is None else seen.record(features)
                     record_on(output, VisualInputs(modality, given, counts_of(features), record))
                 if (call := CALL.get()) is not None:
                     call.outputs[modality.name] = output
@@ -175,6 +176,13 @@ class Attached:
             return encode
 
         return make
+
+    def _encoded(
+        self, modality: Modality, arguments: dict[str, Any], original: Callable[[Mapping[str, Any]], Any]
+    ) -> tuple[Any, TowerRecord | None]:
+        if self._tower is None or (torch.compiler.is_compiling() and not self.active):
+            return original(arguments), None
+        return blocks.encode(self._tower, modality, arguments, original)
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
@@ -268,6 +276,7 @@ def report_of(state: BatchState) -> RunReport:
         mlp_tokens=_by_row(state.mlp_tokens or every),
         notes=tuple(state.notes),
         tower_tokens=tower_tokens(state.prompt),
+        works=tower_works(state.prompt),
         itemsize=state.itemsize,
     )
 

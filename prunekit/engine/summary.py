@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prunekit.cost import Work, cost_of, kv_tokens
+from prunekit.cost import TowerWork, Work, cost_of, kv_tokens
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.statements import selection_flops
 from prunekit.records import RunReport, StageEvent
@@ -22,12 +22,13 @@ def summarise(
     layer_visual: tuple[tuple[int, ...], ...],
     mlp_tokens: tuple[tuple[int, ...], ...],
     itemsize: int,
+    works: Sequence[Sequence[tuple[TowerWork, TowerWork]]] | None,
     **counts: Any,
 ) -> RunReport:
     """The report of one prompt batch, with what follows from its counts.
 
-    layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. counts: the
-    remaining fields of `RunReport`, as they are.
+    layer_visual[b][l]: visual tokens among `layer_tokens`. itemsize: bytes of one number in the KV cache. works: of the
+    vision tower, as `cost_of` takes them. counts: the remaining fields of `RunReport`, as they are.
     """
     kv = tuple(_kv_tokens(plan, row, events, b) for b, (plan, row) in enumerate(zip(plans, layer_tokens, strict=True)))
     every = zip(plans, layer_tokens, layer_visual, mlp_tokens, strict=True)
@@ -46,7 +47,7 @@ def summarise(
         kv_tokens=kv,
         plans=tuple(plans),
         positions=bound.positions,
-        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions),
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions, works),
         **counts,
     )
 

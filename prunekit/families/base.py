@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.strategy.decisions import ModelShape, TowerShape
+from prunekit.families.images import Images
+from prunekit.strategy.decisions import ModelShape, TowerParams, TowerShape
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Tower:
     tokens are not made of whole patches. None: a row is an image, and a patch a visual token.
     packed: blocks get all images or videos as one sequence, (tokens, width) or (1, tokens, width), with their rotations
     and borders, or a mask.
+    embedding: makes the state of each patch from its pixels, by one matrix product. mergers: make visual tokens of the
+    blocks' output, module by module from what becomes one token; in a packed tower each gets (tokens, ...), the patches
+    of a visual token together, or (visual tokens, ...), in the order of the tokens that enter the blocks, and its
+    output is (visual tokens, ...). Without an embedding the cost of the tower is not known.
+    images: how the method's arguments hold images; None where that is not known. parts: from the name of the modality,
+    the method's arguments and the number of a block to int64 (V,) for each image or video: the part of it, such as a
+    frame or a window, within which the patches of each visual token attend in that block of a packed tower; None: each
+    image is one part. tokens: T where all images have one size; None where the tower is packed.
     """
 
     layers: Sequence[nn.Module]
@@ -64,6 +73,11 @@ class Tower:
     patch_groups: Callable[[str, Mapping[str, Any], int, int], list[Tensor]] | None = None
     pool: nn.Module | None = None
     packed: bool = False
+    embedding: nn.Module | None = None
+    mergers: tuple[nn.Module, ...] = ()
+    images: Images | None = None
+    parts: Callable[[str, Mapping[str, Any], int], list[Tensor]] | None = None
+    tokens: int | None = None
 
     @property
     def feature_block(self) -> int:
@@ -80,6 +94,27 @@ class Tower:
             pool=self.pool is not None,
             projects_tokens=self.projector is not None,
             attention=str(getattr(config, "_attn_implementation", "eager")),
+            images="" if self.images is None else "whole" if self.images.cell is None else "any",
+            work=self._params(),
+        )
+
+    def _params(self) -> TowerParams | None:
+        if self.embedding is None:
+            return None
+        block = self.layers[0]
+        attention: Any = getattr(block, self.attention)
+        width = getattr(attention, "num_heads", 0) * getattr(attention, "head_dim", 0)
+        if not width:
+            return None
+        return TowerParams(
+            patch=_weights(self.embedding),
+            attention=_weights(attention),
+            mlp=_weights(getattr(block, self.mlp)),
+            width=width,
+            projector=0 if self.projector is None else _weights(self.projector),
+            mergers=tuple(map(_weights, self.mergers)),
+            pool=0 if self.pool is None else _weights(self.pool),
+            tokens=self.tokens,
         )
 
 
@@ -196,6 +231,22 @@ def grid_coords(grid: Tensor, crop: int = 0) -> Tensor:
     """Coords, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
     size = grid.amax(0) + 1
     return torch.cat([grid.new_full((len(grid), 1), crop), grid, size.expand(len(grid), 2)], dim=1)
+
+
+def _weights(module: nn.Module) -> int:
+    """Weights of matrix products, those of convolutions among them; a learned query or a norm is none.
+
+    Of a linear layer by its sizes, since quantised ones pack their weights.
+    """
+    total = 0
+    for part in module.modules():
+        linear: Any = part
+        if isinstance(getattr(part, "in_features", None), int):
+            total += linear.in_features * linear.out_features
+        else:
+            shapes = [parameter.shape for parameter in part.parameters(recurse=False)]
+            total += sum(shape.numel() for shape in shapes if len(shape) >= 2 and shape[0] > 1)
+    return total
 
 
 def matrix_params(module: nn.Module) -> int:
