@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape, Owners, Route, Selection
     from prunekit.strategy.declare import strategy
     from prunekit.strategy.decoder_requests import Keys, PromptTokens, Rows, Values
-    from prunekit.strategy.sites import ENCODER, PREFILL_END, Keep, Site, Sites
+    from prunekit.strategy.sites import ENCODER, PIXELS, PREFILL_END, Keep, Site, Sites
     from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
 
 _WHERE = {
@@ -46,13 +46,13 @@ _WHERE = {
     },
     "strategy": ("strategy.declare", "strategy"),
     **{name: ("strategy.artefact", name) for name in ("Artefact", "CalibrationPrompt", "read_artefact")},
-    **{name: ("strategy.sites", name) for name in ("ENCODER", "PREFILL_END", "Keep", "Site", "Sites")},
+    **{name: ("strategy.sites", name) for name in ("ENCODER", "PIXELS", "PREFILL_END", "Keep", "Site", "Sites")},
     **{name: ("records", name) for name in ("RunReport", "StageEvent")},
     **{name: ("errors", name) for name in ("PrunekitError", "PrunekitWarning", "SpecError", "Unsupported")},
 }
 
 __all__ = [
-    "ENCODER", "PREFILL_END", "Artefact", "CalibrationPrompt", "EncoderKeys", "EncoderQueries", "EncoderRows",
+    "ENCODER", "PIXELS", "PREFILL_END", "Artefact", "CalibrationPrompt", "EncoderKeys", "EncoderQueries", "EncoderRows",
     "EncoderValues", "Features", "Keep", "Keys", "LayerAction", "LayerPlan", "ModelShape", "Owners", "Pipeline",
     "PromptTokens", "PrunekitError", "PrunekitWarning", "Route", "Rows", "RunReport", "Selection", "Site", "Sites",
     "SpecError", "StageEvent", "Unsupported", "Values", "apply", "hookimpl", "load", "read_artefact", "strategy",

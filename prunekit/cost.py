@@ -1,4 +1,4 @@
-"""Exact prefill FLOPs and KV bytes from token counts.
+"""Exact prefill FLOPs and KV bytes from token counts: of the decoder, and of the vision tower with its projector.
 
 One multiply-add is two FLOPs. A decoder layer that n tokens enter costs `2 * params * n` for its matrix products and
 `4 * n^2 * heads * head_dim` for the two products of attention, counted as the full square; the sum equals what
@@ -8,6 +8,11 @@ counted for m. A layer that attends to another one's keys and values projects an
 costs `2 * params * n` for the matrices and convolutions of its mixer, without the recurrence itself. What the stages'
 own decisions cost is in these figures as far as they say it, as routers do (a method `flops`); it is in every measured
 time.
+
+The vision tower and the projector are figures of their own, in the same way: the patch embedding for each patch, blocks
+with the square of each part that attends to itself (a crop, a video frame, a window; images that share one sequence
+behind a mask are counted each for itself), the pooling head where it runs, and the modules that make visual tokens. A
+budget and `prefill_flops` are of the decoder; `whole_flops_fraction` is of both. The language-model head is in none.
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from prunekit.strategy.decisions import LayerAction, LayerPlan, LayerShape, ModelShape
+from prunekit.strategy.decisions import LayerAction, LayerPlan, LayerShape, ModelShape, TowerParams
 
-# What FLOPs and their fractions are of, for whoever reads a record.
+# What FLOPs and their fractions are of, for whoever reads a record: those of the decoder, and of the whole prefill.
 FLOPS_OF = "prefill of the decoder's layers, with the decisions that strategies price; not tower, projector and head"
+WHOLE_FLOPS_OF = "the same, and the vision tower with its projector, from pixels on; not the head"
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,32 @@ class Work:
 
 
 @dataclass(frozen=True)
+class TowerWork:
+    """What the vision tower and its projector did for one image or video, or for several together.
+
+    patches: that became states. blocks: of each block the tokens that attended, the sum of the squares of the numbers
+    that attended to each other, and the tokens that went through the MLP. projected: tokens that the projector mapped;
+    merged: visual tokens that each of the mergers made of patches. pools, pooled: rows of the pooling head, and the
+    tokens in them.
+    """
+
+    patches: int
+    blocks: tuple[tuple[int, int, int], ...]
+    projected: int = 0
+    merged: tuple[int, ...] = ()
+    pools: int = 0
+    pooled: int = 0
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the prefill of a prompt batch cost, and what it would have cost dense; one entry per sample.
 
-    FLOPs are those of the decoder's layers: vision tower, projector and language-model head are not in them.
+    Prefill FLOPs are those of the decoder's layers: vision tower and projector have figures of their own.
 
     decision_flops: the part of `prefill_flops` that the stages' own decisions took, as far as they say.
+    tower_flops, dense_tower_flops: of the vision tower and the projector; None where they are not known, as for a model
+    without a family file, or features that were encoded outside of the block.
     """
 
     prefill_flops: tuple[int, ...]
@@ -51,11 +77,24 @@ class Cost:
     kv_bytes: tuple[int, ...]
     dense_kv_bytes: tuple[int, ...]
     decision_flops: tuple[int, ...] = ()
+    tower_flops: tuple[int, ...] | None = None
+    dense_tower_flops: tuple[int, ...] | None = None
 
     @property
     def flops_fraction(self) -> float:
         """Prefill FLOPs of the batch over those of the dense model."""
         return sum(self.prefill_flops) / sum(self.dense_prefill_flops)
+
+    @property
+    def whole_flops_fraction(self) -> float | None:
+        """FLOPs of the whole prefill, from pixels to the last decoder layer, over those of the dense model.
+
+        None where those of the tower are not known.
+        """
+        if self.tower_flops is None or self.dense_tower_flops is None:
+            return None
+        dense = sum(self.dense_prefill_flops) + sum(self.dense_tower_flops)
+        return (sum(self.prefill_flops) + sum(self.tower_flops)) / dense
 
     @property
     def kv_fraction(self) -> float:
@@ -87,6 +126,19 @@ def layer_flops(
     runs = moving * (action.attends or action.feeds_mlp)
     others = 2 * (layer.other_params * runs + layer.early_params * max(projected - runs, 0))
     return 2 * projections * projected + attention + 2 * layer.mlp_params * fed + others
+
+
+def tower_flops(params: TowerParams, work: TowerWork) -> int:
+    """FLOPs of a vision tower and its projector, from pixels to image features."""
+    blocks = sum(
+        2 * params.attention * tokens + 4 * params.width * pairs + 2 * params.mlp * fed
+        for tokens, pairs, fed in work.blocks
+    )
+    square = params.width**2
+    # One learned query a row; keys and values of every token.
+    pool = 2 * (params.pool - 2 * square) * work.pools + (4 * square + 4 * params.width) * work.pooled
+    merged = sum(2 * weights * tokens for weights, tokens in zip(params.mergers, work.merged, strict=True))
+    return 2 * params.patch * work.patches + blocks + pool + 2 * params.projector * work.projected + merged
 
 
 def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan | None = None) -> int:
@@ -134,12 +186,18 @@ def cost_of(
     itemsize: int,
     decisions: Sequence[int] | None = None,
     last: int = 0,
+    towers: Sequence[Sequence[tuple[TowerWork, TowerWork]]] | None = None,
 ) -> Cost:
     """The cost of a batch: per sample, what each layer did and holds, against its `prompt_tokens` in all layers.
 
     itemsize: bytes of one number in the KV cache. decisions: FLOPs of the stages' decisions per sample; None: no stage
-    says any. last: as for `dense_flops`.
+    says any. last: as for `dense_flops`. towers: per sample and image, what the vision tower did, and does without any
+    cut; None: not known.
     """
+    params = None if shape.tower is None else shape.tower.work
+    sums: list[tuple[int, ...] | None] = [None, None]
+    if params is not None and towers is not None:
+        sums = [tuple(sum(tower_flops(params, one[of]) for one in row) for row in towers) for of in (0, 1)]
     decided = tuple(decisions or [0] * len(work))
     widths = [kv_bytes(shape, layer, itemsize) for layer in range(shape.layers)]
     return Cost(
@@ -148,6 +206,8 @@ def cost_of(
         kv_bytes=tuple(sum(map(mul, widths, row)) for row in kv_tokens),
         dense_kv_bytes=tuple(sum(widths) * n for n in prompt_tokens),
         decision_flops=decided,
+        tower_flops=sums[0],
+        dense_tower_flops=sums[1],
     )
 
 

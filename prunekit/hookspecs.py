@@ -1,9 +1,9 @@
 """Every hook of prunekit: the normative text.
 
-Strategies implement token, layer or router hooks, and may make statements beside; a plugin module implements host and
-observer hooks. Arguments are opt-in: an implementation names the ones it needs, in any order, and what nobody names is
-never computed. The arguments of token and router hooks are the rows of `prunekit.strategy.inputs`, with their shapes;
-the signatures below are made from that table.
+Strategies implement token, image, layer or router hooks, and may make statements beside; a plugin module implements
+host and observer hooks. Arguments are opt-in: an implementation names the ones it needs, in any order, and what nobody
+names is never computed. The arguments of token, image and router hooks are the rows of `prunekit.strategy.inputs`, with
+their shapes; the signatures below are made from that table.
 
 Token hooks run once for each prompt batch and site, at prefill; the router hook once for each prompt batch. With
 `per_sample=True` they run once for each sample, with unpadded tensors without the B axis (and `count`, `seed` as int,
@@ -50,8 +50,8 @@ def _with_inputs(function: F) -> F:
 class TokenHooks:
     """Implemented by a strategy; called on the one strategy of a stage, and on wrappers around it, in this order.
 
-    Inside the vision tower every image and video is a sample of its own, and there is no prompt yet: what the table
-    does not place in the tower is refused there.
+    At `pixels` and inside the vision tower every image and video is a sample of its own, and there is no prompt yet:
+    what the table does not place there is refused there.
     """
 
     @hookspec(firstresult=True)
@@ -88,6 +88,26 @@ class TokenHooks:
         Returns: `Owners`, who joins whom; or weights, float (B, V, V + E), as `Selection.weights` takes them; None:
         dropped tokens are gone.
         Stops at the first result that is not None. Not called where `select_tokens` has already said.
+        """
+        raise NotImplementedError
+
+
+class ImageHooks:
+    """Implemented by a strategy of its own, which acts at `pixels`; called once for each call that encodes images or
+    videos, before the vision tower sees them.
+    """
+
+    @hookspec(firstresult=True)
+    @_with_inputs
+    def resize_images(self) -> Tensor:
+        """Decide how small each image or video is shown to the vision tower.
+
+        Arguments: the inputs of `resize_images`; B counts images and videos.
+        Returns: float (B,), the factor of both sides, above 0 and up to 1. Where a tower takes images of any size, it
+        gets the smaller image, in whole visual tokens a side, rounded half up and at least one: the others leave, and
+        those that stay keep the positions of the tokens in whose middle they lie. A tower that takes one size only gets
+        the image made smaller and enlarged again: it sees less and costs the same.
+        Stops at the first result that is not None.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from prunekit.cost import FLOPS_OF, Cost
+from prunekit.cost import FLOPS_OF, WHOLE_FLOPS_OF, Cost
 from prunekit.strategy.decisions import LayerAction, LayerPlan
 
 
@@ -19,6 +19,7 @@ class StageEvent:
     entered: per sample, how many visual tokens reached the stage. crop: the others leave the KV of earlier layers too.
     sizes: per sample, how many tokens each kept one stands for from here on; None: that did not change.
     asked: per sample, how many tokens the budget said to keep; None: the stage decides by itself.
+    resized: per sample, height and width in pixels at which each image or video was seen; None: the stage resizes none.
     """
 
     stage: str
@@ -29,6 +30,7 @@ class StageEvent:
     crop: bool = False
     sizes: tuple[tuple[float, ...], ...] | None = None
     asked: tuple[int, ...] | None = None
+    resized: tuple[tuple[tuple[int, int], ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class RunReport:
     kept_tokens: visual tokens that remain after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
-    among them; empty where no stage cuts in the tower. `cost` is of the decoder alone.
+    among them; empty where no stage cuts in the tower.
     last_only: the first of the layers that only the last tokens of each prompt entered, as none of them writes KV, and
     how many; None: there are none.
     """
@@ -68,7 +70,8 @@ class RunReport:
         data = asdict(self)
         data["plans"] = [plan_data(plan) for plan in self.plans]
         fractions = {"flops_fraction": self.cost.flops_fraction, "kv_fraction": self.cost.kv_fraction}
-        data["cost"] |= {**fractions, "flops_of": FLOPS_OF}
+        whole = {"whole_flops_fraction": self.cost.whole_flops_fraction, "whole_flops_of": WHOLE_FLOPS_OF}
+        data["cost"] |= {**fractions, "flops_of": FLOPS_OF, **whole}
         return data
 
     def __str__(self) -> str:
@@ -86,6 +89,8 @@ class RunReport:
         )
         flops, kv = self.cost.flops_fraction, self.cost.kv_fraction
         lines.append(f"  prefill FLOPs of the decoder {flops:.1%} of dense, KV {kv:.1%} of dense")
+        if (whole := self.cost.whole_flops_fraction) is not None:
+            lines.append(f"  whole-prefill FLOPs, with vision tower and projector, {whole:.1%} of dense")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -8,18 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prunekit import hookspecs
-from prunekit.strategy.inputs import INPUTS, TOKEN_HOOKS, Input
+from prunekit.strategy.inputs import IMAGE_HOOK, INPUTS, TOKEN_HOOKS, Input
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 GROUPS = {
     "Token hooks": hookspecs.TokenHooks,
+    "Image hooks": hookspecs.ImageHooks,
     "Layer hooks": hookspecs.LayerHooks,
     "Router hooks": hookspecs.RouterHooks,
     "Statements": hookspecs.StatementHooks,
     "Host hooks": hookspecs.HostHooks,
     "Observer hooks": hookspecs.ObserverHooks,
 }
-SITES = {"tower": "tower", "encoder": "encoder", "decoder": "layers", "end": "end"}
+SITES = {"pixels": "pixels", "tower": "tower", "encoder": "encoder", "decoder": "layers", "end": "end"}
 
 
 def hooks() -> str:
@@ -29,7 +30,7 @@ def hooks() -> str:
         parts.append(f"## {title}\n\n{_flowing(inspect.getdoc(group) or '')}")
         for name, function in vars(group).items():
             if hasattr(function, "prunekit_spec"):
-                arguments = "..." if name in (*TOKEN_HOOKS, "route") else ", ".join(_arguments(function))
+                arguments = "..." if name in (*TOKEN_HOOKS, IMAGE_HOOK, "route") else ", ".join(_arguments(function))
                 parts.append(f"### `{name}({arguments})`\n\n{_flowing(inspect.getdoc(function) or '')}")
     return "\n\n".join(parts)
 
@@ -40,6 +41,8 @@ def inputs() -> str:
         [
             "## Inputs of token hooks",
             _table([one for one in INPUTS if any(hook in TOKEN_HOOKS for hook in one.hooks)], sites=True),
+            f"## Inputs of `{IMAGE_HOOK}`",
+            _table([one for one in INPUTS if IMAGE_HOOK in one.hooks], sites=False),
             "## Inputs of `route`",
             _table([one for one in INPUTS if "route" in one.hooks], sites=False),
         ]
@@ -50,7 +53,7 @@ def _table(rows: list[Input], sites: bool) -> str:
     head = "| input | what it is | " + ("exists at | " if sites else "") + "request |"
     lines = [head, "| --- " * (4 if sites else 3) + "|"]
     for one in rows:
-        only = f"; for `{one.hooks[0]}` only" if len(one.hooks) == 1 and one.hooks[0] != "route" else ""
+        only = f"; for `{one.hooks[0]}` only" if len(one.hooks) == 1 and one.hooks[0] in TOKEN_HOOKS else ""
         where = "everywhere" if len(one.regions) == len(SITES) else ", ".join(SITES[region] for region in one.regions)
         request = f"`{one.request.__name__}`" if one.request else ""
         about = f"{one.shape}: {one.about}{only}"

@@ -307,7 +307,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
     "pixels not allowed": (one("use: plain, at: pixels, keep: 1"), ["2:22: at: 'plain' cannot act at 'pixels'"]),
     "pixels": (
         one("use: score, at: pixels, keep: 1"),
-        ["2:22: at: this version cannot cut images before the tower sees them"],
+        ["2:22: at: how images reach this model's vision tower is not known"],
     ),
     "decoder not allowed": (one("use: input, at: 2.mid, keep: 1"), ["2:22: at: 'input' cannot act at '2.mid'"]),
     "one of a list not allowed": (

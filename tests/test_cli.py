@@ -27,6 +27,7 @@ from prunekit.strategy.decisions import ModelShape
 
 ROOT = Path(__file__).parent.parent
 PIPELINES = ROOT / "strategies" / "pipelines"
+ANY_SIZE = {"pixelprune", "evs-r25"}  # for towers that take images of any size, which the bundled model has not
 PROGRAM = [sys.executable, "-m", "prunekit.cli.main"]
 
 
@@ -175,7 +176,8 @@ class TestShow:
 
 class TestValidate:
     def test_good_files(self, capsys: pytest.CaptureFixture[str]) -> None:
-        files = sorted(PIPELINES.glob("*.yaml"))
+        every = sorted(PIPELINES.glob("*.yaml"))
+        files = [path for path in every if path.stem not in ANY_SIZE]
         out = run(capsys, "validate", *files, "--model", "micro")  # to which the router of par.yaml belongs
         assert out.splitlines() == [f"{path}: ok ({build.build(path).sha})" for path in files]
         data = json.loads(run(capsys, "validate", files[0], "--json"))

@@ -44,6 +44,16 @@ def test_the_text_says_what_is_special(tmp_path: Path, capsys: pytest.CaptureFix
     assert said.endswith("verdict     recognised; the proof was not run\n")
 
 
+def test_the_tower_says_what_can_leave_before_it() -> None:
+    def tower(family: str) -> str:
+        data = examine(tiny_model(family, dtype=torch.float32).to("meta"), proof=False)
+        return next(line for line in lines({"model": "m", **data}) if line.startswith("tower"))
+
+    assert tower("llava").endswith("token by token; whole images")
+    assert tower("gemma3").endswith("in full also behind a cut; whole images")
+    assert tower("qwen2_vl").endswith("token by token; images of any size, whose patches may leave before")
+
+
 @pytest.mark.parametrize("kind", ["mllama", "blip-2"])
 def test_a_model_that_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder(AutoConfig.for_model(kind), tmp_path)

@@ -237,8 +237,8 @@ OF_FAMILIES = ("families", "testing", "upstream")
 # What has no reason to name a strategy anywhere; elsewhere docstrings may show one, and comments say whose rule it is.
 WITHOUT_EXAMPLES = ("engine", "families", "verify", "apply", "loading", "cost", "records")
 # Strategies whose names are words of the language, and where those words are values that mean something else.
-WORDS = {"dense", "random", "pool", "stride", "blind", "first", "last"}
-VALUES = {("training", "random"), ("cli", "random"), ("strategy", "pool")}
+WORDS = {"dense", "random", "pool", "stride", "blind", "first", "last", "downsample"}
+VALUES = {("families", "downsample"), ("training", "random"), ("cli", "random"), ("strategy", "pool")}
 
 
 def test_the_core_knows_no_family() -> None:

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 import prunekit
-from prunekit import loading, plugins
+from prunekit import families, loading, plugins
+from prunekit.errors import SpecError
 from prunekit.upstream import CACHE
 
 STEPS, TURN, WARM = 64, 8, 8
@@ -42,11 +43,20 @@ class Launch:
     calls: float
 
 
+def _fits(pipeline: str, shape: prunekit.ModelShape) -> bool:
+    """Not one for other towers, say."""
+    try:
+        return bool(prunekit.load(pipeline).bind(shape))
+    except SpecError:
+        return False
+
+
 def launch_rows(rounds: int, pipelines: tuple[str, ...] | None = None) -> list[Launch]:
-    """Every shipped pipeline, or those named, against the dense model."""
+    """Every shipped pipeline that fits the model, or those named, against the dense model."""
     model, processor = loading.load("micro", device="cpu")
     inputs = _prompt(processor)
-    names = pipelines or tuple(entry.name for entry in plugins.registry().pipelines())
+    shape = families.shape_of(model)
+    names = pipelines or tuple(entry.name for entry in plugins.registry().pipelines() if _fits(entry.name, shape))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     order = list(names)
     for number in range(rounds + 1):  # the first does not count

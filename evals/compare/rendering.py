@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 SHORT = {"mmbench_en_dev_static": "mmbench", "scienceqa_img": "scienceqa", "textvqa_val": "textvqa"}
 LEGEND = (
     "Accuracy in %, ± half of its 95 % interval. Δ dense: paired difference on the same questions. Tokens: visual "
-    "tokens left after the last stage. FLOPs, KV: of the language model's prefill, % of dense. Time: of the whole "
-    "prefill, over dense's, measured alternately."
+    "tokens left after the last stage. FLOPs, KV: of the language model's prefill, % of dense. Whole: FLOPs of the "
+    "whole prefill, with vision tower and projector. Time: of the same, over dense's, measured alternately."
 )
 
 
@@ -33,6 +33,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "Δ dense": [_difference(row) for row in rows],
         "Tokens": ["" if row.kept_tokens is None else f"{row.kept_tokens:.4g}" for row in rows],
         "FLOPs": [_percent(row.flops_fraction) for row in rows],
+        "Whole": [_percent(row.whole_flops_fraction) for row in rows],
         "KV": [_percent(row.kv_fraction) for row in rows],
         "Time": [_time(row) if timed else "" for row in rows],
     }
@@ -74,10 +75,14 @@ def markdown(table: Table) -> str:
 
 
 def _fitting(table: Table, width: int) -> dict[str, list[str]]:
-    """The columns that fit: tasks lose their intervals, then KV goes, then the tasks, which Markdown and JSON have."""
+    """The columns that fit: Whole goes, tasks lose their intervals, then KV goes, then the tasks.
+
+    Markdown and JSON have all of them.
+    """
     tasks = {_short(label) for label in table.tasks}
     steps: tuple[tuple[bool, set[str]], ...] = (
-        (True, set()), (False, set()), (False, {"KV"}), (False, tasks), (False, {*tasks, "KV", "Tokens"}),
+        (True, set()), (True, {"Whole"}), (False, {"Whole"}), (False, {"Whole", "KV"}), (False, tasks),
+        (False, {*tasks, "Whole", "KV", "Tokens"}),
     )  # fmt: skip
     shown: dict[str, list[str]] = {}
     for intervals, without in steps:

@@ -39,6 +39,7 @@ class Row:
     kv_fraction: float | None
     prefill_ratio: float | None
     seconds: float | None
+    whole_flops_fraction: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -159,6 +160,7 @@ def _row(cells: dict[str, Cell], dense: dict[str, Cell] | None, shared: Sequence
         kv_fraction=_mean(one.kv_fraction for one in spared),
         prefill_ratio=_mean(one.prefill_ratio for one in timed),
         seconds=_mean(one.seconds for one in timed),
+        whole_flops_fraction=_mean(one.whole_flops_fraction for one in spared),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunekit_evals.lmms import quiet
 from prunekit_evals.lmms.tasks import Built
-from prunekit_evals.run.answering import Tally
+from prunekit_evals.run.answering import Tally, whole_fraction
 from prunekit_evals.run.results import Saved
 
 from prunekit.errors import PrunekitError
@@ -67,6 +67,7 @@ def saved(tally: Tally) -> Saved | None:
         kv_bytes=kv / len(facts),
         dense_kv_bytes=dense_kv / len(facts),
         kv_fraction=kv / dense_kv,
+        whole_flops_fraction=whole_fraction(facts),
     )
 
 

@@ -82,12 +82,25 @@ class Tally:
 
 def means(facts: Sequence[Facts]) -> dict[str, float]:
     """What was saved, in the words that lmms-eval prints: means of tokens, fractions of the dense totals."""
+    whole = whole_fraction(facts)
     return {
         "visual_tokens_in": sum(one.visual_tokens for one in facts) / len(facts),
         "visual_tokens_kept": sum(one.kept_tokens for one in facts) / len(facts),
         "prefill_flops_fraction": sum(f.prefill_flops for f in facts) / sum(f.dense_prefill_flops for f in facts),
+        **({} if whole is None else {"whole_prefill_flops_fraction": whole}),
         "kv_fraction": sum(one.kv_bytes for one in facts) / sum(one.dense_kv_bytes for one in facts),
     }
+
+
+def whole_fraction(facts: Sequence[Facts]) -> float | None:
+    """FLOPs of the whole prefills, with vision tower and projector, over the dense model's; None where not known."""
+    own, dense = 0, 0
+    for one in facts:
+        if one.tower_flops is None or one.dense_tower_flops is None:
+            return None
+        own += one.prefill_flops + one.tower_flops
+        dense += one.dense_prefill_flops + one.dense_tower_flops
+    return own / dense
 
 
 def default_device() -> str | None:
@@ -162,11 +175,12 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
         return [None] * rows
     beams = max(report.samples // rows, 1)
     cost = report.cost
+    unknown = (None,) * report.samples
     columns = (
         report.visual_tokens, report.kept_tokens, cost.prefill_flops, cost.dense_prefill_flops, cost.kv_bytes,
-        cost.dense_kv_bytes,
+        cost.dense_kv_bytes, cost.tower_flops or unknown, cost.dense_tower_flops or unknown,
     )  # fmt: skip
-    return [Facts(*(int(value) for value in row)) for row in list(zip(*columns, strict=True))[::beams][:rows]]
+    return [Facts(*row) for row in list(zip(*columns, strict=True))[::beams][:rows]]
 
 
 def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) -> tuple[float, bool]:

@@ -20,7 +20,10 @@ from prunekit.errors import InputError
 
 @dataclass(frozen=True)
 class Facts:
-    """What the prefill of one question cost: token counts, FLOPs and KV bytes, and the same of the dense model."""
+    """What the prefill of one question cost: token counts, FLOPs and KV bytes, and the same of the dense model.
+
+    tower_flops, dense_tower_flops: of the vision tower and the projector; None where they are not known.
+    """
 
     visual_tokens: int
     kept_tokens: int
@@ -28,6 +31,8 @@ class Facts:
     dense_prefill_flops: int
     kv_bytes: int
     dense_kv_bytes: int
+    tower_flops: int | None = None
+    dense_tower_flops: int | None = None
 
 
 @dataclass(frozen=True)

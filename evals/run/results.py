@@ -73,7 +73,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Saved:
-    """What was computed, as means over the questions; fractions are of the dense model's totals."""
+    """What was computed, as means over the questions; fractions are of the dense model's totals.
+
+    FLOPs are of the language model's prefill; `whole_flops_fraction` has the vision tower and the projector in it, and
+    is None where their cost is not known.
+    """
 
     visual_tokens: float
     kept_tokens: float
@@ -83,6 +87,7 @@ class Saved:
     kv_bytes: float
     dense_kv_bytes: float
     kv_fraction: float
+    whole_flops_fraction: float | None = None
 
 
 @dataclass(frozen=True)

@@ -145,8 +145,10 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
 def _tower_line(tower: dict[str, Any]) -> str:
     taken = "what enters the first" if tower["feature_block"] < 0 else f"the output of block {tower['feature_block']}"
     leading = f", {tower['leading']} CLS in front" if tower["leading"] else ""
-    projected = "token by token" if tower["projects_tokens"] else "in full also behind a cut"
-    return f"blocks 0 to {tower['blocks'] - 1}{leading}; the projector gets {taken}, {projected}"
+    projected = "token by token" if tower["projects_tokens"] or tower["packed"] else "in full also behind a cut"
+    sizes = {"any": "; images of any size, whose patches may leave before", "whole": "; whole images", "": ""}
+    images = sizes[tower["images"]]
+    return f"blocks 0 to {tower['blocks'] - 1}{leading}; the projector gets {taken}, {projected}{images}"
 
 
 def _recognised_lines(data: dict[str, Any]) -> Iterator[str]:

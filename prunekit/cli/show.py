@@ -142,7 +142,7 @@ def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
-    from prunekit.cost import FLOPS_OF
+    from prunekit.cost import FLOPS_OF, WHOLE_FLOPS_OF
     from prunekit.pipeline.forecast import forecast
     from prunekit.records import plan_data
 
@@ -167,6 +167,8 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
             "kv_fraction": list(figures.kv),
             "decision_flops_fraction": figures.decisions,
             "flops_of": FLOPS_OF,
+            "whole_prefill_flops_fraction": None if figures.whole is None else list(figures.whole),
+            "whole_flops_of": WHOLE_FLOPS_OF,
         }
     return data
 
@@ -209,6 +211,8 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
         told = own >= 0.0005  # less is 0.0%
         more = f", decisions another {'at most ' * data['tokens_at_most']}{own:.1%}" if told else ""
         print(f"  prefill FLOPs of the decoder {flops} of dense{more}, KV {kv} of dense")
+        if (whole := data["whole_prefill_flops_fraction"]) is not None:
+            print(f"  whole-prefill FLOPs, with vision tower and projector, {_percent(whole)} of dense")
 
 
 def _routed(router: dict[str, Any], layers: int) -> str:

@@ -13,6 +13,7 @@ from prunekit.errors import PluginError, PrunekitError
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.declare import HOOKS
+from prunekit.strategy.inputs import IMAGE_HOOK
 
 
 class View(Protocol):
@@ -71,6 +72,19 @@ def decide(stage: Stage, view: View) -> Selection:
             selection = _decide(stage, view.valid, view.get, refusals)
     refusals.settle()
     return selection
+
+
+def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]:
+    """By how much the stage makes each of so many images smaller, in (0, 1]; read back from their device.
+
+    Raises PluginError, naming stage and hook, for an answer that cannot be carried out.
+    """
+    with torch.no_grad():
+        scales = _floats(stage, IMAGE_HOOK, call(stage, IMAGE_HOOK, get, {}), (images,))
+    refusals = Refusals()
+    refusals.add(~((scales > 0) & (scales <= 1)), f"{stage.label}: {IMAGE_HOOK} must be above 0 and at most 1")
+    refusals.settle()
+    return [float(scale) for scale in scales.tolist()]
 
 
 def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Refusals) -> Selection:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -29,6 +28,7 @@ from prunekit.engine.reporting import report_of
 from prunekit.engine.tokens import masks
 from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
+from prunekit.engine.tower.record import TowerRecord
 from prunekit.engine.tracing import REASON, traced_step, untraced
 from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
@@ -154,9 +154,9 @@ class Attached:
             elif self.pipeline.positions == "renumber" or self.needs.positions:
                 replace(_rotary(parts), "forward", layers.rotary_forward)
             layers.override(self._overrides, parts, self.bound, self.needs.read)
-            if self._tower is not None:
-                blocks.override(self._overrides, self._tower)
             self.needs.check_version()
+        if self._tower is not None:
+            blocks.override(self._overrides, self._tower)
 
     def detach(self) -> None:
         """Take the overrides out; the model is as it was, or as the outer block has it."""
@@ -211,13 +211,17 @@ class Attached:
             def encode(*args: Any, **kwargs: Any) -> Any:
                 if ENCODES.get():  # one that encodes videos may call the one for images
                     return original(*args, **kwargs)
-                if self._tower is not None:
+                if self._tower is not None and self._tower.asks:
                     self.callers.check_call()
                 given = signature.bind_partial(*args, **kwargs).arguments
                 given |= given.pop("kwargs", {})
+
+                def run(arguments: Mapping[str, Any]) -> Any:
+                    return original(*args, **kwargs) if arguments is given else original(**arguments)
+
                 token = ENCODES.set(True)
                 try:
-                    return self._recorded(modality, given, lambda: original(*args, **kwargs))
+                    return self._recorded(modality, given, run)
                 except (ValueError, RuntimeError) as error:
                     fit.explain(error, modality, self.parts, self.processor)
                     raise
@@ -228,17 +232,22 @@ class Attached:
 
         return make
 
-    def _recorded(self, modality: Modality, given: Mapping[str, Any], encode: Callable[[], Any]) -> Any:
-        """What `encode` returns, with a record on it of what it was given, and of the tower where stages need it."""
-        with blocks.encoding(self._tower, modality, given) if self._tower else nullcontext() as seen:
-            output = encode()
+    def _recorded(self, modality: Modality, given: dict[str, Any], run: Callable[[Mapping[str, Any]], Any]) -> Any:
+        """What `run` returns for these arguments, with a record on it of them, and of the tower."""
+        output, record = self._encoded(modality, given, run)
         features = getattr(output, "pooler_output", None)
         if features is not None:
-            record = None if seen is None else seen.record(features)
             record_on(output, VisualInputs(modality, given, counts_of(features), record))
         if (call := CALL.get()) is not None:
             call.outputs[modality.name] = output
         return output
+
+    def _encoded(
+        self, modality: Modality, arguments: dict[str, Any], original: Callable[[Mapping[str, Any]], Any]
+    ) -> tuple[Any, TowerRecord | None]:
+        if self._tower is None or torch.compiler.is_compiling():
+            return original(arguments), None
+        return blocks.encode(self._tower, modality, arguments, original)
 
     def _base_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""

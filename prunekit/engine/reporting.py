@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.summary import summarise
-from prunekit.engine.tower.record import tower_events, tower_tokens
+from prunekit.engine.tower.record import tower_events, tower_tokens, tower_works
 from prunekit.records import RunReport
 
 
@@ -27,6 +27,7 @@ def report_of(state: BatchState) -> RunReport:
         mlp_tokens=_by_row(state.mlp_tokens or every),
         notes=tuple(state.notes),
         tower_tokens=tower_tokens(state.prompt),
+        works=tower_works(state.prompt),
         itemsize=state.itemsize,
         wanted=state.wanted,
     )

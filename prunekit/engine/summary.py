@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prunekit.cost import Work, cost_of, kv_tokens
+from prunekit.cost import TowerWork, Work, cost_of, kv_tokens
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.statements import selection_flops
 from prunekit.records import RunReport, StageEvent
@@ -24,13 +24,14 @@ def summarise(
     mlp_tokens: tuple[tuple[int, ...], ...],
     itemsize: int,
     wanted: int,
+    works: Sequence[Sequence[tuple[TowerWork, TowerWork]]] | None,
     **counts: Any,
 ) -> RunReport:
     """The report of one prompt batch, with what follows from its counts.
 
     layer_visual[b][l]: visual tokens among `layer_tokens`. layer_keys[b][l]: tokens that those can attend to.
-    itemsize: bytes of one number in the KV cache. wanted: as in `BatchState`. counts: the remaining fields of
-    `RunReport`, as they are.
+    itemsize: bytes of one number in the KV cache. wanted: as in `BatchState`. works: of the vision tower, as `cost_of`
+    takes them. counts: the remaining fields of `RunReport`, as they are.
     """
     rows = enumerate(zip(plans, layer_keys, strict=True))
     kv = tuple(_kv_tokens(bound.shape, plan, row, events, b) for b, (plan, row) in rows)
@@ -50,7 +51,7 @@ def summarise(
         kv_tokens=kv,
         plans=tuple(plans),
         positions=bound.positions,
-        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions, wanted),
+        cost=cost_of(bound.shape, work, kv, counts["prompt_tokens"], itemsize, decisions, wanted, works),
         last_only=(bound.last_only, wanted) if wanted and bound.last_only is not None else None,
         **counts,
     )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.families.weights import head_sizes, matrix_params, mixer_params
-from prunekit.strategy.decisions import LayerShape, ModelShape, TowerShape
+from prunekit.families.images import Images
+from prunekit.families.weights import head_sizes, matrix_params, mixer_params, product_params
+from prunekit.strategy.decisions import LayerShape, ModelShape, TowerParams, TowerShape
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Tower:
     tokens are not made of whole patches. None: a row is an image, and a patch a visual token.
     packed: blocks get all images or videos as one sequence, (tokens, width) or (1, tokens, width), with their rotations
     and borders, or a mask.
+    embedding: makes the state of each patch from its pixels, by one matrix product. mergers: make visual tokens of the
+    blocks' output, module by module from what becomes one token; in a packed tower each gets (tokens, ...), the patches
+    of a visual token together, or (visual tokens, ...), in the order of the tokens that enter the blocks, and its
+    output is (visual tokens, ...). Without an embedding the cost of the tower is not known.
+    images: how the method's arguments hold images; None where that is not known. parts: from the name of the modality,
+    the method's arguments and the number of a block to int64 (V,) for each image or video: the part of it, such as a
+    frame or a window, within which the patches of each visual token attend in that block of a packed tower; None: each
+    image is one part. tokens: T where all images have one size; None where the tower is packed.
     """
 
     layers: Sequence[nn.Module]
@@ -69,6 +78,11 @@ class Tower:
     norm: nn.Module | None = None
     pool: nn.Module | None = None
     packed: bool = False
+    embedding: nn.Module | None = None
+    mergers: tuple[nn.Module, ...] = ()
+    images: Images | None = None
+    parts: Callable[[str, Mapping[str, Any], int], list[Tensor]] | None = None
+    tokens: int | None = None
 
     def project(self, states: Tensor) -> Tensor:
         """States (n, W) of the feature block as the decoder gets them, (n, H); only with a `projector`."""
@@ -92,6 +106,27 @@ class Tower:
             projects_tokens=self.projector is not None,
             attention=str(getattr(config, "_attn_implementation", "eager")),
             width=_width(getattr(self.layers[0], self.attention)),
+            images="" if self.images is None else "whole" if self.images.cell is None else "any",
+            work=self._params(),
+        )
+
+    def _params(self) -> TowerParams | None:
+        if self.embedding is None:
+            return None
+        block = self.layers[0]
+        attention: Any = getattr(block, self.attention)
+        width = getattr(attention, "num_heads", 0) * getattr(attention, "head_dim", 0)
+        if not width:
+            return None
+        return TowerParams(
+            patch=product_params(self.embedding),
+            attention=product_params(attention),
+            mlp=product_params(getattr(block, self.mlp)),
+            width=width,
+            projector=0 if self.projector is None else product_params(self.projector),
+            mergers=tuple(map(product_params, self.mergers)),
+            pool=0 if self.pool is None else product_params(self.pool),
+            tokens=self.tokens,
         )
 
 

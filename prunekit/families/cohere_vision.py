@@ -23,7 +23,9 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="cohere_vision",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
-        tower=plain_tower(base.vision_tower, None, config, blocks(config.downsample_factor)),
+        tower=plain_tower(
+            base.vision_tower, None, config, blocks(config.downsample_factor), merger=base.multi_modal_projector
+        ),
         **decoder(base.language_model),
     )
 

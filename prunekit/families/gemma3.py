@@ -25,7 +25,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         visual_tokens=config.mm_tokens_per_image,
-        tower=plain_tower(base.vision_tower, None, config, blocks(merge)),
+        tower=plain_tower(base.vision_tower, None, config, blocks(merge), merger=base.multi_modal_projector),
         **decoder(base.language_model),
     )
 

@@ -14,6 +14,7 @@ from prunekit.families import patch_groups
 from prunekit.families.base import Family, Modality, Parts, Tower
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import stacked
+from prunekit.families.images import whole
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -25,7 +26,15 @@ def _parts(model: PreTrainedModel) -> Parts:
         family="idefics3",
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
-        tower=Tower(base.vision_model.encoder.layers, None, patch_groups=patch_groups.stacked(config.scale_factor)),
+        tower=Tower(
+            base.vision_model.encoder.layers,
+            None,
+            patch_groups=patch_groups.stacked(config.scale_factor),
+            embedding=base.vision_model.embeddings.patch_embedding,
+            mergers=(base.connector,),
+            images=whole(),
+            tokens=base.vision_model.embeddings.num_positions,
+        ),
         **decoder(base.text_model),
     )
 

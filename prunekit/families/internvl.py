@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from prunekit.families.base import Family, Modality, Parts, Tower, square_coords
 from prunekit.families.decoders import decoder
+from prunekit.families.images import whole
 from prunekit.families.patch_groups import blocks
 
 
@@ -30,8 +31,19 @@ def _tower(base: Any, config: Any) -> Tower | None:
     if config.vision_feature_select_strategy != "default" or not isinstance(config.vision_feature_layer, int):
         return None
     merge = round(1 / config.downsample_ratio)
-    layers, chosen = base.vision_tower.encoder.layer, config.vision_feature_layer
-    return Tower(layers, None, "attention", leading=1, feature_layer=chosen, patch_groups=blocks(merge))
+    embeddings = base.vision_tower.embeddings.patch_embeddings
+    return Tower(
+        base.vision_tower.encoder.layer,
+        None,
+        "attention",
+        leading=1,
+        feature_layer=config.vision_feature_layer,
+        patch_groups=blocks(merge),
+        embedding=embeddings,
+        mergers=(base.multi_modal_projector,),
+        images=whole(),
+        tokens=embeddings.num_patches + 1,
+    )
 
 
 FAMILY = Family(name="internvl", model_types=frozenset({"internvl"}), parts=_parts)

@@ -28,7 +28,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
         visual_tokens=None if free else _tokens_per_image(config),
-        tower=pixtral_tower(base.vision_tower, vision.patch_size)
+        tower=pixtral_tower(base.vision_tower, vision.patch_size, (base.multi_modal_projector,))
         if free
         else plain_tower(base.vision_tower, base.multi_modal_projector, config),
         **decoder(base.language_model),

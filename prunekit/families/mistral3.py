@@ -18,12 +18,15 @@ from prunekit.families.towers import pixtral_tower
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
-    coords = pixels(config.vision_config.patch_size * config.spatial_merge_size)
+    patch, merge, projector = config.vision_config.patch_size, config.spatial_merge_size, base.multi_modal_projector
+    mergers = (projector.patch_merger.merging_layer, projector.linear_1, projector.linear_2)
     return Parts(
         family="mistral3",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
-        tower=pixtral_tower(base.vision_tower, config.vision_config.patch_size, config.spatial_merge_size),
+        modalities=(
+            Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), pixels(patch * merge)),
+        ),
+        tower=pixtral_tower(base.vision_tower, patch, mergers, merge),
         **decoder(base.language_model),
     )
 

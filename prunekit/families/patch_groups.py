@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,26 @@ def merged(sizes: Mapping[str, str], merge: int, window: int | None = None) -> P
         return list(torch.split(where[:, None] * len(each) + each, counts))
 
     return groups
+
+
+def parts(
+    sizes: Mapping[str, str], merge: int, window: int | None, full: Sequence[int]
+) -> Callable[[str, Mapping[str, Any], int], list[Tensor]]:
+    """As `Tower.parts`, for towers that attend frame by frame, with windows outside of the blocks `full`.
+
+    sizes, merge, window: as for `merged`.
+    """
+
+    def numbers(modality: str, arguments: Mapping[str, Any], block: int) -> list[Tensor]:
+        side = None if block in full else window
+        tables = []
+        for shown, down, across in torch.as_tensor(arguments[sizes[modality]]).tolist():
+            places = torch.cartesian_prod(*map(torch.arange, (shown, down // merge, across // merge))).view(-1, 3)
+            places[:, 1:] = places[:, 1:] // side if side else 0
+            tables.append(torch.unique(places, dim=0, return_inverse=True)[1])
+        return tables
+
+    return numbers
 
 
 def by_size(patch: int, merge: int) -> PatchGroups:

@@ -7,19 +7,26 @@ from typing import Any
 from torch import nn
 
 from prunekit.families.base import Tower
-from prunekit.families.patch_groups import PatchGroups, by_size, merged, selected
+from prunekit.families.images import in_patches, padded, whole
+from prunekit.families.patch_groups import PatchGroups, by_size, merged, parts, selected
 
 # Towers that see every image at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def plain_tower(
-    tower: Any, projector: nn.Module | None, config: Any, groups: PatchGroups | None = None, strategy: str | None = None
+    tower: Any,
+    projector: nn.Module | None,
+    config: Any,
+    groups: PatchGroups | None = None,
+    strategy: str | None = None,
+    merger: nn.Module | None = None,
 ) -> Tower | None:
     """A CLIP or SigLIP tower; None for any other.
 
-    projector: as in `Tower`. groups: its `patch_groups`, None if every patch is a visual token. strategy: what of the
-    tower's tokens becomes visual tokens, "default" or "full"; None: as the config says.
+    projector: as in `Tower`; merger: where it is none, the module that makes visual tokens. groups: its `patch_groups`,
+    None if every patch is a visual token. strategy: what of the tower's tokens becomes visual tokens, "default" or
+    "full"; None: as the config says.
     """
     kind = config.vision_config.model_type
     if kind not in LEADING_TOKENS:
@@ -29,16 +36,21 @@ def plain_tower(
     leading = LEADING_TOKENS[kind]
     states = len(inside.encoder.layers) + 1
     several = not isinstance(chosen, int)
+    mapping, merging = (None, projector or merger) if several else (projector, merger)
     strategy = str(strategy or getattr(config, "vision_feature_select_strategy", "full"))
     if groups is not None and (strategy == "default") != bool(leading):
         return None  # a patch is missing, or CLS stands among them
     return Tower(
         layers=inside.encoder.layers,
-        projector=None if several else projector,
+        projector=mapping,
         leading=leading,
         feature_layer=max((one % states for one in chosen), default=0) if several else chosen,
         patch_groups=groups or selected(leading, strategy),
         pool=getattr(inside, "head", None),
+        embedding=inside.embeddings.patch_embedding,
+        mergers=() if merging is None else (merging,),
+        images=whole(),
+        tokens=inside.embeddings.num_positions,
     )
 
 
@@ -47,11 +59,31 @@ def packed_tower(tower: Any, merge: int, window: int | None = None) -> Tower:
 
     window: as in `patch_groups.merged`.
     """
-    sizes = {"image": "image_grid_thw", "video": "video_grid_thw"}
-    return Tower(tower.blocks, None, attention="attn", patch_groups=merged(sizes, merge, window), packed=True)
+    sizes, config = {"image": "image_grid_thw", "video": "video_grid_thw"}, tower.config
+    mergers = (getattr(tower, "downsample", None), tower.merger, *getattr(tower, "deepstack_merger_list", ()))
+    return Tower(
+        tower.blocks,
+        None,
+        attention="attn",
+        patch_groups=merged(sizes, merge, window),
+        packed=True,
+        embedding=tower.patch_embed,
+        mergers=tuple(module for module in mergers if module is not None),
+        images=in_patches(sizes, merge, config.patch_size, config.temporal_patch_size, config.in_channels),
+        parts=parts(sizes, merge, window, getattr(config, "fullatt_block_indexes", ())),
+    )
 
 
-def pixtral_tower(tower: Any, patch: int, merge: int = 1) -> Tower:
+def pixtral_tower(tower: Any, patch: int, mergers: tuple[nn.Module, ...], merge: int = 1) -> Tower:
     """Pixtral (https://arxiv.org/abs/2410.07073): images of their own sizes as one sequence, row by row."""
-    layers = tower.transformer.layers
-    return Tower(layers, None, "attention", "feed_forward", patch_groups=by_size(patch, merge), packed=True)
+    return Tower(
+        tower.transformer.layers,
+        None,
+        "attention",
+        "feed_forward",
+        patch_groups=by_size(patch, merge),
+        packed=True,
+        embedding=tower.patch_conv,
+        mergers=mergers,
+        images=padded(patch, merge),
+    )

@@ -20,7 +20,7 @@ def _parts(model: PreTrainedModel) -> Parts:
         base=base,
         modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), square_coords),),
         visual_tokens=(vision.image_size // vision.patch_size) ** 2,
-        tower=plain_tower(base.vision_tower, None, config, strategy="default"),
+        tower=plain_tower(base.vision_tower, None, config, strategy="default", merger=base.multi_modal_projector),
         **decoder(base.language_model),
     )
 

@@ -84,3 +84,19 @@ def is_linear(module: nn.Module) -> bool:
     return all(isinstance(one, int) for one in features) and not any(
         hasattr(part, "in_features") for part in module.modules() if part is not module
     )
+
+
+def product_params(module: nn.Module) -> int:
+    """Weights of matrix products, those of convolutions among them; a learned query or a norm is none.
+
+    Of a linear layer by its sizes, since quantised ones pack their weights.
+    """
+    total = 0
+    for part in module.modules():
+        linear: Any = part
+        if isinstance(getattr(part, "in_features", None), int):
+            total += linear.in_features * linear.out_features
+        else:
+            shapes = [parameter.shape for parameter in part.parameters(recurse=False)]
+            total += sum(shape.numel() for shape in shapes if len(shape) >= 2 and shape[0] > 1)
+    return total

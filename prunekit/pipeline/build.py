@@ -54,7 +54,7 @@ class Pipeline:
         Raises SpecError with everything that does not fit, Unsupported for a model that no pipeline can prune.
         """
         faults: list[Fault] = []
-        placed = cuts.cuts_of(self.stages, shape.layers, shape.tower_depth)
+        placed = cuts.on_tower(cuts.cuts_of(self.stages, shape.layers, shape.tower_depth), shape.tower)
         faults += site_faults(self.stages, placed, shape)
         faults += cuts.sequence_faults(self.stages, placed, shape.visual_tokens)
         plan = layer_plans.static_plan(self.stages, shape, faults)

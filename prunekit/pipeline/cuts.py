@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
-from prunekit.strategy.decisions import LayerAction, LayerPlan
+from prunekit.strategy.decisions import LayerAction, LayerPlan, TowerShape
+from prunekit.strategy.sites import Keep
 
 # What a layer may do inside which tokens leave, between its attention and its MLP.
 CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
@@ -31,6 +33,12 @@ def cuts_of(stages: Sequence[Stage], layers: int | None, blocks: int = 0) -> tup
     return tuple(sorted(cuts, key=lambda cut: (cut.site, cut.stage.index)))
 
 
+def on_tower(cuts: Sequence[Cut], tower: TowerShape | None) -> tuple[Cut, ...]:
+    """The cuts on a model with this tower: one that takes one size makes all tokens of an image, however small."""
+    every = tower is not None and tower.images == "whole"
+    return tuple(dataclasses.replace(cut, keep=Keep(1.0)) if every and cut.stage.is_image else cut for cut in cuts)
+
+
 def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | None) -> list[Fault]:
     """Stages out of order, stages without tokens to decide about, and budgets above what earlier ones leave.
 
@@ -39,7 +47,7 @@ def sequence_faults(stages: Sequence[Stage], cuts: Sequence[Cut], visual: int | 
     misplaced = [*_order_faults(stages, cuts), *_router_faults(cuts)]
     if misplaced:  # what follows is then about the order that the file has
         cuts = sorted(cuts, key=lambda cut: cut.stage.index)
-    return [*misplaced, *_gone_faults(cuts), *_budget_faults(cuts, visual)]
+    return [*misplaced, *_resize_faults(cuts), *_gone_faults(cuts), *_budget_faults(cuts, visual)]
 
 
 def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Fault]:
@@ -62,6 +70,14 @@ def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
         if router and cut.site == router.site and not cut.stage.is_router and cut.stage.index > router.stage.index:
             message = f"'{router.stage.use}' routes after all other stages at the decoder input, so also after this one"
             yield cut.stage.fault(cut.key("at"), message, f"list it before {router.stage.label}")
+
+
+def _resize_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
+    """Stages that resize images behind another that has already changed them."""
+    for index, cut in enumerate(cuts):
+        if cut.stage.is_image and index:
+            message = f"resizes whole images, of which {cuts[index - 1].label} has already changed what the tower gets"
+            yield cut.stage.fault("use", message, "list one such stage, before all others")
 
 
 def _gone_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:

@@ -15,8 +15,8 @@ from prunekit import cost
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.pipeline.statements import selection_flops
-from prunekit.strategy.decisions import LayerAction
-from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
+from prunekit.strategy.decisions import LayerAction, TowerParams, TowerShape
+from prunekit.strategy.sites import ENCODER, PIXELS, PREFILL_END, Site
 
 # The tokens whose logits `generate` wants of a prompt.
 LAST = 1
@@ -29,7 +29,8 @@ class Forecast:
     layer_tokens: that enter each layer. mlp_tokens: that go through its MLP. kv_tokens: that it holds afterwards.
     at_most: these are upper bounds, since a stage decides by itself how many tokens it leaves.
     flops, kv: lowest and highest fraction of the dense model's prefill FLOPs, and of its KV entries. FLOPs are those of
-        the decoder's layers; tower, projector and head are not in them.
+        the decoder's layers; tower, projector and head are not in them. whole: the same with tower and projector; None
+        where their cost is not known.
     decisions: FLOPs of the stages' own decisions, as far as they say, as a fraction of the same; not in `flops`. The
         highest, where `at_most`.
     """
@@ -41,6 +42,7 @@ class Forecast:
     flops: tuple[float, float]
     kv: tuple[float, float]
     decisions: float
+    whole: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,52 @@ def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
     dense = original + text_tokens
     dense_flops = cost.dense_flops(shape, dense, LAST)
     holding = sum(cost.kv_bytes(shape, layer, 1) > 0 for layer in range(shape.layers))
+    flops = _range(bound, least.flops, most.flops, dense_flops)
     return Forecast(
         most.entering,
         most.mlp,
         most.kv,
         any(cut.keep is None and not cut.drops_all for cut in bound.cuts),
-        _range(bound, least.flops, most.flops, dense_flops),
+        flops,
         _range(bound, least.kv, most.kv, dense * holding),
         _decisions(bound, original, text_tokens) / dense_flops,
+        _whole(bound, original, flops, dense_flops),
     )
+
+
+def _whole(
+    bound: BoundPipeline, original: int, flops: tuple[float, float], dense_flops: int
+) -> tuple[float, float] | None:
+    """Lowest and highest fraction of the whole prefill's FLOPs, from those of the decoder's; None: not known."""
+    tower = bound.shape.tower
+    params = None if tower is None else tower.work
+    if tower is None or params is None or params.tokens is None:
+        return None
+    cuts = [cut for cut in bound.cuts if cut.site.in_tower]
+    counts = (visual_counts(cuts, original, decided=False), visual_counts(cuts, original))
+    low, high = (cost.tower_flops(params, _tower_work(tower, params, params.tokens, cuts, each)) for each in counts)
+    tower_flops = cost.tower_flops(params, _tower_work(tower, params, params.tokens, [], (original,)))
+    dense = dense_flops + tower_flops
+    return (flops[0] * dense_flops + low) / dense, (flops[1] * dense_flops + high) / dense
+
+
+def _tower_work(
+    tower: TowerShape, params: TowerParams, tokens: int, cuts: Sequence[Cut], counts: Sequence[int]
+) -> cost.TowerWork:
+    """Of one image. tokens: of the tower. counts: visual tokens that enter each of the cuts, and leave the last one."""
+    original = counts[0]
+    each = max(round((tokens - tower.leading) / original), 1)
+
+    def remaining(site: Site) -> int:
+        """Tokens when the cuts before and at `site` have been made."""
+        return tokens - each * (original - counts[sum(cut.site <= site for cut in cuts)])
+
+    blocks = []
+    for number in range(tower.blocks):
+        entering = remaining(Site(number - 1, "vision", "after") if number else PIXELS)
+        blocks.append((entering, entering**2, remaining(Site(number, "vision", "mid"))))
+    pools, merged = int(tower.pool), (original,) * len(params.mergers)
+    return cost.TowerWork(tokens - tower.leading, tuple(blocks), each * counts[-1], merged, pools, pools * tokens)
 
 
 def visual_counts(cuts: Sequence[Cut], original: int, decided: bool = True) -> tuple[int, ...]:

@@ -7,8 +7,17 @@ from collections.abc import Iterator, Sequence
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
+from prunekit.strategy.declare import implements
 from prunekit.strategy.decoder_requests import layer_and_rope, layer_of
-from prunekit.strategy.inputs import OF_DECODER_LAYERS, OF_TOWER, TOKEN_HOOKS, inputs_of, region_of, requests
+from prunekit.strategy.inputs import (
+    IMAGE_HOOK,
+    OF_DECODER_LAYERS,
+    OF_TOWER,
+    TOKEN_HOOKS,
+    inputs_of,
+    region_of,
+    requests,
+)
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
 
@@ -35,8 +44,8 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
     if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
         message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
         return message, "name an earlier layer"
-    if site.place == "pixels":
-        return "this version cannot cut images before the tower sees them", "cut at 'vision.0' or later"
+    if site.place == "pixels" and (problem := _pixels_problem(cut, cuts, shape.tower)):
+        return problem
     if shape.opaque and site > ENCODER:
         return f"'{site}' is inside a decoder that can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
     if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
@@ -56,6 +65,19 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
     return None
 
 
+def _pixels_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None) -> Problem | None:
+    if tower is None or not tower.images:
+        return "how images reach this model's vision tower is not known", "cut at 'encoder' or later"
+    if cut.stage.is_image:
+        return None
+    if tower.images == "whole":
+        message = "this model's vision tower takes whole images, of which no part can leave before"
+        return message, f"resize the images with a strategy that implements {IMAGE_HOOK}, or cut at 'vision.0' or later"
+    if implements(type(cut.stage.strategy), "merge_tokens"):
+        return f"'{cut.stage.use}' merges, and pixels are no states that could be merged", "name 'vision.0' or later"
+    return _attention_problem(tower) or _two_kinds_problem(cut, cuts)
+
+
 def _tower_site_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None) -> Problem | None:
     number = cut.site.layer or 0
     if tower is None:
@@ -66,9 +88,17 @@ def _tower_site_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None)
     if number > tower.feature_block:
         message = f"{tower.features}, so a cut behind block {number} changes nothing that the decoder sees"
         return message, "cut earlier, or at 'encoder'"
-    if tower.attention not in MASKED:
-        message = f"the vision tower runs on '{tower.attention}', which takes no masks of single tokens"
-        return message, "load the tower with sdpa or eager, or cut at 'encoder'"
+    return _attention_problem(tower) or _two_kinds_problem(cut, cuts)
+
+
+def _attention_problem(tower: TowerShape) -> Problem | None:
+    if tower.attention in MASKED:
+        return None
+    message = f"the vision tower runs on '{tower.attention}', which takes no masks of single tokens"
+    return message, "load the tower with sdpa or eager, or cut at 'encoder'"
+
+
+def _two_kinds_problem(cut: Cut, cuts: Sequence[Cut]) -> Problem | None:
     if cut.number == 0 and any(other.stage.index == cut.stage.index and not other.site.in_tower for other in cuts):
         message = "in the tower a sample is an image, behind it a prompt, so one stage cannot act at both"
         return message, "split the stage in two"
@@ -78,12 +108,15 @@ def _tower_site_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None)
 def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem | None:
     """Of what the stage asks for at this cut, the first that cannot be given."""
     use, site, tower = cut.stage.use, cut.asked_at, shape.tower
-    if site.in_tower and (absent := _absent(cut)):
+    absent = _absent(cut)
+    if site.place != "pixels" and "patches" in absent:
+        return f"'{use}' asks for patches, which are there at 'pixels' alone", "name 'pixels'"
+    if site.in_tower and absent:
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
     inner = [name for name in (*OF_DECODER_LAYERS, "forward", "norm", "positions") if cut.stage.asks_for(name)]
     if shape.opaque and inner and not site.in_tower:
         return f"'{use}' asks for {inner[0]}, but nothing is known inside this decoder: {shape.opaque}", ""
-    if cut.stage.asks_for("forward") and ("forward" in _absent(cut) or site.point == "mid"):
+    if cut.stage.asks_for("forward") and ("forward" in absent or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
     if cut.stage.asks_for("positions") and not shape.rotary:
         return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
@@ -200,7 +233,7 @@ def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], towe
     if isinstance(request, EncoderRows) and request.query == POOL:
         if not tower.pool:
             return "this vision tower has no pooling head", "request query='cls' or 'mean'"
-        if any(cut.site.place == "vision" for cut in cuts):
+        if any(cut.site.in_tower and not cut.stage.is_image for cut in cuts):
             message = "the pooling head would also attend to what cuts in the tower have dropped"
             return message, "read the pooling head or cut in the tower, not both"
         return None

@@ -11,7 +11,7 @@ import pluggy
 
 from prunekit import plugins
 from prunekit.errors import Fault, PluginError, SpecError, UnknownName, Where
-from prunekit.hookspecs import LayerHooks, RouterHooks, StatementHooks, TokenHooks
+from prunekit.hookspecs import ImageHooks, LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.registry import Entry, Registry
 from prunekit.spec.budget_keys import OPEN
 from prunekit.spec.schema import StageSpec
@@ -67,6 +67,11 @@ class Stage:
         return declare.is_token(type(self.strategy))
 
     @property
+    def is_image(self) -> bool:
+        """It decides how small images are shown to the vision tower."""
+        return declare.is_image(type(self.strategy))
+
+    @property
     def is_layer(self) -> bool:
         """It decides about decoder layers, for every sample alike."""
         return implements(type(self.strategy), "plan_layers")
@@ -84,7 +89,7 @@ class Stage:
     @property
     def cuts_tokens(self) -> bool:
         """Visual tokens leave at its sites."""
-        return self.is_token or (self.is_router and bool(self.keeps))
+        return self.is_token or self.is_image or (self.is_router and bool(self.keeps))
 
     @property
     def known_sites(self) -> tuple[Site, ...] | None:
@@ -254,7 +259,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
 
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager("prunekit")
-    for hooks in (TokenHooks, LayerHooks, RouterHooks, StatementHooks):
+    for hooks in (TokenHooks, ImageHooks, LayerHooks, RouterHooks, StatementHooks):
         manager.add_hookspecs(hooks)
     plugins.trace(manager)
     return manager
@@ -293,6 +298,8 @@ def _needs_budget(cls: type[Any], draft: Stage) -> bool:
 def _refusal(cls: type[Any], use: str, key: str) -> str:
     """Why strategies of this class do not take a reserved key."""
     about_layers = key == "keep_layers"
+    if declare.is_image(cls):
+        return f"'{use}' decides about whole images, so it takes no `{key}`"
     if not about_layers and not (declare.is_token(cls) or declare.routes_tokens(cls)):
         return f"'{use}' decides about layers, so it takes no `{key}`"
     if about_layers and not (declare.routes_layers(cls) or implements(cls, "plan_layers")):
@@ -305,7 +312,8 @@ def _site_faults(cls: type[Any], made: Stage | None, draft: Stage) -> list[Fault
     """Sites in the file that the strategy does not allow; where its options decide, only once these are right."""
     declared = cls.__prunekit__.sites
     sites = made.sites if made is not None else declared if isinstance(declared, Sites) else None
-    if sites is None or draft.sites_given is None or not (declare.is_token(cls) or declare.routes_tokens(cls)):
+    places = declare.is_token(cls) or declare.is_image(cls) or declare.routes_tokens(cls)
+    if sites is None or draft.sites_given is None or not places:
         return []
     listed = len(draft.sites_given) > 1
     return [

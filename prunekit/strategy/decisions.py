@@ -172,6 +172,26 @@ class Route:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class TowerParams:
+    """What a vision tower and its projector multiply by: weights of matrix products, convolutions among them.
+
+    patch: for each patch, where pixels become states. attention, mlp: for each token, of one block. width: numbers of
+    one token in the products of attention, all heads together. projector: for each token that the projector maps.
+    mergers: for each visual token, where patches become one, module by module. pool: of the pooling head; 0: there is
+    none. tokens: of the tower, of one image at the one size that it takes; None: that depends on the image.
+    """
+
+    patch: int
+    attention: int
+    mlp: int
+    width: int
+    projector: int = 0
+    mergers: tuple[int, ...] = ()
+    pool: int = 0
+    tokens: int | None = None
+
+
 # Kinds of layers, as `layer_types` of a config names them, that hold a state in place of keys and values.
 RECURRENT = frozenset({"linear_attention", "conv"})
 
@@ -187,6 +207,8 @@ class TowerShape:
     leading: tokens in front of the patches of each image or crop, such as CLS. pool: a pooling head stands behind the
     blocks. projects_tokens: the projector maps tokens one by one. attention: the attention implementation. width:
     numbers of one token's state; 0: not known.
+    images: how it takes them: `any` size, as a sequence of patches, of which some can leave before; `whole` ones of one
+    size; empty: that is not known. work: what it costs; None: that is not known.
     """
 
     blocks: int
@@ -196,6 +218,8 @@ class TowerShape:
     projects_tokens: bool = False
     attention: str = "sdpa"
     width: int = 0
+    images: Literal["", "whole", "any"] = ""
+    work: TowerParams | None = None
 
     @property
     def features(self) -> str:

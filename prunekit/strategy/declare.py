@@ -21,10 +21,10 @@ from typing import Any, Literal, TypeVar, cast, dataclass_transform, get_args
 from prunekit.errors import PluginError, did_you_mean
 from prunekit.strategy import inputs as table
 from prunekit.strategy.options import STAGE_KEYS
-from prunekit.strategy.sites import Keep, Site, Sites
+from prunekit.strategy.sites import PIXELS, Keep, Site, Sites
 
 TOKEN_STARTS = ("score_tokens", "select_tokens")
-STARTS = (*TOKEN_STARTS, "plan_layers", "route")
+STARTS = (*TOKEN_STARTS, table.IMAGE_HOOK, "plan_layers", "route")
 # What a strategy may say beside deciding; the hook specifications describe each.
 STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "files": (),
@@ -35,7 +35,10 @@ STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "calibrate": ("prompts", "shape"),
 }
 HOOKS: Mapping[str, tuple[str, ...]] = {
-    **{hook: tuple(one.name for one in table.inputs_of(hook)) for hook in (*table.TOKEN_HOOKS, "route")},
+    **{
+        hook: tuple(one.name for one in table.inputs_of(hook))
+        for hook in (*table.TOKEN_HOOKS, table.IMAGE_HOOK, "route")
+    },
     "plan_layers": ("shape",),
     **STATEMENTS,
 }
@@ -43,6 +46,7 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
 OF_TOKENS = ("schedule", "spread", "drops_all", "extras")
 OF_ROUTERS = ("keep_layers", "routes")
 EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
+AT_PIXELS = Sites(default=PIXELS, encoder=False, decoder=False, pixels=True)
 Policy = Literal["required", "optional", "refused"]
 Routes = Literal["tokens", "layers"]
 Schedule = Mapping[Site, float | None]
@@ -135,6 +139,8 @@ def strategy(*bare: Any, **declared: Any) -> Callable[[C], C]:
         _check_keywords(declared, who)
         inherited = next((one for base in cls.__mro__ if (one := declaration_of(base)) is not None), Declaration())
         declaration = dataclasses.replace(inherited, **declared)
+        if is_image(cls):  # follows from its hook
+            declaration = dataclasses.replace(declaration, sites=AT_PIXELS, keep="refused")
         _check_body(cls, who)
         made: Any = dataclass(frozen=True)(cls)
         made.__prunekit__ = declaration
@@ -160,6 +166,11 @@ def implements(cls: type[Any], hook: str) -> bool:
 def is_token(cls: type[Any]) -> bool:
     """Its instances decide about visual tokens at a site."""
     return any(implements(cls, hook) for hook in TOKEN_STARTS)
+
+
+def is_image(cls: type[Any]) -> bool:
+    """Its instances decide how small images are shown to the vision tower."""
+    return implements(cls, table.IMAGE_HOOK)
 
 
 def is_router(cls: type[Any]) -> bool:
@@ -194,7 +205,7 @@ def stage_keys(cls: type[Any]) -> tuple[str, ...]:
         tokens = STAGE_KEYS[1:5] if routes_tokens(cls) and takes_keep(cls) else ()
         layers = STAGE_KEYS[5:] if routes_layers(cls) and not plans_layers_itself(cls) else ()
         return ("use", *tokens, *layers)
-    if is_token(cls):
+    if is_token(cls) or is_image(cls):
         return STAGE_KEYS[:5] if takes_keep(cls) else STAGE_KEYS[:2]
     return STAGE_KEYS[:1]
 
@@ -308,6 +319,8 @@ def _check_hooks(cls: type[Any], declaration: Declaration, who: str) -> None:
     others = [hook for hook in hooks if hook in (*table.TOKEN_HOOKS, "plan_layers")]
     if is_router(cls) and others:
         raise PluginError(f"{who} implements route and {others[0]}; a router is a strategy of its own: make it two")
+    if is_image(cls) and (also := [hook for hook in hooks if hook in (*others, "route")]):
+        raise PluginError(f"{who} implements {table.IMAGE_HOOK} and {also[0]}; make it two strategies")
     asked: set[str] = set()
     for hook in hooks:
         asked.update(_asked(cls, hook, who))

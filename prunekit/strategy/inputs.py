@@ -3,7 +3,8 @@
 Signatures of hooks, what is refused at a site, how an input is cut for one sample, and the page of the documentation
 follow from the rows. A new input is one row here, and one property of the engine's views that computes it.
 
-Shape letters: B batch, S sequence, V visual tokens, T text tokens, E extras, H hidden, W width of the vision tower.
+Shape letters: B batch, S sequence, V visual tokens, T text tokens, E extras, H hidden, W width of the vision tower, C
+colours, Y and X rows and columns of pixels.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
 
 TOKEN_HOOKS = ("score_tokens", "select_tokens", "merge_tokens")
+IMAGE_HOOK = "resize_images"
 # Parts of the way of the data in which an input may exist; `route` is asked where `encoder` ends.
-Region = Literal["tower", "encoder", "decoder", "end"]
-_EVERYWHERE: tuple[Region, ...] = ("tower", "encoder", "decoder", "end")
+Region = Literal["pixels", "tower", "encoder", "decoder", "end"]
+_EVERYWHERE: tuple[Region, ...] = ("pixels", "tower", "encoder", "decoder", "end")
+_FROM_TOWER = _EVERYWHERE[1:]
 _WITH_PROMPT: tuple[Region, ...] = ("encoder", "decoder", "end")
 
 
@@ -60,17 +63,29 @@ class Input:
 
 
 _ALL = (*TOKEN_HOOKS, "route")
+_HOOKS = (*_ALL, IMAGE_HOOK)
 
 INPUTS: tuple[Input, ...] = (
     Input(
         "scores", "float", "B V", "what `score_tokens` of the same stage returned; asked for only where it is named",
         ("select_tokens",),
     ),
-    Input("keep", "bool", "B V", "what was selected; False on padding", ("merge_tokens",)),
+    Input("keep", "bool", "B V", "what was selected; False on padding", ("merge_tokens",), _FROM_TOWER),
+    Input(
+        "images", "a tuple of B float tensors (..., C, H, W)", "B",
+        "the pixels of each image or video, as the processor normalised them: of one of any size (frames, F, C, H, W), "
+        "as in `patches`; else as the model takes it, such as (crops, C, H, W)", (IMAGE_HOOK,), ("pixels",),
+    ),
+    Input(
+        "patches", "float", "B V F C Y X",
+        "the pixels that become each visual token, a square of Y x X in C colours of the F frames that the tower takes "
+        "together (a still image is its own second frame), as the processor normalised them: (value / 255 - "
+        "`image_mean`) / `image_std`; zeros on padding", regions=("pixels",),
+    ),
     Input(
         "hidden", "float", "B V H",
         "visual tokens as they enter the site; at `encoder` the projected features; in the tower (B, V, W), the mean "
-        "over the patches of each token", _ALL,
+        "over the patches of each token", _ALL, _FROM_TOWER,
     ),
     Input(
         "previous_hidden", "float", "B V H", "the same tokens as they entered the newest decoder layer that has begun",
@@ -104,16 +119,22 @@ INPUTS: tuple[Input, ...] = (
     ),
     Input(
         "encoder_attention", "float", "B V", "attention that each visual token receives in the vision tower", _ALL,
-        request=EncoderRows,
+        _FROM_TOWER, EncoderRows,
     ),
-    Input("encoder_keys", "float", "B V D", "its keys in a block of the vision tower", _ALL, request=EncoderKeys),
-    Input("encoder_values", "float", "B V D", "its values in a block of the vision tower", _ALL, request=EncoderValues),
     Input(
-        "encoder_queries", "float", "B V D", "its queries in a block of the vision tower", _ALL, request=EncoderQueries
+        "encoder_keys", "float", "B V D", "its keys in a block of the vision tower", _ALL, _FROM_TOWER, EncoderKeys
+    ),
+    Input(
+        "encoder_values", "float", "B V D", "its values in a block of the vision tower", _ALL, _FROM_TOWER,
+        EncoderValues,
+    ),
+    Input(
+        "encoder_queries", "float", "B V D", "its queries in a block of the vision tower", _ALL, _FROM_TOWER,
+        EncoderQueries,
     ),
     Input(
         "features", "float", "B V W", "its state behind a block of the vision tower, or what the projector made of it",
-        _ALL, request=Features,
+        _ALL, _FROM_TOWER, Features,
     ),
     Input(
         "extras", "float", "B E H", "what `extras=(\"cls\",)` declares, projected to the decoder's width",
@@ -166,7 +187,7 @@ INPUTS: tuple[Input, ...] = (
     Input("sites", "a tuple of `Site`", "", "the stage's sites; `sites[cut]` is the one at which it is asked"),
     Input(
         "seed", "a tuple of B ints", "B", "drawn from each sample's token ids and pixels: equal in every batch and run",
-        _ALL,
+        _HOOKS,
     ),
     Input(
         "state", "a dict", "B", "lives for one prompt batch and belongs to the stage, at all of its sites", _ALL
@@ -219,7 +240,7 @@ _OVER_TOKENS = {one.name: one for one in INPUTS if one.hooks != ("route",)}
 def region_of(site: Site) -> Region:
     """The part of the way of the data that `site` lies in."""
     if site.in_tower:
-        return "tower"
+        return "pixels" if site.place == "pixels" else "tower"
     return {"encoder": "encoder", "layer": "decoder", "prefill_end": "end"}[site.place]  # type: ignore[return-value]
 
 

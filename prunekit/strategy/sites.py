@@ -27,7 +27,7 @@ class Site:
 
     | written | number, place, point | where |
     | --- | --- | --- |
-    | `pixels` | None, pixels, before | images and videos, before the vision tower |
+    | `pixels` | None, pixels, before | images and videos, before the vision tower sees them |
     | `vision.3.mid`, `vision.3` | 3, vision, mid / after | tower: between attention and MLP of block 3, after it |
     | `encoder` | None, encoder, before | the decoder input |
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
@@ -107,6 +107,7 @@ class Site:
         return self.place
 
 
+PIXELS = Site(None, "pixels")
 ENCODER = Site(None)
 PREFILL_END = Site(None, "prefill_end")
 
@@ -122,7 +123,7 @@ class Sites:
     sites with their budgets are a `schedule` of `@strategy`.
     encoder: the decoder input is allowed. lowest: the first decoder layer allowed; a strategy that reads the attention
     of the layer before says 1. decoder: sites before, inside and after decoder layers are allowed.
-    tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed.
+    tower: sites inside the vision tower are allowed. end: `prefill_end` is allowed. pixels: `pixels` is allowed.
     points: where around a decoder layer; a strategy that reads the layer which it stands in says ("mid", "after").
     """
 
@@ -159,7 +160,10 @@ class Sites:
         }  # fmt: skip
         if not allowed[site.place]:
             layers = f"a decoder layer, {self.lowest} or later"
-            names = {"encoder": "'encoder'", "layer": layers, "vision": "a tower site", "prefill_end": "'prefill_end'"}
+            names = {
+                "pixels": "'pixels'", "vision": "a tower site", "encoder": "'encoder'", "layer": layers,
+                "prefill_end": "'prefill_end'",
+            }  # fmt: skip
             return f"needs {' or '.join(name for place, name in names.items() if allowed[place])}"
         if site.place == "layer" and site.depth < self.lowest:
             return f"needs layer {self.lowest} or later"

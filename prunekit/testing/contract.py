@@ -5,7 +5,8 @@
     TestCorner = contract("corner", options={"corner": "top-left"})
 
 That is all: the name must be registered (through the entry-point group, or `prunekit.plugins.register`). The class runs
-the strategy on a tiny random LLaVA in float64, on batches with left padding, several images and rows without any.
+the strategy on a tiny random LLaVA in float64, on batches with left padding, several images and rows without any; where
+patches leave before the tower, on one with a tower for images of any size.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ import torch
 import prunekit
 from prunekit import Pipeline, Site, families, plugins
 from prunekit.strategy.decisions import LayerAction
-from prunekit.strategy.declare import TOKEN_STARTS, implements, is_router, takes_keep
-from prunekit.testing.tiny import TinyWords, row_of, tiny_inputs, tiny_llava
+from prunekit.strategy.declare import TOKEN_STARTS, implements, is_image, is_router, takes_keep
+from prunekit.testing.tiny import PATCH, TinyWords, row_of, tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import Equivalence, assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.strategies import DRAWN, with_own
@@ -52,8 +53,18 @@ class StrategyContract:
     keep: ClassVar[Mapping[str, Any]] = {}
 
     def model(self) -> PreTrainedModel:
-        """A stock model in float64; override to hold the strategy to the contract on another."""
-        return tiny_llava()
+        """A stock model in float64; override it, and `inputs`, to hold the strategy to the contract on another."""
+        return tiny_llava(tower="pixtral" if self.cuts_pixels else "clip")
+
+    def inputs(self, **rows: Any) -> dict[str, Tensor]:
+        """A prompt batch for that model, of `images` and `text` as `tiny_inputs` takes them."""
+        return tiny_inputs(**rows, sizes=self.cuts_pixels)
+
+    @property
+    def cuts_pixels(self) -> bool:
+        """By default patches leave before the tower, which then has to take images of any size."""
+        stage = self.build().stages[0]
+        return stage.is_token and any(site.place == "pixels" for site in stage.known_sites or ())
 
     def processor(self) -> Any:
         """What reads the prompt as text, for strategies that ask for `question`; that of another model is its own."""
@@ -94,18 +105,18 @@ class StrategyContract:
         model, pipeline = self.model(), self.build()
         before = dict(vars(pipeline.stages[0].strategy))
         with prunekit.apply(model, pipeline, processor=self.processor()):
-            generate(model, tiny_inputs(), max_new_tokens=1)
+            generate(model, self.inputs(), max_new_tokens=1)
         assert vars(pipeline.stages[0].strategy) == before
 
     def test_the_same_run_gives_the_same_result(self) -> None:
-        model, inputs = self.model(), tiny_inputs(**RAGGED)
+        model, inputs = self.model(), self.inputs(**RAGGED)
         (first, logits), (second, again) = self.run(model, inputs), self.run(model, inputs)
         assert first == second
         assert torch.equal(logits, again)
 
     def test_rows_do_not_depend_on_each_other(self) -> None:
         """Each row alone gives the decisions and logits that it has in a batch with others."""
-        model, inputs = self.model(), tiny_inputs(**RAGGED)
+        model, inputs = self.model(), self.inputs(**RAGGED)
         together, logits = self.run(model, inputs)
         for row in range(together.samples):
             alone, single = self.run(model, row_of(inputs, row))
@@ -115,21 +126,39 @@ class StrategyContract:
 
     def test_equals_the_masked_reference(self) -> None:
         for rows in (RAGGED, MIXED):
-            self.exact(tiny_inputs(**rows))
+            self.exact(self.inputs(**rows))
 
 
 class LayerContract(StrategyContract):
     """A strategy that decides about layers only."""
 
     def test_every_token_stays(self) -> None:
-        report, _ = self.run(self.model(), tiny_inputs(**RAGGED))
+        report, _ = self.run(self.model(), self.inputs(**RAGGED))
         assert report.events == ()
         assert report.kept_tokens == report.visual_tokens
 
     def test_the_plan_names_layers_of_the_model(self) -> None:
-        report, _ = self.run(self.model(), tiny_inputs(**RAGGED))
+        report, _ = self.run(self.model(), self.inputs(**RAGGED))
         for plan in report.plans:
             assert plan.layers <= set(range(len(report.layer_tokens[0])))
+
+
+class ImageContract(StrategyContract):
+    """A strategy that makes images smaller."""
+
+    def test_one_size_keeps_all_tokens(self) -> None:
+        """Of a tower that takes one size; the report says through how many pixels it has seen."""
+        report, _ = self.run(self.model(), self.inputs(**RAGGED))
+        assert report.kept_tokens == report.visual_tokens
+        assert report.events[0].resized is not None
+
+    def test_any_size_leaves_the_tokens_of_the_smaller_image(self) -> None:
+        """And equals the stock model's encoder on it."""
+        model, inputs = tiny_llava(tower="pixtral"), tiny_inputs(**RAGGED, sizes=True)
+        found = assert_equivalent(model, self.build(), inputs, steps=3, processor=self.processor())
+        sizes = found.report.events[0].resized or ()
+        cells = tuple(sum(height * width for height, width in row) // PATCH**2 for row in sizes)
+        assert found.report.kept_tokens == cells
 
 
 class TokenContract(StrategyContract):
@@ -141,7 +170,7 @@ class TokenContract(StrategyContract):
 
     def test_text_stays(self) -> None:
         """What leaves a sample is visual tokens, as many as the report says."""
-        report, _ = self.run(self.model(), tiny_inputs(**MIXED))
+        report, _ = self.run(self.model(), self.inputs(**MIXED))
         at_end = any(event.site == "prefill_end" for event in report.events)
         left = report.kv_tokens if at_end else report.layer_tokens
         for prompt, visual, kept, layers in zip(
@@ -151,27 +180,36 @@ class TokenContract(StrategyContract):
 
     def test_every_site_that_it_allows_is_exact(self) -> None:
         """Of each kind of place one, of decoder layers the first that it allows and the last."""
-        layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
+        layers = len(self.run(self.model(), self.inputs())[0].layer_tokens[0])
         tried = 0
         inside = [f"{layer}.{point}" for point in ("mid", "after") for layer in (0, layers - 1)]
         before = [layer for layer in (0, 1, layers - 1) if self.allows(layer)]
-        for site in ("vision.0.mid", "vision.0", "encoder", *(before or inside), "prefill_end"):
+        for site in ("pixels", "vision.0.mid", "vision.0", "encoder", *(before or inside), "prefill_end"):
             if self.allows(site):
-                result = self.exact(tiny_inputs(**RAGGED), at=site)
+                result = self.exact(self.inputs(**RAGGED), at=site)
                 assert result.report.events[0].site == str(site)
                 tried += 1
         assert tried, "no site is allowed"
 
     def test_it_follows_another_stage(self) -> None:
         """Where an earlier stage has thinned the tokens, it chooses among the kept ones."""
-        layers = len(self.run(self.model(), tiny_inputs())[0].layer_tokens[0])
-        places = (layers - 2, f"{layers - 2}.mid", f"{layers - 2}.after", "encoder", "prefill_end", "vision.1")
+        layers = len(self.run(self.model(), self.inputs())[0].layer_tokens[0])
+        places = (
+            layers - 2,
+            f"{layers - 2}.mid",
+            f"{layers - 2}.after",
+            "encoder",
+            "prefill_end",
+            "vision.1",
+            "pixels",
+        )
         behind = next(site for site in places if self.allows(site))
-        first = {"use": DRAWN, "keep": 0.8, "at": "vision.0" if behind == "vision.1" else "encoder"}
+        ahead = {"vision.1": "vision.0", "pixels": "pixels"}.get(str(behind), "encoder")
+        first = {"use": DRAWN, "keep": 0.8, "at": ahead}
         second = {"use": self.use, **self.options, **self.keep, "at": behind}
         registry = with_own(plugins.registry())
         pipeline = prunekit.load({"name": self.use, "stages": [first, second]}, registry=registry)
-        result = assert_equivalent(self.model(), pipeline, tiny_inputs(**MIXED), steps=2, processor=self.processor())
+        result = assert_equivalent(self.model(), pipeline, self.inputs(**MIXED), steps=2, processor=self.processor())
         for before, after in zip(*(event.kept for event in result.report.events), strict=True):
             assert set(after) <= set(before)
 
@@ -194,9 +232,9 @@ class KeepContract(TokenContract):
             ({"keep_tokens": 16}, (16, 0, 16)),
         ]
         for keys, counts in asked:
-            report, _ = self.run(self.model(), tiny_inputs(**MIXED), **keys)
+            report, _ = self.run(self.model(), self.inputs(**MIXED), **keys)
             kept = tuple(map(len, report.events[-1].kept))
-            if Site.parse(report.events[-1].site).place == "vision":
+            if Site.parse(report.events[-1].site).in_tower:
                 counts = tuple(counts[-1] * images for images in MIXED["images"])
             if self.at_most:
                 # A pool leaves at least one token of each image, however few were asked for.
@@ -208,7 +246,7 @@ class KeepContract(TokenContract):
 
     def test_keeping_everything_is_dense(self) -> None:
         """With declared extras only the counts are, since an extra takes the slot of a visual token."""
-        model, inputs = self.model(), tiny_inputs(**MIXED)
+        model, inputs = self.model(), self.inputs(**MIXED)
         report, logits = self.run(model, inputs, keep=1.0)
         assert report.kept_tokens == report.visual_tokens
         if self.build().stages[0].extras:
@@ -222,7 +260,7 @@ class DropAllContract(TokenContract):
     """A token strategy that leaves no visual token (`drops_all`)."""
 
     def test_nothing_is_left(self) -> None:
-        report, _ = self.run(self.model(), tiny_inputs(**MIXED))
+        report, _ = self.run(self.model(), self.inputs(**MIXED))
         assert report.kept_tokens == (0, 0, 0)
 
 
@@ -231,7 +269,7 @@ class RouterContract(KeepContract):
 
     def test_as_many_layers_run_as_it_is_told(self) -> None:
         """For every sample, whatever it chooses; what it has to let run does run."""
-        model, inputs = self.model(), tiny_inputs(**MIXED)
+        model, inputs = self.model(), self.inputs(**MIXED)
         shape = families.shape_of(model)
         protected = self.build().bind(shape).protected
         for count in range(max(len(protected), 1), shape.layers + 1):
@@ -245,7 +283,7 @@ class RouterContract(KeepContract):
         shape = families.shape_of(self.model())
         least = max(len(self.build().bind(shape).protected), 1)
         for rows in (RAGGED, MIXED):
-            self.exact(tiny_inputs(**rows), keep_layers=least)
+            self.exact(self.inputs(**rows), keep_layers=least)
 
 
 def contract(
@@ -261,6 +299,8 @@ def contract(
     base: type[StrategyContract]
     if is_router(cls):
         base = RouterContract
+    elif is_image(cls):
+        base = ImageContract
     elif not any(implements(cls, hook) for hook in TOKEN_STARTS):
         base = LayerContract
     elif cls.__prunekit__.drops_all:

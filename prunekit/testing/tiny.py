@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PixtralVisionConfig,
+)
 
 PAD, BOS, IMAGE, VOCABULARY = 0, 1, 3, 120
 IMAGE_SIZE, PATCH = 56, 14
@@ -15,10 +21,16 @@ PER_IMAGE = (IMAGE_SIZE // PATCH) ** 2
 
 
 def tiny_llava(
-    attention: str = "sdpa", *, layers: int = 6, dtype: torch.dtype = torch.float64, seed: int = 0
+    attention: str = "sdpa",
+    *,
+    layers: int = 6,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    tower: Literal["clip", "pixtral"] = "clip",
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights: CLIP tower with CLS, 16 visual tokens an image, grouped queries, own `lm_head`.
 
+    tower: `pixtral` has no CLS and takes images of any size, whose sizes come with them (`tiny_inputs(sizes=True)`).
     attention: `sdpa` or `eager`. Equal arguments give equal weights, and another `attention` gives the same weights.
     The weights are large enough that attention is peaked and every layer matters; with the usual small ones a model
     would hardly notice a wrong mask or position. It has no end-of-text token, so `generate` runs to its limit.
@@ -29,14 +41,15 @@ def tiny_llava(
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=BOS,
         eos_token_id=None, pad_token_id=PAD,
     )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE_SIZE,
-        patch_size=PATCH, projection_dim=24,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE, "patch_size": PATCH,
+    }  # fmt: skip
+    vision = PixtralVisionConfig(**sizes) if tower == "pixtral" else CLIPVisionConfig(**sizes, projection_dim=24)
     config = make(
         text_config=text, vision_config=vision, image_token_id=IMAGE, image_seq_length=PER_IMAGE,
-        vision_feature_layer=-2, vision_feature_select_strategy="default", tie_word_embeddings=False,
-        attn_implementation=attention,
+        vision_feature_layer=-2, vision_feature_select_strategy="full" if tower == "pixtral" else "default",
+        tie_word_embeddings=False, attn_implementation=attention,
     )  # fmt: skip
     model: Any = LlavaForConditionalGeneration(config)
     _randomise(model, seed)
@@ -46,13 +59,18 @@ def tiny_llava(
 
 
 def tiny_inputs(
-    images: Sequence[int] = (1,), text: Sequence[int] | int = 9, *, dtype: torch.dtype = torch.float64, seed: int = 0
+    images: Sequence[int] = (1,),
+    text: Sequence[int] | int = 9,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    sizes: bool = False,
 ) -> dict[str, Tensor]:
     """A left-padded prompt batch with `images[b]` images and `text[b]` text tokens in row b.
 
     Returns `input_ids` and `attention_mask`, int64 (B, S), and `pixel_values`, float (sum of images, 3, 56, 56),
     which is left out when no row has an image. Text stands before, between and after the images. Row b depends on
-    `seed`, b, `images[b]` and `text[b]` alone; `row_of` cuts it out.
+    `seed`, b, `images[b]` and `text[b]` alone; `row_of` cuts it out. sizes: also `image_sizes`, int64 (images, 2).
     """
     lengths = [text] * len(images) if isinstance(text, int) else list(text)
     prompts, pixels = [], []
@@ -69,7 +87,10 @@ def tiny_inputs(
         "input_ids": torch.stack([torch.cat([torch.full((longest - len(p),), PAD), p]) for p in prompts]),
         "attention_mask": torch.stack([(torch.arange(longest) >= longest - len(p)).long() for p in prompts]),
     }
-    return batch | ({"pixel_values": torch.stack(pixels)} if pixels else {})
+    if not pixels:
+        return batch
+    told = {"image_sizes": torch.full((len(pixels), 2), IMAGE_SIZE)} if sizes else {}
+    return batch | {"pixel_values": torch.stack(pixels)} | told
 
 
 class TinyWords:
@@ -87,7 +108,8 @@ def row_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     single["attention_mask"] = torch.ones_like(single["input_ids"])
     images = [int((ids == IMAGE).sum()) // PER_IMAGE for ids in batch["input_ids"]]
     first = sum(images[:row])
-    return single | ({"pixel_values": batch["pixel_values"][first : first + images[row]]} if images[row] else {})
+    shown = [name for name in ("pixel_values", "image_sizes") if name in batch and images[row]]
+    return single | {name: batch[name][first : first + images[row]] for name in shown}
 
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:

@@ -113,7 +113,9 @@ def _of_prompts(report: RunReport, beams: int) -> RunReport:
     events = []
     for event in report.events:
         sizes = None if event.sizes is None else _first(event.sizes, beams)
-        events.append(replace(event, entered=_first(event.entered, beams), kept=_first(event.kept, beams), sizes=sizes))
+        resized = None if event.resized is None else _first(event.resized, beams)
+        entered, kept = _first(event.entered, beams), _first(event.kept, beams)
+        events.append(replace(event, entered=entered, kept=kept, sizes=sizes, resized=resized))
     return replace(report, events=tuple(events), **changes)
 
 

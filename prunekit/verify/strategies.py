@@ -21,7 +21,7 @@ DRAWN, MERGED, ATTENDED, WITHOUT = "verify.drawn", "verify.merged", "verify.atte
 ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "mlp": LayerAction.SKIP_MLP}
 
 
-@strategy(per_sample=True, sites=Sites(tower=True))
+@strategy(per_sample=True, sites=Sites(tower=True, pixels=True))
 class Drawn:
     """Keep visual tokens at random."""
 

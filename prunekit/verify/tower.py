@@ -2,13 +2,16 @@
 
 A visual token leaves with its patches. What a dropped patch has become in the end never reaches the decoder: its visual
 token is masked there from the first layer on. Patches of which no visual token is made stay. A merge sums visual tokens
-of one image patch by patch: their first patches with each other, their second ones, and so on.
+of one image patch by patch: their first patches with each other, their second ones, and so on. Patches that leave
+before the tower are masked in all of its blocks; of an image that was made smaller the stock model encodes the smaller
+one, and its features are put where the report says that their tokens stand.
 
 Shape letters: V visual tokens of all prompts, p patches that become one visual token, W width of the tower.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,28 +40,113 @@ def tower_cuts(
 
     visual: slots of the visual tokens of each row. merges: of events in the tower, by number, for each image float
     (entered, entered): row i says how the tokens that entered are summed into token i, if that is kept.
-    Raises ValueError for prompts with videos, and for families that declare no tower.
+    Raises ValueError for prompts with images and videos, and for families that declare no tower.
     """
-    events = {n: event for n, event in enumerate(report.events) if Site.parse(event.site).place == "vision"}
+    events = {n: event for n, event in enumerate(report.events) if Site.parse(event.site).in_tower}
+    resizing = next((event for event in events.values() if event.resized is not None), None)
+    cuts = {n: event for n, event in events.items() if event is not resizing}
     with ExitStack() as stack:
-        if events:
-            tower = find(model).tower
-            if tower is None or "pixel_values_videos" in inputs:
-                raise ValueError("the masked reference cuts towers of families that declare one, and for images only")
+        if not events:
+            yield
+            return
+        tower = find(model).tower
+        if tower is None or {"pixel_values", "pixel_values_videos"} <= inputs.keys():
+            raise ValueError(
+                "the masked reference cuts towers of families that declare one, of images or of videos, not of both"
+            )
+        counts, places = tuple(map(len, visual)), torch.ones(sum(map(len, visual)), dtype=torch.bool)
+        if resizing is not None:
+            places = _kept(resizing, counts)
+            inputs = stack.enter_context(smaller_images(model, inputs, resizing, places))
+        if cuts:
             packed = stack.enter_context(_packed(tower))
-            replay = _Replay(tower, inputs, tuple(map(len, visual)), events, merges, packed)
+            replay = _Replay(tower, inputs, counts, places, cuts, merges, packed)
             for number, block in enumerate(tower.layers):
                 replay.install(number, block, stack)
         yield
 
 
+@contextmanager
+def smaller_images(
+    model: Any, inputs: Mapping[str, Tensor], event: StageEvent, places: Tensor
+) -> Iterator[Mapping[str, Tensor]]:
+    """While open, the stock model encodes its images as small as `event` says; gives `inputs` with the smaller ones.
+
+    places: bool, of the visual tokens of all prompts those in whose places the smaller images' tokens stand.
+    """
+    holder = find(model).tower.images  # type: ignore[union-attr]
+    assert holder is not None and event.resized is not None
+    sizes = iter([size for row in event.resized for size in row])
+    images = holder.unpack(kind := _kind(inputs), inputs)
+    # Entries of rows without images are zeros, which no report tells of.
+    small = [_at_size(image, next(sizes)) if bool(image.any()) else image for image in images]
+    if holder.cell is None:  # seen through fewer pixels, but at the size that the tower takes
+        small = [_at_size(one, tuple(image.shape[-2:])) for one, image in zip(small, images, strict=True)]
+    shown = holder.pack(kind, inputs, small)
+    base, method = model.model, f"get_{kind}_features"
+    original = getattr(base, method)
+    names = [name for name in inputs if shown[name] is not inputs[name]]
+
+    signature = inspect.signature(original)
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {}) | {name: shown[name] for name in names}
+        output = original(**given)
+        if holder.cell is not None:
+            output.pooler_output = [_in_places(list(output.pooler_output), places)]
+            if (stacks := getattr(output, "deepstack_features", None)) is not None:
+                output.deepstack_features = [[_in_places(list(features), places)] for features in stacks]
+        return output
+
+    base.__dict__[method] = encode
+    try:
+        yield shown
+    finally:
+        del base.__dict__[method]
+
+
+def _at_size(image: Tensor, size: Sequence[int]) -> Tensor:
+    """Float (..., H, W) at another size, by the matrices of the two axes."""
+    down, across = (_averages(many, few).to(image) for many, few in zip(image.shape[-2:], size, strict=True))
+    return down @ image @ across.T
+
+
+def _averages(many: int, few: int) -> Tensor:
+    """How `many` pixels in a line become `few`, float64 (few, many): by a triangle as wide as the pixels it covers."""
+    width = max(many / few, 1.0)
+    middles = (torch.arange(few, dtype=torch.float64)[:, None] + 0.5) * many / few
+    distance = (torch.arange(many, dtype=torch.float64) + 0.5 - middles).abs() / width
+    weights = (1 - distance).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _in_places(features: Sequence[Tensor], places: Tensor) -> Tensor:
+    """The features of all images, in order, in those places of all visual tokens; zeros elsewhere."""
+    found = torch.cat(list(features))
+    every = found.new_zeros(len(places), found.shape[-1])
+    every[places] = found
+    return every
+
+
+def _kept(event: StageEvent, counts: Sequence[int]) -> Tensor:
+    """Visual tokens of all prompts that an event keeps, bool (V,)."""
+    kept = [torch.zeros(count, dtype=torch.bool) for count in counts]
+    for row, numbers in zip(kept, event.kept, strict=True):
+        row[list(numbers)] = True
+    return torch.cat(kept)
+
+
 @dataclass(frozen=True)
 class _Replay:
-    """What the hooks on one tower do. counts: visual tokens of each prompt. muted: parts of blocks that add nothing."""
+    """What the hooks on one tower do. counts: visual tokens of each prompt. places: of all of them, those of the images
+    that the tower gets, bool. muted: parts of blocks that add nothing.
+    """
 
     tower: Tower
     inputs: Mapping[str, Tensor]
     counts: tuple[int, ...]
+    places: Tensor
     events: Mapping[int, StageEvent]
     merges: Mapping[int, Sequence[Tensor]]
     packed: Packed
@@ -102,7 +190,7 @@ class _Replay:
         dropped = torch.zeros(rows * patches, dtype=torch.bool)
         for event in self.events.values():
             # Dropped patches still are seen in block 3 by `vision.3.mid` and `vision.3` alike.
-            if int(_site(event).layer or 0) >= number:
+            if _block(event) >= number:
                 continue
             kept = self._kept(event)
             stay, gone = groups[kept], groups[~kept]
@@ -157,22 +245,19 @@ class _Replay:
     def _before(self, number: int) -> Tensor:
         """Visual tokens that enter an event, bool (V,)."""
         earlier = [event for other, event in self.events.items() if other < number]
-        return self._kept(earlier[-1]) if earlier else torch.ones(sum(self.counts), dtype=torch.bool)
+        return self._kept(earlier[-1]) if earlier else torch.ones(int(self.places.sum()), dtype=torch.bool)
 
     def _kept(self, event: StageEvent) -> Tensor:
-        """Visual tokens that an event keeps, bool (V,)."""
-        kept = [torch.zeros(count, dtype=torch.bool) for count in self.counts]
-        for row, numbers in zip(kept, event.kept, strict=True):
-            row[list(numbers)] = True
-        return torch.cat(kept)
+        """Visual tokens of the images that the tower gets that an event keeps, bool (V,)."""
+        return _kept(event, self.counts)[self.places]
 
     def _groups(self, rows: int, patches: int) -> list[Tensor]:
         """For each image of the prompts the patches of its visual tokens, int64 (tokens, p); -1 stands for none."""
         if self.tower.patch_groups is None:
             return list(torch.arange(rows * patches).view(rows, patches, 1))
-        tables = list(self.tower.patch_groups("image", self.inputs, rows, patches))
-        if (made := sum(map(len, tables))) != sum(self.counts):
-            raise ValueError(f"the prompts have {sum(self.counts)} visual tokens, the tower makes {made}")
+        tables = list(self.tower.patch_groups(_kind(self.inputs), self.inputs, rows, patches))
+        if (made := sum(map(len, tables))) != int(self.places.sum()):
+            raise ValueError(f"the prompts have {int(self.places.sum())} visual tokens, the tower makes {made}")
         return tables
 
     def _mutable(self, part: str) -> Callable[..., Any]:
@@ -189,6 +274,16 @@ class _Replay:
 
 def _site(event: StageEvent) -> Site:
     return Site.parse(event.site)
+
+
+def _kind(inputs: Mapping[str, Tensor]) -> str:
+    return "video" if "pixel_values_videos" in inputs else "image"
+
+
+def _block(event: StageEvent) -> int:
+    """The block in or behind which tokens leave; -1: before all."""
+    layer = _site(event).layer
+    return -1 if layer is None else layer
 
 
 def _first(result: Any) -> Tensor:

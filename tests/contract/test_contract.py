@@ -54,6 +54,7 @@ def _paired(tmp_path_factory):
 
 
 def test_the_strategies_of_this_version_are_all_here():
+    assert {"downsample", "pixelprune", "evs"} <= set(NAMES)
     assert {"dense", "blind", "random", "stride", "pool", "fastv", "divprune", "vtw", "skip_layers"} <= set(NAMES)
 
 

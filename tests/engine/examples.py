@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from prunekit import LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, plugins, strategy
+from prunekit import PIXELS, LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, plugins, strategy
 from prunekit.ops import top_k_mask
 
 EVERYWHERE = Sites(tower=True, end=True)
@@ -102,6 +102,15 @@ class EachCrop:
         return keep if keep.any() else top_k_mask(score, count)
 
 
+@strategy(sites=Sites(default=PIXELS, pixels=True))
+class Bright:
+    """Baseline: the brightest squares of pixels."""
+
+    @hookimpl
+    def score_tokens(self, patches):
+        return patches.flatten(2).mean(-1)
+
+
 @strategy()
 class Acts:
     """Baseline: one action in some layers, in prefill and, if `decode` names one, another in decoding."""
@@ -146,6 +155,7 @@ class Par:
 EXAMPLES = {
     "ex_loud": Loud, "ex_cropped": Cropped, "ex_gather": Gather, "ex_recycle": Recycle, "ex_with_cls": WithCls,
     "ex_pyramid": Pyramid, "ex_each_crop": EachCrop, "ex_acts": Acts, "ex_lots": Lots, "ex_par": Par,
+    "ex_bright": Bright,
 }  # fmt: skip
 
 

@@ -94,6 +94,14 @@ GROUPS["tower"] = {
     "vision": stages(use("ex_loud", at="vision.0", keep=0.8)),
     "vision-mid": stages(use("ex_loud", at="vision.1.mid", keep=0.5), use("fastv", at=3, keep=0.2)),
 }
+GROUPS["pixels"] = {
+    "pixels": stages(use("ex_bright", at="pixels", keep=0.5)),
+    "pixels-and-blocks": stages(use("ex_bright", at="pixels", keep=0.8), use("ex_loud", at="vision.0.mid", keep=0.5),
+                                use("fastv", at=3, keep=0.2)),
+    "smaller": stages(use("downsample", scale=0.6)),
+    "smaller-and-pixels": stages(use("downsample", scale=0.7), use("ex_bright", at="pixels", keep=0.6),
+                                 use("ex_loud", at=2, keep=0.3)),
+}  # fmt: skip
 PIPELINES = {name: pipeline for group in GROUPS.values() for name, pipeline in group.items()}
 GROUP_OF = {name: group for group, found in GROUPS.items() for name in found}
 
@@ -101,6 +109,7 @@ GROUP_OF = {name: group for group, found in GROUPS.items() for name in found}
 SHAPES = (("ragged", "sdpa"), ("ragged", "eager"), ("words", "sdpa"), ("one", "eager"))
 SHORT = ("fastv", "four-sites", "plans-and-cuts", "renumber-twice", "sizes-twice", "budgets")
 FLASH = ("fastv", "budgets", "renumber-twice", "prefill-end", "crop-mid", "three-stages", "sizes-twice", "freeze")
+TOWER_TOO = ("pixels", "smaller")  # of one kind of visual input, which is all that the reference follows in a tower
 VIDEO_TOO = (*SHORT, "each-crop", "list-with-state", "skip-in-prefill", "freeze")
 WAYS = {
     "beams": {"num_beams": 3},
@@ -118,6 +127,10 @@ SLIDING = ("gemma3", "aya_vision", "cohere2_vision", *SHARED_KV)
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 # What some plan of these tells a layer to do needs keys and values of tokens.
 NEEDS_KV = ("fill-kv", "freeze", "freeze-and-cut", "plans", "plans-and-cuts")
+ANY_SIZE = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "mistral3", "glm4v", "glm46v",
+    "glm4v_moe",
+)  # fmt: skip
 HAS_CLS = ("llava", "llava_next", "llava_next_video")
 
 
@@ -154,7 +167,9 @@ class Cell:
             return "StaticSlidingWindowLayer|side by side"
         if self.way == "static cache" and GROUP_OF[self.pipeline] == "per sample":
             return "must run the same layers|side by side"
-        if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", ""):
+        if "'at': 'pixels'" in text and self.family not in ANY_SIZE:
+            return "takes whole images"
+        if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", "").replace("vision.0.mid", ""):
             return "side by side"
         if self.pipeline == "append-cls" and self.family not in HAS_CLS:
             return "no CLS token|does not map single tokens|cannot be read"
@@ -178,6 +193,13 @@ def cells():
         Cell(family, name, batch, attention) for name in PIPELINES for batch, attention in SHAPES for family in FAMILIES
     ]
     found += [Cell(family, name, _videos(family)) for name in VIDEO_TOO for family in FAMILIES if takes_video(family)]
+    found += [Cell(family, name, "videos") for name in TOWER_TOO for family in FAMILIES if takes_video(family)]
+    found += [
+        Cell(family, name, _pictures(family, way), way=way)
+        for way in ("beams", "static cache", "float32")
+        for name in TOWER_TOO
+        for family in ANY_SIZE
+    ]
     for way in WAYS:
         for name in FLASH if way == "flash" else SHORT:
             found += [Cell(family, name, _pictures(family, way), way=way) for family in FAMILIES if _runs(family, way)]

@@ -18,11 +18,21 @@ from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 
-FAMILIES = ("llava", "llava_next", "paligemma", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "cohere2_vision")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "gemma3",
+    "internvl",
+    "cohere2_vision",
+    "mistral3",
+)
 # Sites of one stage, in the order of the data.
 SITES = (
-    "vision.0.mid", "vision.0", "vision.1", "vision.2", "vision.9", "encoder", "0", "0.mid", "0.after", "2", "2.mid",
-    "3.after", "9", "prefill_end",
+    "pixels", "vision.0.mid", "vision.0", "vision.1", "vision.2", "vision.9", "encoder", "0", "0.mid", "0.after", "2",
+    "2.mid", "3.after", "9", "prefill_end",
 )  # fmt: skip
 BLOCKS = st.sampled_from((None, -1, 0, 1, 7))
 # Inputs of a hook, and what is requested of them.
@@ -36,6 +46,8 @@ INPUTS = {
     "cls_crops": st.none(),
     "project": st.none(),
     "places": st.none(),
+    "patches": st.none(),
+    "coords": st.none(),
     "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),
     "keys": st.builds(Keys, layer=st.sampled_from(("previous", "own", "next"))),
     "encoder_attention": st.one_of(
@@ -47,12 +59,15 @@ INPUTS = {
 }
 
 
+EVERYWHERE = Sites(tower=True, end=True, pixels=True)
+
+
 def reader(names: tuple[str, ...], inputs: dict[str, Any], per_sample: bool) -> type[Any]:
     """Asks for inputs, looks at none of them and keeps the first tokens."""
     space: dict[str, Any] = {}
     exec(f"def score_tokens(self, {', '.join(('valid', *names))}):\n    return 1.0 * valid", space)
     extras = ("cls",) if "extras" in names else ()
-    declared = prunekit.strategy(sites=Sites(tower=True, end=True), inputs=inputs, extras=extras, per_sample=per_sample)
+    declared = prunekit.strategy(sites=EVERYWHERE, inputs=inputs, extras=extras, per_sample=per_sample)
     cls: type[Any] = declared(type("Reader", (), {"score_tokens": hookimpl(space["score_tokens"])}))
     return cls
 
@@ -67,6 +82,15 @@ class Plan:
     @hookimpl
     def plan_layers(self) -> LayerPlan:
         return LayerPlan({self.layer: LayerAction(self.action)})
+
+
+@prunekit.strategy()
+class Smaller:
+    """Images at a fraction of their sides."""
+
+    @hookimpl
+    def resize_images(self, images: Any) -> Any:
+        return torch.full((len(images),), 0.6)
 
 
 @st.composite
@@ -84,6 +108,8 @@ def pipelines(draw: st.DrawFn) -> tuple[list[type[Any]], dict[str, Any]]:
     stages.sort(key=lambda stage: SITES.index(stage["at"][0]))
     for number, stage in enumerate(stages):
         stage["keep"] = 0.75 - 0.25 * number
+    if draw(st.integers(0, 3)) == 0:
+        stages.insert(draw(st.integers(0, 1)), {"use": "smaller"})
     if draw(st.booleans()):
         action = draw(st.sampled_from(("skip", "skip_mlp", "freeze")))
         stages.append({"use": "plan", "layer": draw(st.integers(0, 6)), "action": action})
@@ -118,8 +144,8 @@ def accepted(built: build.Pipeline, shape: prunekit.ModelShape) -> str:
 def test_what_bind_accepts_runs(case: tuple[list[type[Any]], dict[str, Any]], family: str, attention: str) -> None:
     classes, data = case
     registry = Registry("here", "here 1")
-    for number, cls in enumerate([*classes, Plan]):
-        name = "plan" if cls is Plan else f"s{number}"
+    for number, cls in enumerate([*classes, Plan, Smaller]):
+        name = {Plan: "plan", Smaller: "smaller"}.get(cls, f"s{number}")
         globals()[f"Made{number}"] = cls
         registry.strategy(name, f"{__name__}:Made{number}")
     with contextlib.suppress(prunekit.SpecError):

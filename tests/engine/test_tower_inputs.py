@@ -218,12 +218,12 @@ class Pooled:
 
 
 @strategy(sites=Sites(pixels=True))
-class Shrink:
-    """Acts on pictures before the tower."""
+class Early:
+    """Cuts before the tower."""
 
     @hookimpl
-    def score_tokens(self, hidden):
-        return hidden.norm(dim=-1)
+    def score_tokens(self, patches):
+        return patches.flatten(2).std(-1)
 
 
 @strategy(sites=ANYWHERE, inputs={"features": Features(2)})
@@ -252,7 +252,7 @@ REFUSED = {
     "a block that is not there": ("llava", [(Beyond, {"at": "encoder", "keep": 0.5})], "blocks 0 to 2"),
     "a block that has not run": ("llava", [(Ahead, {"at": "vision.1", "keep": 0.5})], "has not run yet"),
     "a cut behind the features": ("llava", [(Norms, {"at": "vision.2", "keep": 0.5})], "after block 1"),
-    "pixels": ("llava", [(Shrink, {"at": "pixels", "keep": 0.5})], "cannot cut images"),
+    "pixels": ("llava", [(Early, {"at": "pixels", "keep": 0.5})], "takes whole images"),
     "tower and decoder in one stage": (
         "llava", [(Norms, {"at": ["vision.0", 2], "keep": [0.5, 0.25]})], "split the stage in two"
     ),

@@ -190,12 +190,14 @@ def test_no_read_back_says_how_many_tokens_are_projected(monkeypatch):
     assert [faked == real for faked, real in shapes] == [True]
 
 
-def test_without_a_cut_in_the_tower_nothing_is_overridden():
-    model = llava_of("sdpa")
-    with prunekit.apply(model, piped((ClsTopK, {"at": "encoder", "keep": 0.5}))):
-        assert "forward" not in vars(model.model.multi_modal_projector)
-    with prunekit.apply(model, piped(HALF)):
-        assert "forward" in vars(model.model.multi_modal_projector)
+def test_without_a_cut_in_the_tower_it_is_only_watched():
+    model, inputs, seen = llava_of("sdpa"), tiny_inputs(), []
+    handle = model.model.multi_modal_projector.linear_1.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    for pipeline, tokens in ((piped((ClsTopK, {"at": "encoder", "keep": 0.5})), 16), (piped(HALF), 8)):
+        with prunekit.apply(model, pipeline), torch.no_grad():
+            model(**inputs)
+        assert seen.pop().shape[1] == tokens
+    handle.remove()
     assert "forward" not in vars(model.model.multi_modal_projector)
 
 

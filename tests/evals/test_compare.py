@@ -120,6 +120,19 @@ def test_markdown_has_every_number():
     assert len({line.replace("\\|", "").count("|") for line in rows}) == 1
 
 
+def test_the_whole_prefill_stands_beside_the_decoders():
+    """Where it is known; it goes first where there is no room."""
+    known = dataclasses.replace(cell("p", "pope", 80, flops=0.5), saved=Saved(144, 72, 1, 1, 0.5, 1, 1, 0.5, 0.625))
+    (only,) = tables.of_cells([cell("dense", "pope", 90), known])
+    assert rendering.columns(only)["Whole"] == ["", "62%"]
+    assert "| FLOPs | Whole | KV |" in rendering.markdown(only) and only.rows[1].whole_flops_fraction == 0.625
+    full = shown(only)
+    assert "Whole" in full and "KV" in full
+    narrow = shown(only, max(map(len, full.splitlines()[:8])) - 3)
+    head = next(line for line in narrow.splitlines() if "Pipeline" in line)
+    assert "Whole" not in head and "KV" in head
+
+
 def test_a_difference_of_nothing_has_no_sign():
     (only,) = tables.of_cells([cell("dense", "pope", 90), cell("p", "pope", 90, flops=0.5)])
     assert rendering.columns(only)["Δ dense"][1].startswith("0.0 ±")

@@ -321,5 +321,10 @@ def test_costs_of_an_answer_are_those_of_its_row(loaded):
     report.samples, report.visual_tokens, report.kept_tokens = 4, (1, 1, 2, 2), (1, 1, 2, 2)
     report.cost = type("Cost", (), dict.fromkeys(("kv_bytes", "dense_kv_bytes", "prefill_flops"), (5, 5, 6, 6)))
     report.cost.dense_prefill_flops = (7, 7, 8, 8)
+    report.cost.tower_flops, report.cost.dense_tower_flops = (3, 3, 1, 1), None
     assert [one.visual_tokens for one in answering.facts_of(report, 2)] == [1, 2]
+    assert [(one.tower_flops, one.dense_tower_flops) for one in answering.facts_of(report, 2)] == [(3, None), (1, None)]
+    assert answering.whole_fraction(answering.facts_of(report, 2)) is None
+    report.cost.dense_tower_flops = (9, 9, 3, 3)
+    assert answering.whole_fraction(answering.facts_of(report, 2)) == pytest.approx((5 + 6 + 3 + 1) / (7 + 8 + 9 + 3))
     assert answering.facts_of(None, 2) == [None, None]

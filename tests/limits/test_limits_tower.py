@@ -12,7 +12,7 @@ import torch
 from refusing import inputs_of, model_of, refused
 
 import prunekit
-from prunekit import Selection, Sites, hookimpl
+from prunekit import Selection, Site, Sites, hookimpl
 from prunekit.engine.tower.encoding import Encoding
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.view import TowerView
@@ -102,7 +102,7 @@ def test_what_the_prompt_has(llava):
     with at_once(", which is not there yet at 'vision.0'"):
         bound_on(llava, strategy("text_hidden"), "vision.0")
     with said(": inside the tower there is no prompt yet"):
-        TowerView(None, SimpleNamespace(site="vision.0"), None, None, (), None).get("text_hidden")
+        TowerView(None, SimpleNamespace(site=Site.parse("vision.0")), None, None, (), None).get("text_hidden")
 
 
 def test_cls_tokens_of_a_tower_without():

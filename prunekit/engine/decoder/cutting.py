@@ -38,7 +38,7 @@ class Cutter:
     def leave_tower(self, hidden: Tensor) -> Tensor:
         """What was dropped inside the vision tower leaves before decoder layer 0."""
         state = self.state
-        in_tower = any(cut.site.place == "vision" for cut in state.bound.cuts)
+        in_tower = any(cut.site.in_tower for cut in state.bound.cuts)
         dropped = dropped_in_tower(state.prompt) if in_tower else None
         if dropped is None:
             return hidden

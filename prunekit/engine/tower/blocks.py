@@ -3,14 +3,14 @@
 Between blocks states keep their logical shape (R, T, W), so that whatever picks hidden states by number still fits; a
 block takes the tokens that remain, runs on them and puts them back. Between attention and MLP a block is run in two
 halves: with an MLP that adds nothing, then, on what the cut left, with an attention that adds nothing. A projector that
-maps single tokens gets those that visual tokens still need.
+maps single tokens gets those that visual tokens still need; in a packed tower so do the modules that make visual tokens
+of patches and, where patches leave before the tower, the one that makes states of pixels.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunekit.engine.asking import decide
+from prunekit.engine.asking import decide, factors
 from prunekit.engine.attention import tap
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens.layout import Layout, take
@@ -27,8 +27,9 @@ from prunekit.engine.tokens.merges import merged
 from prunekit.engine.tower.encoding import Encoding
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.packed import as_row, cut_along
-from prunekit.engine.tower.record import Decision
-from prunekit.engine.tower.view import TowerView
+from prunekit.engine.tower.pixels import Resized
+from prunekit.engine.tower.record import Decision, TowerRecord
+from prunekit.engine.tower.view import ImageView, TowerView
 from prunekit.engine.tracing import as_it_is
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality
@@ -41,7 +42,10 @@ _RUN: ContextVar[TowerRun | None] = ContextVar("prunekit_tower", default=None)
 
 
 def override(overrides: Overrides, needs: TowerNeeds) -> None:
-    """Override the blocks of the tower that need it, and the projector behind cuts."""
+    """Override the blocks of the tower that need it, and what stands before and behind them.
+
+    A projector that maps single tokens is watched in any case: how many it gets is part of the cost.
+    """
     tower = needs.tower
     first = min((cut.site.layer or 0 for cut in needs.cuts), default=len(tower.layers))
     if needs.reads:
@@ -57,27 +61,63 @@ def override(overrides: Overrides, needs: TowerNeeds) -> None:
             overrides.replace(getattr(block, tower.mlp), "forward", _mlp_forward)
     if needs.pools and tower.pool is not None:
         overrides.replace(tower.pool, "forward", _pool_forward)
-    if needs.cuts and tower.projector is not None:
+    if tower.projector is not None:
         overrides.replace(tower.projector, "forward", _projector_forward)
+    if needs.cuts and tower.packed:
+        for number, merger in enumerate(tower.mergers):
+            overrides.replace(merger, "forward", partial(_merger_forward, number))
+    if needs.cuts_at(None, "before") and tower.embedding is not None:
+        overrides.replace(tower.embedding, "forward", _embedding_forward)
 
 
-@contextmanager
-def encoding(needs: TowerNeeds, modality: Modality, arguments: Mapping[str, Any]) -> Iterator[Encoding]:
-    """Around a call of an encoding method with these arguments. Raises Unsupported for calls that do not fit."""
-    needs.check_call(arguments)
+def running() -> bool:
+    """Whether an encoding method is being called, which may call another one."""
+    return _RUN.get() is not None
+
+
+def encode(
+    needs: TowerNeeds, modality: Modality, arguments: Mapping[str, Any], original: Callable[[Mapping[str, Any]], Any]
+) -> tuple[Any, TowerRecord | None]:
+    """Call an encoding method with these arguments: its output, and what was recorded of the tower.
+
+    Raises Unsupported for calls that do not fit.
+    """
+    if needs.asks:
+        needs.check_call(arguments)
     if needs.cuts and torch.is_grad_enabled() and any(map(_replays, needs.tower.layers)):
         raise Unsupported(
             "gradient checkpointing would run blocks of the vision tower again, without their cuts; switch it off "
             "for the tower, which pruning makes cheaper, or cut at 'encoder'"
         )
     state = Encoding(needs, modality, arguments)
+    if needs.resizing is not None:
+        state = _resized_images(state, needs.resizing)
+    run = TowerRun(state)
+    run.cut_pixels()
     blocks = {number: getattr(needs.tower.layers[number], needs.tower.attention) for number in needs.reads}
-    token = _RUN.set(TowerRun(state))
+    token = _RUN.set(run)
     try:
         with tap.tapped({block: partial(state.take, number) for number, block in blocks.items()}):
-            yield state
+            output = original(state.arguments)
     finally:
         _RUN.reset(token)
+    features = getattr(output, "pooler_output", None)
+    if features is None:
+        return output, None
+    state.learn(output)
+    record = state.record(features)
+    if state.resized is not None:
+        state.resized.widen(output)
+    return output, record
+
+
+def _resized_images(state: Encoding, cut: Cut) -> Encoding:
+    """An encoding of the images as small as a stage says."""
+    holder = state.needs.tower.images
+    assert holder is not None, "checked when the pipeline was bound"
+    scales = factors(cut.stage, ImageView(state).get, len(state.images))
+    resized = Resized.of(cut, holder, state.modality.name, state.arguments, scales)
+    return Encoding(state.needs, state.modality, resized.arguments, resized=resized)
 
 
 def _replays(block: nn.Module) -> bool:
@@ -97,6 +137,45 @@ class TowerRun:
         self._masks: dict[int, tuple[Any, Any]] = {}
         self._masked: Layout | None = None
 
+    def cut_pixels(self) -> None:
+        """Let stages decide which patches come into the tower at all."""
+        encoding, holder = self.encoding, self.needs.tower.images
+        cuts = self.needs.cuts_at(None, "before")
+        if not cuts or holder is None:
+            return
+        encoding.shape = (1, sum(encoding.cells) * holder.merge**2)
+        for cut in cuts:
+            self._cut(cut, torch.empty(*encoding.shape, 0, device=encoding.device))
+
+    def run_embedding(self, original: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        """States of patches, float (T, W), with zeros for those that have left; (T, values) are pixels patch by patch.
+
+        A convolution over complete images runs in full.
+        """
+        encoding = self.encoding
+        if pixels.ndim != 2 or not encoding.decisions:
+            return original(pixels)
+        encoding.embedded = encoding.present
+        index = encoding.embedding.to(pixels.device)
+        inner = original(pixels[index])
+        return inner.new_zeros(len(pixels), *inner.shape[1:]).index_copy(0, index, inner)
+
+    def run_merger(self, number: int, original: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+        """What merger `number` makes of the visual tokens that remain, float (V, ...), with zeros for the others.
+
+        states: as `Tower.mergers` says, with or without a first axis of length 1.
+        """
+        encoding = self.encoding
+        if len(states) == 1 and states.ndim == 3:
+            return self.run_merger(number, lambda one: original(one[None])[0], states[0])[None]
+        index, total = encoding.merging.to(states.device), sum(encoding.patches.made)
+        each, rest = divmod(len(states), total)
+        if rest or not each or len(index) == total:
+            return original(states)
+        encoding.merged[number] = encoding.present
+        inner = original(states.view(total, each, *states.shape[1:])[index].flatten(0, 1))
+        return inner.new_zeros(total, *inner.shape[1:]).index_copy(0, index, inner)
+
     def run_block(self, number: int, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run block `number` on the tokens that remain, with its cuts."""
         encoding = self.encoding
@@ -105,11 +184,15 @@ class TowerRun:
         hidden = hidden[None] if flat else hidden
         encoding.shape = encoding.shape or (hidden.shape[0], hidden.shape[1])
         encoding.block_tokens[number] = encoding.lengths
+        if self.needs.cuts:
+            encoding.attending[number] = encoding.present
         mids = self.needs.cuts_at(number, "mid")
         if mids:
             hidden = self._local(original, hidden, args, kwargs, "attention")
             for cut in mids:
                 hidden = self._cut(cut, hidden)
+        if self.needs.cuts:
+            encoding.passing[number] = encoding.present
         output = self._local(original, hidden, args, kwargs, "mlp" if mids else None)
         self._keep_state(number, output)
         for cut in self.needs.cuts_at(number, "after"):
@@ -123,6 +206,9 @@ class TowerRun:
         features: float (R, T, W), or (R, T - 1, W) without the first token of each row; others, such as pooled frames,
         are not the tower's tokens and are projected in full.
         """
+        self.encoding.projected = features.shape[-2]
+        if not self.encoding.decisions:
+            return original(features)
         assert self.encoding.shape is not None, "a cut has decided"
         rows, tokens = self.encoding.shape
         if features.ndim != 3 or len(features) != rows or features.shape[1] not in (tokens, tokens - 1):
@@ -131,6 +217,7 @@ class TowerRun:
         index = self.encoding.to_project(tokens - features.shape[1]).to(flat.device)
         if len(index) == len(flat):
             return original(features)
+        self.encoding.fewer = True
         inner = original(flat[index][None])[0]
         output = inner.new_zeros(len(flat), inner.shape[-1]).index_copy(0, index, inner)
         return output.view(rows, -1, output.shape[-1])
@@ -183,6 +270,8 @@ class TowerRun:
             raise Unsupported(f"{cut.label}: crop=True is about the KV cache; there is none at '{cut.site}'")
         if selection.extras is not None:
             raise Unsupported(f"{cut.label}: extras are states of the decoder's width; there are none at '{cut.site}'")
+        if selection.weights is not None and cut.site.place == "pixels":
+            raise Unsupported(f"{cut.label} merges, and pixels are no states that could be merged; cut at 'vision.0'")
         if selection.sizes is not None and not self.needs.takes_masks:
             raise Unsupported(
                 f"{cut.label}: sizes add to attention logits, and this vision tower takes no masks for them"
@@ -257,8 +346,28 @@ def _pool_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 def _projector_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(features: Tensor, *args: Any, **kwargs: Any) -> Any:
         run = _RUN.get()
-        if run is None or not run.encoding.decisions:
+        if run is None:
             return original(features, *args, **kwargs)
         return run.run_projector(lambda tokens: original(tokens, *args, **kwargs), features)
+
+    return forward
+
+
+def _merger_forward(number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = _RUN.get()
+        if run is None or not run.encoding.decisions:
+            return original(states, *args, **kwargs)
+        return run.run_merger(number, lambda tokens: original(tokens, *args, **kwargs), states)
+
+    return forward
+
+
+def _embedding_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = _RUN.get()
+        if run is None:
+            return original(pixels, *args, **kwargs)
+        return run.run_embedding(lambda patches: original(patches, *args, **kwargs), pixels)
 
     return forward

@@ -14,8 +14,10 @@ from prunekit.engine.attention.attended import Attended
 from prunekit.engine.attention.tower_rows import heads_together, pooled_row, read
 from prunekit.engine.prompt.visual_inputs import VisualInputs
 from prunekit.engine.tokens.layout import Layout, leftmost
+from prunekit.engine.tower.effort import Effort
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.patches import Patches, layout_of
+from prunekit.engine.tower.pixels import Resized
 from prunekit.engine.tower.record import Decision, TowerRecord
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality
@@ -28,7 +30,10 @@ class Encoding:
 
     shape: rows and tokens of the tower's batch, known once a block has been called. layout: of the tokens that remain;
     None: all. attended: what was read of a block's attention, in one call or several, and the layout then. states: the
-    output of blocks, (R, T, W), by number.
+    output of blocks, (R, T, W), by number. attending, passing: for each block that cuts made smaller, the visual tokens
+    that remained in its attention and in its MLP; embedded: before all blocks; merged: at each of the mergers.
+    projected: tokens of each row that came to the projector; fewer: not all of them were mapped. resized: the smaller
+    images that the tower gets, whose arguments `arguments` then are.
     """
 
     needs: TowerNeeds
@@ -42,18 +47,35 @@ class Encoding:
     states: dict[int, Tensor] = field(default_factory=dict)
     pool_states: Tensor | None = None
     block_tokens: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    attending: dict[int, Tensor] = field(default_factory=dict)
+    passing: dict[int, Tensor] = field(default_factory=dict)
+    embedded: Tensor | None = None
+    merged: dict[int, Tensor] = field(default_factory=dict)
+    projected: int = 0
+    fewer: bool = False
+    resized: Resized | None = None
 
     @cached_property
     def patches(self) -> Patches:
         """The visual tokens in tokens of the tower; known once the first block has been called."""
         if self.shape is None:
             raise Unsupported("the vision tower's blocks have not run, so there is nothing to read of it or to cut")
-        rows, tokens = self.shape
-        tower = self.needs.tower
-        if tower.patch_groups is None:
-            return Patches.plain(rows, tokens, tower.leading).to(self.device)
-        tables = tower.patch_groups(self.modality.name, self.arguments, rows, tokens - tower.leading)
-        return Patches.of(tables, tokens, tower.leading).to(self.device)
+        return Patches.by(self.needs.tower, self.modality.name, self.arguments, *self.shape).to(self.device)
+
+    @cached_property
+    def images(self) -> list[Tensor]:
+        """The images or videos as `Images.unpack` gives them."""
+        holder = self.needs.tower.images
+        assert holder is not None, "checked when the pipeline was bound"
+        return holder.unpack(self.modality.name, self.arguments)
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Visual tokens of each image or video of any size, from its pixels alone; of one size, 1."""
+        holder = self.needs.tower.images
+        if holder is None or holder.cell is None:
+            return (1,) * len(self.images)
+        return tuple(len(one) * (one.shape[-2] // holder.cell) * (one.shape[-1] // holder.cell) for one in self.images)
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +101,8 @@ class Encoding:
     @cached_property
     def visual(self) -> VisualInputs:
         """The images or videos that are being encoded."""
-        return VisualInputs(self.modality, self.arguments, self.patches.counts)
+        counts = self.cells if self.shape is None else self.patches.counts
+        return VisualInputs(self.modality, self.arguments, counts)
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
@@ -108,8 +131,7 @@ class Encoding:
         assert self.shape is not None
         rows, tokens = self.shape
         index = self.patches.index
-        flat = torch.ones(rows * tokens, dtype=torch.bool, device=keep.device)
-        present = flat.index_fill(0, index[self.patches.present & ~keep].flatten(), False).view(rows, tokens)
+        present = self.patches.tokens(keep, rows, tokens)
         numbers = torch.cat([present.sum(1), keep.sum(1)]).tolist()
         lengths, self.counts, self.present = numbers[:rows], tuple(numbers[rows:]), keep
         self.lengths = self._packed(self.counts) if self.needs.tower.packed else tuple(lengths)
@@ -135,6 +157,20 @@ class Encoding:
         needed[:, :leading] = True
         count = sum(self.counts) * index.shape[-1] + rows * max(leading - skipped, 0)
         return leftmost(needed[:, skipped:].reshape(1, -1), count)[0]
+
+    @property
+    def merging(self) -> Tensor:
+        """Of the visual tokens, in the order of their patches in a packed tower, those that remain: int64 (K,)."""
+        patches = self.patches
+        order = patches.index[..., 0][patches.present].argsort()
+        return leftmost(self.present[patches.present][order][None], sum(self.counts))[0]
+
+    @property
+    def embedding(self) -> Tensor:
+        """Patches in the order of the pixels, those of a visual token together, that remain: int64 (K,)."""
+        each = self.patches.index.shape[-1]
+        kept = leftmost(self.present[self.patches.present][None], sum(self.counts))[0]
+        return (kept[:, None] * each + torch.arange(each, device=kept.device)).flatten()
 
     def take(self, block: int, attended: Attended) -> None:
         """Record what is asked of a block's attention, whose queries see keys before and behind them."""
@@ -175,8 +211,10 @@ class Encoding:
         family's file says.
         """
         needs, counts = self.needs, tuple(map(len, features))
-        if not self._ran() and not needs.blocks:
-            return TowerRecord({spec: [one.detach() for one in features] for spec in needs.carried})
+        if not needs.blocks:
+            record = TowerRecord({spec: [one.detach() for one in features] for spec in needs.carried})
+            return self._completed(record, counts)
+        self._know_shape()
         patches = self.patches
         if patches.counts != counts:
             raise Unsupported(
@@ -194,15 +232,40 @@ class Encoding:
         blocks = range(len(needs.tower.layers) if needs.cuts else 0)
         entered = tuple(self.block_tokens.get(number, self.whole) for number in blocks)
         inputs = {spec: self._of_each(spec, features, counts) for spec in needs.carried}
-        return TowerRecord(inputs, extras, kept, tuple(self.decisions), patches.present, rows, entered)
+        record = TowerRecord(inputs, extras, kept, tuple(self.decisions), patches.present, rows, entered)
+        return self._completed(record, counts)
 
-    def _ran(self) -> bool:
-        """Whether the tower's batch is known, be it from what was read alone."""
+    def _completed(self, record: TowerRecord, counts: tuple[int, ...]) -> TowerRecord:
+        """The record of complete images, with what was done for them. counts: visual tokens of those that were seen."""
+        resized, needs = self.resized, self.needs
+        complete = counts if resized is None or resized.anchors is None else resized.counts
+        if needs.tower.embedding is not None:
+            dense = Effort(needs.tower, self.modality, self.given, complete, self.shape, projected=self.projected)
+            effort = replace(
+                dense, arguments=self.arguments, counts=counts, attending=self.attending, passing=self.passing,
+                embedded=self.embedded, merged=self.merged, remaining=self.present if needs.cuts else None,
+                fewer=self.fewer,
+            )  # fmt: skip
+            record = replace(record, effort=effort, dense=dense)
+        return record if resized is None else resized.record(record, complete)
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The arguments with the complete images."""
+        return self.arguments if self.resized is None else self.resized.given
+
+    def learn(self, output: Any) -> None:
+        """The tower's batch, where no block was overridden, from what an encoding method returned."""
+        last = getattr(output, "last_hidden_state", None)
+        if self.shape is None and isinstance(last, Tensor) and last.ndim == 3:
+            self.shape = last.shape[0], last.shape[1]
+
+    def _know_shape(self) -> None:
+        """The tower's batch, be it from what was read alone."""
         if self.shape is None:
             states = [torch.cat(parts, 1) for _, parts in self.attended.values()]
             states += [] if self.pool_states is None else [self.pool_states]
             self.shape = (states[0].shape[0], states[0].shape[1]) if states else None
-        return self.shape is not None
 
     def _of_each(self, spec: EncoderSpec, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         if isinstance(spec, Features) and spec.projected:

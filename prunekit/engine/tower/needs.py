@@ -13,29 +13,22 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Parts, Tower
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, inputs_of, requests
+from prunekit.strategy.inputs import OF_TOWER, requests
 from prunekit.strategy.sites import Site
-from prunekit.strategy.tower_requests import (
-    POOL,
-    EncoderRows,
-    EncoderSpec,
-    Features,
-    resolved,
-)
-
-# What hooks get at a tower site; everything else belongs to the prompt or the decoder.
-ARGUMENTS = frozenset(one.name for hook in TOKEN_HOOKS for one in inputs_of(hook) if "tower" in one.regions)
+from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
 
 
 @dataclass(frozen=True)
 class TowerNeeds:
     """The cuts of a pipeline in a vision tower, and what its stages read there.
 
+    resizing: the stage that makes images smaller; None: there is none.
     reads: for each block what is read of its attention. states: blocks whose output is kept. carried: what goes along
     to the prompt. pools: the pooling head's input is kept. extras: the CLS tokens go through the projector.
     """
 
     tower: Tower
+    resizing: Cut | None
     cuts: tuple[Cut, ...]
     reads: Mapping[int, tuple[EncoderSpec, ...]]
     states: frozenset[int]
@@ -45,8 +38,12 @@ class TowerNeeds:
 
     @classmethod
     def of(cls, bound: BoundPipeline, parts: Parts) -> TowerNeeds | None:
-        """What `bound` wants of the tower of `parts`; None: nothing. What a tower cannot give, `bind` has refused."""
-        cuts = [cut for cut in bound.cuts if cut.site.place == "vision"]
+        """What `bound` wants of the tower of `parts`, if only its cost; None: nothing. What a tower cannot give, `bind`
+        has refused.
+        """
+        before = [cut for cut in bound.cuts if cut.site.in_tower]
+        resizing = next((cut for cut in before if cut.stage.is_image), None)
+        cuts = [cut for cut in before if cut is not resizing]
         reading = [
             (cut.site, spec)
             for cut in bound.asked
@@ -55,9 +52,9 @@ class TowerNeeds:
             for spec in requests(cut.stage.inputs, name)
         ]
         extras = any(cut.stage.extras for cut in bound.cuts)
-        if not (cuts or reading or extras):
-            return None
         tower = parts.tower
+        if not (before or reading or extras) and (tower is None or tower.embedding is None):
+            return None
         assert tower is not None, "checked when the pipeline was bound"
         blocks, feature_block = len(tower.layers), tower.feature_block
         specs = [(site, resolved(spec, site, blocks, feature_block)) for site, spec in reading]
@@ -69,17 +66,22 @@ class TowerNeeds:
                 states.add(spec.layer)
             else:
                 reads[spec.layer] = (*reads.get(spec.layer, ()), spec)
-        carried = tuple(dict.fromkeys(spec for site, spec in specs if site.place != "vision"))
+        carried = tuple(dict.fromkeys(spec for site, spec in specs if not site.in_tower))
         pools = any(isinstance(spec, EncoderRows) and spec.query == POOL for _, spec in specs)
-        return cls(tower, tuple(cuts), reads, frozenset(states), carried, pools, extras)
+        return cls(tower, resizing, tuple(cuts), reads, frozenset(states), carried, pools, extras)
 
     def resolve(self, spec: EncoderSpec, site: Site) -> EncoderSpec:
         """`spec` with the number of its block; without one where it is of no block."""
         return resolved(spec, site, len(self.tower.layers), self.tower.feature_block)
 
-    def cuts_at(self, number: int, point: str) -> list[Cut]:
-        """The cuts in or after block `number`."""
+    def cuts_at(self, number: int | None, point: str) -> list[Cut]:
+        """The cuts in or after block `number`; None: those of pixels, before all blocks."""
         return [cut for cut in self.cuts if cut.site.layer == number and cut.site.point == point]
+
+    @property
+    def asks(self) -> bool:
+        """Stages want something of the tower; else it is there for its cost alone."""
+        return bool(self.blocks or self.carried or self.extras or self.resizing)
 
     @property
     def blocks(self) -> bool:

@@ -7,13 +7,15 @@ Outside of a block its states keep that shape; inside, a block runs on the token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekit.engine.tokens.layout import Layout, blank, leftmost
+from prunekit.families.base import Tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +48,23 @@ class Patches:
         return cls(index.masked_fill(padded < 0, 0), present, counts, tuple(present.sum(1).tolist()), rows)
 
     @classmethod
+    def by(cls, tower: Tower, modality: str, arguments: Mapping[str, Any], rows: int, tokens: int) -> Patches:
+        """As a tower's `patch_groups` say of a batch of so many rows, each of so many tokens."""
+        if tower.patch_groups is None:
+            return cls.plain(rows, tokens, tower.leading)
+        return cls.of(tower.patch_groups(modality, arguments, rows, tokens - tower.leading), tokens, tower.leading)
+
+    @classmethod
     def plain(cls, rows: int, tokens: int, leading: int) -> Patches:
         """A row is an image, a patch a visual token."""
         patches = tokens - leading
         return cls.of(list(torch.arange(rows * patches).view(rows, patches, 1)), tokens, leading)
+
+    def tokens(self, alive: Tensor, rows: int, tokens: int) -> Tensor:
+        """Which tokens of the tower remain when of the visual ones those in bool (B, V) do: bool (rows, tokens)."""
+        flat = torch.ones(rows * tokens, dtype=torch.bool, device=alive.device)
+        gone = self.index[self.present.to(self.index.device) & ~alive.to(self.index.device)].flatten()
+        return flat.index_fill(0, gone.to(alive.device), False).view(rows, tokens)
 
     def to(self, device: torch.device) -> Patches:
         """On another device."""

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.cost import TowerWork
 from prunekit.engine.prompt.prompt import Prompt, VisualInput
 from prunekit.engine.tokens.layout import blank, take
+from prunekit.engine.tower.effort import Effort
 from prunekit.errors import Unsupported
 from prunekit.families.base import Tower
 from prunekit.pipeline.stage import Cut
@@ -28,7 +30,7 @@ class Decision:
 
     entered, keep: bool (B, V) over all visual tokens of each input, those that entered and that stayed; tokens without
     a patch are in neither. asked: how many to keep of each, None for a stage that decides by itself. sizes: float
-    (B, V) where the cut gave any.
+    (B, V) where the cut gave any. resized: height and width in pixels of each input, where it was made smaller.
     """
 
     cut: Cut
@@ -36,6 +38,7 @@ class Decision:
     keep: Tensor
     asked: tuple[int, ...] | None
     sizes: Tensor | None
+    resized: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class TowerRecord:
     projector. kept: bool (V,), visual tokens that no cut dropped; None: there were no cuts. decisions: of the cuts.
     made: bool (B, V), visual tokens that have patches. rows: of the tower's batch, those of each input; a packed
     tower counts as one for each. block_tokens: for each block, the tokens of each row that entered it; empty without
-    cuts.
+    cuts. effort, dense: what the tower did for each, and does without any cut; None where that is not known.
     """
 
     inputs: dict[EncoderSpec, list[Tensor]]
@@ -56,6 +59,8 @@ class TowerRecord:
     made: Tensor | None = None
     rows: tuple[tuple[int, ...], ...] = ()
     block_tokens: tuple[tuple[int, ...], ...] = ()
+    effort: Effort | None = None
+    dense: Effort | None = None
 
 
 def of_declared(inputs: Mapping[str, Any], name: str, make: Callable[[Any], Tensor]) -> Any:
@@ -172,6 +177,29 @@ def tower_tokens(prompt: Prompt) -> tuple[tuple[int, ...], ...]:
     )
 
 
+# What was done for an image or video, and what is done without any cut.
+Works = tuple[TowerWork, TowerWork]
+
+
+def tower_works(prompt: Prompt) -> tuple[tuple[Works, ...], ...] | None:
+    """What the tower did for each image or video of each sample; None where that is not known of all of them."""
+    try:
+        rows = prompt.by_row
+    except Unsupported:  # features that do not fit the prompt, say: nothing is known of them
+        return None
+    every = [[_works(one) for one in row] for row in rows]
+    known = [tuple(works for works in row if works is not None) for row in every]
+    return tuple(known) if list(map(len, known)) == list(map(len, every)) else None
+
+
+def _works(one: VisualInput) -> Works | None:
+    record: TowerRecord | None = one.source.tower
+    if record is None or record.effort is None or record.dense is None:
+        return None
+    did, dense = record.effort.works, record.dense.works
+    return None if did is None or dense is None else (did[one.at], dense[one.at])
+
+
 def tower_events(prompt: Prompt) -> list[StageEvent]:
     """The cuts inside the tower as events of the prompt batch, in the order of the data."""
     first = next(_records(prompt), TowerRecord({}))
@@ -179,9 +207,9 @@ def tower_events(prompt: Prompt) -> list[StageEvent]:
 
 
 def _event(prompt: Prompt, number: int, like: Decision) -> StageEvent:
-    entered, kept, asked, sizes = [], [], [], []
+    entered, kept, asked, sizes, resized = [], [], [], [], []
     for b, row in enumerate(_by_row(prompt)):
-        before, wanted, after, of_row = 0, 0, [], []
+        before, wanted, after, of_row, shown = 0, 0, [], [], []
         for one, record in row:
             decision, at, count = record.decisions[number], one.at, len(one.positions)
             assert record.made is not None
@@ -190,14 +218,16 @@ def _event(prompt: Prompt, number: int, like: Decision) -> StageEvent:
             wanted += int(apart.sum()) + (0 if decision.asked is None else decision.asked[at])
             stay = (decision.keep[at, :count] | apart).to(prompt.ordinals.device)
             after += prompt.ordinals[b, one.positions][stay].tolist()
+            shown += [] if decision.resized is None else [decision.resized[at]]
             if decision.sizes is not None:
                 of_row += decision.sizes[at, :count].masked_fill(apart, 1)[stay.to(decision.sizes.device)].tolist()
         entered.append(before)
         asked.append(wanted)
         kept.append(tuple(after))
         sizes.append(tuple(of_row))
+        resized.append(tuple(shown))
     cut, of_each = like.cut, tuple(sizes) if like.sizes is not None else None
     return StageEvent(
         cut.stage.use, cut.stage.index, str(cut.site), tuple(entered), tuple(kept), False, of_each,
-        None if like.asked is None else tuple(asked),
+        None if like.asked is None else tuple(asked), None if like.resized is None else tuple(resized),
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What hooks may ask for at a site inside the vision tower: the visual tokens of each input as they stand there.
+"""What hooks may ask for before and inside the vision tower: the visual tokens of each input as they stand there.
 
-Inside the tower every image or video is a sample of its own: `generate` encodes them before anything says in which row
-of the prompt each will stand.
+Before the decoder input every image or video is a sample of its own: `generate` encodes them before anything says in
+which row of the prompt each will stand.
 """
 
 from __future__ import annotations
@@ -15,21 +15,38 @@ from torch import Tensor
 
 from prunekit.engine.tokens.layout import blank, leftmost, take
 from prunekit.engine.tower.encoding import Encoding
-from prunekit.engine.tower.needs import ARGUMENTS
 from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
+from prunekit.families.images import cells
 from prunekit.pipeline.stage import Cut
-from prunekit.strategy.inputs import OF_TOWER, cut_for_sample
+from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, cut_for_sample, inputs_of, region_of
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import EncoderSpec
+
+# The parts of the way of the data in which each input exists.
+_REGIONS = {one.name: one.regions for hook in TOKEN_HOOKS for one in inputs_of(hook)}
+
+
+@dataclass(frozen=True)
+class ImageView:
+    """What a stage may ask for that makes images smaller."""
+
+    encoding: Encoding
+
+    def get(self, name: str) -> Any:
+        """The input of the hook with this name."""
+        if name == "seed":
+            return self.encoding.seeds
+        return tuple(image.detach().clone() for image in self.encoding.images)
 
 
 @dataclass(frozen=True)
 class TowerView:
-    """The visual tokens that reach one cut in the tower. B counts images and videos, V is without tokens that have no
-    patch.
+    """The visual tokens that reach one cut at `pixels` or in the tower. B counts images and videos, V is without tokens
+    that have no patch.
 
-    states: float (R, T, W), those of the tower's tokens at the site. present: bool (B, all visual tokens of an input).
+    states: float (R, T, W), those of the tower's tokens at the site; empty at `pixels`. present: bool (B, all visual
+    tokens of an input).
     counts: of each input, how many remain. count: how many to keep, None if the stage takes no `keep`.
     """
 
@@ -70,6 +87,14 @@ class TowerView:
     def hidden(self) -> Tensor:
         states = self.states if self.place.stage.trainable else self.states.detach()
         return self.pick(self.encoding.patches.mean(states))
+
+    @property
+    def patches(self) -> Tensor:
+        encoding, holder = self.encoding, self.encoding.needs.tower.images
+        assert holder is not None and holder.cell is not None, "checked when the pipeline was bound"
+        squares = [cells(image.detach(), holder.cell) for image in encoding.images]
+        table = torch.nn.utils.rnn.pad_sequence(squares, batch_first=True)
+        return self.pick(table)
 
     @cached_property
     def coords(self) -> Tensor:
@@ -118,7 +143,7 @@ class TowerView:
 
     def get(self, name: str) -> Any:
         """The input of hooks with this name. Raises Unsupported for those that need a prompt."""
-        if name not in ARGUMENTS:
+        if region_of(self.place.site) not in _REGIONS[name]:
             raise Unsupported(f"{name} is not there at '{self.place.site}': inside the tower there is no prompt yet")
         if name == "valid":
             return self.valid.clone()  # a hook that writes to it harms nobody
