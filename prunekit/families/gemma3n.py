@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, square_coords
+from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
+from prunekit.families.grids import square_coords
 
 
 def _parts(model: PreTrainedModel) -> Parts:

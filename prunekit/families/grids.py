@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.nn import functional
 from transformers.models.llava_next import modeling_llava_next
 
 from prunekit.errors import Unsupported
-from prunekit.families.base import grid_coords
 
 PACKING: Any = modeling_llava_next  # its functions are not typed
 Coords = Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
@@ -181,3 +181,27 @@ def _argument(arguments: Mapping[str, Any], name: str) -> Any:
     if arguments.get(name) is None:
         raise Unsupported(f"coords of the visual tokens cannot be told, as '{name}' did not come with the pixels")
     return arguments[name]
+
+
+def square_grid(tokens: int) -> Tensor:
+    """Row and column, int64 (tokens, 2), of visual tokens that fill a square image row by row.
+
+    Raises Unsupported if `tokens` is no square number, as when a CLS token is among them.
+    """
+    side = math.isqrt(tokens)
+    if side * side != tokens:
+        raise Unsupported(
+            f"{tokens} visual tokens do not fill a square grid, so a strategy that asks for `coords` cannot run on them"
+        )
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side)).view(-1, 2)
+
+
+def square_coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+    """Coords of images that each fill one square grid; as `Modality.coords`."""
+    return [grid_coords(square_grid(count)) for count in counts]
+
+
+def grid_coords(grid: Tensor, crop: int = 0) -> Tensor:
+    """Coords, int64 (n, 5), of one complete grid from rows and columns, int64 (n, 2)."""
+    size = grid.amax(0) + 1
+    return torch.cat([grid.new_full((len(grid), 1), crop), grid, size.expand(len(grid), 2)], dim=1)

@@ -11,10 +11,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.families import patch_groups
-from prunekit.families.base import Family, Modality, Parts, Tower
+from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
 from prunekit.families.grids import stacked
 from prunekit.families.images import whole
+from prunekit.families.tower_parts import Tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:

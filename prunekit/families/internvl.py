@@ -9,10 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit.families.base import Family, Modality, Parts, Tower, square_coords
+from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
+from prunekit.families.grids import square_coords
 from prunekit.families.images import whole
 from prunekit.families.patch_groups import blocks
+from prunekit.families.tower_parts import Tower
 
 
 def _parts(model: PreTrainedModel) -> Parts:

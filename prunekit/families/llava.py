@@ -11,9 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
-from prunekit.families.base import Family, Modality, Parts, square_coords
+from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
-from prunekit.families.grids import pixels
+from prunekit.families.grids import pixels, square_coords
 from prunekit.families.towers import LEADING_TOKENS, pixtral_tower, plain_tower
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from prunekit.families.base import Tower
 from prunekit.families.images import in_patches, padded, whole
 from prunekit.families.patch_groups import PatchGroups, by_size, merged, parts, selected
+from prunekit.families.tower_parts import Tower
 
 # Towers that see every image at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}

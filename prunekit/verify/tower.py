@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from prunekit.families import find
-from prunekit.families.base import Tower
+from prunekit.families.tower_parts import Tower
 from prunekit.records import RunReport, StageEvent
 from prunekit.strategy.sites import Site
 from prunekit.verify.muting import without

@@ -43,7 +43,7 @@ def names_at(hook, site, per_sample=False):
     """Every input that exists at a site; the processor's words need a processor."""
     rows = [one for one in inputs_of(hook) if region_of(Site.parse(site)) in one.regions]
     names = [one.name for one in rows if one.name in OF_TOWER or one.name == "keep" or hasattr(View, one.name)]
-    absent = {"scores", "question", *(["extras", "extras_valid"] if site != "encoder" else [])}
+    absent = {"scores", "question", *(["extras", "extras_valid", "cls_crops"] if site != "encoder" else [])}
     absent |= {"features"} if site == "vision.1.mid" else set()
     absent |= {"forward"} if site.endswith("mid") or per_sample else set()
     return [name for name in names if name not in absent]

@@ -18,7 +18,7 @@ from prunekit.verify.precision import Float64Throughout
 
 RAGGED = {"images": (1, 2, 0), "text": (7, 9, 12)}
 SEEN: list = []
-MAPPED = [name for name in tiny_names() if find(tiny_model(name)).tower.projector is not None]
+MAPPED = [name for name in tiny_names() if getattr(find(tiny_model(name)).tower, "projector", None) is not None]
 
 
 @strategy(sites=Sites(decoder=False), inputs={"features": (Features(), Features(projected=True))})

@@ -36,7 +36,8 @@ def _exact():
 
 
 def projects(name):
-    return find(model_of(name)).tower.projector is not None
+    tower = find(model_of(name)).tower
+    return tower is not None and tower.projector is not None
 
 
 MAPPED = [name for name in tiny_names() if projects(name)]

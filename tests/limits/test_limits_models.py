@@ -14,8 +14,8 @@ from torch import nn
 import prunekit
 from prunekit import upstream
 from prunekit.families import find, generic, grids, patch_groups
-from prunekit.families.base import square_grid
 from prunekit.families.decoders import NotPlain, decoder, plain, token_params
+from prunekit.families.grids import square_grid
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import proof, twin
 

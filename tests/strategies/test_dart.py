@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from asking import cases, stage_of
-from by_hand import SEEDS, best, cosine, kept, sizes, some
 from golden_files import drawn
+from loops import SEEDS, best, cosine, kept, sizes, some
 
 from prunekit import Keys, SpecError
 from prunekit.testing.tiny import tiny_inputs, tiny_llava

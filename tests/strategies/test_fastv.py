@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from asking import stage_of
-from by_hand import SEEDS, best, kept, sizes, some
+from loops import SEEDS, best, kept, sizes, some
 
 import prunekit
 from prunekit import Rows, SpecError

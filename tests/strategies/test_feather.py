@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from asking import cases, stage_of
-from by_hand import SEEDS, best, heads_of, kept, normed, sizes, some
 from golden_files import drawn
+from loops import SEEDS, best, heads_of, kept, normed, sizes, some
 
 import prunekit
 from prunekit import Rows, SpecError

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from asking import cases, stage_of
-from by_hand import SEEDS, best, decided, kept, sizes, some
 from golden_files import drawn
+from loops import SEEDS, best, decided, kept, sizes, some
 
 import prunekit
 from prunekit import PromptTokens, SpecError

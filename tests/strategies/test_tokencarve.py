@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from asking import cases, stage_of
-from by_hand import SEEDS, best, cosine, decided, sizes, some
 from golden_files import drawn
+from loops import SEEDS, best, cosine, decided, sizes, some
 
 from prunekit import SpecError
 from prunekit.testing.tiny import tiny_inputs, tiny_llava

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from asking import cases, stage_of
-from by_hand import SEEDS, best, kept, sizes, some
 from golden_files import drawn
+from loops import SEEDS, best, kept, sizes, some
 
 import prunekit
 from prunekit.families import shape_of

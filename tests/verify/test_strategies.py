@@ -64,4 +64,4 @@ def test_the_proof_prunes_with_its_own() -> None:
         assert len(build({"name": "case", "stages": list(stages)}, registry=with_own(Registry())).stages) == len(stages)
         assert all(stage["use"].startswith("verify.") for stage in stages), name
     assert {entry.origin for entry in with_own(Registry()).strategies()} == {"prunekit"}
-    assert len(with_own(plugins.registry()).strategies()) == len(plugins.registry().strategies()) + 3
+    assert len(with_own(plugins.registry()).strategies()) == len(plugins.registry().strategies()) + 4

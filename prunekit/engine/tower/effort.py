@@ -13,7 +13,8 @@ from torch import Tensor
 from prunekit.cost import TowerWork
 from prunekit.engine.tower.patches import Patches
 from prunekit.errors import Unsupported
-from prunekit.families.base import Modality, Tower
+from prunekit.families.base import Modality
+from prunekit.families.tower_parts import Tower
 
 # Tokens that attended, squares of those that attended to each other, tokens through the MLP: of one block.
 Block = tuple[int, int, int]

@@ -10,7 +10,8 @@ from typing import Any
 
 from prunekit.engine.tokens.masks import Kind, kind_of
 from prunekit.errors import Unsupported
-from prunekit.families.base import Parts, Tower
+from prunekit.families.base import Parts
+from prunekit.families.tower_parts import Tower
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, requests

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.tokens.layout import Layout, blank, leftmost
-from prunekit.families.base import Tower
+from prunekit.families.tower_parts import Tower
 
 
 @dataclass(frozen=True, eq=False)

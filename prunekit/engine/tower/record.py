@@ -17,7 +17,7 @@ from prunekit.engine.prompt.prompt import Prompt, VisualInput
 from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tower.effort import Effort
 from prunekit.errors import Unsupported
-from prunekit.families.base import Tower
+from prunekit.families.tower_parts import Tower
 from prunekit.pipeline.stage import Cut
 from prunekit.records import StageEvent
 from prunekit.strategy.inputs import request, requests
