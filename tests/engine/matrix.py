@@ -167,6 +167,8 @@ class Cell:
             return "StaticSlidingWindowLayer|side by side"
         if self.way == "static cache" and GROUP_OF[self.pipeline] == "per sample":
             return "must run the same layers|side by side"
+        if GROUP_OF[self.pipeline] == "pixels" and self.family in SHARED_KV:
+            return "how images reach this model's vision tower is not known"
         if "'at': 'pixels'" in text and self.family not in ANY_SIZE:
             return "takes whole images"
         if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", "").replace("vision.0.mid", ""):
