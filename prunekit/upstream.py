@@ -24,7 +24,7 @@ from transformers.models.llava_next import modeling_llava_next
 from prunekit.errors import Unsupported
 
 # The versions that the matrix of tests runs on, as pyproject.toml declares them.
-TESTED = ">=5.4,<5.25"
+TESTED = ">=5.23,<5.25"
 
 # What decoders and their layers call the KV cache that they are given, and models the one that they return.
 _NAMES_OF_CACHE = ("cache", "past_key_values")  # the newer, since transformers 5.24, first

@@ -46,7 +46,8 @@ PIPELINES = {
     "pixels and blocks": [{**EVEN, "at": "pixels"}, {**ROWS, "at": "vision.1.mid"}],
     "smaller": [{"use": "downsample", "scale": 0.6}, {**EVEN, "at": "vision.0"}],
 }
-ANY_SIZE = [name for name in tiny_names() if families.find(tiny_model(name)).tower.shape().images == "any"]
+TOWERS = {name: families.find(tiny_model(name)).tower for name in tiny_names()}
+ANY_SIZE = [name for name, tower in TOWERS.items() if tower is not None and tower.shape().images == "any"]
 
 
 @cache

@@ -21,7 +21,8 @@ from prunekit.verify.equivalence import assert_equivalent
 from prunekit.verify.precision import Float64Throughout
 
 EARLY = Sites(tower=True, pixels=True)
-ANY_SIZE = [name for name in tiny_names() if families.find(tiny_model(name)).tower.shape().images == "any"]
+TOWERS = {name: families.find(tiny_model(name)).tower for name in tiny_names()}
+ANY_SIZE = [name for name, tower in TOWERS.items() if tower is not None and tower.shape().images == "any"]
 model_of = cache(tiny_model)
 
 
