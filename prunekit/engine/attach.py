@@ -145,7 +145,7 @@ class Attached:
         replace(parts.base, "forward", self._base_forward, traceable=True)
         replace(parts.base, "_replicate_for_data_parallel", _refuse_replicas)
         for modality in parts.modalities:
-            replace(parts.base, modality.method, self._encode(modality))
+            replace(parts.base, modality.method, self._encode(modality), traceable=not self.active)
         replace(parts.text, "forward", self._text_forward, traceable=True)
         if self.active:
             generate.override(self._overrides, self.model)
@@ -209,7 +209,8 @@ class Attached:
             signature = inspect.signature(original)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
-                if ENCODES.get():  # one that encodes videos may call the one for images
+                # Traced only where nothing is pruned. One that encodes videos may call the one for images.
+                if torch.compiler.is_compiling() or ENCODES.get():
                     return original(*args, **kwargs)
                 if self._tower is not None and self._tower.asks:
                     self.callers.check_call()

@@ -59,7 +59,7 @@ def test_a_processor_of_another_patch_size(model, way, stages):
     wrong = processor_of(patch=PATCH // 2)
     counts = "tokens, for which the model makes (16|32) features"
     with prunekit.apply(model, stages, processor=wrong) as run:
-        both = rf"{counts}; .*{MODEL}, and not LlavaProcessor\(patch_size={PATCH // 2}, "
+        both = rf"{counts}; .*{MODEL}, the processor LlavaProcessor\(patch_size={PATCH // 2}, "
         with pytest.raises(InputError, match=both):
             call(model, wrong, way)
         assert run.report is None and not model.ran
@@ -72,7 +72,7 @@ def test_a_processor_of_another_patch_size(model, way, stages):
 @pytest.mark.parametrize("way", ["forward", "generate"])
 def test_a_processor_of_another_image_size(model, way):
     wrong = processor_of(side=IMAGE_SIZE // 2)
-    said = rf"the model could not encode its images \(.*{IMAGE_SIZE // 2}.*\); .*{MODEL}, and not LlavaProcessor"
+    said = rf"the model could not encode its images \(.*{IMAGE_SIZE // 2}.*\); .*{MODEL}, the processor LlavaProcessor"
     with prunekit.apply(model, FASTV, processor=wrong), pytest.raises(InputError, match=said):
         call(model, wrong, way)
     assert not model.ran

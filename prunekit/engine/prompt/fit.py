@@ -64,11 +64,11 @@ def _both(parts: Parts, processor: Any) -> str:
     """What the configs of both sides say, and what to do."""
     config: Any = parts.base.config
     model = _said(type(config).__name__, {"": config, "vision_config.": getattr(config, "vision_config", None)})
-    advice = "use the processor of this very model"
+    told = f"the prompt has to come from the model's own processor. The model is {model}"
     if processor is None:
-        return f"{advice}, which is {model}; with apply(..., processor=processor) this says what the processor is"
+        return f"{told}; with apply(..., processor=processor) this says what the processor is"
     places = {"": processor, "image_processor.": getattr(processor, "image_processor", None)}
-    return f"{advice}, which is {model}, and not {_said(type(processor).__name__, places)}"
+    return f"{told}, the processor {_said(type(processor).__name__, places)}"
 
 
 def _said(name: str, places: Mapping[str, Any]) -> str:
