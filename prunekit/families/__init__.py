@@ -33,7 +33,8 @@ def find(model: PreTrainedModel) -> Parts:
 def family_of(model: PreTrainedModel) -> Family | None:
     """The family whose file knows models of this type, None where none does.
 
-    Raises Unsupported for a model of a known family without its head, and for what is no model of transformers.
+    Raises Unsupported for a model of a known family without its head or its vision tower, and for what is no model of
+    transformers.
     """
     if not isinstance(model, PreTrainedModel):
         raise Unsupported(
@@ -45,6 +46,8 @@ def family_of(model: PreTrainedModel) -> Family | None:
         if model_type in family.model_types:
             if not isinstance(model, GenerationMixin):
                 raise Unsupported(f"{type(model).__name__} cannot generate; give the complete model with its head")
+            if getattr(model.config, "vision_config", model) is None:
+                raise Unsupported(f"this {model_type} was made without a vision tower: it takes no images to prune")
             return family
     return None
 

@@ -48,6 +48,15 @@ def test_a_model_without_its_head():
             pass
 
 
+def test_a_model_without_a_vision_tower():
+    """As Gemma 4's own config has none unless it is given one."""
+    model = tiny_model("gemma4")
+    model.config.vision_config = None
+    with said("this gemma4 was made without a vision tower: it takes no images to prune"):
+        with prunekit.apply(model, FASTV):
+            pass
+
+
 def test_a_tower_that_is_not_known():
     own = model_of()
     own.config.vision_config.model_type = "dinov2"
