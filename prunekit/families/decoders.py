@@ -93,20 +93,15 @@ def decoder(text: Any) -> dict[str, Any]:
         config = getattr(text, "config", None)
         if getattr(config, "num_hidden_layers", None) is None or getattr(config, "hidden_size", None) is None:
             raise
-        return at_input_only(text, error.reason)
-
-
-def at_input_only(text: Any, reason: str) -> dict[str, Any]:
-    """As `decoder`, of a stack inside which nothing can be cut. reason: what it has instead, as a clause."""
-    tables = sum(part.weight.numel() for part in text.modules() if isinstance(part, nn.Embedding))
-    weights = token_params(text, text.config) - tables
-    return {
-        "text": text,
-        "layers": (),
-        "opaque": reason,
-        "mlp_params": weights // text.config.num_hidden_layers,
-        "rotary": None,
-    }
+        tables = sum(part.weight.numel() for part in text.modules() if isinstance(part, nn.Embedding))
+        weights = token_params(text, config) - tables
+        return {
+            "text": text,
+            "layers": (),
+            "opaque": error.reason,
+            "mlp_params": weights // text.config.num_hidden_layers,
+            "rotary": None,
+        }
 
 
 def plain(text: Any) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def verdict(kind: str) -> Verdict:
         return Verdict(kind, "none")
     try:
         families.find(model)
-        proof = prove(model)
+        proof = prove(model.config)
     except Unsupported as refusal:
         return Verdict(kind, "refused", str(refusal))
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]

@@ -71,7 +71,7 @@ def test_equal_to_cuts_inside_a_decoder_that_is_known() -> None:
 def test_decoders_of_other_makes_are_proved_and_cut(kind: str) -> None:
     model = with_decoder(kind)
     assert find(model).opaque
-    found = proof.prove(model)
+    found = proof.prove(model.config)
     assert found.holds and [case.name for case in found.cases] == [
         "nothing pruned", "tokens dropped at the decoder input",
     ]  # fmt: skip

@@ -75,7 +75,7 @@ def test_a_decoder_is_exact_or_refused(kind):
 def test_more_than_the_proof_asks_for(kind):
     if kind not in PROVED and kind not in SPECIAL:
         return
-    model = twin_of(on_meta(llava(kind))).model
+    model = twin_of(llava(kind))
     inputs = tiny_batch(model, recipe=RECIPES["llava"])
     with Float64Throughout():
         stock_run = stock_run_of(model, inputs, STEPS + 1)
@@ -98,7 +98,7 @@ def test_more_than_the_proof_asks_for(kind):
 @pytest.mark.parametrize("kind", ["deepseek_v2", "ministral3", "olmo2", "gpt_oss"])
 def test_costs_are_what_is_computed(kind):
     """Products of matrices, counted while the decoder runs, against the numbers of the shape."""
-    model = twin_of(on_meta(llava(kind))).model
+    model = twin_of(llava(kind))
     parts, shape = find(model), find(model).shape()
     counter = FlopCounterMode(display=False)
     with counter, Float64Throughout():
@@ -119,7 +119,7 @@ def test_costs_are_what_is_computed(kind):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_an_mlp_that_returns_more_than_states(kind, rows):
     """Two rows would be taken for the states and what stands beside them."""
-    model = twin_of(on_meta(llava(kind))).model
+    model = twin_of(llava(kind))
     inputs = tiny_batch(model, [("image",)] * rows, recipe=RECIPES["llava"])
     skip = {"name": "s", "stages": [{"use": "skip_layers", "layers": [1, 2], "what": "mlp"}]}
     inside = {"name": "i", "stages": [{"use": "random", "at": "1.mid", "keep": 0.5}]}
