@@ -46,7 +46,7 @@ def family_of(model: PreTrainedModel) -> Family | None:
         if model_type in family.model_types:
             if not isinstance(model, GenerationMixin):
                 raise Unsupported(f"{type(model).__name__} cannot generate; give the complete model with its head")
-            if getattr(model.config, "vision_config", model) is None:
+            if getattr(model.config, "vision_config", "not asked for") is None:
                 raise Unsupported(f"this {model_type} was made without a vision tower: it takes no images to prune")
             return family
     return None

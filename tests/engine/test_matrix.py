@@ -22,6 +22,7 @@ from matrix import (
     CELLS,
     EVERY,
     FAMILIES,
+    GROUP_OF,
     PIPELINES,
     SEVERAL_ROWS,
     SHAPES,
@@ -156,7 +157,9 @@ class TestTheMatrixItself:
     def test_it_is_large_and_has_no_cell_twice(self):
         assert len(CELLS) >= 2000
         assert len(set(map(str, CELLS))) == len(CELLS)
-        assert sum(bool(cell.refused) for cell in CELLS) < len(CELLS) / 8
+        # Most towers take whole images, for which all of `pixels` is refused.
+        elsewhere = [cell for cell in CELLS if GROUP_OF[cell.pipeline] != "pixels"]
+        assert sum(bool(cell.refused) for cell in elsewhere) < len(elsewhere) / 10
 
     def test_every_example_is_in_a_pipeline(self):
         used = {stage["use"] for one in PIPELINES.values() for stage in one["stages"]}

@@ -1,6 +1,5 @@
 """The PAR study asks what it says: real answers, equal FLOPs, nothing twice."""
 
-import contextlib
 import dataclasses
 import json
 import sys
@@ -136,10 +135,15 @@ def test_nothing_gets_less_than_its_share_of_flops_and_par_no_more(bench, flops)
 
     below = same.below({**ROUTER, "keep_layers": 7})
     assert flops - 0.015 < costs_of(below) <= flops
-    reached = {}
+    reached, left_out = {}, {}
     for name, stage in equal.token_strategies([1, 4]):
-        with contextlib.suppress(SpecError):  # what decides at too great a cost is left out and told
+        try:
             reached[name] = costs_of(same.tokens(stage))
+        except SpecError as error:
+            left_out[name] = str(error)
+    # What decides at too great a cost, and what by default reads a block that this small tower does not have.
+    known = {"tokencarve": "cannot be reached", "hiprune": "there is no block 8", "vscan": "there is no block 5"}
+    assert all(known[name.partition(",")[0]] in said for name, said in left_out.items()), left_out
     assert {"fastv, before layer 2", "fastv, before layers 1 and 4", "random, at the encoder"} <= set(reached)
     assert all(flops <= found < flops + 0.012 for found in reached.values()), reached
     assert flops <= costs_of(same.layers("skip_layers", [6, 4, 5, 1, 3])) < flops + 1 / 8
