@@ -18,7 +18,10 @@ from prunekit.ops import bipartite_matching, borda, cosine, precise, ranks
 
 
 @strategy(
-    sites=Sites(default=Site(2), encoder=False, lowest=1), inputs={"attention": Rows(layer="previous")}, per_sample=True
+    sites=Sites(default=Site(2), encoder=False, lowest=1),
+    inputs={"attention": Rows(layer="previous")},
+    per_sample=True,
+    crops=True,
 )
 class TokenCarve:
     """Keep tokens that rank high by attention and information together, with similar ones merged into them.
