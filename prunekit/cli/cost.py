@@ -174,7 +174,7 @@ class _Table:
             lines.append("  ".join([first.ljust(widths[0]), *right]))
         ranges = "" if all(map(_exact, self.rows)) else f"\n{RANGES}"
         head = f"The output layer, {_si(2 * model.head)}FLOP a logit, is in no figure."
-        return "\n".join(lines) + f"\n\n{CONVENTION} {head}{ranges}"
+        return "\n".join(lines) + f"\n\n{CONVENTION}\n{head}{ranges}"
 
     @property
     def _note(self) -> str:
