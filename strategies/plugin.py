@@ -34,6 +34,8 @@ STRATEGIES = {
     "tokencarve": ("tokencarve:TokenCarve", "attended and informative, similar ones merged (TokenCarve, 2025)"),
     "fitprune": ("fitprune:FitPrune", "inside each layer, by a calibrated table (FitPrune, AAAI 2025)"),
     "pact": ("pact:PACT", "centres of important tokens, near ones merged, by keys (PACT, CVPR 2025)"),
+    "aim": ("aim:AIM", "similar tokens merge, half of them in each round (AIM, ICCV 2025)"),
+    "aim_decoder": ("aim:AIMDecoder", "where passed-on attention ends, fewer after each layer (AIM, ICCV 2025)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "scope": ("scope:Scope", "coverage of the image, salient tokens first (SCOPE, NeurIPS 2025)"),
     "mmtok": ("mmtok:MMTok", "coverage of the question's words and the image (MMTok, ICLR 2026)"),
