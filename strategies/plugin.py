@@ -36,6 +36,8 @@ STRATEGIES = {
     "pact": ("pact:PACT", "centres of important tokens, near ones merged, by keys (PACT, CVPR 2025)"),
     "aim": ("aim:AIM", "similar tokens merge, half of them in each round (AIM, ICCV 2025)"),
     "aim_decoder": ("aim:AIMDecoder", "where passed-on attention ends, fewer after each layer (AIM, ICCV 2025)"),
+    "illava": ("illava:ILLaVA", "the least attended become one, block by block in the tower (iLLaVA, 2024)"),
+    "illava_decoder": ("illava:ILLaVADecoder", "the least attended become one, before a layer (iLLaVA, 2024)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "scope": ("scope:Scope", "coverage of the image, salient tokens first (SCOPE, NeurIPS 2025)"),
     "mmtok": ("mmtok:MMTok", "coverage of the question's words and the image (MMTok, ICLR 2026)"),
