@@ -38,6 +38,8 @@ STRATEGIES = {
     "aim_decoder": ("aim:AIMDecoder", "where passed-on attention ends, fewer after each layer (AIM, ICCV 2025)"),
     "illava": ("illava:ILLaVA", "the least attended become one, block by block in the tower (iLLaVA, 2024)"),
     "illava_decoder": ("illava:ILLaVADecoder", "the least attended become one, before a layer (iLLaVA, 2024)"),
+    "mustdrop": ("mustdrop:MustDrop", "read by the question or in a key set of CLS, by thresholds (MustDrop, 2024)"),
+    "mustdrop_tower": ("mustdrop:MustDropTower", "alike windows merge in the tower (MustDrop, 2024, first stage)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "scope": ("scope:Scope", "coverage of the image, salient tokens first (SCOPE, NeurIPS 2025)"),
     "mmtok": ("mmtok:MMTok", "coverage of the question's words and the image (MMTok, ICLR 2026)"),
