@@ -41,6 +41,7 @@ STRATEGIES = {
     "mustdrop": ("mustdrop:MustDrop", "read by the question or in a key set of CLS, by thresholds (MustDrop, 2024)"),
     "mustdrop_tower": ("mustdrop:MustDropTower", "alike windows merge in the tower (MustDrop, 2024, first stage)"),
     "autoprune": ("autoprune:AutoPrune", "fewer after each layer, on the question's curve (AutoPrune, NeurIPS 2025)"),
+    "ivc_prune": ("ivc_prune:IVCPrune", "implicit coordinates and the foreground, by values (IVC-Prune, ICLR 2026)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "scope": ("scope:Scope", "coverage of the image, salient tokens first (SCOPE, NeurIPS 2025)"),
     "mmtok": ("mmtok:MMTok", "coverage of the question's words and the image (MMTok, ICLR 2026)"),
