@@ -296,12 +296,13 @@ class Attached:
             wanted = wanted if isinstance(wanted, int) and kind != "flat" else 0
             if self.active and wanted:  # layers are left out for the other tokens here, where they may be fewer
                 kwargs["logits_to_keep"] = 0
-            state: BatchState | None = ragged.owner_of(cache)
+            state: BatchState | None = call.owner if cache is call.given.get(CACHE) else ragged.owner_of(cache)
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
                 call.refuse_new_inputs()
-            self._check_window(embeds.shape[1], cache)
-            self._check_length(embeds.shape[1], cache)
+            if self._window is not None or self.parts.counts_to is not None:
+                self._check_window(embeds.shape[1], cache)
+                self._check_length(embeds.shape[1], cache)
             if state is None:
                 state = self._begin(call, kwargs, wanted)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)

@@ -11,8 +11,10 @@ from torch import Tensor
 from prunekit.engine.asking import call, checked, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
+from prunekit.engine.tokens.layout import leftmost
 from prunekit.errors import PluginError, Unsupported
 from prunekit.ops import top_k_mask
+from prunekit.ops.host import on_device
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
 from prunekit.pipeline.layer_plans import sharing_problem, without_kv
 from prunekit.pipeline.stage import Stage
@@ -108,8 +110,11 @@ def _ask(view: View, embeds: Tensor) -> Route:
         copies = {name: value if value.requires_grad else value.clone() for name, value in own.items()}
         return _checked_route(stage, call(stage, "route", _inputs(view, copies), {}))
     answers = []
-    for b, mine in enumerate(real):
-        of_sample = {name: value[b, mine] for name, value in own.items()}
+    # By positions, as the host knows how many there are: a bool index would wait for the device, for each of them.
+    positions = leftmost(real, max(state.lengths))
+    for b, length in enumerate(state.lengths):
+        mine = positions[b, :length]
+        of_sample = {name: value[b].index_select(0, mine.to(value.device)) for name, value in own.items()}
         answer = _checked_route(stage, call(stage, "route", _inputs(view, of_sample, b), {}))
         answers.append(_of_sample(stage, answer, len(of_sample["valid"]), state.bound.shape.layers))
     return _together(stage, answers, real)
@@ -173,7 +178,7 @@ def _plans(stage: Stage, state: BatchState, scores: Tensor) -> tuple[LayerPlan, 
     taken = {layer for layer in fixed if state.bound.plan[layer] is LayerAction.SKIP}
     free = [layer for layer in range(total) if layer not in fixed and layer not in state.bound.protected]
     drop = max(0, min(total - len(taken) - wanted, len(free)))
-    column = torch.tensor(free, dtype=torch.int64, device=scores.device)
+    column = on_device(free, scores.device)
     # Of equal scores the later layer goes, as of equal tokens the later one does.
     order = scores[:, column].flip(1).argsort(dim=1, stable=True)[:, :drop]
     chosen = column.flip(0)[order].tolist()

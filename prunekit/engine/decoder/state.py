@@ -15,12 +15,14 @@ from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
+from prunekit.ops.host import on_device
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.records import StageEvent
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Selection
 
 NO_IMAGE = "no visual tokens in this batch: token stages had nothing to do, all tokens ran"
+Actions = tuple[LayerAction, ...]  # row by row
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class BatchState:
     passing: frozenset[int] = frozenset()
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     _row_index: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _both: dict[int, tuple[tuple[LayerPlan, ...], tuple[Actions, Actions]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counts, self.lengths = self.prompt.visual_counts, self.prompt.lengths
@@ -186,16 +189,27 @@ class BatchState:
         """`rows` on the device; the same rows give the same tensor, by which layers share what they select."""
         key = tuple(rows)
         if key not in self._row_index:
-            self._row_index[key] = torch.tensor(key, dtype=torch.int64, device=self.prompt.ids.device)
+            self._row_index[key] = on_device(key, self.prompt.ids.device)
         return self._row_index[key]
 
-    def actions(self, number: int) -> tuple[LayerAction, ...]:
+    def actions(self, number: int) -> Actions:
         """What the prefill does with a layer, row by row."""
-        return tuple(plan[number] for plan in self.plans)
+        return self._phases(number)[0]
 
-    def decoding(self, number: int) -> tuple[LayerAction, ...]:
+    def decoding(self, number: int) -> Actions:
         """What decoding does with a layer, row by row."""
-        return tuple(plan.decoding(number) for plan in self.plans)
+        return self._phases(number)[1]
+
+    def _phases(self, number: int) -> tuple[Actions, Actions]:
+        """Both, made once for a layer and the plans: rows of most batches share one."""
+        plans, both = self._both.get(number, (None, ((), ())))
+        if plans is not self.plans:
+            first, rows = self.plans[0], len(self.plans)
+            some = self.plans[:1] if self.plans.count(first) == rows else self.plans
+            many = rows // len(some)
+            both = tuple(plan[number] for plan in some) * many, tuple(plan.decoding(number) for plan in some) * many
+            self._both[number] = self.plans, both
+        return both
 
     @property
     def last_only(self) -> int | None:
@@ -222,8 +236,12 @@ class BatchState:
 
     def count_leaving(self, number: int) -> None:
         """Count the tokens that went through the MLP of layer `number`."""
-        rows = zip(self.plans, self.entering(number), self.counts, strict=True)
-        self.mlp_tokens.append(tuple(_fed(plan[number], tokens, visual) for plan, tokens, visual in rows))
+        actions, entering = self.actions(number), self.entering(number)
+        if actions.count(LayerAction.RUN) == len(actions):
+            self.mlp_tokens.append(entering)
+            return
+        rows = zip(actions, entering, self.counts, strict=True)
+        self.mlp_tokens.append(tuple(_fed(action, tokens, visual) for action, tokens, visual in rows))
 
 
 def _fed(action: LayerAction, tokens: int, visual: int) -> int:
