@@ -18,7 +18,7 @@ Conventions, stated here once:
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
 from prunekit.ops.crops import crop_quotas
-from prunekit.ops.density import density_peaks
+from prunekit.ops.density import density_peaks, recycle
 from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
@@ -31,6 +31,7 @@ from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
 from prunekit.ops.scale import cosine, min_max, precise
+from prunekit.ops.separate import density_cutoff
 from prunekit.ops.topk import ranks, top_k_mask
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "cosine",
     "coverage",
     "crop_quotas",
+    "density_cutoff",
     "density_peaks",
     "dpp",
     "even_grid",
@@ -57,6 +59,7 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "recycle",
     "slot_weights",
     "tile_of",
     "top_k_mask",

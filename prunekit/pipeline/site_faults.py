@@ -21,6 +21,7 @@ from prunekit.strategy.inputs import (
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
 
+OF_POSITIONS = ("positions", "rotary")
 # What is wrong, and what to do.
 Problem = tuple[str, str]
 
@@ -113,13 +114,16 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for patches, which are there at 'pixels' alone", "name 'pixels'"
     if site.in_tower and absent:
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
-    inner = [name for name in (*OF_DECODER_LAYERS, "forward", "norm", "positions") if cut.stage.asks_for(name)]
+    inside = (*OF_DECODER_LAYERS, "forward", "norm", *OF_POSITIONS)
+    inner = [name for name in inside if cut.stage.asks_for(name)]
     if shape.opaque and inner and not site.in_tower:
         return f"'{use}' asks for {inner[0]}, but nothing is known inside this decoder: {shape.opaque}", ""
     if cut.stage.asks_for("forward") and ("forward" in absent or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
-    if cut.stage.asks_for("positions") and not shape.rotary:
-        return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
+    placed = [name for name in OF_POSITIONS if cut.stage.asks_for(name)]
+    if placed and not shape.rotary:
+        message = f"'{use}' asks for {placed[0]}, but the {shape.family} decoder rotates nothing"
+        return message, "use another strategy"
     rows = requests(cut.stage.inputs, "attention") if cut.stage.asks_for("attention") else ()
     if any(one.undecay for one in rows) and not shape.rotary:
         message = f"'{use}' undoes the decay of rotary positions, but the {shape.family} decoder has none"

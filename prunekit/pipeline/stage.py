@@ -102,12 +102,13 @@ class Stage:
 
         A budget is None where the strategy decides by itself. layers: None is a model that is not known yet; the result
         is then None where a default scales with the depth. blocks: of the vision tower, those that lead to the image
-        features. What the file leaves out comes from the strategy's schedule, else from its default site.
+        features. Without sites in the file both come from the strategy's schedule, else from its default site; a
+        strategy that decides by itself does so at the sites of the file as well.
         """
         schedule = None
-        if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
+        if self.declaration.schedule is not None and not self.sites_given:
             if layers is None and callable(self.declaration.schedule):
-                return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
+                return None
             schedule = self._schedule(layers or 0, blocks)
         sites = self.sites_given
         if sites is None and schedule is not None:
