@@ -17,7 +17,7 @@ Conventions, stated here once:
 
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
-from prunekit.ops.crops import crop_quotas
+from prunekit.ops.crops import clip_shares, crop_quotas
 from prunekit.ops.density import density_peaks
 from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
@@ -32,10 +32,12 @@ from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
 from prunekit.ops.scale import cosine, min_max, precise
 from prunekit.ops.topk import ranks, top_k_mask
+from prunekit.ops.video import same_place, segments
 
 __all__ = [
     "bipartite_matching",
     "borda",
+    "clip_shares",
     "cosine",
     "coverage",
     "crop_quotas",
@@ -57,6 +59,8 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "same_place",
+    "segments",
     "slot_weights",
     "tile_of",
     "top_k_mask",

@@ -155,6 +155,11 @@ INPUTS: tuple[Input, ...] = (
         "frames", "int64", "B V", "number of the crop or video frame within its image or video; -1 on padding", _ALL
     ),
     Input(
+        "videos", "bool", "B V",
+        "True at tokens of a video, whose frames follow each other in time; False at those of still images, whose "
+        "crops do not, and on padding. A video that the model is given as images is images", _ALL,
+    ),
+    Input(
         "places", "int64", "B V 4",
         "row, column, rows and columns in the grid of the complete image or frame, in which the crops of an image "
         "stand side by side; as in `coords` where an image is not cut into crops, or where it is not known how they "

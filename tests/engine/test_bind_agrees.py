@@ -46,6 +46,7 @@ INPUTS = {
     "cls_crops": st.none(),
     "project": st.none(),
     "places": st.none(),
+    "videos": st.none(),
     "patches": st.none(),
     "coords": st.none(),
     "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),

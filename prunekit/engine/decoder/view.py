@@ -115,6 +115,10 @@ class View:
         return self._coords[..., 6:].clone()
 
     @property
+    def videos(self) -> Tensor:
+        return blank(take(self.prompt.videos, self.tokens.ordinals, 1), self.tokens.valid, False)
+
+    @property
     def sizes(self) -> Tensor:
         return self.tokens.sizes.clone()
 
