@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from prunekit import ModelShape, hookimpl, strategy
-from prunekit.ops import clip_shares, group_sizes, group_top_k, precise, ranks, top_k_mask
+from prunekit.ops import clip_shares, group_means, group_sizes, group_top_k, precise, ranks, top_k_mask
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 TEMPERATURE = 0.01
@@ -54,8 +54,8 @@ class VidCom2:
         steady = hidden.var(0, correction=0).argsort(stable=True)[: hidden.shape[1] // 2]
         x = normalize(hidden[:, steady], dim=-1)
         common = _alike(x, x.mean(0))
-        rare = -common - _alike(x, _means(x, frame)[frame])
-        odd = (-_means(common, frame) / TEMPERATURE).softmax(0)
+        rare = -common - _alike(x, group_means(x, frame, len(present))[frame])
+        odd = (-group_means(common, frame, len(present)) / TEMPERATURE).softmax(0)
         ratio = (self.base if share is None else share / len(x)) * (1 + odd - odd.mean())
         quota = (ratio.clamp(max=1) * sizes).round().long().clamp(min=1)
         keep = group_top_k(rare, frame, quota)
@@ -65,12 +65,6 @@ class VidCom2:
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
         """Variances, norms and two distances: about ten operations a number."""
         return 10 * visual * shape.hidden
-
-
-def _means(values: Tensor, frame: Tensor) -> Tensor:
-    """The mean of each frame, (T, ...) from (n, ...); as a product, since its sums are the same in every run."""
-    member = (frame == torch.arange(int(frame.max()) + 1, device=frame.device)[:, None]).to(values)
-    return member / member.sum(1, keepdim=True) @ values
 
 
 def _alike(x: Tensor, centre: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
 from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
-from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
+from prunekit.ops.groups import group_means, group_members, group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
 from prunekit.ops.maxsum import max_sum
@@ -45,6 +45,7 @@ __all__ = [
     "dpp",
     "even_grid",
     "grid_cells",
+    "group_means",
     "group_members",
     "group_sizes",
     "group_top_k",

@@ -199,6 +199,12 @@ def group_sizes(groups: Sequence[int], count: int) -> list[int]:
     return [list(groups).count(group) for group in range(count)]
 
 
+def group_means(values: Matrix, groups: Sequence[int], count: int) -> list[list[float]]:
+    members = [[row for row, own in zip(values, groups, strict=True) if own == group] for group in range(count)]
+    zeros = [0.0] * len(values[0])
+    return [[sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else zeros for rows in members]
+
+
 def group_members(groups: Sequence[int], count: int) -> list[list[int]]:
     return [[i for i, group in enumerate(groups) if group == number] for number in range(count)]
 

@@ -21,6 +21,7 @@ CALLS = {
     "coverage": lambda: ops.coverage(MATRIX, [3, 2], VALID, SCORES, VALID),
     "density_peaks": lambda: ops.density_peaks(MATRIX, [3, 2], 4, VALID),
     "dpp": lambda: ops.dpp(MATRIX, [3, 2], SCORES, VALID),
+    "group_means": lambda: ops.group_means(FEATURES[0], NUMBERS[0], G),
     "group_sizes": lambda: ops.group_sizes(NUMBERS, G, VALID),
     "group_top_k": lambda: ops.group_top_k(SCORES, NUMBERS, SIZES, VALID),
     "index_mask": lambda: ops.index_mask(NUMBERS, V),

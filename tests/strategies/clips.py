@@ -29,21 +29,22 @@ class ClipSample(Sample):
     def places(self) -> dict[str, Tensor]:
         return {**super().places, "videos": torch.tensor(self.videos)}
 
-    def vectors(self, size: int = 8) -> list[list[float]]:
-        """One for each token; channels differ in scale, so that no two vary equally by chance."""
-        scales = [self.draw.uniform(0.5, 2.0) for _ in range(size)]
-        return [[a * b for a, b in zip(row, scales, strict=True)] for row in self._drawn(size)]
+    def vectors(self, size: int = 8, signs: bool = True) -> list[list[float]]:
+        """One for each token, near to that at its place before; tied ones are of few kinds.
 
-    def _drawn(self, size: int) -> list[list[float]]:
-        kinds = [[self.draw.gauss(0.3, 1.0) for _ in range(size)] for _ in range(4)]
+        signs: kinds are of ones and minus ones, whose cosines are exact; else no two distances are equal by symmetry.
+        """
+        one = (lambda: float(self.draw.choice((-1, 1)))) if signs else (lambda: self.draw.gauss(0.3, 1.0))
+        kinds = [[one() for _ in range(size)] for _ in range(4)]
         rows: list[list[float]] = []
         for i in range(len(self)):
             before = [j for j in range(i) if self.coords[j] == self.coords[i] and self.frames[j] < self.frames[i]]
+            last = rows[before[-1]] if before else None
             if self.tied:
-                rows.append(list(rows[before[-1]]) if before and self.draw.random() < 0.6 else self.draw.choice(kinds))
+                rows.append(last if last is not None and self.draw.random() < 0.6 else self.draw.choice(kinds))
             else:
-                near = rows[before[-1]] if before else [0.0] * size
-                rows.append([0.8 * a + self.draw.gauss(0.1, self.draw.choice((0.1, 1.0))) for a in near])
+                step = self.draw.choice((0.1, 1.0))
+                rows.append([0.8 * a + self.draw.gauss(0.1, step) for a in last or [self.draw.gauss(0, 1)] * size])
         return rows
 
     def clips(self, count: int | None) -> tuple[list[int], list[tuple[list[int], int | None]]]:
