@@ -68,6 +68,8 @@ class Rows:
         product at the distance of query and key: the mean of cos(distance * frequency), 1 at distance 0, taken as 0.1
         where it is less. It undoes the preference of rotary positions for near tokens (SparseVLM "+",
         https://arxiv.org/abs/2410.04417).
+    optional: at sites where there is no such layer, as in front of the decoder, the hook gets None in place of the
+        rows; False: such a site is refused.
     """
 
     layer: Where = "previous"
@@ -77,6 +79,7 @@ class Rows:
     rope: bool = True
     domain: Domain = "softmax"
     undecay: bool = False
+    optional: bool = False
 
     def heads_of(self, heads: int) -> int | None:
         """How many of so many heads are taken; None where all are."""
@@ -98,6 +101,7 @@ class Rows:
         _one_of("domain", self.domain, Domain)
         _boolean("rope", self.rope)
         _boolean("undecay", self.undecay)
+        _boolean("optional", self.optional)
         if self.undecay and (self.domain == "logits" or not self.rope):
             raise ValueError("undecay is of probabilities from rotated queries and keys: not with rope=False or logits")
 
@@ -137,6 +141,11 @@ Spec = Rows | Keys | Values
 def layer_and_rope(spec: Spec) -> tuple[Where, bool]:
     """Which call of which layer a request reads; values are the same with and without rotation."""
     return spec.layer, isinstance(spec, Values) or spec.rope
+
+
+def is_optional(spec: Spec) -> bool:
+    """A site without the layer that it means gets None."""
+    return isinstance(spec, Rows) and spec.optional
 
 
 def layer_of(where: Where, site: Site, layers: int) -> int | None:

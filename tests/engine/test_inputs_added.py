@@ -239,3 +239,17 @@ def test_which_inputs_of_the_tower_are_videos(name):
     kinds = [one["videos"].any() for one in seen]
     assert any(kinds) and not all(kinds)
     assert all(torch.equal(one["videos"], one["valid"] & kind) for one, kind in zip(seen, kinds, strict=True))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_rows_that_are_not_there_at_a_site(per_sample):
+    """The hook gets None in their place where they are optional; else the site is refused."""
+    model, inputs = tiny_llava(), tiny_inputs(**RAGGED)
+    own = Rows(layer="own", over="none", optional=True), Rows(layer="previous", optional=True)
+    traits = {"inputs": {"attention": own}, "per_sample": per_sample}
+    seen = seen_at(model, inputs, ["attention", "shape"], "encoder", "0.mid", "1", **traits)
+    there = [tuple(one is not None for one in given["attention"]) for given in seen]
+    assert there[:: 2 if per_sample else 1] == [(False, False), (True, False), (False, True)]
+    assert all(given["shape"].layers == 6 for given in seen)
+    with pytest.raises(SpecError, match="attention of the layer that the site stands in is not there at 'encoder'"):
+        seen_at(model, inputs, ["attention"], "encoder", inputs={"attention": Rows(layer="own")})
