@@ -117,7 +117,9 @@ class Stage:
             if layers is None and not isinstance(self.sites.default, Site):
                 return None
             sites = (self.sites.resolve(layers or 0),)
-        keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
+        scheduled = tuple(keep for _, keep in schedule or ())
+        # A strategy that decides by itself everywhere does so at however many sites the file names.
+        keeps: tuple[Keep | None, ...] = self.keeps or (scheduled if any(scheduled) else (None,))
         if len(keeps) == 1:
             keeps *= len(sites)
             only = keeps[0]

@@ -122,7 +122,6 @@ def _ask(view: View, embeds: Tensor) -> Route:
 
 def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[str], Any]:
     """Inputs by name, of one sample or of all: what only routers get, else those of the visual tokens."""
-    own["shape"] = view.tokens.state.bound.shape
 
     def get(name: str) -> Any:
         if name in own:
