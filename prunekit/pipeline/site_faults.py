@@ -240,8 +240,9 @@ def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], towe
     if isinstance(request, Features) and request.projected:
         return ("inside the tower nothing has been projected yet", "name 'encoder'") if inside else None
     block = resolved(request, site, tower.blocks, tower.feature_block).layer
-    if block is None or block not in range(tower.blocks):
-        return f"there is no block {request.layer}: the vision tower has blocks 0 to {tower.blocks - 1}", ""
+    if not isinstance(block, int) or block not in range(tower.blocks):
+        number = block if callable(request.layer) else request.layer
+        return f"there is no block {number}: the vision tower has blocks 0 to {tower.blocks - 1}", ""
     if inside and site.layer is not None and block > site.layer:
         return f"block {block} has not run yet at '{site}'", "request an earlier block, or name a later site"
     if inside and isinstance(request, Features) and site.point == "mid" and block == site.layer:

@@ -18,8 +18,6 @@ OPTIONS = {
     "freeze_layers": {"layers": [1, 4]},
     "par": {"weights": None, "seed": 0, "width": 32},
     "shortgpt": {"drop": 2},
-    "vscan": {"shallow": 0},
-    "hiprune": {"object_layer": 1},
 }
 AT_MOST = {"pool"}
 NAMES = [entry.name for entry in plugins.registry().strategies()]
