@@ -31,6 +31,7 @@ def _calibrated(tmp_path_factory):
     shape, folder = shape_of(tiny_llava()), tmp_path_factory.mktemp("calibrations")
     about = {"id": "tiny", "family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
     results = {
+        "shortv": {"divergence": {str(layer): float(layer) for layer in range(shape.layers)}},
         "shortgpt": {"influence": [float(layer) for layer in range(shape.layers)]},
         "fitprune": {
             "reduction": 0.6,
