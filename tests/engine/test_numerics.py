@@ -15,8 +15,25 @@ from strategy_options import options_for
 from torch import nn
 
 import prunekit
-from prunekit import EncoderRows, Owners, Rows, Selection, families, hookimpl, plugins, strategy
+from prunekit import (
+    EncoderKeys,
+    EncoderQueries,
+    EncoderRows,
+    EncoderValues,
+    Keys,
+    Owners,
+    Rows,
+    Selection,
+    Values,
+    families,
+    hookimpl,
+    plugins,
+    strategy,
+)  # fmt: skip
 from prunekit.engine import asking
+from prunekit.engine.attention import decoder_rows, tower_rows
+from prunekit.engine.attention.attended import Attended
+from prunekit.engine.tower.patches import Patches
 from prunekit.errors import PluginError
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
@@ -162,6 +179,25 @@ def test_rows_are_those_of_the_kernel_with_massive_channels(use, at, dtype):
     assert found.dtype == torch.float32 and found.isfinite().all() and found.unique().numel() > 4
     allowed = {torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(found[0].T, wanted.float(), atol=allowed, rtol=allowed)
+
+
+@HALVES
+def test_means_of_heads_and_patches_are_not_rounded(dtype):
+    """Of heads whose mean half precision does not hold."""
+    rng = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, 5, 4, generator=rng).to(dtype)  # rows, heads, tokens, numbers
+    exact, one = states.double().mean(1), Attended(states, states, states, None, 1.0)
+    columns = torch.arange(5).expand(2, -1)
+    found = [decoder_rows.keys(one, columns, kind(heads="mean")) for kind in (Keys, Values)]
+    found += [tower_rows.read(kind(), one) for kind in (EncoderKeys, EncoderValues, EncoderQueries)]
+    for mean in found:
+        torch.testing.assert_close(mean.double(), exact, atol=1e-6, rtol=1e-6)
+    assert (exact.to(dtype).double() - exact).abs().max() > 1e-5, "rounding would show"
+    pairs = Patches.of([torch.arange(4).view(2, 2)], 4, 0)
+    made = pairs.mean(states[:1, 0, :4])
+    torch.testing.assert_close(made.double(), states[:1, 0, :4].double().view(1, 2, 2, 4).mean(2), atol=1e-6, rtol=1e-6)
+    single = Patches.plain(2, 5, 0).mean(states[:, 0])
+    assert single.dtype == dtype and torch.equal(single, states[:, 0])
 
 
 def wide(value, dtype):
