@@ -14,8 +14,11 @@ from compositions import Bench, built, names
 from hypothesis import HealthCheck, event, given, seed, settings
 from hypothesis import strategies as st
 
+import prunekit
 from prunekit import plugins
 from prunekit.families import find
+from prunekit.pipeline.build import build
+from prunekit.registry import Registry
 from prunekit.strategy.declare import stage_keys
 from prunekit.strategy.sites import Site
 from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model
@@ -127,3 +130,38 @@ def test_a_thousand_pipelines_are_exact_or_refused(family, bench_of):
     met = search(bench_of(family), EACH, 100 + FAMILIES.index(family))
     print(family, dict(met))
     assert met["exact"] > EACH / 4, met
+
+
+# What the random pipelines have met and was wrong.
+
+
+def test_a_schedule_without_budgets_is_for_any_number_of_sites(bench_of):
+    """FEATHER decides by itself, at one site as at its own two."""
+    bench = bench_of("llava")
+    for sites, count in ((2, 1), ([1, 3, 4], 3)):
+        pipeline = prunekit.load({"stages": [{"use": "feather", "at": sites}]})
+        assert len(pipeline.bind(bench.shape).cuts) == count
+    assert not bench.refusal({"stages": [{"use": "feather", "at": 2}]}, "ragged")
+
+
+@prunekit.strategy(keep="optional", schedule={Site(1): 0.5, Site(3): 0.25})
+class Twice:
+    """Baseline: by the length of states, at two sites with budgets of their own."""
+
+    @prunekit.hookimpl
+    def score_tokens(self, hidden):
+        return hidden.norm(dim=-1)
+
+
+def test_a_schedule_with_budgets_is_for_its_own_number_of_sites(bench_of):
+    shape, registry = bench_of("llava").shape, Registry("here", "here 1")
+    registry.strategy("twice", f"{__name__}:Twice")
+    for keys, count in (({}, 2), ({"at": [2, 4]}, 2), ({"at": 2, "keep": 0.4}, 1)):
+        assert len(build({"stages": [{"use": "twice", **keys}]}, registry=registry).bind(shape).cuts) == count
+    with pytest.raises(prunekit.SpecError, match=r"stages\[0\].at: names 1 site, but 'twice' has budgets for 2 \(say"):
+        build({"stages": [{"use": "twice", "at": 2}]}, registry=registry).bind(shape)
+
+
+def test_the_reference_merges_in_the_tower_of_one_image(bench_of):
+    bench = bench_of("llava")
+    assert not bench.refusal({"stages": [bench.stage("tome", keep=0.5)]}, "one")
