@@ -94,7 +94,8 @@ STRATEGIES = {
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
     "shortgpt": ("shortgpt:ShortGPT", "the layers that change states least, by a calibration (ShortGPT)"),
-    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged (ShortV, ICCV 2025)"),
+    "shortv": ("shortv:ShortV", "visual tokens pass unchanged in calibrated layers (ShortV, ICCV 2025)"),
+    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged"),
 }
 
 

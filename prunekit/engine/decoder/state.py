@@ -66,7 +66,8 @@ class BatchState:
     layer_keys: for each of them the tokens that those which entered it can attend to. passing: layers that decoding
     simply runs. scores: of routers, by the index of their stage. wanted: of how many tokens, the last ones, the caller
     wants logits; 0: of all. cropped: bool (B, S), tokens that leave the KV when the prefill is over; None: none.
-    stage_states: the hooks' input `state`, by the index of the stage.
+    stage_states: the hooks' input `state`, by the index of the stage. unsound: where something that the model computed
+    is not finite, and of which samples, bool (B,); looks: how often that was looked for.
     """
 
     bound: BoundPipeline
@@ -89,6 +90,8 @@ class BatchState:
     cropped: Tensor | None = None
     passing: frozenset[int] = frozenset()
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    unsound: dict[str, Tensor] = field(default_factory=dict)
+    looks: int = 0
     _row_index: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _both: dict[int, tuple[tuple[LayerPlan, ...], tuple[Actions, Actions]]] = field(default_factory=dict)
 
@@ -120,6 +123,12 @@ class BatchState:
                 f"the prompt takes {needed} positions, more than the model's max_position_embeddings of {limit}: "
                 "answers may be poor with or without pruning"
             )
+
+    def see(self, place: str, unsound: Tensor) -> None:
+        """Remember for which samples, bool (B,), what the model computed is not finite; read back for a report only."""
+        before = self.unsound.get(place)
+        self.unsound[place] = unsound if before is None else before | unsound.to(before.device)
+        self.looks += 1
 
     def __deepcopy__(self, memo: object) -> BatchState:
         """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
