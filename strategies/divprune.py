@@ -12,7 +12,7 @@ from prunekit import hookimpl, strategy
 from prunekit.ops import max_min
 
 
-@strategy(per_sample=True)
+@strategy(paper="2503.02175", code="vbdi/divprune@799e2d9", per_sample=True)
 class DivPrune:
     """Repeatedly keep the token that is farthest from all kept ones."""
 

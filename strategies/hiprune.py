@@ -19,6 +19,8 @@ from prunekit.ops import crop_quotas, top_k_mask
 
 
 @strategy(
+    paper="2508.00553",
+    code="Danielement321/HiPrune@6e83a12",
     per_sample=True,
     inputs=lambda self: {
         "encoder_attention": (EncoderRows(layer=self.object_layer - 1, query="mean"), EncoderRows(query="mean"))

@@ -8,7 +8,7 @@ from prunekit import Selection, hookimpl, strategy
 from prunekit.ops import grid_cells, middles
 
 
-@strategy(per_sample=True)
+@strategy(group="baselines", per_sample=True)
 class Pool:
     """Average the tokens of each cell of an even grid into the cell's middle token.
 

@@ -25,6 +25,8 @@ SIDE = 4
 
 
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(decoder=False),
     per_sample=True,
     inputs=lambda self: {"encoder_attention": (EncoderRows(layer=self.shallow), EncoderRows())},
@@ -66,6 +68,8 @@ class VScan:
 
 
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(default=lambda layers: Site(layers // 2), encoder=False),
     inputs={"attention": Rows(layer="next", queries="last", heads="mean")},
 )
