@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from prunekit import hookimpl, strategy
+from prunekit import ModelShape, hookimpl, strategy
 from prunekit.ops import max_min
 
 
@@ -22,3 +22,8 @@ class DivPrune:
         directions = normalize(hidden, dim=-1)
         chosen = max_min(1 - directions @ directions.T, count)
         return torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill(0, chosen, True)
+
+    @hookimpl
+    def flops(self, shape: ModelShape, text: int, visual: int) -> int:
+        """The cosines of all pairs."""
+        return 2 * visual**2 * shape.hidden
