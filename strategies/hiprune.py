@@ -26,6 +26,8 @@ def _third(blocks: int) -> int:
 
 
 @strategy(
+    paper="2508.00553",
+    code="Danielement321/HiPrune@6e83a12",
     per_sample=True,
     inputs=lambda self: {
         "encoder_attention": (EncoderRows(layer=self._object_block(), query="mean"), EncoderRows(query="mean"))

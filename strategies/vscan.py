@@ -30,6 +30,8 @@ def _shallow(blocks: int) -> int:
 
 
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(decoder=False),
     per_sample=True,
     inputs=lambda self: {
@@ -74,6 +76,8 @@ class VScan:
 
 
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(default=lambda layers: Site(layers // 2), encoder=False),
     inputs={"attention": Rows(layer="next", queries="last", heads="mean")},
 )

@@ -28,7 +28,7 @@ from prunekit.ops import cosine, crop_quotas, dpp, group_members, precise
 Scale = Literal["image", "sample"]
 
 
-@strategy(per_sample=True)
+@strategy(paper="2506.10967", code="Theia-4869/CDPruner@9541616", per_sample=True)
 class CDPruner(Paired):
     """Keep tokens that are unlike each other and relevant to the question by CLIP's text tower.
 
@@ -54,7 +54,7 @@ class CDPruner(Paired):
         return self._text_flops(text) + 2 * visual * width**2 + _dpp_flops(shape, visual)
 
 
-@strategy(per_sample=True)
+@strategy(paper="2506.10967", code="Theia-4869/CDPruner@9541616", per_sample=True)
 class CDPrunerEmbeds:
     """Keep tokens that are unlike each other and relevant to the question by the decoder's own embeddings.
 

@@ -24,7 +24,13 @@ from prunekit import ModelShape, Selection, Sites, hookimpl, strategy
 from prunekit.ops import crop_quotas, group_members, outliers, precise, slot_weights, top_k_mask
 
 
-@strategy(sites=Sites(decoder=False), keep="optional", per_sample=True)
+@strategy(
+    paper="2409.10994",
+    code="FreedomIntelligence/TRIM@f5a232d",
+    sites=Sites(decoder=False),
+    keep="optional",
+    per_sample=True,
+)
 class TRIM(Paired):
     """Keep what the question is about, by CLIP's text tower, and the mean of the rest. clip: as for `Paired`."""
 
