@@ -140,9 +140,9 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
     for name in of_tower:
         assert tower is not None, "said above"
         for request in requests(cut.stage.inputs, name):
-            placed = _of_this_depth(request, site, tower)
-            if problem := _request_problem(placed, site, cuts, tower):
-                return f"'{use}' asks for {name}, {placed}: {problem[0]}", problem[1]
+            wanted = _of_this_depth(request, site, tower)
+            if problem := _request_problem(wanted, site, cuts, tower):
+                return f"'{use}' asks for {name}, {wanted}: {problem[0]}", problem[1]
     try:
         cut.reads(shape.layers)
     except ValueError as error:

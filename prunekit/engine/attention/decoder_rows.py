@@ -58,8 +58,8 @@ def attention(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, co
 
 
 def keys(states: Attended, columns: Tensor, spec: Keys | Values) -> Tensor:
-    """Keys or values of the key slots `columns`, int64 (B, V): float (B, V, A_kv * D), or (B, V, A_kv, D), or with their
-    mean (B, V, D), in at least float32.
+    """Keys or values of the key slots `columns`, int64 (B, V): float (B, V, A_kv * D) or (B, V, A_kv, D), or their mean
+    over heads (B, V, D), in at least float32.
     """
     source = states.value if isinstance(spec, Values) else states.key
     taken = source.gather(2, columns[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3]))
