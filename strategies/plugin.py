@@ -71,11 +71,31 @@ STRATEGIES = {
         "clip_text.cdpruner:CDPrunerEmbeds",
         "the same, weighed by the decoder's own embeddings of the question",
     ),
+    "vidcom2": ("vidcom2:VidCom2", "what is rare in a video and in its frame (VidCom2, EMNLP 2025)"),
+    "dycoke": ("dycoke:DyCoke", "one frame of four, and what is new in the others (DyCoke, CVPR 2025, prefill part)"),
+    "flashvid": (
+        "flashvid:FlashVID",
+        "attended and diverse in each frame, the rest merged (FlashVID, ICLR 2026)",
+    ),
+    "holitom": (
+        "holitom:HoliTom",
+        "what stands still merges, of the rest what is attended (HoliTom, NeurIPS 2025)",
+    ),
+    "holitom_decoder": (
+        "holitom:HoliTomDecoder",
+        "attended by the last token, others join by halves (HoliTom, second step)",
+    ),
+    "fastvid": ("fastvid:FastVID", "salient in each frame, and dense ones that sum up (FastVID, NeurIPS 2025)"),
+    "framefusion": (
+        "framefusion:FrameFusion",
+        "what a video repeats merges, then the rest is pruned (FrameFusion, ICCV 2025)",
+    ),
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
     "shortgpt": ("shortgpt:ShortGPT", "the layers that change states least, by a calibration (ShortGPT)"),
-    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged (ShortV, ICCV 2025)"),
+    "shortv": ("shortv:ShortV", "visual tokens pass unchanged in calibrated layers (ShortV, ICCV 2025)"),
+    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged"),
 }
 
 

@@ -71,6 +71,8 @@ def _schedule(self: "SparseVLM", layers: int) -> Mapping[Site, float]:
 
 
 @strategy(
+    paper="2410.04417",
+    code="Gumpest/SparseVLMs@26a5f48",
     sites=Sites(encoder=False, points=("after",)),
     inputs={"attention": Rows(layer="own", queries=_raters)},
     schedule=_schedule,
@@ -98,6 +100,8 @@ class SparseVLM:
 
 
 @strategy(
+    paper="2410.04417",
+    code="Gumpest/SparseVLMs@26a5f48",
     sites=Sites(encoder=False, points=("after",)),
     inputs=lambda self: {"attention": Rows(layer="own", queries=_raters, heads=self.heads, undecay=True)},
     schedule=lambda self, layers: _sites(layers, list(KEPT_PLUS[self.tokens])),

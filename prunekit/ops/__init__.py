@@ -17,13 +17,13 @@ Conventions, stated here once:
 
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
-from prunekit.ops.crops import crop_quotas
+from prunekit.ops.crops import clip_shares, crop_quotas
 from prunekit.ops.density import density_peaks, recycle
 from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
 from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
-from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
+from prunekit.ops.groups import group_means, group_members, group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
 from prunekit.ops.maxsum import max_sum
@@ -33,10 +33,12 @@ from prunekit.ops.outliers import outliers
 from prunekit.ops.scale import cosine, min_max, precise
 from prunekit.ops.separate import density_cutoff
 from prunekit.ops.topk import ranks, top_k_mask
+from prunekit.ops.video import same_place, segments
 
 __all__ = [
     "bipartite_matching",
     "borda",
+    "clip_shares",
     "cosine",
     "coverage",
     "crop_quotas",
@@ -45,6 +47,7 @@ __all__ = [
     "dpp",
     "even_grid",
     "grid_cells",
+    "group_means",
     "group_members",
     "group_sizes",
     "group_top_k",
@@ -60,6 +63,8 @@ __all__ = [
     "quotas",
     "ranks",
     "recycle",
+    "same_place",
+    "segments",
     "slot_weights",
     "tile_of",
     "top_k_mask",

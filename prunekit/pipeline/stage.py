@@ -102,13 +102,12 @@ class Stage:
 
         A budget is None where the strategy decides by itself. layers: None is a model that is not known yet; the result
         is then None where a default scales with the depth. blocks: of the vision tower, those that lead to the image
-        features. Without sites in the file both come from the strategy's schedule, else from its default site; a
-        strategy that decides by itself does so at the sites of the file as well.
+        features. What the file leaves out comes from the strategy's schedule, else from its default site.
         """
         schedule = None
-        if self.declaration.schedule is not None and not self.sites_given:
+        if self.declaration.schedule is not None and not (self.sites_given and self.keeps):
             if layers is None and callable(self.declaration.schedule):
-                return None
+                return None if not self.sites_given else tuple((site, None) for site in self.sites_given)
             schedule = self._schedule(layers or 0, blocks)
         sites = self.sites_given
         if sites is None and schedule is not None:
@@ -117,13 +116,26 @@ class Stage:
             if layers is None and not isinstance(self.sites.default, Site):
                 return None
             sites = (self.sites.resolve(layers or 0),)
-        keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
+        keeps: tuple[Keep | None, ...] = self.keeps or self._scheduled(schedule or (), sites) or (None,)
         if len(keeps) == 1:
             keeps *= len(sites)
             only = keeps[0]
             if self.declaration.spread and only is not None and only.of == "original":
                 keeps = tuple(dataclasses.replace(only, cuts=cuts) for cuts in range(len(sites), 0, -1))
         return tuple(zip(sites, keeps, strict=True))
+
+    def _scheduled(
+        self, schedule: tuple[tuple[Site, Keep | None], ...], sites: tuple[Site, ...]
+    ) -> tuple[Keep | None, ...]:
+        """The budgets of a schedule, which are for as many sites as it names itself; empty where it has none.
+
+        Raises SpecError for other sites that the file names without budgets.
+        """
+        keeps = tuple(keep for _, keep in schedule)
+        if not any(keeps) or len(keeps) == len(sites):
+            return keeps if any(keeps) else ()
+        message = f"names {len(sites)} site{'s' * (len(sites) != 1)}, but '{self.use}' has budgets for {len(keeps)}"
+        raise SpecError([self.fault("at", message, "say how much to keep")])
 
     def _schedule(self, layers: int, blocks: int) -> tuple[tuple[Site, Keep | None], ...] | None:
         """Its strategy's schedule. Raises SpecError where the options do not allow one."""

@@ -76,6 +76,8 @@ class Rows:
     steps: how often attention is passed on. From the second step on all rows are summed up again, each weighted by what
         its own token has received, head by head: n steps of PageRank (AIM, https://arxiv.org/abs/2412.03248). Above 1
         it takes queries="all" and over="mean", which begins with equal weights, and no number of heads.
+    optional: at sites where there is no such layer, as in front of the decoder, the hook gets None in place of the
+        rows; False: such a site is refused.
     """
 
     layer: Where = "previous"
@@ -88,6 +90,7 @@ class Rows:
     pooled: bool = False
     temperature: float = 1.0
     steps: int = 1
+    optional: bool = False
 
     def heads_of(self, heads: int) -> int | None:
         """How many of so many heads are taken; None where all are."""
@@ -109,6 +112,7 @@ class Rows:
         _one_of("domain", self.domain, Domain)
         _boolean("rope", self.rope)
         _boolean("undecay", self.undecay)
+        _boolean("optional", self.optional)
         if self.undecay and (self.domain == "logits" or not self.rope):
             raise ValueError("undecay is of probabilities from rotated queries and keys: not with rope=False or logits")
         self._check_ways()
@@ -165,6 +169,11 @@ Spec = Rows | Keys | Values
 def layer_and_rope(spec: Spec) -> tuple[Where, bool]:
     """Which call of which layer a request reads; values are the same with and without rotation."""
     return spec.layer, isinstance(spec, Values) or spec.rope
+
+
+def is_optional(spec: Spec) -> bool:
+    """A site without the layer that it means gets None."""
+    return isinstance(spec, Rows) and spec.optional
 
 
 def layer_of(where: Where, site: Site, layers: int) -> int | None:

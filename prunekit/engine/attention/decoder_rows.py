@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunekit.engine.attention.attended import Attended
+from prunekit.engine.attention.attended import Attended, wide
 from prunekit.errors import PluginError
 from prunekit.strategy.decoder_requests import Keys, Rows, Values
 
@@ -58,13 +58,13 @@ def attention(states: Attended, slots: Tensor, valid: Tensor, visual: Tensor, co
 
 
 def keys(states: Attended, columns: Tensor, spec: Keys | Values) -> Tensor:
-    """Keys or values of the key slots `columns`, int64 (B, V): float (B, V, A_kv * D), with their mean (B, V, D), or
-    (B, V, A_kv, D).
+    """Keys or values of the key slots `columns`, int64 (B, V): float (B, V, A_kv * D) or (B, V, A_kv, D), or their mean
+    over heads (B, V, D), in at least float32.
     """
     source = states.value if isinstance(spec, Values) else states.key
     taken = source.gather(2, columns[:, None, :, None].expand(-1, source.shape[1], -1, source.shape[3]))
     if spec.heads == "mean":
-        return taken.mean(1)
+        return wide(taken).mean(1)
     return taken.transpose(1, 2) if spec.heads == "none" else taken.transpose(1, 2).flatten(2)
 
 
