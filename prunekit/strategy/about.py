@@ -33,7 +33,7 @@ COUNTS: Mapping[str, str] = {
 }  # fmt: skip
 BEFORE_DECODER = ("pixels", "tower", "encoder")
 # Inputs that tell what the text says, or may.
-WORDS = ("text", "text_hidden", "text_ids", "text_keys", "question", "embeds", "forward")
+WORDS = ("text", "text_hidden", "text_ids", "text_keys", "text_values", "question", "embeds", "forward")
 # Where a default that scales is shown: the decoder and the tower of a LLaVA-1.5-7B.
 LAYERS, BLOCKS = 32, 23
 
