@@ -1,4 +1,4 @@
-"""DyCoke, FlashVID, HoliTom and FastVID keep what their authors' own functions kept, and put the same states there.
+"""DyCoke, FlashVID, HoliTom, FastVID and FrameFusion keep what their authors' own functions kept, in the same states.
 
 The files hold seeded clips and what those functions returned, at the commits that they name; of several seeds the first
 at which the authors' random noise, and as much noise on the clip, changes no index.
@@ -6,6 +6,7 @@ at which the authors' random noise, and as much noise on the clip, changes no in
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from asking import ask, cases
 from clips import grid_of
 from golden_files import drawn
 from plain import kept
+from selection_cost import LLAVA_7B
 
 import prunekit
 from prunekit import Selection
@@ -74,3 +76,28 @@ def test_fastvid(case, dtype):
     names = ("segments", "tau", "ratio", "d", "every", "beta")
     found, tokens = answer("fastvid", case, dtype, **{name: case["params"][name] for name in names})
     same(found, found.weights @ tokens, case)
+
+
+@both
+@pytest.mark.parametrize("case", cases("framefusion", 3))
+def test_framefusion(case, dtype):
+    """Site after site, of a model with as many layers as the authors' code counts."""
+    p, t = case["params"], drawn(case, torch.float32)
+    stage = prunekit.load(
+        {"stages": [{"use": "framefusion", **{name: p[name] for name in ("cost", "similarity", "least")}}]}
+    ).stages[0]
+    places, shape = grid_of(p["frames"], 1, p["tokens_per_frame"]), replace(LLAVA_7B, layers=p["layers"])
+    there, state = torch.arange(len(places["frames"])), {}
+    for site, left in enumerate(case["expected"]["kept_sorted"]):
+        tokens = (t["scene"] + t["change"] ** 4 * t[f"step_{site}"]).flatten(0, 1).to(dtype)[there]
+        found = ask(
+            stage, "select_tokens", hidden=tokens, attention=t[f"attention_{site}"].to(dtype)[there] if site else None,
+            shape=shape, state=state, **{name: table[there] for name, table in places.items()},
+        )  # fmt: skip
+        merged = isinstance(found, Selection)
+        keep = found.keep if merged else found
+        owner = found.weights.owner if merged else torch.arange(len(there))
+        made = torch.stack([tokens[owner == i].mean(0) for i in kept(keep)])
+        there = there[keep]
+        assert there.tolist() == left
+    torch.testing.assert_close(made, torch.tensor(case["expected"]["features"], dtype=dtype), rtol=2e-5, atol=2e-5)
