@@ -11,7 +11,15 @@ from prunekit.ops import same_place
 FIRST = 255.0  # what stands for the change of a token that has none before it
 
 
-@strategy(sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True), keep="refused", per_sample=True)
+@strategy(
+    paper="2510.14624",
+    code="vllm-project/vllm@094f117",
+    group="video",
+    fixed_count=True,
+    sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True),
+    keep="refused",
+    per_sample=True,
+)
 class Evs:
     """Before the tower, keep of a video the squares of pixels that have changed most since the frame before.
 

@@ -17,7 +17,7 @@ from prunekit import ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, crop_quotas, precise, top_k_mask
 
 
-@strategy(per_sample=True)
+@strategy(paper="2501.02268", code="jytmelon/G-Prune@762c637", per_sample=True)
 class GPrune:
     """Keep what is important after five steps on a graph of similar tokens."""
 

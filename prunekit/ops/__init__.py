@@ -18,7 +18,7 @@ Conventions, stated here once:
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
 from prunekit.ops.crops import clip_shares, crop_quotas
-from prunekit.ops.density import density_peaks
+from prunekit.ops.density import density_peaks, recycle
 from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
@@ -31,6 +31,7 @@ from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
 from prunekit.ops.scale import cosine, min_max, precise
+from prunekit.ops.separate import density_cutoff
 from prunekit.ops.topk import ranks, top_k_mask
 from prunekit.ops.video import same_place, segments
 
@@ -41,6 +42,7 @@ __all__ = [
     "cosine",
     "coverage",
     "crop_quotas",
+    "density_cutoff",
     "density_peaks",
     "dpp",
     "even_grid",
@@ -60,6 +62,7 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "recycle",
     "same_place",
     "segments",
     "slot_weights",

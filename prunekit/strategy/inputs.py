@@ -107,6 +107,10 @@ INPUTS: tuple[Input, ...] = (
         "text_keys", "float", "B T D", "keys of the text tokens in a decoder layer, as requested", _ALL, _WITH_PROMPT,
         Keys,
     ),
+    Input(
+        "text_values", "float", "B T D", "values of the text tokens in a decoder layer, as requested", _ALL,
+        _WITH_PROMPT, Values,
+    ),
     Input("text", "float", "B T H", "embeddings of the text tokens", regions=_WITH_PROMPT),
     Input("text_hidden", "float", "B T H", "states of the text tokens at the site", regions=_WITH_PROMPT),
     Input("text_ids", "int64", "B T", "ids of the text tokens; -1 on padding", _ALL, _WITH_PROMPT),
@@ -173,6 +177,11 @@ INPUTS: tuple[Input, ...] = (
         "positions", "int64", "B V P",
         "rotary position ids of the complete prompt, P of them for each token: 1, or one for each axis of M-RoPE; -1 "
         "on padding", regions=_WITH_PROMPT,
+    ),
+    Input(
+        "rotary", "float", "B V P R",
+        "the rotation at each of `positions`, in at least float32: the cosines by which the numbers of a head are "
+        "multiplied, then the sines; zeros on padding", regions=_WITH_PROMPT,
     ),
     Input(
         "sizes", "float", "B V",

@@ -68,6 +68,28 @@ def test_rotary_positions_of_all_axes(name):
             assert bool((one["positions"][row, index < 0] == -1).all())
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_are_those_of_each_axis(name, dtype):
+    """Of the module's frequencies, at the positions that `positions` says, whatever the model's precision."""
+    model = tiny_model(name, dtype=dtype)
+    inputs = tiny_batch(model)
+    for site in ("encoder", 2):
+        (seen,) = seen_at(model, inputs, ["positions", "rotary", "index"], site)
+        rotary, positions = seen["rotary"], seen["positions"]
+        assert rotary.dtype == torch.float32 and rotary.shape[:3] == positions.shape
+        module = next(m for part, m in model.named_modules() if part.endswith("language_model.rotary_emb"))
+        tables = [one.float() for part, one in module.named_buffers() if part.endswith("inv_freq")]
+        angles = [torch.cat([positions[..., None].float() * table] * 2, dim=-1) for table in tables]
+        there = seen["index"] >= 0
+        close = [
+            torch.allclose(rotary[there], torch.cat([angle.cos(), angle.sin()], dim=-1)[there], atol=1e-4)
+            for angle in angles
+            if 2 * angle.shape[-1] == rotary.shape[-1]
+        ]
+        assert any(close) and not rotary[~there].any()
+
+
 @strategy(sites=Sites(decoder=False), extras=("cls",))
 class AppendCls:
     """Baseline: the longest states, and every CLS token that is real in the slots of the next ones (TRIM's idea)."""

@@ -183,6 +183,32 @@ def density_peaks(distance: Matrix, count: int, neighbours: int) -> list[int]:
     return nearest_kept([[-d for d in row] for row in distance], [i in centres for i in tokens])
 
 
+def density_cutoff(distance: Matrix, cutoff: float, reach: float, core: Sequence[int]) -> list[int]:
+    tokens = range(len(distance))
+    apart = [[0.0 if i == j else max(distance[i][j], 0.0) for j in tokens] for i in tokens]
+    members = [i for i in tokens if core[i]]
+
+    def density(i: int) -> float:
+        return sum(math.exp(-((d / 2) ** 2)) for d in sorted(apart[i][j] for j in members))
+
+    centres: list[int] = []
+    for i in best_first(members, density):
+        if all(apart[i][j] > cutoff for j in centres):
+            centres.append(i)
+    owner = nearest_kept([[-d for d in row] for row in apart], [i in centres for i in tokens])
+    return [j if j in (i, -1) or apart[i][j] <= reach * cutoff else -1 for i, j in enumerate(owner)]
+
+
+def recycle(scores: Row, states: Matrix, kept: int, recycled: int, clusters: int) -> list[int]:
+    order = best_first(range(len(scores)), scores.__getitem__)
+    owner = [i if i in order[:kept] else -1 for i in range(len(scores))]
+    others = order[kept : kept + recycled] if clusters else []
+    distance = [[math.dist(states[i], states[j]) / math.sqrt(len(states[i])) for j in others] for i in others]
+    for i, centre in zip(others, density_peaks(distance, clusters, clusters), strict=True):
+        owner[i] = others[centre]
+    return owner
+
+
 def outliers(scores: Row, factor: float = 1.5) -> list[bool]:
     def quantile(share: Fraction) -> Fraction:
         ascending = sorted(map(Fraction, scores))

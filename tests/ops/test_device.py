@@ -35,13 +35,14 @@ CALLS = {
     "precise": lambda: ops.precise(SCORES),
     "quotas": lambda: ops.quotas(WEIGHTS, [3, 2], SIZES, 1),
     "ranks": lambda: ops.ranks(SCORES, VALID),
+    "recycle": lambda: ops.recycle(SCORES[0], FEATURES[0], 3, 5, 2),
     "same_place": lambda: ops.same_place(COORDS, NUMBERS[0], 2),
     "segments": lambda: ops.segments(SCORES[0], 0.9, 8),
     "slot_weights": lambda: ops.slot_weights(NUMBERS[0], V),
     "top_k_mask": lambda: ops.top_k_mask(SCORES, NUMBERS[:, 0], VALID),
 }
-# Plain numbers, and functions of coords that read the sizes or the number of the images.
-ON_THE_HOST = {"clip_shares", "crop_quotas", "even_grid", "grid_cells", "group_members", "tile_of"}
+# Plain numbers, functions of coords that read the sizes or the number of the images, and rounds until nothing is open.
+ON_THE_HOST = {"clip_shares", "crop_quotas", "density_cutoff", "even_grid", "grid_cells", "group_members", "tile_of"}
 
 
 @pytest.mark.parametrize("name", sorted(set(ops.__all__) - ON_THE_HOST))

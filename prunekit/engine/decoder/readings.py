@@ -78,7 +78,7 @@ class Needs:
                 entered.add(before)
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-            positions = positions or "positions" in names
+            positions = positions or bool(names & {"positions", "rotary"})
         entered |= read
         layers_of = (frozenset(record), frozenset(read), frozenset(entered), frozenset(behind))
         return cls(*layers_of, embeds, kernels, positions)
@@ -90,7 +90,7 @@ class Needs:
 
 
 def _named(cut: Cut) -> frozenset[str]:
-    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions")
+    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions", "rotary")
     return frozenset(name for name in names if cut.stage.asks_for(name))
 
 

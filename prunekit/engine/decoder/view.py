@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
 from prunekit.engine.attention.attended import Attended
+from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.forward import Forward
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings, Run, taken
@@ -144,6 +145,11 @@ class View:
         positions, valid = self.tokens.text_positions, self.tokens.text_valid
         return self._declared("text_keys", lambda spec: self._keys(spec, positions, valid))
 
+    @cached_property
+    def text_values(self) -> Any:
+        positions, valid = self.tokens.text_positions, self.tokens.text_valid
+        return self._declared("text_values", lambda spec: self._keys(spec, positions, valid))
+
     def _declared(self, name: str, make: Callable[[Any], Tensor | None]) -> Any:
         """One tensor for one declaration, a tuple for a tuple."""
         declared = table.request(self.place.stage.inputs, name)
@@ -233,6 +239,12 @@ class View:
     def positions(self) -> Tensor:
         axes = [take(axis, self.tokens.positions, 1) for axis in self.here.forward_pass.rotations.ids]
         return blank(torch.stack(axes, dim=-1), self.tokens.valid, -1)
+
+    @cached_property
+    def rotary(self) -> Tensor:
+        turns = aside.turns(self.here)
+        axes = [take(axis, self.tokens.positions, 1) for axis in turns]
+        return blank(torch.stack(axes, dim=2), self.tokens.valid)
 
     @property
     def text_ids(self) -> Tensor:
