@@ -6,10 +6,9 @@ to even, prunekit half up, as for every strategy.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from prunekit import ModelShape, hookimpl, strategy
-from prunekit.ops import max_min
+from prunekit.ops import cosine, max_min
 
 
 @strategy(paper="2503.02175", code="vbdi/divprune@799e2d9", per_sample=True)
@@ -19,8 +18,7 @@ class DivPrune:
     @hookimpl
     def select_tokens(self, hidden: Tensor, count: int) -> Tensor:
         """Bool (V,) from the tokens' states, float (V, H)."""
-        directions = normalize(hidden, dim=-1)
-        chosen = max_min(1 - directions @ directions.T, count)
+        chosen = max_min(1 - cosine(hidden), count)
         return torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill(0, chosen, True)
 
     @hookimpl

@@ -230,7 +230,7 @@ class _Replay:
         whole = state.reshape(rows, length, -1).clone()
         groups = self._groups(rows, length - self.tower.leading)
         for number in numbers:
-            flat = whole[:, self.tower.leading :].flatten(0, 1)
+            flat = whole[:, self.tower.leading :].flatten(0, 1).clone()  # of one row it would be a part of `whole`
             alive, kept = self._before(number), self._kept(self.events[number])
             sizes = list(map(len, groups))
             decided = zip(torch.split(alive, sizes), torch.split(kept, sizes), strict=True)

@@ -46,9 +46,11 @@ INPUTS = {
     "cls_crops": st.none(),
     "project": st.none(),
     "places": st.none(),
+    "videos": st.none(),
     "patches": st.none(),
     "coords": st.none(),
-    "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),
+    "shape": st.none(),
+    "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next")), optional=st.booleans()),
     "keys": st.builds(Keys, layer=st.sampled_from(("previous", "own", "next"))),
     "encoder_attention": st.one_of(
         st.builds(EncoderRows, layer=BLOCKS, query=st.sampled_from(("cls", "mean"))),

@@ -62,7 +62,7 @@ class TowerNeeds:
         reads: dict[int, tuple[EncoderSpec, ...]] = {}
         states = {feature_block} if extras else set()
         for spec in dict.fromkeys(spec for _, spec in specs if spec.layer is not None):
-            assert spec.layer is not None
+            assert isinstance(spec.layer, int), "resolved"
             if isinstance(spec, Features):
                 states.add(spec.layer)
             else:
