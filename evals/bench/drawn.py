@@ -17,12 +17,12 @@ from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import EncoderRows
 
 # Letters of the table of inputs, but for V: hidden and head of the decoder, width and head of the tower, text, a CLS
-# token, axes of rotary positions, cosines and sines, and of the pixels of a visual token: frames, colours, rows and
+# token, axes of rotary positions with cosines and sines, and of the pixels of a visual token: frames, colours, rows and
 # columns.
 HEADS, HEAD, TOWER_HEADS, TOWER_HEAD = 32, 128, 16, 64
 SIZES: Mapping[str, int] = {
-    "B": 1, "H": HEADS * HEAD, "W": TOWER_HEADS * TOWER_HEAD, "T": 64, "E": 1, "P": 1, "R": 2 * HEAD, "F": 2,
-    "C": 3, "Y": 28, "X": 28,
+    "B": 1, "H": HEADS * HEAD, "W": TOWER_HEADS * TOWER_HEAD, "T": 64, "E": 1, "P": 1, "R": 2 * HEAD, "F": 2, "C": 3,
+    "Y": 28, "X": 28,
 }  # fmt: skip
 
 
@@ -94,6 +94,7 @@ class Drawn:
             "cls_crops": lambda: torch.zeros(1, 1, 2, dtype=torch.int64),
             "text_valid": self._all_text, "text_after": lambda: self._all_text() & (torch.arange(SIZES["T"]) >= 8),
             "text_ids": lambda: torch.arange(SIZES["T"])[None], "norm": lambda: lambda states: states,
+            "videos": lambda: torch.full((1, self.tokens), self.video > 1),
             "project": lambda: self._project, "extras_valid": lambda: torch.ones(1, 1, dtype=torch.bool),
         }  # fmt: skip
         if name in plain:
@@ -110,7 +111,7 @@ class Drawn:
         if getattr(request, "of", "") == "cls":
             shape[1] = 1
         if isinstance(request, Keys | Values):
-            shape[2:] = {"mean": [HEAD], "none": [HEADS, HEAD]}.get(request.heads, [HEADS * HEAD])
+            shape[2:] = {"mean": [HEAD], "concat": [HEADS * HEAD]}.get(request.heads, [HEADS, HEAD])
         elif row.name in ("encoder_keys", "encoder_values", "encoder_queries"):
             shape[2:] = [TOWER_HEAD] if request.heads == "mean" else [TOWER_HEADS, TOWER_HEAD]
         elif isinstance(request, EncoderRows | Rows) and request.heads == "none":

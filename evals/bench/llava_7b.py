@@ -35,9 +35,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "keep": [round(1 - 0.025 * (layer + 1), 3) for layer in range(32)],
     },
 }
-# Strategies that decide without arithmetic on tokens, so that they state no `flops`: lists, draws, places, pixels.
+# Strategies that decide without arithmetic on tokens, so that they state no `flops`: draws, places, pixels.
 FREE: Mapping[str, str] = {
-    "dense": "decides nothing",
     "blind": "drops everything",
     "vtw": "drops everything",
     "random": "a draw",
@@ -47,9 +46,6 @@ FREE: Mapping[str, str] = {
     "downsample": "a constant; the image is resized before the tower",
     "pixelprune": "differences of pixels before the tower, below the patch embedding",
     "evs": "differences of pixels before the tower, below the patch embedding",
-    "skip_layers": "a list",
-    "freeze_layers": "a list",
-    "shortgpt": "a calibrated list",
 }
 # Strategies whose decisions cost more than LIMIT, and why.
 DEAR: Mapping[str, str] = {}
@@ -101,7 +97,13 @@ def decided(name: str, folder: Path) -> float | None:
     """
     if not runs_here(name):
         return None
-    return 0.0 if name in FREE else price(pipeline(name, folder))
+    return 0.0 if free(name) else price(pipeline(name, folder))
+
+
+def free(name: str) -> str:
+    """Why its decisions cost nothing, or nothing that is counted; empty: they cost what it says."""
+    layers = about(plugins.registry().get_strategy(name)).kind == "layer"
+    return FREE.get(name, "it follows a list of layers" if layers else "")
 
 
 def price(built: Pipeline) -> float:

@@ -129,7 +129,7 @@ def _details(entry: Entry, told: About) -> Iterable[str]:
         "studied": told.code,
         "group": told.group,
         "acts": ", ".join(REGIONS[site] for site in told.sites) or "on decoder layers",
-        "default": told.placed + (" (of 32 layers)" if told.placed and "decoder" in told.sites else ""),
+        "default": told.placed,
         "text-aware": _yes(told.text_aware),
         "attention": " and ".join(f"of the {whose}" for whose in told.attention) or "none",
         "count": COUNTS[told.count],

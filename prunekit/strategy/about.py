@@ -32,8 +32,9 @@ COUNTS: Mapping[str, str] = {
     "": "all tokens stay",
 }  # fmt: skip
 BEFORE_DECODER = ("pixels", "tower", "encoder")
-# Inputs that tell what the text says, or may.
-WORDS = ("text", "text_hidden", "text_ids", "text_keys", "text_values", "question", "embeds", "forward")
+# Inputs that tell what the text says, or may: whatever is over text tokens and does more than mark them.
+_OVER_TEXT = (one.name for one in table.INPUTS if "T" in one.axes.split() and one.kind != "bool")
+WORDS = (*_OVER_TEXT, "question", "embeds", "forward")
 # Where a default that scales is shown: the decoder and the tower of a LLaVA-1.5-7B.
 LAYERS, BLOCKS = 32, 23
 
@@ -78,8 +79,12 @@ class About:
     @property
     def placed(self) -> str:
         """Its default sites in one phrase; empty where options or a calibration say them."""
-        few = len(self.default) <= 4
-        return ", ".join(self.default) if few else f"{self.default[0]} to {self.default[-1]}, {len(self.default)} sites"
+        if not self.default:
+            return ""
+        listed = ", ".join(self.default)
+        if len(self.default) > 4:
+            listed = f"{self.default[0]} to {self.default[-1]}, {len(self.default)} sites"
+        return listed + f" of {LAYERS} layers" * self.default[0][0].isdigit()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
