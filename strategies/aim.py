@@ -27,7 +27,7 @@ from prunekit.ops import bipartite_matching, cosine, crop_quotas, group_members,
 STEPS, TEMPERATURE = 5, 0.1
 
 
-@strategy(sites=Sites(), schedule={ENCODER: 0.25}, per_sample=True)
+@strategy(paper="2412.03248", code="LaVi-Lab/AIM@edc24e9", sites=Sites(), schedule={ENCODER: 0.25}, per_sample=True)
 class AIM:
     """Merge the most similar tokens of each crop or frame, half of them in each round; a quarter is left."""
 
@@ -74,6 +74,8 @@ def _layers(self: AIMDecoder, layers: int) -> Mapping[Site, None]:
 
 
 @strategy(
+    paper="2412.03248",
+    code="LaVi-Lab/AIM@edc24e9",
     sites=Sites(encoder=False, points=("after",)),
     inputs={"attention": Rows(layer="own", queries="all", heads="none", temperature=TEMPERATURE, steps=STEPS)},
     keep="optional",

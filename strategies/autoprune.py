@@ -59,6 +59,8 @@ def _total(tokens: int, kept: list[int]) -> int:
 
 
 @strategy(
+    paper="2509.23931",
+    code="AutoLab-SAI-SJTU/AutoPrune@e4a9918",
     sites=Sites(encoder=False, points=("after",)),
     inputs=lambda self: {
         "attention": Rows(layer="own", queries=_readers, heads="none", over="none"),

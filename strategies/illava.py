@@ -49,6 +49,8 @@ def _selection(owner: Tensor, amounts: Tensor) -> Selection:
 
 
 @strategy(
+    paper="2412.06263",
+    code="hulianyuyy/iLLaVA@4068149",
     sites=Sites(default=Site(0, "vision", "mid"), tower=True, encoder=False, decoder=False),
     inputs={"encoder_attention": EncoderRows(query="mean")},
     schedule=_blocks,
@@ -83,6 +85,8 @@ class ILLaVA:
 
 
 @strategy(
+    paper="2412.06263",
+    code="hulianyuyy/iLLaVA@4068149",
     sites=Sites(default=lambda layers: Site(max(layers * 2 // 7, 1)), encoder=False, lowest=1),
     inputs={"attention": Rows(layer="previous")},
     per_sample=True,

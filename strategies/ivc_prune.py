@@ -30,6 +30,8 @@ def _alike(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 @strategy(
+    paper="2602.03060",
+    code="FireRedTeam/IVC-Prune@03afd9c",
     sites=Sites(default=lambda layers: Site(max(layers // 2, 1)), encoder=False, lowest=1),
     inputs={"values": VALUES, "text_values": VALUES},
     keep="optional",

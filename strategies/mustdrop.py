@@ -29,6 +29,8 @@ LAYERS = (2, 6, 10, 14)  # of 32
 
 
 @strategy(
+    paper="2411.10803",
+    code="liuting20/MustDrop@909afa5",
     sites=Sites(default=Site(0, "vision", "after"), tower=True, encoder=False, decoder=False),
     keep="refused",
     per_sample=True,
@@ -69,6 +71,8 @@ class MustDropTower:
 
 
 @strategy(
+    paper="2411.10803",
+    code="liuting20/MustDrop@909afa5",
     sites=Sites(encoder=False, points=("after",)),
     inputs=lambda self: {
         "attention": tuple(Rows(layer="own", queries="after", over=over) for over in ("sum", "max")),

@@ -24,6 +24,8 @@ def _up_to_the_image(prompt: PromptTokens) -> Tensor:
 
 
 @strategy(
+    paper="2504.08966",
+    code="orailix/PACT@cf9a0c9",
     sites=Sites(default=lambda layers: Site(layers // 7), encoder=False, points=("before", "after")),
     inputs={
         "attention": Rows(layer="next", queries=_up_to_the_image, pooled=True, rope=False, domain="queries"),

@@ -24,7 +24,7 @@ WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 TEMPERATURE = 0.01
 
 
-@strategy(keep="optional", per_sample=True)
+@strategy(paper="2505.14454", code="xuyang-liu16/VidCom2@944a17d", group="video", keep="optional", per_sample=True)
 class VidCom2:
     """Keep of a video what is unlike the whole and unlike its frame, more of frames that are unlike the others.
 
