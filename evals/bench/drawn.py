@@ -96,8 +96,6 @@ class Drawn:
             "cls_crops": lambda: torch.zeros(1, 1, 2, dtype=torch.int64),
             "text_valid": self._all_text, "text_after": lambda: self._all_text() & (torch.arange(SIZES["T"]) >= 8),
             "text_ids": lambda: torch.arange(SIZES["T"])[None], "norm": lambda: lambda states: states,
-            "shape": llava_7b.shape,
-            "videos": lambda: torch.full((1, self.tokens), self.video > 1),
             "project": lambda: self._project, "extras_valid": lambda: torch.ones(1, 1, dtype=torch.bool),
         }  # fmt: skip
         if name in plain:
