@@ -70,6 +70,13 @@ class Bench:
             return str(error)
         return ""
 
+    def cuts_tower(self, data: Mapping[str, Any]) -> bool:
+        """Whether something leaves before the decoder's input."""
+        try:
+            return any(cut.site.in_tower for cut in prunekit.load(data).bind(self.shape).cuts)
+        except (SpecError, Unsupported):
+            return False
+
     def stage(self, use: str, **keys: Any) -> dict[str, Any]:
         """A stage as a pipeline file has it."""
         return {"use": use, **self.options.get(use, {}), **keys}

@@ -55,6 +55,38 @@ def test_all_pairs(benches, first):
     print(first, dict(met))
 
 
+# What may not be put together, and what may: both stages, and a piece of the refusal.
+RULES = {
+    "a CLS score on a tower without CLS": ("pixtral", [("random", {"keep": 0.8}), ("visionzip", {"keep": 0.4})],
+                                           "no CLS token"),
+    "a column mean there": ("pixtral", [("random", {"keep": 0.8}), ("hiprune", {"keep": 0.4})], ""),
+    "rows of a layer that is skipped": ("clip", [("fastv", {"at": 2, "keep": 0.4}), ("skip_layers", {"layers": [1]})],
+                                        "reads the attention of layer 1, which another stage skips"),
+    "a look ahead into a layer that is skipped": (
+        "clip", [("vscan_decoder", {"at": 3, "keep": 0.4}), ("skip_layers", {"layers": [3]})], "layer 3"),
+    "a look ahead into a layer that is frozen": (
+        "clip", [("vscan_decoder", {"at": 3, "keep": 0.4}), ("freeze_layers", {"layers": [3]})], ""),
+    "freezing what a stage leaves": ("clip", [("fastv", {"at": 2, "keep": 0.4}), ("shortv", {"freeze": 3})], ""),
+    "grids behind other stages": ("clip", [("random", {"keep": 0.7}), ("feather", {"keep": 0.3})], ""),
+    "windows behind other stages": ("clip", [("random", {"keep": 0.7}), ("vscan", {"keep": 0.3})], ""),
+    "sizes, then attention": ("clip", [("tome", {"keep": 0.5}), ("fastv", {"at": 2, "keep": 0.2})], ""),
+    "counts of each row, then the same": ("clip", [("prumerge", {}), ("fastv", {"at": 2, "keep_tokens": 1})], ""),
+    "more than there is": ("clip", [("random", {"keep": 0.3}), ("fastv", {"at": 2, "keep": 0.5})],
+                           "asks for 0.5 of original, but stages[0] random leaves only 0.3"),
+    "out of order": ("clip", [("fastv", {"at": 2, "keep": 0.5}), ("divprune", {"keep": 0.2})], "out of order"),
+    "two actions for one layer": ("clip", [("skip_layers", {"layers": [2]}), ("freeze_layers", {"layers": [2]})],
+                                  "plans disagree"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_of_composition(name, benches):
+    tower, stages, wanted = RULES[name]
+    bench = benches[tower]
+    why = bench.refusal({"stages": [bench.stage(use, **keys) for use, keys in stages]}, "two")
+    assert (wanted in why) if wanted else not why, why
+
+
 def test_every_strategy_is_in_a_group(benches):
     """A new one is met by the pairs without being named here."""
     met = {use for pair in pairs(benches["clip"]) for use in pair}

@@ -49,7 +49,9 @@ def bench_of(tmp_path_factory):
             parts = find(model)
             if family == "closed":
                 parts = replace(parts, opaque="it is closed for this test", layers=(), rotary=None)
-            rows = BATCHES | ({"video": (("video",), IMAGE)} if takes_video(model.config.model_type) else {})
+            video = ("video",)
+            videos = {"video": (video, IMAGE), "videos": (video, video)} if takes_video(model.config.model_type) else {}
+            rows = BATCHES | videos
             batches = {name: tiny_batch(model, batch) for name, batch in rows.items()}
             made[family] = Bench(model, parts, batches, tmp_path_factory.mktemp(family))
         return made[family]
@@ -108,8 +110,11 @@ def search(bench, examples, start):
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def each(data):
-        batch = data.draw(st.sampled_from(sorted(bench.batches)), label="batch")
-        why = bench.refusal(drawn(data.draw, bench), batch)
+        batch = data.draw(st.sampled_from([name for name in sorted(bench.batches) if name != "videos"]), label="batch")
+        pipeline = drawn(data.draw, bench)
+        if batch == "video" and bench.cuts_tower(pipeline):  # the reference follows one kind of visual input there
+            batch = "videos"
+        why = bench.refusal(pipeline, batch)
         met["refused" if why else "exact"] += 1
         event("refused" if why else "exact")
 
@@ -129,7 +134,7 @@ def test_some_pipelines_are_exact_or_refused(family, bench_of):
 def test_a_thousand_pipelines_are_exact_or_refused(family, bench_of):
     met = search(bench_of(family), EACH, 100 + FAMILIES.index(family))
     print(family, dict(met))
-    assert met["exact"] > EACH / 4, met
+    assert met["exact"] > EACH / 8, met
 
 
 # What the random pipelines have met and was wrong.

@@ -65,7 +65,7 @@ class Routing:
         return None
 
 
-@pytest.mark.parametrize("name", ["text", "text_hidden", "text_ids", "text_keys", "question"])
+@pytest.mark.parametrize("name", ["text", "text_hidden", "text_ids", "text_keys", "text_values", "question"])
 def test_who_asks_for_words_may_see_them(name: str) -> None:
     assert about(scoring("hidden", name)).text_aware
     assert not about(scoring("hidden")).text_aware
