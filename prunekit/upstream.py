@@ -8,6 +8,7 @@ transformers is caught by the tests.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import cache_utils, modeling_utils
+from transformers.models.auto import processing_auto
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 from transformers.models.llava_next import modeling_llava_next
@@ -105,6 +107,21 @@ def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     if _OTHER not in arguments:
         return arguments
     return {CACHE if name == _OTHER else name: value for name, value in arguments.items()}
+
+
+def image_options(model_type: str) -> Mapping[str, Any]:
+    """How the processor of a model lets its images be prepared, where that is not what the image processor does by
+    itself; empty where it says nothing.
+    """
+    auto: Any = processing_auto
+    name = auto.PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        return {}
+    processor = getattr(transformers, name)
+    own = vars(processor).get("images_kwargs")  # since transformers 5.24; before, beside the class
+    beside = vars(sys.modules[processor.__module__]).get(f"{name}Kwargs")
+    options: Mapping[str, Any] = getattr(beside, "_defaults", {}).get("images_kwargs", {}) if own is None else own
+    return options
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Parts:
     mixer: the name of the part that stands in the place of attention in layers that hold a recurrent state instead of
         keys and values of tokens; None where all layers attend.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
-        layer 0.
+        layer 0. layer_mlps: of each layer, where they differ, as where the first layers have no experts; else empty.
     norm: of the module of `text` that its output passes last.
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
     reads_positions: layers use the position ids that they are given, and not only to tell packed sequences apart.
@@ -84,6 +84,7 @@ class Parts:
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_params: int | None = None
+    layer_mlps: tuple[int, ...] = ()
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     reads_positions: bool = False
@@ -163,6 +164,7 @@ class Parts:
             per_layer=tuple(map(self._layer_shape, range(len(self.layers)))) if self._layers_differ else (),
             kv_sources=self.kv_sources,
             last_only=self._last_only,
+            window=_window(config),
             recurrent=recurrent,
             mixer_params=mixer_params(self.mixing(recurrent[0])) if recurrent else 0,
         )
@@ -186,26 +188,35 @@ class Parts:
             attention=self.attention_implementation,
             cuts_inside=False,
             rotary=False,
+            layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             opaque=self.opaque or "",
+            window=_window(config),
         )
 
     @property
     def _layers_differ(self) -> bool:
         attending = [number for number in range(len(self.layers)) if self.attends(number)]
         widths = {getattr(self.mixing(number), "head_dim", None) for number in attending}
-        return bool(self.kv_sources or self.other_params or len(widths) > 1)
+        return bool(self.kv_sources or self.other_params or self.layer_mlps or len(widths) > 1)
 
     def _layer_shape(self, number: int) -> LayerShape:
         """The numbers of one layer, from its own modules."""
         attention: Any = self.mixing(number)
         config: Any = self.text.config
+        mlp = self.layer_mlps[number] if self.layer_mlps else matrix_params(getattr(self.layers[number], self.mlp))
+        if not self.attends(number):
+            params = mixer_params(attention)
+            return LayerShape(0, 0, params, params, mlp, 0)
         heads = head_sizes(config, {number: attention})
+        output = getattr(attention, "o_proj", None)
         return LayerShape(
             config.num_attention_heads,
             (heads.key + heads.value) // 2,
             attention_params=matrix_params(attention),
-            output_params=matrix_params(attention.o_proj),
-            mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
+            output_params=config.hidden_size * config.num_attention_heads * heads.value
+            if output is None
+            else matrix_params(output),
+            mlp_params=mlp,
             kv_width=heads.kv_width,
             other_params=self.other_params,
             early_params=self.early_params,
@@ -219,6 +230,12 @@ class Parts:
             return None
         writing = max((layer for layer in range(len(self.layers)) if not self.is_reader(layer)), default=-1)
         return writing + 1 if 0 <= writing < len(self.layers) - 1 else None
+
+
+def _window(config: Any) -> int | None:
+    """As `ModelShape.window`."""
+    window: int | None = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return window
 
 
 @dataclass(frozen=True)
