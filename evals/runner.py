@@ -233,6 +233,7 @@ class Runner:
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),
             notes=tuple(sorted(model.tally.notes)),
+            unsound=model.tally.unsound,
         )
 
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:

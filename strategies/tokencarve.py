@@ -18,6 +18,8 @@ from prunekit.ops import bipartite_matching, borda, cosine, precise, ranks
 
 
 @strategy(
+    paper="2503.10501",
+    code="ShawnTan86/TokenCarve@a57bd59",
     sites=Sites(default=Site(2), encoder=False, lowest=1),
     inputs={"attention": Rows(layer="previous")},
     per_sample=True,

@@ -104,6 +104,11 @@ def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
 def _table(cells: Sequence[Cell]) -> Table:
     """`cells`: of one set of conditions, oldest first."""
     notes = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
+    notes += [
+        f"{cell.pipeline.name} on {cell.label}: the model computed NaN or infinity for {cell.unsound} questions"
+        for cell in cells
+        if cell.unsound
+    ]
     newest: dict[str, tuple[str, str]] = {}
     for cell in cells:
         newest[cell.pipeline.name] = (cell.pipeline.sha, cell.pipeline.code)

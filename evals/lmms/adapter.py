@@ -179,7 +179,8 @@ class PruneKit(lmms):  # type: ignore[misc]
             visuals = flat(rest[0](doc)) if rest else []
             prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
             said = continuation(doc) if callable(continuation) else continuation
-            results.append(GenerationResult(cast(str, answering.loss(self.loaded, self.pipeline, prompt, str(said)))))
+            found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
+            results.append(GenerationResult(cast(str, found)))
             self.progress(1)
         return results
 

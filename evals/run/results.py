@@ -115,6 +115,8 @@ class Cell:
 
     task: lmms-eval's name; label: the name to show, `micro/...` for the bundled benchmark.
     metrics: as lmms-eval reports them, `<metric>,<filter>`.
+    unsound: questions, or continuations that were compared, for which the model computed NaN or infinity; `notes` say
+    where.
     """
 
     id: str
@@ -131,6 +133,7 @@ class Cell:
     saved: Saved | None = None
     timing: Timing | None = None
     notes: tuple[str, ...] = ()
+    unsound: int = 0
 
     @property
     def scores(self) -> dict[int, float]:

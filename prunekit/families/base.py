@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
+from prunekit.families.features import Features, each
 from prunekit.families.tower_parts import Tower
 from prunekit.families.weights import head_sizes, matrix_params, mixer_params
 from prunekit.strategy.decisions import LayerShape, ModelShape
@@ -20,15 +21,16 @@ from prunekit.strategy.decisions import LayerShape, ModelShape
 class Modality:
     """One kind of visual input that a family takes, `image` or `video`.
 
-    method: the method of the base model that encodes it, such as `get_image_features`; the `pooler_output` of what it
-        returns holds one entry for each image or video, in the order of the prompt.
-    pixels: the argument of that method with the pixels.
+    method: the method of the base model that encodes it, such as `get_image_features`.
+    pixels: the argument with the pixels, of the model's call and of that method (`upstream.Encoder` where they differ).
     token_ids: ids whose embeddings in the prompt are replaced by its features.
     coords: from the method's arguments by name and the number of visual tokens of each image or video to int64 (n, 5)
         for each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
         tokens that only separate, such as the newlines of any-resolution models. Where the crops of an image stand side
         by side, (n, 9): then follow row, column, rows and columns in the grid that they form together. Raises
         Unsupported where there is no grid. Called only when a strategy asks for `coords`, `frames` or `places`.
+    features: from the method's arguments by name, empty where they are not known, and the `pooler_output` of what it
+        returns to float (tokens, H) for each image or video, in the order of the prompt.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Modality:
     pixels: str
     token_ids: tuple[int, ...]
     coords: Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+    features: Features = each
 
 
 @dataclass(frozen=True)

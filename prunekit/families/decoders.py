@@ -194,7 +194,7 @@ def _check_cache(text: Any) -> None:
     if kinds - CUTTABLE:
         raise NotPlain(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
     if kinds & RECURRENT and upstream.RECURRENT_LAYER is None:
-        raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
+        raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.14 on")
 
 
 def _kv_sources(text: Any, layers: nn.ModuleList) -> tuple[int, ...]:

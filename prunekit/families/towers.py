@@ -9,6 +9,7 @@ from torch import nn
 from prunekit.families.images import in_patches, padded, whole
 from prunekit.families.patch_groups import PatchGroups, by_size, merged, parts, selected
 from prunekit.families.tower_parts import Tower
+from prunekit.upstream import feature_layers
 
 # Towers that see every image at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -32,7 +33,7 @@ def plain_tower(
     if kind not in LEADING_TOKENS:
         return None
     inside = getattr(tower, "vision_model", tower)
-    chosen: Any = getattr(config, "vision_feature_layer", -1)
+    chosen = feature_layers(config)
     leading = LEADING_TOKENS[kind]
     states = len(inside.encoder.layers) + 1
     several = not isinstance(chosen, int)

@@ -79,6 +79,8 @@ class LayerAction(Enum):
     FILL_KV = "fill_kv"  # the identity, but keys and values of its input are written
     FREEZE = "freeze"  # visual tokens pass unchanged and are only attended to; the others run
 
+    __hash__ = object.__hash__  # that of Enum is written in Python, and sets of actions are made for every layer
+
     @property
     def writes_kv(self) -> bool:
         """Its tokens' keys and values are in the KV cache afterwards."""
