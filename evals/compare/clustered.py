@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from prunekit_evals.compare.stats import Estimate
-from scipy import stats
+from scipy import sparse, stats
 
 RESAMPLES = 9_999
 LEVEL = 0.95
@@ -64,13 +64,13 @@ def estimate(columns: Sequence[Column], mixes: Array, resamples: int = RESAMPLES
     """
     if any(not column.counts.sum() for column in columns):
         raise ValueError("a column without questions")
-    layout = _Layout(columns)
-    value = mixes @ layout.means
+    layout, weights = _Layout(columns), sparse.csr_array(mixes)  # of many rows' columns a figure has few
+    value = weights @ layout.means
     if layout.data:
         with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
             warnings.simplefilter("ignore")  # a figure that does not vary: told by its NaN, and handled below
             found = stats.bootstrap(
-                layout.data, lambda *drawn, axis: layout.figures(drawn, mixes), n_resamples=resamples, method="BCa",
+                layout.data, lambda *drawn, axis: layout.figures(drawn, weights), n_resamples=resamples, method="BCa",
                 vectorized=True, batch=max(1, BATCH // layout.size), confidence_level=LEVEL, rng=0,
             )  # fmt: skip
         low, high, draws = *found.confidence_interval, found.bootstrap_distribution
@@ -97,7 +97,7 @@ class _Layout:
         self.sums = {task: np.stack([columns[i].sums for i in at], 1) for task, at in self.places.items()}
         self.counts = {task: np.stack([columns[i].counts for i in at], 1) for task, at in self.places.items()}
 
-    def figures(self, drawn: Sequence[Any], mixes: Array) -> Array:
+    def figures(self, drawn: Sequence[Any], mixes: sparse.csr_array) -> Array:
         """drawn: for each of `data` numbers drawn from it, shape (..., size). Returns (figures, ...)."""
         times = [_times(numbers, len(of)) for numbers, of in zip(drawn, self.data, strict=True)]
         means = np.empty((*drawn[0].shape[:-1], len(self.columns)))
@@ -111,7 +111,8 @@ class _Layout:
             if column.seed is not None:
                 weights = of_rows[column.seed.row]
                 means[..., place] *= weights[..., column.seed.level] / weights.sum(-1) * column.seed.levels
-        return np.moveaxis(means @ mixes.T, -1, 0)
+        figures = mixes @ means.reshape(-1, len(self.columns)).T
+        return figures.reshape(-1, *means.shape[:-1])
 
 
 def _times(numbers: Any, size: int) -> Array:
@@ -136,7 +137,7 @@ def _bounded(value: float, low: float, high: float, draws: Array, mix: Array, im
 
 
 def _used(columns: Sequence[Column], mix: Array) -> list[Column]:
-    return [column for column, weight in zip(columns, mix, strict=True) if weight]
+    return [columns[place] for place in np.flatnonzero(mix)]
 
 
 def _images(layout: _Layout, mixes: Array) -> list[int]:

@@ -12,6 +12,7 @@ from prunekit_evals.compare.clustered import Column, Drawn, Seed
 from prunekit_evals.compare.stats import Estimate
 
 NEAR = 0.01  # budgets this close, in dense's FLOPs, are the same
+NAMED = 8  # names in a sentence; more are counted, for their rows are marked
 
 Scores = Mapping[int, float]
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -110,8 +111,8 @@ def sentences(rows: Mapping[str, Judged], best: Sequence[str]) -> tuple[str, ...
         elif one.holds < 0:
             won.setdefault(("beaten", one.other), []).append(name)
     said = [
-        f"{', '.join(names)} {'beats' if len(names) == 1 else 'beat'} {other}" if way == "beat"
-        else f"{other} beats {', '.join(names)}"
+        f"{_listed(names)} {'beats' if len(names) == 1 else 'beat'} {other}" if way == "beat"
+        else f"{other} beats {_listed(names)}"
         for (way, other), names in won.items()
     ]  # fmt: skip
     lines = [f"{'; '.join(said) or 'no row beats another'} (5 %, {over})"]
@@ -120,6 +121,10 @@ def sentences(rows: Mapping[str, Judged], best: Sequence[str]) -> tuple[str, ...
     elif best and sum(row.to_dense is not None for row in rows.values()) > 1:
         lines.append(f"only {best[0]} can be the best pruned row (95 % model confidence set)")
     return tuple(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= NAMED else f"{len(names)} rows (marked *)"
 
 
 def _others(row: Contender, rows: Sequence[Contender]) -> Iterable[tuple[str, Contender]]:

@@ -239,6 +239,12 @@ def test_what_holds_is_said_and_marked():
     assert data["rows"][2]["difference"] == data["rows"][2]["to_dense"]["difference"]
 
 
+def test_many_rows_are_counted_not_named():
+    (only,) = tables.of_cells([cell("dense", "pope", 90), *(cell(f"p{i}", "pope", 40, flops=0.2) for i in range(9))])
+    assert only.verdicts[0] == "dense beats 9 rows (marked *) (5 %, after Holm's correction over 9 comparisons)"
+    assert len(only.best) == 9
+
+
 @pytest.mark.parametrize(("dense", "ours"), [(100, 100), (0, 0), (100, 0)])
 def test_all_right_and_all_wrong(dense, ours):
     (only,) = tables.of_cells([cell("dense", "pope", dense), cell("p", "pope", ours, flops=0.5)])
