@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import plugins
-from prunekit.cli import calibrate, doctor, run, show, train
+from prunekit.cli import calibrate, cost, doctor, run, show, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"prunekit {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (listing, show, run, doctor, calibrate, train):
+    for module in (listing, show, cost, run, doctor, calibrate, train):
         module.add(commands)
     try:
         plugins.manager().hook.prunekit_commands(subparsers=commands)
