@@ -285,7 +285,7 @@ def test_length(source: Source) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
-HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "omegaconf", "pandas", "PIL")
+HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "omegaconf", "pandas", "PIL", "scipy")
 LOOK = """
 import sys
 sys.argv = ["prunekit", *{arguments!r}]

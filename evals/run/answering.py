@@ -62,7 +62,8 @@ class Loaded:
 class Tally:
     """What one adapter has done: costs of all answers, and times of those that were computed in this process.
 
-    unsound: questions, or continuations that were compared, for which the model computed NaN or infinity.
+    unsound: questions, or continuations that were compared, for which the model computed NaN or infinity. images: task
+    and number of a question -> its `Prompt.image_id`, where it has an image.
     """
 
     facts: list[Facts] = field(default_factory=list)
@@ -73,6 +74,12 @@ class Tally:
     notes: set[str] = field(default_factory=set)
     unsound: int = 0
     first_prompts: list[Prompt] = field(default_factory=list)
+    images: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def saw(self, task: str, number: int, prompt: Prompt) -> None:
+        """Remember which images a question is about."""
+        if prompt.image_id is not None:
+            self.images[task, number] = prompt.image_id
 
     def add(self, answers: Sequence[Answer], *, journaled: bool) -> None:
         """Count answers."""

@@ -83,12 +83,13 @@ def test_cells_hold_what_lmms_eval_found(plan):
     pope = cells["pope", "dense"]
     assert pope.label == "micro/pope"
     assert {one.answer for one in pope.questions} == {"yes", "no"}
-    assert len(pope.scores) == 24
+    assert len(pope.scores) == len(pope.groups) == 24
+    assert pope.groups == cells["pope", "fastv"].groups
     assert sum(pope.scores.values()) / 24 == pytest.approx(pope.metrics["pope_accuracy,none"])
     assert 0 < pope.metrics["pope_accuracy,none"] < 1
     mme = cells["mme", "fastv"]
     assert set(mme.metrics) >= {"mme_perception_score,none"}
-    assert len(set(mme.groups.values())) == 12
+    assert len(set(mme.groups.values())) == 12  # two questions about each image
     mmbench = cells["mmbench_en_dev_static", "fastv"]
     assert mmbench.metrics["gpt_eval_score,none"] == pytest.approx(100 * sum(mmbench.scores.values()) / 24)
     assert sorted(cells["scienceqa_img", "fastv"].scores) == list(range(24))
