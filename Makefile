@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
-# Versions for `make test-matrix`, e.g. VERSIONS="5.23.0 5.24.0"; empty: all.
+# Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2

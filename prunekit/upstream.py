@@ -8,7 +8,8 @@ transformers is caught by the tests.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import cache_utils, modeling_utils
+from transformers.models.auto import processing_auto
 from transformers.models.llama import modeling_llama
 from transformers.models.llava import modeling_llava
 from transformers.models.llava_next import modeling_llava_next
@@ -24,7 +26,7 @@ from transformers.models.llava_next import modeling_llava_next
 from prunekit.errors import Unsupported
 
 # The versions that the matrix of tests runs on, as pyproject.toml declares them.
-TESTED = ">=5.23,<5.25"
+TESTED = ">=5.4,<5.25"
 
 # What decoders and their layers call the KV cache that they are given, and models the one that they return.
 _NAMES_OF_CACHE = ("cache", "past_key_values")  # the newer, since transformers 5.24, first
@@ -39,13 +41,65 @@ def _recurrent() -> Any:
     return linear if known else None
 
 
-# What a cache holds for layers with a recurrent state; None before transformers 5.13, where every model had its own.
+# What a cache holds for layers with a recurrent state; None before transformers 5.14, whose caches hold it in another
+# form, or models in caches of their own.
 RECURRENT_LAYER = _recurrent()
-# What layers are called with to hand keys and values on to later ones, and to take them. Older versions did it through
-# the cache, and are refused.
+# What layers are called with to hand keys and values on to later ones, and to take them. Before transformers 5.6 they
+# do it through the cache, and are refused.
 SHARED_KV = "shared_kv_states"
 # Layers of a cache that hold nothing, of decoder layers that read what others hold.
 EMPTY_LAYERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
+
+
+# Which hidden states of the tower are used, in configs and calls; in ViP-LLaVA the second before transformers 5.23.
+NAMES_OF_FEATURE_LAYERS = ("vision_feature_layer", "vision_feature_layers")
+
+
+def feature_layers(config: Any) -> Any:
+    """The number of the hidden state of the vision tower that a model uses, or of several; -1 where its config is
+    silent.
+    """
+    return next((getattr(config, name) for name in NAMES_OF_FEATURE_LAYERS if hasattr(config, name)), -1)
+
+
+class Encoder:
+    """A method of a model that encodes images or videos, by the names of the model's own call.
+
+    pixels: that of the pixels, which before transformers 5.18 is `pixel_values` in methods for videos of some models.
+    """
+
+    def __init__(self, method: Callable[..., Any], pixels: str) -> None:
+        self.method, self._pixels, self._signature = method, pixels, inspect.signature(method)
+        taken = self._signature.parameters
+        self._own = "pixel_values" if pixels not in taken and "pixel_values" in taken else pixels
+
+    def arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What it was called with, by name."""
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        return {self._pixels if name == self._own else name: value for name, value in given.items()}
+
+    def takes(self, name: str) -> bool:
+        """Whether it has an argument of that name."""
+        return name == self._pixels or name in self._signature.parameters
+
+    def __call__(self, arguments: Mapping[str, Any]) -> Any:
+        """What it returns for these arguments by name."""
+        return self.method(**{self._own if name == self._pixels else name: value for name, value in arguments.items()})
+
+
+def stacks_videos() -> bool:
+    """Whether Gemma 4 takes videos (videos, frames, ...), as before transformers 5.21, and not frame by frame."""
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4Model  # not there in transformers 5.4
+
+    return "num_frames_per_video" not in inspect.signature(Gemma4Model.get_video_features).parameters
+
+
+def newline_later(base: Any) -> bool:
+    """Whether the base model of LLaVA-OneVision puts the newline behind a video when it has encoded it, as before
+    transformers 5.18, and not while it does.
+    """
+    return "pixel_values" in inspect.signature(type(base).get_video_features).parameters
 
 
 def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -53,6 +107,21 @@ def todays_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     if _OTHER not in arguments:
         return arguments
     return {CACHE if name == _OTHER else name: value for name, value in arguments.items()}
+
+
+def image_options(model_type: str) -> Mapping[str, Any]:
+    """How the processor of a model lets its images be prepared, where that is not what the image processor does by
+    itself; empty where it says nothing.
+    """
+    auto: Any = processing_auto
+    name = auto.PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        return {}
+    processor = getattr(transformers, name)
+    own = vars(processor).get("images_kwargs")  # since transformers 5.24; before, beside the class
+    beside = vars(sys.modules[processor.__module__]).get(f"{name}Kwargs")
+    options: Mapping[str, Any] = getattr(beside, "_defaults", {}).get("images_kwargs", {}) if own is None else own
+    return options
 
 
 @dataclass(frozen=True)
@@ -283,82 +352,60 @@ def _replicas() -> None:
 RAGGED, STATIC, TAP = "engine/cache/ragged.py", "engine/cache/static.py", "engine/attention/tap.py"
 PROBES = (
     Probe(
-        "cache_utils.DynamicCache.layers", {RAGGED: "DynamicCache"}, "ragged layers stand in for its own", _cache_layers
+        "cache_utils.DynamicCache.layers", {RAGGED: "DynamicCache"}, "ragged layers stand in for its own",
+        _cache_layers,
     ),
     Probe("cache_utils.DynamicLayer", {RAGGED: "DynamicLayer"}, "what ragged layers override", _layer_methods),
     Probe(
         "cache_utils.DynamicSlidingWindowLayer",
-        {RAGGED: "DynamicSlidingWindowLayer", "verify/comparison.py": "DynamicSlidingWindowLayer"},
-        "is replaced, too",
+        {RAGGED: "DynamicSlidingWindowLayer", "verify/comparison.py": "DynamicSlidingWindowLayer"}, "is replaced, too",
         _sliding_layer,
     ),
     Probe(
-        "cache_utils.DummyLayer",
-        {RAGGED: "EMPTY_LAYERS", STATIC: "EMPTY_LAYERS"},
-        "of layers that read others' keys and values",
-        _empty_layers,
+        "cache_utils.DummyLayer", {RAGGED: "EMPTY_LAYERS", STATIC: "EMPTY_LAYERS"},
+        "of layers that read others' keys and values", _empty_layers,
     ),
     Probe("cache_utils.StaticLayer", {STATIC: "StaticLayer"}, "what static ragged layers override", _static_layer),
     Probe(
-        "masking_utils",
-        {RAGGED: "get_mask_sizes", STATIC: "get_mask_sizes"},
-        "masks are as long as the cache says",
+        "masking_utils", {RAGGED: "get_mask_sizes", STATIC: "get_mask_sizes"}, "masks are as long as the cache says",
         _mask_sizes,
     ),
     Probe(
         "decoder layers",
         {"engine/decoder/layer_call.py": "position_embeddings", "verify/stock.py": "position_embeddings"},
-        "how a layer is called, what it returns",
-        _layer_call,
+        "how a layer is called, what it returns", _layer_call,
     ),
     Probe(
-        "modeling_utils.AttentionInterface",
-        {TAP: "get_interface"},
-        "what kernels are called with",
+        "modeling_utils.AttentionInterface", {TAP: "get_interface"}, "what kernels are called with",
         _attention_interface,
     ),
     Probe(
-        "AttentionInterface._global_mapping",
-        {"verify/tower.py": "_global_mapping"},
-        "a kernel is registered for a while",
-        _registered_kernels,
+        "AttentionInterface._global_mapping", {"verify/tower.py": "_global_mapping"},
+        "a kernel is registered for a while", _registered_kernels,
     ),
     Probe(
         "config._attn_implementation",
-        {
-            "families/base.py": "_attn_implementation",
-            "verify/stock.py": "_attn_implementation",
-        },
-        "which attention is used",
-        _attention_name,
+        {"families/base.py": "_attn_implementation", "verify/stock.py": "_attn_implementation"},
+        "which attention is used", _attention_name,
     ),
     Probe(
         "get_image_features().pooler_output",
-        {
-            "engine/attach.py": "pooler_output",
-            "engine/prompt/visual_inputs.py": "pooler_output",
-            "verify/tiny_prompts.py": "pooler_output",
-        },
-        "visual tokens of each image",
-        _image_features,
+        {"engine/attach.py": "pooler_output", "engine/prompt/visual_inputs.py": "pooler_output",
+         "verify/tiny_prompts.py": "pooler_output"},
+        "visual tokens of each image", _image_features,
     ),
     Probe(
-        "mm_encoder_outputs",
-        {"engine/prompt/call.py": "mm_encoder_outputs"},
-        "images that generate has encoded",
+        "mm_encoder_outputs", {"engine/prompt/call.py": "mm_encoder_outputs"}, "images that generate has encoded",
         _encoded_first,
     ),
     Probe(
         "models.llava_next.modeling_llava_next",
         {"families/grids.py": "modeling_llava_next", "families/patch_groups.py": "PACKING"},
-        "coords and patches of any-resolution images",
-        _anyres,
+        "coords and patches of any-resolution images", _anyres,
     ),
     Probe(
-        "torch.nn.Module._replicate_for_data_parallel",
-        {"engine/attach.py": "_replicate_for_data_parallel"},
-        "copies of a model inside a block are refused",
-        _replicas,
+        "torch.nn.Module._replicate_for_data_parallel", {"engine/attach.py": "_replicate_for_data_parallel"},
+        "copies of a model inside a block are refused", _replicas,
     ),
     Probe("torch.nn.Module.__call__", {"engine/overrides.py": "__dict__"}, "overrides of instances", _module_forward),
-)
+)  # fmt: skip

@@ -27,13 +27,7 @@ from prunekit.ops import bipartite_matching, cosine, crop_quotas, group_members,
 STEPS, TEMPERATURE = 5, 0.1
 
 
-@strategy(
-    paper="2412.03248",
-    code="LaVi-Lab/AIM@edc24e9",
-    sites=Sites(),
-    schedule={ENCODER: 0.25},
-    per_sample=True,
-)
+@strategy(paper="2412.03248", code="LaVi-Lab/AIM@edc24e9", sites=Sites(), schedule={ENCODER: 0.25}, per_sample=True)
 class AIM:
     """Merge the most similar tokens of each crop or frame, half of them in each round; a quarter is left."""
 

@@ -23,7 +23,9 @@ from prunekit import ModelShape, hookimpl, strategy
 from prunekit.ops import clip_shares, group_sizes, group_top_k, precise, same_place
 
 
-@strategy(keep="refused", per_sample=True)
+@strategy(
+    paper="2411.15024", code="KD-TAO/DyCoke@dd74634", group="video", fixed_count=True, keep="refused", per_sample=True
+)
 class DyCoke:
     """Of each four frames of a video keep the first, and of the others what is least like it looked before.
 

@@ -40,7 +40,14 @@ from prunekit.ops import (
 NEIGHBOURS = 4
 
 
-@strategy(keep="optional", per_sample=True, inputs=lambda self: {"encoder_attention": EncoderRows(query=self.query)})
+@strategy(
+    paper="2503.11187",
+    code="LunarShen/FastVID@a40a109",
+    group="video",
+    keep="optional",
+    per_sample=True,
+    inputs=lambda self: {"encoder_attention": EncoderRows(query=self.query)},
+)
 class FastVID:
     """Keep of each frame of a video what is salient, and of some frames dense tokens that sum up their segment.
 

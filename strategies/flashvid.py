@@ -41,7 +41,14 @@ from prunekit.ops import (
 NEIGHBOURS = 7
 
 
-@strategy(keep="optional", per_sample=True, inputs={"encoder_attention": EncoderRows(query="mean")})
+@strategy(
+    paper="2602.08024",
+    code="Fanziyang-v/FlashVID@1d37422",
+    group="video",
+    keep="optional",
+    per_sample=True,
+    inputs={"encoder_attention": EncoderRows(query="mean")},
+)
 class FlashVID:
     """Keep of each frame of a video what is attended to and diverse; merge the rest in time, then in space.
 

@@ -31,6 +31,9 @@ def _throughout(self: FrameFusion, layers: int) -> Mapping[Site, None]:
 
 
 @strategy(
+    paper="2501.01986",
+    code="thu-nics/FrameFusion@fbec1d2",
+    group="video",
     sites=Sites(points=("mid",)),
     inputs={"attention": Rows(layer="own", queries="last", heads="mean", optional=True)},
     schedule=_throughout,

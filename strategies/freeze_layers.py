@@ -10,7 +10,7 @@ from __future__ import annotations
 from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl, strategy
 
 
-@strategy(paper="2504.00502")
+@strategy(paper="2504.00502", code="icip-cas/ShortV@737c28c")
 class FreezeLayers:
     """Let visual tokens pass decoder layers unchanged at prefill. layers: their numbers, from 0."""
 

@@ -38,7 +38,14 @@ from prunekit.ops import (
 NEIGHBOURS = 7
 
 
-@strategy(keep="optional", per_sample=True, inputs={"encoder_attention": EncoderRows(query="mean")})
+@strategy(
+    paper="2505.21334",
+    code="cokeshao/HoliTom@e9b2972",
+    group="video",
+    keep="optional",
+    per_sample=True,
+    inputs={"encoder_attention": EncoderRows(query="mean")},
+)
 class HoliTom:
     """Merge what stands still in a video over time, then in space; of the rest keep what the tower attends to.
 
@@ -155,6 +162,9 @@ def _windows(still: Tensor) -> list[int]:
 
 
 @strategy(
+    paper="2505.21334",
+    code="cokeshao/HoliTom@e9b2972",
+    group="video",
     sites=Sites(default=lambda layers: Site(max(layers * 18 // 28, 1)), encoder=False, lowest=1),
     inputs={"attention": Rows(layer="previous", queries="last", heads="mean")},
     per_sample=True,

@@ -36,6 +36,7 @@ def _alike(rows: Tensor, keys: Tensor) -> Tensor:
     inputs={"values": VALUES, "text_values": VALUES},
     keep="optional",
     per_sample=True,
+    crops=True,
 )
 class IVCPrune:
     """Keep tokens with values like the question's, and those at positions that rotate like an origin.

@@ -81,6 +81,7 @@ class MustDropTower:
     keep="refused",
     schedule=lambda self, layers: {Site((layers * at + 16) // 32, "layer", "after"): None for at in LAYERS},
     per_sample=True,
+    crops=True,
 )
 class MustDrop:
     """Drop what no word of the question attends to, alone or together, but what matters to the tower.

@@ -18,7 +18,7 @@ from typing import Any
 from prunekit import Artefact, CalibrationPrompt, LayerAction, LayerPlan, ModelShape, hookimpl, read_artefact, strategy
 
 
-@strategy()
+@strategy(paper="2504.00502", code="icip-cas/ShortV@737c28c")
 class ShortV:
     """Freeze visual tokens in the decoder layers that need them least, as a calibration measured.
 

@@ -24,7 +24,7 @@ WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 TEMPERATURE = 0.01
 
 
-@strategy(keep="optional", per_sample=True)
+@strategy(paper="2505.14454", code="xuyang-liu16/VidCom2@944a17d", group="video", keep="optional", per_sample=True)
 class VidCom2:
     """Keep of a video what is unlike the whole and unlike its frame, more of frames that are unlike the others.
 
@@ -63,8 +63,8 @@ class VidCom2:
 
     @hookimpl
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
-        """Variances, norms and two distances: about ten operations a number."""
-        return 10 * visual * shape.hidden
+        """Variances, norms and two distances, about ten operations a number, and means of frames, if 32 of them."""
+        return (10 + 32) * visual * shape.hidden
 
 
 def _alike(x: Tensor, centre: Tensor) -> Tensor:

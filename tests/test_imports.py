@@ -22,11 +22,11 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
     "version", "errors", "ops", "registry", "upstream", "strategy", "cost", "records", "hookspecs", "loose", "plugins",
-    "spec", "families", "pipeline", "loading", "engine", "verify", "training", "apply", "testing", "cli",
+    "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply", "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
-EVALS_ORDER = ("run", "compare", "micro", "smol", "lmms", "bench", "runner", "cli", "plugin", "studies")
+EVALS_ORDER = ("shapes", "run", "compare", "micro", "smol", "lmms", "bench", "runner", "cli", "plugin", "studies")
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
 MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two
@@ -238,7 +238,10 @@ OF_FAMILIES = ("families", "testing", "upstream")
 WITHOUT_EXAMPLES = ("engine", "families", "verify", "apply", "loading", "cost", "records")
 # Strategies whose names are words of the language, and where those words are values that mean something else.
 WORDS = {"dense", "random", "pool", "stride", "blind", "first", "last", "downsample"}
-VALUES = {("families", "downsample"), ("training", "random"), ("cli", "random"), ("strategy", "pool")}
+VALUES = {
+    ("families", "downsample"), ("training", "random"), ("cli", "random"), ("strategy", "pool"), ("cli", "dense"),
+    ("estimate", "dense"),
+}  # fmt: skip
 
 
 def test_the_core_knows_no_family() -> None:

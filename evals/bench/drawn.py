@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from prunekit_evals.bench import llava_7b
 from torch import Tensor
 
 from prunekit.pipeline.stage import Stage
@@ -89,12 +90,12 @@ class Drawn:
             "count": lambda: (self.count,), "seed": lambda: (self.seed,), "state": dict,
             "cut": lambda: 0, "sites": lambda: (self.site,), "question": lambda: ("What is in the image?",),
             "coords": self._coords, "places": lambda: self._coords()[..., 1:], "frames": self._frames,
+            "videos": lambda: torch.full((1, self.tokens), self.video > 1), "shape": llava_7b.shape,
             "index": lambda: torch.arange(self.tokens)[None], "valid": lambda: self.valid, "sizes": lambda: self.sizes,
             "positions": lambda: torch.arange(self.tokens)[None, :, None],
             "cls_crops": lambda: torch.zeros(1, 1, 2, dtype=torch.int64),
             "text_valid": self._all_text, "text_after": lambda: self._all_text() & (torch.arange(SIZES["T"]) >= 8),
             "text_ids": lambda: torch.arange(SIZES["T"])[None], "norm": lambda: lambda states: states,
-            "videos": lambda: torch.full((1, self.tokens), self.video > 1),
             "project": lambda: self._project, "extras_valid": lambda: torch.ones(1, 1, dtype=torch.bool),
         }  # fmt: skip
         if name in plain:

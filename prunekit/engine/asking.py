@@ -149,6 +149,8 @@ def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Sele
         raise PluginError(f"{stage.label}: select_tokens must return bool, not {keep.dtype}")
     if not isinstance(selection.crop, bool):
         raise PluginError(f"{stage.label}: select_tokens (crop) must be True or False, not {selection.crop!r}")
+    if selection.crop and not stage.declaration.crops:
+        raise PluginError(f"{stage.label}: select_tokens (crop) needs @strategy(crops=True), for forecasts of cost")
     keep = keep.to(valid.device) & valid
     weights, sizes, merging = selection.weights, selection.sizes, "select_tokens"
     if weights is None and stage.hook.merge_tokens.get_hookimpls():

@@ -34,7 +34,7 @@ from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
-from prunekit.upstream import CACHE, todays_names
+from prunekit.upstream import CACHE, Encoder, todays_names
 
 _ATTACHED = "__prunekit_attached__"
 # Held while blocks are put on a model or taken off: threads may do so at once.
@@ -209,7 +209,7 @@ class Attached:
         """Record what a method of the base model encodes (`generate` encodes before it calls the model)."""
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(original)
+            encoder = Encoder(original, modality.pixels)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
                 # Traced only where nothing is pruned. One that encodes videos may call the one for images.
@@ -217,11 +217,10 @@ class Attached:
                     return original(*args, **kwargs)
                 if self._tower is not None and self._tower.asks:
                     self.callers.check_call()
-                given = signature.bind_partial(*args, **kwargs).arguments
-                given |= given.pop("kwargs", {})
+                given = encoder.arguments(args, kwargs)
 
                 def run(arguments: Mapping[str, Any]) -> Any:
-                    return original(*args, **kwargs) if arguments is given else original(**arguments)
+                    return original(*args, **kwargs) if arguments is given else encoder(arguments)
 
                 token = ENCODES.set(True)
                 try:
@@ -241,7 +240,8 @@ class Attached:
         output, record = self._encoded(modality, given, run)
         features = getattr(output, "pooler_output", None)
         if features is not None:
-            record_on(output, VisualInputs(modality, given, counts_of(features), record))
+            counts = counts_of(modality.features(given, features))
+            record_on(output, VisualInputs(modality, given, counts, record))
         if (call := CALL.get()) is not None:
             call.outputs[modality.name] = output
         return output

@@ -178,6 +178,11 @@ class Stage:
         """Any of its token or router hooks names `argument`, such as `attention`."""
         return any(argument in self.requests(hook) for hook in (*table.TOKEN_HOOKS, "route"))
 
+    @property
+    def counts(self) -> bool:
+        """Its decision follows the budget of its cuts: whoever selects tokens asks for `count`."""
+        return not self.is_token or "count" in self.requests("select_tokens")
+
     def states(self, statement: str) -> bool:
         """It implements this hook among those of `StatementHooks`."""
         return bool(getattr(self.hook, statement).get_hookimpls())
@@ -215,6 +220,11 @@ class Cut:
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return self.stage.drops_all
+
+    @property
+    def decides(self) -> bool:
+        """How many tokens it leaves is not known before it runs: its strategy is told no number, or does not ask."""
+        return not self.drops_all and (self.keep is None or not self.stage.counts)
 
     @property
     def label(self) -> str:

@@ -45,7 +45,7 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     **STATEMENTS,
 }
 # What the decorator says that means something only for one kind of strategy; the rest is for both kinds.
-OF_TOKENS = ("schedule", "spread", "drops_all", "extras")
+OF_TOKENS = ("schedule", "spread", "drops_all", "extras", "crops")
 OF_ROUTERS = ("keep_layers", "routes")
 # What it says for readers alone, for strategies of every kind; and how that is written.
 OF_ALL = ("paper", "code", "group", "fixed_count")
@@ -82,7 +82,8 @@ class Declaration:
         else every site leaves as much. With `keep_of: current` it means nothing.
     per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
         axis, `count` and `seed` an int, `question` a str. They answer alike, such as float (V,) for scores.
-    drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
+    drops_all: it leaves no visual token. crops: its selections may `crop`, so that tokens also leave the KV of earlier
+    layers. trainable: its hooks run with gradients, on states that are not detached.
     extras: what of the tower it takes beside the visual tokens, such as ("cls",). routes: what a router decides about.
 
     For readers, of every kind of strategy: paper, its arXiv id or address. code: what was studied, `owner/name@commit`.
@@ -99,6 +100,7 @@ class Declaration:
     spread: bool = False
     per_sample: bool = False
     drops_all: bool = False
+    crops: bool = False
     trainable: bool = False
     extras: tuple[str, ...] = ()
     routes: tuple[Routes, ...] = ("tokens", "layers")
@@ -243,7 +245,7 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
         "extras": lambda value: _tuple_problem(value, EXTRAS),
         "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
         **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
-        **dict.fromkeys(("per_sample", "spread", "drops_all", "trainable", "fixed_count"), _flag_problem),
+        **dict.fromkeys(("per_sample", "spread", "drops_all", "crops", "trainable", "fixed_count"), _flag_problem),
         **{name: partial(_text_problem, name) for name in WRITTEN},
     }
     for name, value in declared.items():

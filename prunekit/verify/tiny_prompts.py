@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,6 +10,11 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from prunekit import families
+from prunekit.errors import Unsupported
+from prunekit.families.features import Features, each
+from prunekit.families.images import PIXELS
+from prunekit.upstream import Encoder
 from prunekit.verify import tiny_visual_inputs as draw
 from prunekit.verify.tiny_models import BOS, FIRST_WORD, PAD, VIDEO
 
@@ -112,11 +116,20 @@ def row_of(batch: TinyBatch, row: int) -> TinyBatch:
     return single
 
 
-def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Any:
-    """What the model's encoder gives for the visual inputs of one kind among `inputs`."""
-    method = getattr(model.model, METHODS[kind])
-    takes = inspect.signature(method).parameters
-    return method(**{name: tensor for name, tensor in inputs.items() if name in takes}, return_dict=True)
+def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """The visual tokens, float (tokens, H), that the model's encoder makes of each input of one kind in `inputs`."""
+    encoder = Encoder(getattr(model.model, METHODS[kind]), PIXELS[kind])
+    given: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if encoder.takes(name)}
+    return _features(model, kind)(given, encoder(given | {"return_dict": True}).pooler_output)
+
+
+def _features(model: Any, kind: str) -> Features:
+    """As `Modality.features`, of the model's family; of none, or of a decoder that is refused, the usual."""
+    try:
+        modalities = families.find(model).modalities
+    except Unsupported:
+        return each
+    return next((one.features for one in modalities if one.name == kind), each)
 
 
 @dataclass(frozen=True)
@@ -174,8 +187,7 @@ def _tensors(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) 
 @torch.no_grad()
 def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> list[int]:
     """The visual tokens of each image or video of one kind; one of several tiles has the same number for each."""
-    every = [len(features) for features in encode(model, kind, tensors).pooler_output]
-    pixels = "pixel_values_videos" if kind == "video" else "pixel_values"
+    every, pixels = list(map(len, encode(model, kind, tensors))), PIXELS[kind]
     parts = [len(one[pixels]) if one[pixels].ndim == 4 else 1 for one in drawn if pixels in one]
     if len(every) not in (len(parts), sum(parts)):
         every = [sum(every) // sum(parts)] * sum(parts)

@@ -16,6 +16,7 @@ import torch
 
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
+from prunekit.upstream import feature_layers
 from prunekit.verify import tiny_visual_inputs as draw
 from prunekit.verify.tiny_models import BEGIN, BOS, END, HEADS, IMAGE, PAD, VIDEO, VOCABULARY, WINDOW, tiny_from_config
 from prunekit.verify.tiny_prompts import Recipe, image_tiles, tiny_batch, video_frames
@@ -137,7 +138,7 @@ def _shrink_vision(small: Any, vision: Any, wide: Mapping[int, int]) -> None:
 
 def _named_layers(small: Any, vision: Any) -> bool:
     """Whether configs name blocks of the tower that a tower of four blocks would not have."""
-    chosen = getattr(small, "vision_feature_layer", -1)
+    chosen = feature_layers(small)
     lists = [name for name, value in vars(vision).items() if isinstance(value, (list, tuple)) and "index" in name]
     return bool(lists) or not isinstance(chosen, int) or not -4 <= chosen <= 4
 

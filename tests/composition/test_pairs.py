@@ -57,13 +57,14 @@ def test_all_pairs(benches, first):
 
 # What may not be put together, and what may: both stages, and a piece of the refusal.
 RULES = {
-    "a CLS score on a tower without CLS": ("pixtral", [("random", {"keep": 0.8}), ("visionzip", {"keep": 0.4})],
+    "a CLS score on a tower without CLS": ("pixtral", [("random", {"keep": 0.8}), ("fastervlm", {"keep": 0.4})],
                                            "no CLS token"),
     "a column mean there": ("pixtral", [("random", {"keep": 0.8}), ("hiprune", {"keep": 0.4})], ""),
     "rows of a layer that is skipped": ("clip", [("fastv", {"at": 2, "keep": 0.4}), ("skip_layers", {"layers": [1]})],
                                         "reads the attention of layer 1, which another stage skips"),
     "a look ahead into a layer that is skipped": (
-        "clip", [("vscan_decoder", {"at": 3, "keep": 0.4}), ("skip_layers", {"layers": [3]})], "layer 3"),
+        "clip", [("vscan_decoder", {"at": 3, "keep": 0.4}), ("skip_layers", {"layers": [3]})],
+        "looks ahead at the attention of layer 3, which another stage skips"),
     "a look ahead into a layer that is frozen": (
         "clip", [("vscan_decoder", {"at": 3, "keep": 0.4}), ("freeze_layers", {"layers": [3]})], ""),
     "freezing what a stage leaves": ("clip", [("fastv", {"at": 2, "keep": 0.4}), ("shortv", {"freeze": 3})], ""),

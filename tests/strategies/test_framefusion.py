@@ -7,7 +7,8 @@ import torch
 from asking import ask
 from clips import SEEDS, clip_sample, grid_of, model_of, on_videos
 from plain import best, cosine, kept
-from selection_cost import LLAVA_7B, share_of_prefill
+from prunekit_evals.bench import llava_7b
+from selection_cost import share_of_prefill
 
 import prunekit
 from prunekit.families import shape_of
@@ -17,7 +18,6 @@ from prunekit.verify.equivalence import assert_equivalent
 FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 LOOSE = {"similarity": 0.0, "cost": 0.6}
 globals().update({f"Test_{family}": on_videos("framefusion", family, LOOSE, keep=None) for family in FAMILIES})
-LAYERS = LLAVA_7B.layers
 
 
 def stage(**options):
@@ -25,11 +25,11 @@ def stage(**options):
 
 
 def spare_of(merged, cost):
-    left, seen = 1.0, 0.0
+    left, seen, layers = 1.0, 0.0, llava_7b.shape().layers
     for part in merged:
         left *= 1 - part
         seen += left
-    return max(1 - (LAYERS * cost - seen) / ((LAYERS - len(merged)) * left), 0.0)
+    return max(1 - (layers * cost - seen) / ((layers - len(merged)) * left), 0.0)
 
 
 def loops(one, there, tokens, attention, merged, phase, o):
@@ -75,7 +75,7 @@ def test_as_loops(seed):
         owner, phase = loops(one, there, tokens, attention, merged, phase, options)
         index = torch.tensor(there)
         found = ask(
-            decided, "select_tokens", hidden=torch.tensor(tokens, dtype=torch.float64)[index], shape=LLAVA_7B,
+            decided, "select_tokens", hidden=torch.tensor(tokens, dtype=torch.float64)[index], shape=llava_7b.shape(),
             attention=torch.tensor(attention, dtype=torch.float64)[index] if site else None, state=state,
             **{name: table[index] for name, table in places.items()},
         )  # fmt: skip
@@ -90,7 +90,13 @@ def test_as_loops(seed):
 
 def asked(hidden, given, state, attention=None, **options):
     return ask(
-        stage(**options), "select_tokens", hidden=hidden, attention=attention, state=state, shape=LLAVA_7B, **given
+        stage(**options),
+        "select_tokens",
+        hidden=hidden,
+        attention=attention,
+        state=state,
+        shape=llava_7b.shape(),
+        **given,
     )
 
 

@@ -15,7 +15,7 @@ from asking import ask, cases
 from clips import grid_of
 from golden_files import drawn
 from plain import kept
-from selection_cost import LLAVA_7B
+from prunekit_evals.bench import llava_7b
 
 import prunekit
 from prunekit import Selection
@@ -86,7 +86,7 @@ def test_framefusion(case, dtype):
     stage = prunekit.load(
         {"stages": [{"use": "framefusion", **{name: p[name] for name in ("cost", "similarity", "least")}}]}
     ).stages[0]
-    places, shape = grid_of(p["frames"], 1, p["tokens_per_frame"]), replace(LLAVA_7B, layers=p["layers"])
+    places, shape = grid_of(p["frames"], 1, p["tokens_per_frame"]), replace(llava_7b.shape(), layers=p["layers"])
     there, state = torch.arange(len(places["frames"])), {}
     for site, left in enumerate(case["expected"]["kept_sorted"]):
         tokens = (t["scene"] + t["change"] ** 4 * t[f"step_{site}"]).flatten(0, 1).to(dtype)[there]

@@ -10,7 +10,7 @@ from pathlib import Path
 from prunekit_evals.bench import llava_7b
 from prunekit_evals.compare.rendering import SHORT
 from prunekit_evals.micro.card_tables import table
-from prunekit_evals.studies.catalogue import measure, reported, standing
+from prunekit_evals.studies.catalogue import measure, reported, rows, standing
 from prunekit_evals.studies.catalogue.card import Known, card
 from prunekit_evals.studies.catalogue.measure import Measured
 from prunekit_evals.studies.catalogue.places import CARDS, COMMAND, GOLDENS, MEASURED
@@ -92,10 +92,10 @@ def _index(entries: Sequence[Entry], told: Mapping[str, About], known: Known) ->
     groups = {name: one.group for name, one in told.items()}
     parts = [INTRO, LEGEND]
     for group in GROUPS:
-        rows = [_line(entry, told[entry.name], known) for entry in entries if groups[entry.name] == group]
-        if rows:
+        lines = [_line(entry, told[entry.name], known) for entry in entries if groups[entry.name] == group]
+        if lines:
             head = ["strategy", "what it does", "acts", "text", "attention", "count", "servable", "cost %"]
-            parts += [f"## {group[:1].upper()}{group[1:]}", table(head, rows)]
+            parts += [f"## {group[:1].upper()}{group[1:]}", table(head, lines)]
     measured = known.measured
     if measured.rows:
         parts += [*_micro(measured, groups)]
@@ -119,6 +119,9 @@ def _micro(measured: Measured, groups: Mapping[str, str]) -> Iterator[str]:
     visual = max(row.kept for row in measured.rows.values())
     said = {**measured.about, "tasks": tasks, "visual": f"{visual:g}", "command": COMMAND}
     yield MICRO.format(**said)
+    if missing := _missing(measured, groups):
+        listed = ", ".join(f"`{name}`" for name in missing)
+        yield f"Rows of these are not measured yet, at some share or at all: {listed}."
     for share in SHARES:
         yield f"### {100 * share:g} % of the tokens"
         yield standing.at_share(share, measured, groups)
@@ -132,3 +135,14 @@ def _micro(measured: Measured, groups: Mapping[str, str]) -> Iterator[str]:
         yield table(
             ["strategy", "why"], [[f"[{name}]({name}.md)", standing.cell(why)] for name, why in measured.out.items()]
         )
+
+
+def _missing(measured: Measured, groups: Mapping[str, str]) -> list[str]:
+    """Strategies of which a row is wanted that is not there."""
+    missing = []
+    for name in (one for one in groups if one not in measured.out):
+        cls = plugins.registry().get_strategy(name)
+        labels = (standing.label_of(name, share) for share, _ in rows.stages(name, cls, about(cls)))
+        if any(one not in measured.rows for one in labels):
+            missing.append(name)
+    return missing

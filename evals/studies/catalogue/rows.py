@@ -18,12 +18,10 @@ from prunekit.strategy.about import About, about
 from prunekit.strategy.decisions import ModelShape
 
 SHARES = (0.5, 0.25, 0.11)
-FIRST = (None, 0.25, 0.11, 0.5)  # in which order they are measured, behind the baselines
-# What strategies take on the bundled model: its tower has three blocks, its decoder eight layers.
+FIRST = (0.25, 0.11, 0.5, None)  # in which order they are measured, behind the baselines
+# What strategies take on the bundled model, whose decoder has eight layers.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "par": {"weights": "micro"},
-    "hiprune": {"object_layer": 1},
-    "vscan": {"shallow": 0},
     "skip_layers": {"layers": [5, 6]},
     "freeze_layers": {"layers": [4, 5, 6, 7]},
     "shortgpt": {"drop": 2},

@@ -19,7 +19,7 @@ Group = Mapping[str, str]  # a strategy's group by its name
 
 def of_strategy(name: str, measured: Measured) -> str:
     """The rows of one strategy, with those of the baselines at the same shares."""
-    labels = {share: label for share in (*SHARES, None) if (label := _label(name, share)) in measured.rows}
+    labels = {share: label for share in (*SHARES, None) if (label := label_of(name, share)) in measured.rows}
     if not labels:
         return f"Not measured: {cell(measured.out.get(name, 'there is no row yet'))}."
     rows = [[_share(share), *_figures(label, measured, share)] for share, label in labels.items()]
@@ -31,7 +31,7 @@ def of_strategy(name: str, measured: Measured) -> str:
 
 def at_share(share: float | None, measured: Measured, groups: Group) -> str:
     """All rows of one share, the most accurate first; baselines are bold. None: strategies as they come."""
-    labels = {name: name if name in ENDS else _label(name, share) for name in groups}
+    labels = {name: name if name in ENDS else label_of(name, share) for name in groups}
     found = {name: label for name, label in labels.items() if label in measured.rows}
     part = measured.part
     ordered = sorted(found, key=lambda name: (-part.mean(found[name]), measured.rows[found[name]].flops, name))
@@ -64,7 +64,8 @@ def cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def _label(name: str, share: float | None) -> str:
+def label_of(name: str, share: float | None) -> str:
+    """Of a row in the file."""
     return name if share is None else f"{name} {share:g}"
 
 
@@ -76,7 +77,7 @@ def _figures(label: str, measured: Measured, share: float | None) -> Sequence[st
     row: Row = measured.rows[label]
     part = measured.part
     found = accuracy(part, label)
-    base = _label(RANDOM, share)
+    base = label_of(RANDOM, share)
     against = "" if share is None or base not in measured.rows or base == label else _signed(part.cost(label, base))
     dense = "" if label == "dense" else _signed(part.cost(label, "dense"))
     return [

@@ -198,4 +198,3 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, ends: int, groups: Groups, watch: b
         out = out + near.view(batch, count, KV_HEADS, rep, length, HEAD).permute(0, 2, 3, 1, 4, 5)
         mixed.append(out.permute(0, 3, 4, 1, 2, 5).reshape(batch, count * length, WIDTH))
     return torch.cat(mixed, 1), torch.cat(seen, 1) if watch else None
-

@@ -114,7 +114,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def crop(self, count: int) -> None:
         """Remove the newest tokens: -`count` of them, or where `count` is positive all but the first `count`, as
-        transformers before 5.13 calls it. Raises Unsupported inside a pruned prompt.
+        transformers before 5.15 calls it. Raises Unsupported inside a pruned prompt.
         """
         removed = max(self.logical - count, 0) if count > 0 else -count
         if self.layout is not None:

@@ -105,7 +105,7 @@ def encode(
     if features is None:
         return output, None
     state.learn(output)
-    record = state.record(features)
+    record = state.record(modality.features(state.arguments, features))
     if state.resized is not None:
         state.resized.widen(output)
     return output, record

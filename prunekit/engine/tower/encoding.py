@@ -208,7 +208,7 @@ class Encoding:
     def record(self, features: Sequence[Tensor]) -> TowerRecord:
         """What goes along with the images or videos, after the call.
 
-        features: its `pooler_output`, one entry for each. Raises Unsupported when visual tokens are not those that the
+        features: as `Modality.features` gives them. Raises Unsupported when visual tokens are not those that the
         family's file says.
         """
         needs, counts = self.needs, tuple(map(len, features))

@@ -199,9 +199,7 @@ def _works(one: VisualInput) -> Works | None:
     if record is None or record.effort is None or record.dense is None:
         return None
     did, dense = record.effort.works, record.dense.works
-    if did is None or dense is None or one.at >= len(did):  # of whole images, where the model returns tiles apart
-        return None
-    return did[one.at], dense[one.at]
+    return None if did is None or dense is None else (did[one.at], dense[one.at])
 
 
 def tower_events(prompt: Prompt) -> list[StageEvent]:
