@@ -48,7 +48,7 @@ def extra() -> Iterator[ModuleType]:
     """A plugin module, registered for one test; give it hooks before the program runs."""
     module = ModuleType("extra")
     yield module
-    if plugins.manager().has_plugin("extra"):
+    if any(one.name == "extra" for one in plugins.described()):
         plugins.unregister("extra")
 
 
@@ -358,10 +358,19 @@ class TestProgram:
     def test_a_command_of_a_plugin_may_not_replace_one(
         self, extra: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        extra.prunekit_commands = hookimpl(lambda subparsers: subparsers.add_parser("list"))  # type: ignore[attr-defined]
+        """It is left out, with the commands that it could add before."""
+
+        def commands(subparsers: Any) -> None:
+            subparsers.add_parser("first")
+            subparsers.add_parser("list")
+
+        extra.prunekit_commands = hookimpl(commands)  # type: ignore[attr-defined]
         plugins.register(extra, "extra")
-        assert main.main(["list"]) == 2
-        assert "a plugin cannot add its commands: ArgumentError" in capsys.readouterr().err
+        assert main.main(["list", "plugins"]) == 0
+        out, err = capsys.readouterr()
+        assert "'extra' of module extra is left out: prunekit_commands raised ArgumentError" in err
+        assert "  extra       broken: prunekit_commands raised ArgumentError" in out
+        assert "first" not in main.parser().format_help()
 
     def test_a_defect_is_one_line_and_exit_code_1(self, extra: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         def fails(namespace: argparse.Namespace) -> int:

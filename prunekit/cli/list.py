@@ -49,7 +49,9 @@ def run(namespace: argparse.Namespace) -> int:
         print(("\n" if number else "") + kind)
         wide = max((len(row["name"]) for row in rows), default=0)
         for row in rows:
-            print(f"  {row['name']:{wide}}  {row['summary']}" + (f"  [{row['origin']}]" if row["origin"] else ""))
+            origin = f"  [{row['origin']}]" if row["origin"] else ""
+            file = f"  {row['file']}" if kind == "plugins" and row["file"] else ""
+            print(f"  {row['name']:{wide}}  {row['summary']}{origin}{file}")
         if not rows:
             print("  none")
     return 0
@@ -73,8 +75,8 @@ def _rows(kind: str, folder: Path | None) -> list[dict[str, Any]]:
         return [_pipeline(path) for path in pipeline_files(folder)]
     if kind == "plugins":
         return [
-            {"name": name, "summary": ", ".join(hooks), "origin": origin, "hooks": hooks}
-            for name, origin, hooks in plugins.described()
+            {**asdict(one), "summary": f"broken: {one.broken}" if one.broken else ", ".join(one.hooks)}
+            for one in plugins.described()
         ]
     registry = plugins.registry()
     if kind == "pipelines":

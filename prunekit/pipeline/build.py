@@ -133,7 +133,10 @@ def file_of(source: Source, registry: Registry) -> Source:
     if not isinstance(source, str) or not NAME.fullmatch(source) or Path(source).suffix in SUFFIXES:
         return source
     try:
-        return source if Path(source).exists() else registry.get_pipeline(source)
+        named = source in {entry.name for entry in registry.pipelines()}
+        if Path(source).exists() and not (named and Path(source).is_dir()):
+            return source  # a folder of the name, such as that of the plugin which brings it, is no pipeline
+        return registry.get_pipeline(source)
     except OSError:
         return source  # too long for a name; whoever reads it says so
     except UnknownName as error:
