@@ -40,6 +40,7 @@ def evaluate(namespace: argparse.Namespace) -> int:
 
 def compare(namespace: argparse.Namespace) -> int:
     """Show what is in a results folder."""
+    _need_scipy()
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
@@ -104,6 +105,7 @@ def _ready(namespace: argparse.Namespace) -> None:
 
     tasks.check_installed()
     _need_rich()
+    _need_scipy()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
@@ -118,6 +120,12 @@ def _ready(namespace: argparse.Namespace) -> None:
 def _need_rich() -> None:
     if find_spec("rich") is None:
         raise InputError("tables and progress bars need rich: pip install 'prunekit[evals]' (or use --json)")
+
+
+def _need_scipy() -> None:
+    """Before hours of answers, not after them."""
+    if find_spec("scipy") is None:
+        raise InputError("intervals and tests need scipy: pip install 'prunekit[evals]'")
 
 
 def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:

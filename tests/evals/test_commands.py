@@ -153,3 +153,11 @@ def test_numbers_are_read_strictly():
     for text in ("0", "-1", "1.5", "", "²", "1e3"):
         with pytest.raises(arguments.argparse.ArgumentTypeError):
             arguments._positive(text)
+
+
+def test_without_scipy_nothing_is_begun(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "find_spec", lambda name: None if name == "scipy" else object())
+    for words in (("compare", tmp_path), ("eval", "dense", "--model", "micro", "--tasks", "pope", "--out", tmp_path)):
+        assert call(*words) == 2
+        assert "intervals and tests need scipy: pip install 'prunekit[evals]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
