@@ -253,6 +253,14 @@ def _image_features() -> None:
     _expect("BaseModelOutputWithPooling" in named, f"get_image_features returns {named}, without pooler_output")
 
 
+def _own_class() -> None:
+    make: Any = transformers.LlamaForCausalLM._from_config
+    config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    made = make(config, attn_implementation="eager")
+    _expect(type(made) is transformers.LlamaForCausalLM, f"_from_config makes a {type(made).__name__}")
+    _expect(made.config._attn_implementation == "eager", "_from_config does not take attn_implementation")
+
+
 def _encoded_first() -> None:
     """`generate` may encode images before it calls the model; it then hands them over in this argument."""
     base: Any = modeling_llava.LlavaModel
@@ -341,6 +349,12 @@ PROBES = (
         },
         "visual tokens of each image",
         _image_features,
+    ),
+    Probe(
+        "PreTrainedModel._from_config",
+        {"verify/tiny_models.py": "_from_config"},
+        "twins of a model's own class",
+        _own_class,
     ),
     Probe(
         "mm_encoder_outputs",

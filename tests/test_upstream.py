@@ -86,6 +86,9 @@ CHANGES: dict[str, Any] = {
     "get_image_features().pooler_output": lambda patch: patch.setattr(
         modeling_llava.LlavaModel, "get_image_features", lambda self, pixel_values: None
     ),
+    "PreTrainedModel._from_config": lambda patch: patch.setattr(
+        transformers.PreTrainedModel, "_from_config", classmethod(lambda cls, config, **_: cls(config))
+    ),
     "mm_encoder_outputs": lambda patch: (
         patch.setattr(modeling_llava.LlavaModel, "forward", lambda self, input_ids: None),
         patch.setattr(

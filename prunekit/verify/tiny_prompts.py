@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from prunekit.families.generic import token_of
 from prunekit.verify import tiny_visual_inputs as draw
 from prunekit.verify.tiny_models import BOS, FIRST_WORD, PAD, VIDEO
 
@@ -92,7 +93,7 @@ def tiny_batch(
     for name in sorted({name for one in made for name in one.tensors}):
         pieces = [one.tensors.get(name) for one in made]
         batch.shares[name] = tuple(0 if piece is None else len(piece) for piece in pieces)
-        batch[name] = draw.concatenate([piece for piece in pieces if piece is not None])
+        batch[name] = _joined(name, [one.tensors for one in made if name in one.tensors])
     return batch
 
 
@@ -108,15 +109,25 @@ def row_of(batch: TinyBatch, row: int) -> TinyBatch:
         elif (count := batch.shares[name][row]) and batch.visual_inputs[row]:
             first = sum(batch.shares[name][:row])
             single[name] = tensor[first : first + count]
+            if name in draw.NUMBERS:
+                single[name] = torch.where(
+                    single[name] < 0, single[name], single[name] - single[name].clamp(min=0).min()
+                )
             single.shares[name] = (count,)
     return single
 
 
 def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Any:
     """What the model's encoder gives for the visual inputs of one kind among `inputs`."""
-    method = getattr(model.model, METHODS[kind])
+    method = getattr(_base(model), METHODS[kind])
     takes = inspect.signature(method).parameters
     return method(**{name: tensor for name, tensor in inputs.items() if name in takes}, return_dict=True)
+
+
+def _base(model: Any) -> Any:
+    """The module that encodes images: the base model, or the model itself where that has none."""
+    base = getattr(model, "model", None)
+    return base if hasattr(base, METHODS["image"]) else model
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def _row(model: Any, recipe: Recipe, row: Row, words: int, generator: Generator)
     """One prompt: the words between its visual inputs."""
     makers = {"image": recipe.image, "video": recipe.video or recipe.image}
     drawn = [makers[kind](model.config, generator) for kind in row]
-    tensors = _tensors(model, recipe, drawn)
+    tensors = tensors_of(model, recipe, drawn)
     counts = {kind: iter(_counts(model, kind, drawn, tensors)) for kind in sorted(set(row))}
     vocabulary = model.config.get_text_config().vocab_size
     said = torch.randint(FIRST_WORD, vocabulary, (words,), generator=generator)
@@ -152,11 +163,11 @@ def _row(model: Any, recipe: Recipe, row: Row, words: int, generator: Generator)
     return _Prompt(torch.tensor(ids), torch.tensor(kinds), tensors)
 
 
-def _tensors(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def tensors_of(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a row's visual inputs, floats in the model's dtype."""
     tensors: dict[str, Tensor] = {}
     for name in sorted({name for one in drawn for name in one}):
-        whole = draw.concatenate([one[name] for one in drawn if name in one])
+        whole = _joined(name, [one for one in drawn if name in one])
         whole = whole.unsqueeze(0) if recipe.stacked else whole
         tensors[name] = whole.to(model.dtype) if whole.is_floating_point() else whole
     if recipe.stacked and not drawn:
@@ -171,10 +182,20 @@ def _tensors(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) 
     return tensors
 
 
+def _joined(name: str, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """One tensor of several inputs."""
+    pieces = [one[name] for one in inputs]
+    if name in draw.NUMBERS:
+        pieces = draw.numbered(pieces, [one["pixel_values"].shape[:2].numel() for one in inputs])
+    if name in draw.PIXELS and draw.IN_A_ROW in inputs[0]:
+        return torch.cat(pieces, dim=-1)
+    return draw.concatenate(pieces)
+
+
 @torch.no_grad()
 def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> list[int]:
     """The visual tokens of each image or video of one kind; one of several tiles has the same number for each."""
-    every = [len(features) for features in encode(model, kind, tensors).pooler_output]
+    every = [len(one) for one in _features(encode(model, kind, tensors))]
     pixels = "pixel_values_videos" if kind == "video" else "pixel_values"
     parts = [len(one[pixels]) if one[pixels].ndim == 4 else 1 for one in drawn if pixels in one]
     if len(every) not in (len(parts), sum(parts)):
@@ -185,8 +206,20 @@ def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensor
     return [sum(every[end - part : end]) for part, end in zip(parts, ends, strict=True)]
 
 
+def _features(output: Any) -> Any:
+    """What an encoder made of each image or video: under its usual name, or what later decoder layers get of it, or of
+    models without a tower the patches themselves.
+    """
+    if getattr(output, "pooler_output", None) is not None:
+        return output.pooler_output
+    deep = getattr(output, "deepstack_features", None)
+    return deep[0][1] if deep else output.last_hidden_state
+
+
 def _id(model: Any, recipe: Recipe, kind: str) -> int:
-    return VIDEO if kind == "video" and not recipe.shared_id else int(model.config.image_token_id)
+    image = token_of(model.config, "image")
+    assert image is not None, "it was recognised"
+    return VIDEO if kind == "video" and not recipe.shared_id else image
 
 
 def _padded(row: Tensor, length: int, filler: int) -> Tensor:
