@@ -13,7 +13,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
 FAMILIES_ARGS ?=
-# Versions for `make test-matrix`, e.g. VERSIONS="5.23.0 5.24.0"; empty: all.
+# Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
 WORKERS ?= 2
@@ -30,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full test-matrix families lint bench study wheel clean
+.PHONY: help venv demo test test-full test-matrix families lint bench study cards wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -71,6 +71,9 @@ bench: $(STAMP) ## measure what prunekit costs and what it saves
 
 study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.par $(STUDY_ARGS)
+
+cards: $(STAMP) ## write docs/strategies from code and from what was measured
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.catalogue write
 
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import argparse
 
-from prunekit_evals.cli import arguments, micro
+from prunekit_evals import shapes
+from prunekit_evals.cli import arguments, bench, micro
 
 from prunekit.hookspecs import hookimpl
 
 
 @hookimpl
 def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`prunekit eval`, `prunekit compare`, `prunekit demo` and `prunekit micro`."""
+    """`prunekit eval`, `compare`, `demo`, `bench` and `micro`."""
     arguments.add(subparsers)
+    bench.add(subparsers)
     micro.add(subparsers)
 
 
 @hookimpl
 def prunekit_models() -> dict[str, str]:
-    """The bundled model."""
-    return {"micro": "prunekit_evals.micro:model_path"}
+    """The bundled model, and the configs of published ones."""
+    configs = {name: f"{shapes.__name__}:{shapes.attribute(name)}" for name in shapes.NAMES}
+    return {"micro": "prunekit_evals.micro:model_path", **configs}
 
 
 @hookimpl

@@ -223,7 +223,8 @@ class Runner:
         model.progress = self.progress.advance
         with model.journal:
             evaluated = harness.evaluate(model, built, path.with_suffix(".files"))
-        done = scoring.questions(built.name, evaluated["samples"][built.name])
+        images = {number: image for (task, number), image in model.tally.images.items() if task == built.name}
+        done = scoring.questions(built.name, evaluated["samples"][built.name], images)
         return replace(
             cell,
             status="done",
@@ -233,6 +234,7 @@ class Runner:
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),
             notes=tuple(sorted(model.tally.notes)),
+            unsound=model.tally.unsound,
         )
 
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:

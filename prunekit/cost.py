@@ -62,6 +62,49 @@ class TowerWork:
 
 
 @dataclass(frozen=True)
+class Area:
+    """Tokens of a vision tower that attend to each other in one block: a crop, a frame, a window.
+
+    visual: visual tokens whose patches are among them. fixed: tokens that stay whatever leaves: leading ones such as
+    CLS, and patches of no visual token. times: how many such areas there are.
+    """
+
+    visual: int
+    fixed: int = 0
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class TowerInput:
+    """What a vision tower gets of the images or videos of one prompt, before anything is cut.
+
+    inputs: of each image or video the visual tokens that the decoder gets, and those of them that are made of no patch,
+    such as newlines. group: patches of each of the others. blocks: of each block the areas within which tokens attend.
+    rows: crops or frames that are rows of the tower's batch, 0 where it takes one sequence. tokens: of all rows
+    together. mapped: of those of one row the ones that come to a projector that maps them one by one. apart: patches
+    that leave before the tower are not embedded.
+    """
+
+    inputs: tuple[tuple[int, int], ...]
+    group: int
+    blocks: tuple[tuple[Area, ...], ...]
+    rows: int
+    tokens: int
+    mapped: int = 0
+    apart: bool = False
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens of the prompt."""
+        return sum(visual for visual, _ in self.inputs)
+
+    @property
+    def blank(self) -> int:
+        """Those of them that are made of no patch."""
+        return sum(blank for _, blank in self.inputs)
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the prefill of a prompt batch cost, and what it would have cost dense; one entry per sample.
 
@@ -128,8 +171,30 @@ def layer_flops(
     return 2 * projections * projected + attention + 2 * layer.mlp_params * fed + others
 
 
+def decode_flops(shape: ModelShape, keys: Sequence[int], plan: LayerPlan | None = None) -> tuple[int, ...]:
+    """FLOPs of each decoder layer for one decoded token that attends to `keys[l]` tokens in layer l, itself included.
+
+    plan: None: all layers run.
+    """
+    plan = plan or LayerPlan()
+    return tuple(
+        layer_flops(shape.of(layer), 1, plan.decoding(layer), keys=count) for layer, count in enumerate(keys)
+    )
+
+
 def tower_flops(params: TowerParams, work: TowerWork) -> int:
     """FLOPs of a vision tower and its projector, from pixels to image features."""
+    return vision_flops(params, work) + projector_flops(params, work)
+
+
+def projector_flops(params: TowerParams, work: TowerWork) -> int:
+    """FLOPs of the modules that make visual tokens of what a tower gives: its projector and mergers."""
+    merged = sum(2 * weights * tokens for weights, tokens in zip(params.mergers, work.merged, strict=True))
+    return 2 * params.projector * work.projected + merged
+
+
+def vision_flops(params: TowerParams, work: TowerWork) -> int:
+    """FLOPs of a vision tower without its projector and mergers."""
     blocks = sum(
         2 * params.attention * tokens + 4 * params.width * pairs + 2 * params.mlp * fed
         for tokens, pairs, fed in work.blocks
@@ -137,8 +202,7 @@ def tower_flops(params: TowerParams, work: TowerWork) -> int:
     square = params.width**2
     # One learned query a row; keys and values of every token.
     pool = 2 * (params.pool - 2 * square) * work.pools + (4 * square + 4 * params.width) * work.pooled
-    merged = sum(2 * weights * tokens for weights, tokens in zip(params.mergers, work.merged, strict=True))
-    return 2 * params.patch * work.patches + blocks + pool + 2 * params.projector * work.projected + merged
+    return 2 * params.patch * work.patches + blocks + pool
 
 
 def prefill_flops(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan | None = None) -> int:
@@ -178,6 +242,17 @@ def kv_tokens(shape: ModelShape, layer_tokens: Sequence[int], plan: LayerPlan) -
     return tuple(tokens if holds else 0 for tokens, holds in zip(layer_tokens, held, strict=True))
 
 
+def stock_kv_tokens(shape: ModelShape, tokens: int) -> tuple[int, ...]:
+    """KV entries that each layer of the dense model holds after a prompt of `tokens` tokens: where it attends within a
+    window, those that the next token still sees.
+    """
+    every = kv_tokens(shape, [tokens] * shape.layers, LayerPlan())
+    return tuple(
+        count if (window := shape.window_of(layer)) is None else min(count, window - 1)
+        for layer, count in enumerate(every)
+    )
+
+
 def cost_of(
     shape: ModelShape,
     work: Sequence[Sequence[Work]],
@@ -204,7 +279,7 @@ def cost_of(
         prefill_flops=tuple(work_flops(shape, row) + own for row, own in zip(work, decided, strict=True)),
         dense_prefill_flops=tuple(dense_flops(shape, n, last) for n in prompt_tokens),
         kv_bytes=tuple(sum(map(mul, widths, row)) for row in kv_tokens),
-        dense_kv_bytes=tuple(sum(widths) * n for n in prompt_tokens),
+        dense_kv_bytes=tuple(sum(map(mul, widths, stock_kv_tokens(shape, n))) for n in prompt_tokens),
         decision_flops=decided,
         tower_flops=sums[0],
         dense_tower_flops=sums[1],

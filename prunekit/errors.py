@@ -69,7 +69,7 @@ class DuplicateName(PrunekitError, ValueError):
         self.kind, self.name, self.first, self.second = kind, name, first, second
         super().__init__(
             f"{kind} '{name}' is registered twice: by {first} and by {second} "
-            "(rename one, or block one plugin with PRUNEKIT_DISABLE_PLUGINS=name)"
+            "(rename one, or block one plugin: `prunekit -p no:NAME ...`, PRUNEKIT_DISABLE_PLUGINS=NAME)"
         )
 
 

@@ -70,9 +70,10 @@ def load(
 
     auto: Any = transformers  # its factories are not typed
     path = resolve(name)
-    target = _device(device)
-    kind = _dtype(dtype) if dtype is not None else ("auto" if target.type != "cpu" else _dtype("float32"))
+    target = device_of(device)
+    kind = dtype_of(dtype) if dtype is not None else ("auto" if target.type != "cpu" else dtype_of("float32"))
     extra = {"attn_implementation": attn} if attn else {}
+    _check_present(name, path)
     with _explained(path, download):
         local: dict[str, Any] = {"local_files_only": not download}
         processor = auto.AutoProcessor.from_pretrained(path, backend="pil", **local)
@@ -81,6 +82,16 @@ def load(
         )
     _check_weights(path, loaded)
     return model.to(target).eval(), processor
+
+
+def _check_present(name: str | Path, path: Path | str) -> None:
+    """Raise InputError for a folder with a config and no weights."""
+    kinds = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+    if isinstance(path, Path) and not any(one for kind in kinds for one in path.glob(kind)):
+        raise InputError(
+            f"model '{name}' is a config without weights (`prunekit cost`, `show` and `bench --random` take it; to run "
+            "it, name the folder or hub id of a checkpoint)"
+        )
 
 
 def _check_weights(path: Path | str, loaded: Mapping[str, Any]) -> None:
@@ -92,6 +103,25 @@ def _check_weights(path: Path | str, loaded: Mapping[str, Any]) -> None:
             f"model '{path}' has {len(unused)} weights that its config has no place for, such as {unused[0]} and "
             f"{unused[-1]}; its config.json is not the one that it was saved with"
         )
+
+
+def load_image_processor(name: str | Path, download: bool = False) -> Any:
+    """What prepares the images of a model, on the PIL backend; called with images, it gives the model's arguments.
+
+    What the model's processor says of images beside it, such as tiles, is filled in. Raises InputError.
+    """
+    import transformers
+
+    from prunekit import upstream
+
+    auto: Any = transformers
+    path, config = resolve(name), load_config(name, download)
+    with _explained(path, download):
+        images = auto.AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=not download)
+    for option, value in upstream.image_options(config.model_type).items():
+        if hasattr(images, option):
+            setattr(images, option, value)
+    return images
 
 
 def load_shape(name: str | Path, download: bool = False) -> ModelShape:
@@ -107,12 +137,20 @@ def load_skeleton(name: str | Path, download: bool = False) -> PreTrainedModel:
     import transformers
 
     auto: Any = transformers
+    config = load_config(name, download)
+    with _explained(resolve(name), download), torch.device("meta"):
+        model: PreTrainedModel = auto.AutoModelForImageTextToText.from_config(config)
+    return model
+
+
+def load_config(name: str | Path, download: bool = False) -> Any:
+    """The config of a model. Raises InputError."""
+    import transformers
+
+    auto: Any = transformers
     path = resolve(name)
     with _explained(path, download):
-        config = auto.AutoConfig.from_pretrained(path, local_files_only=not download)
-        with torch.device("meta"):
-            model: PreTrainedModel = auto.AutoModelForImageTextToText.from_config(config)
-    return model
+        return auto.AutoConfig.from_pretrained(path, local_files_only=not download)
 
 
 def model_identity(where: Path | str) -> str | None:
@@ -155,7 +193,8 @@ def _call(name: str) -> Path:
         raise InputError(f"model '{name}' is not available: {type(error).__name__}: {error}") from error
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
+    """A device that can be used; None: a GPU if there is one. Raises InputError."""
     import torch
 
     if device is None:
@@ -169,7 +208,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     return target
 
 
-def _dtype(dtype: torch.dtype | str) -> Any:
+def dtype_of(dtype: torch.dtype | str) -> Any:
+    """A dtype of weights, by its name. Raises InputError for one that models do not run in."""
     import torch
 
     if isinstance(dtype, str) and dtype not in DTYPES:

@@ -44,6 +44,8 @@ class RunReport:
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
     tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
     among them; empty where no stage cuts in the tower.
+    unsound: the samples for which the model computed NaN or infinity where prunekit looked: in what stages were given
+    to choose by, and in logits; `notes` say where.
     last_only: the first of the layers that only the last tokens of each prompt entered, as none of them writes KV, and
     how many; None: there are none.
     """
@@ -64,6 +66,7 @@ class RunReport:
     cost: Cost
     tower_tokens: tuple[tuple[int, ...], ...] = ()
     last_only: tuple[int, int] | None = None
+    unsound: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""

@@ -39,7 +39,7 @@ class Entry:
         module, _, attribute = self.target.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"'{self.name}' ({self.target}) from {self.origin}, plugin '{self.plugin}', does not import: "
                 f"{type(error).__name__}: {error}"
@@ -63,6 +63,16 @@ class Registry:
     def signed(self, plugin: str, origin: str) -> Registry:
         """The same registry, signing what is registered through it with another plugin and origin."""
         return Registry(plugin, origin, self._strategies, self._models, self._sources, self._pipelines)
+
+    def include(self, other: Registry) -> None:
+        """Take over everything of `other`, with its signatures. Raises DuplicateName."""
+        tables = (
+            ("strategy", self._strategies, other._strategies), ("model", self._models, other._models),
+            ("data", self._sources, other._sources), ("pipeline", self._pipelines, other._pipelines),
+        )  # fmt: skip
+        for kind, table, taken in tables:
+            for entry in taken.values():
+                _put(kind, table, entry)
 
     def strategy(self, name: str, target: str, *, summary: str = "", origin: str | None = None) -> None:
         """Register a strategy class: `target` is `package.module:Class`. Raises DuplicateName, PluginError."""
@@ -130,10 +140,14 @@ class Registry:
             raise PluginError(f"{who}: {kind} name {name!r} must be lower-case letters, digits, '_', '-' or '.'")
         if wrong := check(target):
             raise PluginError(f"{who}: target {target!r} of {kind} '{name}' {wrong}")
-        if name in table:
-            first = table[name]
-            raise DuplicateName(kind, name, f"plugin '{first.plugin}' of {first.origin}", who)
-        table[name] = entry
+        _put(kind, table, entry)
+
+
+def _put(kind: str, table: dict[str, Entry], entry: Entry) -> None:
+    if entry.name in table:
+        first, second = (f"plugin '{one.plugin}' of {one.origin}" for one in (table[entry.name], entry))
+        raise DuplicateName(kind, entry.name, first, second)
+    table[entry.name] = entry
 
 
 def _importable(target: Any) -> str | None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@strategy(keep="refused", drops_all=True)
+@strategy(group="baselines", keep="refused", drops_all=True)
 class Blind:
     """Drop every visual token at the decoder input."""
 

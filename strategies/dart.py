@@ -19,7 +19,12 @@ from prunekit import ModelShape, Site, Sites, hookimpl, strategy
 from prunekit.ops import cosine, precise, top_k_mask
 
 
-@strategy(sites=Sites(default=Site(2), encoder=False, lowest=1), per_sample=True)
+@strategy(
+    paper="2502.11494",
+    code="Chenfei-Liao/VTC-Bench@983e443",
+    sites=Sites(default=Site(2), encoder=False, lowest=1),
+    per_sample=True,
+)
 class DART:
     """Keep pivots with large keys, and for each of them the visual tokens that resemble it least.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prunekit import LayerPlan, hookimpl, strategy
 
 
-@strategy()
+@strategy(group="baselines")
 class Dense:
     """Prune nothing; the row that every other pipeline is compared with."""
 

@@ -6,19 +6,22 @@ to even, prunekit half up, as for every strategy.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from prunekit import hookimpl, strategy
-from prunekit.ops import max_min
+from prunekit import ModelShape, hookimpl, strategy
+from prunekit.ops import cosine, max_min
 
 
-@strategy(per_sample=True)
+@strategy(paper="2503.02175", code="vbdi/divprune@799e2d9", per_sample=True)
 class DivPrune:
     """Repeatedly keep the token that is farthest from all kept ones."""
 
     @hookimpl
     def select_tokens(self, hidden: Tensor, count: int) -> Tensor:
         """Bool (V,) from the tokens' states, float (V, H)."""
-        directions = normalize(hidden, dim=-1)
-        chosen = max_min(1 - directions @ directions.T, count)
+        chosen = max_min(1 - cosine(hidden), count)
         return torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill(0, chosen, True)
+
+    @hookimpl
+    def flops(self, shape: ModelShape, text: int, visual: int) -> int:
+        """The cosines of all pairs."""
+        return 2 * visual**2 * shape.hidden

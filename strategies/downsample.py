@@ -10,7 +10,7 @@ from torch import Tensor
 from prunekit import hookimpl, strategy
 
 
-@strategy()
+@strategy(group="baselines", fixed_count=True)
 class Downsample:
     """Show every image and video to the vision tower at a fraction of its sides.
 

@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from prunekit import PIXELS, Sites, hookimpl, strategy
+from prunekit.ops import same_place
 
 FIRST = 255.0  # what stands for the change of a token that has none before it
 
 
-@strategy(sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True), keep="refused", per_sample=True)
+@strategy(
+    paper="2510.14624",
+    code="vllm-project/vllm@094f117",
+    group="video",
+    fixed_count=True,
+    sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True),
+    keep="refused",
+    per_sample=True,
+)
 class Evs:
     """Before the tower, keep of a video the squares of pixels that have changed most since the frame before.
 
@@ -42,12 +51,6 @@ class Evs:
 
 def _changes(patches: Tensor, coords: Tensor, frames: Tensor) -> Tensor:
     """How much each square of (V, F, C, Y, X) differs from the same place one frame before, (V,)."""
-    rows, columns = int(coords[:, 3].max()), int(coords[:, 4].max())
-    place = (frames * rows + coords[:, 1]) * columns + coords[:, 2]
-    table = torch.full((int(frames.max() + 1) * rows * columns,), -1, dtype=torch.int64, device=place.device)
-    table[place] = torch.arange(len(place), device=place.device)
-    earlier = place - rows * columns
-    before = torch.where(earlier >= 0, table[earlier.clamp(min=0)], -1)
-    squares = patches.flatten(1)
+    before, squares = same_place(coords, frames, 1), patches.flatten(1)
     apart = (squares - squares[before.clamp(min=0)]).abs().mean(-1)
     return apart.masked_fill(before < 0, FIRST)

@@ -16,7 +16,7 @@ from prunekit import ModelShape, Sites, hookimpl, strategy
 from prunekit.ops import crop_quotas, group_top_k
 
 
-@strategy(sites=Sites(tower=True), per_sample=True)
+@strategy(paper="2412.01818", code="Theia-4869/FasterVLM@f5d5f12", sites=Sites(tower=True), per_sample=True)
 class FasterVLM:
     """Keep what the CLS token attends to most, in each crop its share."""
 

@@ -16,6 +16,8 @@ from prunekit import ModelShape, Rows, Site, Sites, hookimpl, strategy
 
 
 @strategy(
+    paper="2403.06764",
+    code="pkunlp-icler/FastV@d165972",
     sites=Sites(default=Site(2), encoder=False, lowest=1),
     inputs=lambda self: {"attention": Rows(layer="previous", rope=self.rope, domain=self.domain)},
 )

@@ -17,6 +17,8 @@ from prunekit.ops import ranks, top_k_mask
 
 
 @strategy(
+    paper="2412.13180",
+    code="markendo/FEATHER@c2a09b2",
     sites=Sites(encoder=False, lowest=1),
     inputs={"attention": Rows(layer="previous", rope=False, domain="visual")},
     keep="optional",

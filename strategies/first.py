@@ -7,7 +7,7 @@ from torch import Tensor
 from prunekit import hookimpl, strategy
 
 
-@strategy()
+@strategy(group="baselines")
 class First:
     """Keep the visual tokens that stand first in the prompt, in raster order."""
 

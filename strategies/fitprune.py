@@ -30,6 +30,8 @@ def _mid(layer: int) -> Site:
 
 
 @strategy(
+    paper="2409.10197",
+    code="ywh187/FitPrune@d28e418",
     sites=Sites(encoder=False, points=("mid",)),
     inputs={
         "attention": (

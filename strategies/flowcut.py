@@ -29,6 +29,8 @@ def _every_block(self: FlowCut, layers: int, blocks: int) -> Mapping[Site, float
 
 
 @strategy(
+    paper="2505.19536",
+    code="TungChintao/FlowCut@a2ecd24",
     sites=Sites(default=Site(0, "vision", "after"), tower=True, encoder=False, decoder=False),
     inputs={
         "encoder_attention": EncoderRows(),

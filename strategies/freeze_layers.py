@@ -1,7 +1,8 @@
-"""ShortV (https://arxiv.org/abs/2504.00502): visual tokens pass unchanged through layers that would hardly change them.
+"""Static freezing: visual tokens pass unchanged through the layers that a list names (https://arxiv.org/abs/2504.00502).
 
-There they are no queries and skip the MLP; the other tokens attend to them as before. Which layers: the paper
-orders them by how little freezing them changes the output; this strategy takes the list.
+There they are no queries and skip the MLP; the other tokens attend to them as before. `shortv` finds the list by
+ShortV's ranking; that paper's own, of LLaVA-1.5-7B, is 31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17,
+12, 19 (icip-cas/ShortV@737c28c).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl, strategy
 
 
-@strategy()
+@strategy(paper="2504.00502", code="icip-cas/ShortV@737c28c")
 class FreezeLayers:
     """Let visual tokens pass decoder layers unchanged at prefill. layers: their numbers, from 0."""
 

@@ -24,6 +24,8 @@ from prunekit.ops import crop_quotas, group_sizes, group_top_k, quotas, tile_of
 
 
 @strategy(
+    paper="2501.05179",
+    code="xuyang-liu16/GlobalCom2@96b2d00",
     inputs={"encoder_attention": EncoderRows(layer=-1, domain="logits")},
     keep="optional",
     per_sample=True,

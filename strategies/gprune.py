@@ -1,6 +1,6 @@
 """G-Prune (https://arxiv.org/abs/2501.02268): importance flows along a graph of similar tokens.
 
-Rule: jytmelon/G-Prune@762c637. Tokens i and j have an edge where their cosine s_ij is at least 0.5, as with themselves;
+Rule: jytmelon/G-Prune@2762c63. Tokens i and j have an edge where their cosine s_ij is at least 0.5, as with themselves;
 W = softmax_j(s_ij / 0.03) over the edges. From r = the tokens' norms five times r <- r W, then r_i is divided by the
 number of edges of i. The highest stay; the whole image and its crops are two graphs, and newlines always stay.
 Deviations: the count includes newlines, and what they leave is split over the graphs in proportion to their tokens and
@@ -17,7 +17,7 @@ from prunekit import ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, crop_quotas, precise, top_k_mask
 
 
-@strategy(per_sample=True)
+@strategy(paper="2501.02268", code="jytmelon/G-Prune@2762c63", per_sample=True)
 class GPrune:
     """Keep what is important after five steps on a graph of similar tokens."""
 

@@ -25,6 +25,8 @@ from prunekit.ops import crop_quotas, group_members, group_sizes, group_top_k, q
 
 
 @strategy(
+    paper="2408.10945",
+    code="hasanar1f/HiRED@502d6dd",
     inputs={"encoder_attention": (EncoderRows(0, heads="sum"), EncoderRows(heads="sum"))},
     per_sample=True,
 )

@@ -22,7 +22,7 @@ from prunekit import ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, crop_quotas, group_members, group_sizes, group_top_k, quotas
 
 
-@strategy(per_sample=True)
+@strategy(paper="2510.02912", code="obananas/HoloV@1d2e65e", per_sample=True)
 class HoloV:
     """Keep what CLS attends to, in each part of the image as much as its attention and variety deserve.
 

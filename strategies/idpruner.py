@@ -19,7 +19,11 @@ from prunekit import EncoderRows, ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, index_mask, min_max, mmr
 
 
-@strategy(per_sample=True, inputs=lambda self: {"encoder_attention": EncoderRows(query=self.query)})
+@strategy(
+    code="Tencent/AngelSlim@67394ce",
+    per_sample=True,
+    inputs=lambda self: {"encoder_attention": EncoderRows(query=self.query)},
+)
 class IDPruner:
     """Keep tokens that are attended to in the tower and unlike each other.
 

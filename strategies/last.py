@@ -7,7 +7,7 @@ from torch import Tensor
 from prunekit import hookimpl, strategy
 
 
-@strategy()
+@strategy(group="baselines")
 class Last:
     """Keep the visual tokens that stand last in the prompt, in raster order."""
 

@@ -18,7 +18,7 @@ from prunekit import ModelShape, Owners, Selection, hookimpl, strategy
 from prunekit.ops import cosine, nearest_kept, precise, top_k_mask
 
 
-@strategy(per_sample=True)
+@strategy(paper="2605.15621", per_sample=True)
 class LRCP:
     """Keep the tokens farthest from the leading `rank` directions of all, and merge the others into them."""
 

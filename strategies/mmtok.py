@@ -17,7 +17,13 @@ from prunekit import Features, ModelShape, Sites, hookimpl, strategy
 from prunekit.ops import cosine, coverage, index_mask
 
 
-@strategy(sites=Sites(decoder=False), per_sample=True, inputs={"features": Features()})
+@strategy(
+    paper="2508.18264",
+    code="Ironieser/MMTok@d1522cd",
+    sites=Sites(decoder=False),
+    per_sample=True,
+    inputs={"features": Features()},
+)
 class MMTok:
     """Repeatedly keep the token that adds most to the coverage of words and tokens, the latter weighted by `alpha`."""
 

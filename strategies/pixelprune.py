@@ -13,7 +13,13 @@ from prunekit import PIXELS, Sites, hookimpl, strategy
 Similar = Callable[[Tensor, Tensor], Tensor]
 
 
-@strategy(sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True), keep="refused", per_sample=True)
+@strategy(
+    paper="2604.00886",
+    code="OPPO-Mente-Lab/PixelPrune@a870e31",
+    sites=Sites(default=PIXELS, encoder=False, decoder=False, pixels=True),
+    keep="refused",
+    per_sample=True,
+)
 class PixelPrune:
     """Before the tower, drop what the squares of pixels to the left, above and between them already tell.
 

@@ -33,6 +33,15 @@ STRATEGIES = {
     "v2drop": ("v2drop:V2Drop", "what a layer changes most (V2Drop, CVPR 2026)"),
     "tokencarve": ("tokencarve:TokenCarve", "attended and informative, similar ones merged (TokenCarve, 2025)"),
     "fitprune": ("fitprune:FitPrune", "inside each layer, by a calibrated table (FitPrune, AAAI 2025)"),
+    "pact": ("pact:PACT", "centres of important tokens, near ones merged, by keys (PACT, CVPR 2025)"),
+    "aim": ("aim:AIM", "similar tokens merge, half of them in each round (AIM, ICCV 2025)"),
+    "aim_decoder": ("aim:AIMDecoder", "where passed-on attention ends, fewer after each layer (AIM, ICCV 2025)"),
+    "illava": ("illava:ILLaVA", "the least attended become one, block by block in the tower (iLLaVA, 2024)"),
+    "illava_decoder": ("illava:ILLaVADecoder", "the least attended become one, before a layer (iLLaVA, 2024)"),
+    "mustdrop": ("mustdrop:MustDrop", "read by the question or in a key set of CLS, by thresholds (MustDrop, 2024)"),
+    "mustdrop_tower": ("mustdrop:MustDropTower", "alike windows merge in the tower (MustDrop, 2024, first stage)"),
+    "autoprune": ("autoprune:AutoPrune", "fewer after each layer, on the question's curve (AutoPrune, NeurIPS 2025)"),
+    "ivc_prune": ("ivc_prune:IVCPrune", "implicit coordinates and the foreground, by values (IVC-Prune, ICLR 2026)"),
     "divprune": ("divprune:DivPrune", "the most diverse subset (DivPrune, CVPR 2025)"),
     "scope": ("scope:Scope", "coverage of the image, salient tokens first (SCOPE, NeurIPS 2025)"),
     "mmtok": ("mmtok:MMTok", "coverage of the question's words and the image (MMTok, ICLR 2026)"),
@@ -62,11 +71,31 @@ STRATEGIES = {
         "clip_text.cdpruner:CDPrunerEmbeds",
         "the same, weighed by the decoder's own embeddings of the question",
     ),
+    "vidcom2": ("vidcom2:VidCom2", "what is rare in a video and in its frame (VidCom2, EMNLP 2025)"),
+    "dycoke": ("dycoke:DyCoke", "one frame of four, and what is new in the others (DyCoke, CVPR 2025, prefill part)"),
+    "flashvid": (
+        "flashvid:FlashVID",
+        "attended and diverse in each frame, the rest merged (FlashVID, ICLR 2026)",
+    ),
+    "holitom": (
+        "holitom:HoliTom",
+        "what stands still merges, of the rest what is attended (HoliTom, NeurIPS 2025)",
+    ),
+    "holitom_decoder": (
+        "holitom:HoliTomDecoder",
+        "attended by the last token, others join by halves (HoliTom, second step)",
+    ),
+    "fastvid": ("fastvid:FastVID", "salient in each frame, and dense ones that sum up (FastVID, NeurIPS 2025)"),
+    "framefusion": (
+        "framefusion:FrameFusion",
+        "what a video repeats merges, then the rest is pruned (FrameFusion, ICCV 2025)",
+    ),
     "vtw": ("vtw:VTW", "all visual tokens leave before a layer (VTW, AAAI 2025)"),
     "par": ("par.strategy:Par", "a trained router ranks tokens and layers for each sample (PAR, ICCV 2025)"),
     "skip_layers": ("skip_layers:SkipLayers", "a static list of layers, of their attention or of their MLP"),
     "shortgpt": ("shortgpt:ShortGPT", "the layers that change states least, by a calibration (ShortGPT)"),
-    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged (ShortV, ICCV 2025)"),
+    "shortv": ("shortv:ShortV", "visual tokens pass unchanged in calibrated layers (ShortV, ICCV 2025)"),
+    "freeze_layers": ("freeze_layers:FreezeLayers", "visual tokens pass listed layers unchanged"),
 }
 
 

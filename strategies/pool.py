@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prunekit import Selection, hookimpl, strategy
+from prunekit import ModelShape, Selection, hookimpl, strategy
 from prunekit.ops import grid_cells, middles
 
 
-@strategy(per_sample=True)
+@strategy(group="baselines", per_sample=True)
 class Pool:
     """Average the tokens of each cell of an even grid into the cell's middle token.
 
@@ -22,3 +22,8 @@ class Pool:
         cells = grid_cells(coords, count)
         same = (cells[:, None] == cells[None, :]).to(hidden.dtype)
         return Selection(keep=middles(cells), weights=same / same.sum(1, keepdim=True))
+
+    @hookimpl
+    def flops(self, shape: ModelShape, text: int, visual: int) -> int:
+        """Each token is added to its cell once."""
+        return 2 * visual * shape.hidden

@@ -25,6 +25,8 @@ from prunekit.ops import cosine, crop_quotas, group_members, outliers, precise, 
 
 
 @strategy(
+    paper="2403.15388",
+    code="42Shawn/LLaVA-PruMerge@097c041",
     sites=Sites(decoder=False),
     inputs={
         "encoder_attention": EncoderRows(layer=-1, heads="joined"),

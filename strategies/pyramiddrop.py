@@ -15,6 +15,8 @@ from prunekit import ModelShape, Rows, Site, Sites, hookimpl, strategy
 
 
 @strategy(
+    paper="2410.17247",
+    code="Cooperx521/PyramidDrop@6444f30",
     sites=Sites(encoder=False, points=("before", "after")),
     inputs={"attention": Rows(layer="next")},
     schedule=lambda self, layers: {Site(layers * quarter // 4): 0.5**quarter for quarter in (1, 2, 3)},

@@ -8,7 +8,7 @@ from torch import Tensor
 from prunekit import hookimpl, strategy
 
 
-@strategy(per_sample=True)
+@strategy(group="baselines", per_sample=True)
 class Random:
     """Keep tokens uniformly at random.
 

@@ -16,7 +16,12 @@ from prunekit import EncoderRows, Features, ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, coverage, crop_quotas, precise
 
 
-@strategy(per_sample=True, inputs={"encoder_attention": EncoderRows(heads="sum"), "features": Features()})
+@strategy(
+    paper="2510.24214",
+    code="kinredon/SCOPE@6bf7306",
+    per_sample=True,
+    inputs={"encoder_attention": EncoderRows(heads="sum"), "features": Features()},
+)
 class Scope:
     """Repeatedly keep the token that adds most to the coverage of its crop, times its saliency to the `alpha`."""
 

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity
 from prunekit import Artefact, CalibrationPrompt, LayerAction, LayerPlan, ModelShape, hookimpl, read_artefact, strategy
 
 
-@strategy()
+@strategy(paper="2403.03853", code="icip-cas/ShortGPT@9a2ee8d")
 class ShortGPT:
     """Leave out the `drop` decoder layers that change hidden states least, as a calibration measured.
 

@@ -9,7 +9,7 @@ from prunekit import LayerAction, LayerPlan, ModelShape, hookimpl, strategy
 ACTIONS = {"layer": LayerAction.SKIP, "attention": LayerAction.SKIP_ATTENTION, "mlp": LayerAction.SKIP_MLP}
 
 
-@strategy()
+@strategy(paper="2403.03853")
 class SkipLayers:
     """Leave out decoder layers.
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from prunekit import ModelShape, Owners, PromptTokens, Rows, Selection, Site, Sites, hookimpl, strategy
-from prunekit.ops import density_peaks, precise, ranks
+from prunekit.ops import precise, recycle
 
 LAYERS = (2, 6, 15)  # of 32
 IMAGE = 576  # visual tokens for which the authors' lists are
@@ -71,6 +71,8 @@ def _schedule(self: "SparseVLM", layers: int) -> Mapping[Site, float]:
 
 
 @strategy(
+    paper="2410.04417",
+    code="Gumpest/SparseVLMs@26a5f48",
     sites=Sites(encoder=False, points=("after",)),
     inputs={"attention": Rows(layer="own", queries=_raters)},
     schedule=_schedule,
@@ -88,14 +90,7 @@ class SparseVLM:
     def select_tokens(self, attention: Tensor, hidden: Tensor, count: int) -> Selection:
         """Bool (V,) and owners, from scores (V,) and states (V, H)."""
         kept, many, clusters = _split(len(attention), count)
-        order = ranks(attention).argsort()
-        owner = torch.full_like(order, -1)
-        owner[order[:kept]] = order[:kept]
-        if clusters:
-            recycled = order[kept : kept + many]
-            states = precise(hidden[recycled])
-            distance = torch.cdist(states, states, compute_mode="donot_use_mm_for_euclid_dist")
-            owner[recycled] = recycled[density_peaks(distance / hidden.shape[-1] ** 0.5, clusters, clusters)]
+        owner = recycle(attention, hidden, kept, many, clusters)
         return Selection(owner == torch.arange(len(owner), device=owner.device), Owners(owner))
 
     @hookimpl
@@ -105,6 +100,8 @@ class SparseVLM:
 
 
 @strategy(
+    paper="2410.04417",
+    code="Gumpest/SparseVLMs@26a5f48",
     sites=Sites(encoder=False, points=("after",)),
     inputs=lambda self: {"attention": Rows(layer="own", queries=_raters, heads=self.heads, undecay=True)},
     schedule=lambda self, layers: _sites(layers, list(KEPT_PLUS[self.tokens])),

@@ -9,7 +9,7 @@ from prunekit import hookimpl, strategy
 from prunekit.ops import grid_cells, middles
 
 
-@strategy(per_sample=True)
+@strategy(group="baselines", per_sample=True)
 class Stride:
     """Keep the middle tokens of the cells of an even grid, and spread the rest of `count` among the other tokens."""
 

@@ -19,7 +19,7 @@ from prunekit import EncoderRows, ModelShape, hookimpl, strategy
 from prunekit.ops import cosine, index_mask, max_sum
 
 
-@strategy(per_sample=True, inputs=lambda self: {"encoder_attention": EncoderRows(query=self.pivot)})
+@strategy(paper="2505.18757", per_sample=True, inputs=lambda self: {"encoder_attention": EncoderRows(query=self.pivot)})
 class ToDRE:
     """Repeatedly keep the token that is least similar to all kept ones together, from the most attended one on."""
 

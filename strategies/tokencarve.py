@@ -18,7 +18,12 @@ from prunekit.ops import bipartite_matching, borda, cosine, precise, ranks
 
 
 @strategy(
-    sites=Sites(default=Site(2), encoder=False, lowest=1), inputs={"attention": Rows(layer="previous")}, per_sample=True
+    paper="2503.10501",
+    code="ShawnTan86/TokenCarve@a57bd59",
+    sites=Sites(default=Site(2), encoder=False, lowest=1),
+    inputs={"attention": Rows(layer="previous")},
+    per_sample=True,
+    crops=True,
 )
 class TokenCarve:
     """Keep tokens that rank high by attention and information together, with similar ones merged into them.

@@ -29,6 +29,8 @@ def _every_block(self: ToMe, layers: int, blocks: int) -> Mapping[Site, float]:
 
 
 @strategy(
+    paper="2210.09461",
+    code="facebookresearch/ToMe@af95e4b",
     sites=Sites(default=Site(0, "vision", "mid"), tower=True, encoder=False, decoder=False),
     inputs={"encoder_keys": EncoderKeys()},
     schedule=_every_block,

@@ -16,6 +16,8 @@ KEPT = {3: 0.5, 17: 0.25, 22: 1e-9}  # of 32 layers; a stage keeps at least one 
 
 
 @strategy(
+    paper="2509.01552",
+    code="xuyang-liu16/V2Drop@219e03e",
     sites=Sites(encoder=False, lowest=1),
     schedule=lambda self, layers: {Site(max((layers * at + 16) // 32, 1)): keep for at, keep in KEPT.items()},
 )

@@ -27,6 +27,8 @@ from prunekit.ops import cosine, crop_quotas, group_members, nearest_kept, preci
 
 
 @strategy(
+    paper="2412.04467",
+    code="dvlab-research/VisionZip@3151f6d",
     sites=Sites(decoder=False),
     inputs={"encoder_attention": EncoderRows(heads="sum"), "features": (Features(), Features(of="cls"))},
     per_sample=True,

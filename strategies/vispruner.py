@@ -26,7 +26,12 @@ ROUND = 8  # tokens that leave in one round
 ROWS = {"cls": EncoderRows(), "mean": EncoderRows(layer=-1, query="mean")}
 
 
-@strategy(inputs=lambda self: {"encoder_attention": ROWS[self.query]}, per_sample=True)
+@strategy(
+    paper="2412.01818",
+    code="Theia-4869/VisPruner@aefa01a",
+    inputs=lambda self: {"encoder_attention": ROWS[self.query]},
+    per_sample=True,
+)
 class VisPruner:
     """Keep a part by the attention of the tower's CLS token, and fill up with what is least like the rest.
 

@@ -24,18 +24,28 @@ from prunekit.ops import cosine, crop_quotas, group_sizes, group_top_k, nearest_
 SIDE = 4
 
 
+def _shallow(blocks: int) -> int:
+    """Block 5 of 24."""
+    return 5 * blocks // 24
+
+
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(decoder=False),
     per_sample=True,
-    inputs=lambda self: {"encoder_attention": (EncoderRows(layer=self.shallow), EncoderRows())},
+    inputs=lambda self: {
+        "encoder_attention": (EncoderRows(layer=_shallow if self.shallow is None else self.shallow), EncoderRows())
+    },
 )
 class VScan:
     """Keep what CLS attends to most within each window early in the tower, and anywhere late; merge the others.
 
-    shallow: the block of the local scan. counts: what is left, exactly as asked or as the authors round it.
+    shallow: the block of the local scan; null: a fifth into the tower, of 24 blocks the paper's 5. counts: what is
+    left, exactly as asked or as the authors round it.
     """
 
-    shallow: int = 5
+    shallow: int | None = None
     counts: Literal["exact", "official"] = "exact"
 
     @hookimpl
@@ -66,6 +76,8 @@ class VScan:
 
 
 @strategy(
+    paper="2505.22654",
+    code="Tencent/SelfEvolvingAgent@a82450e",
     sites=Sites(default=lambda layers: Site(layers // 2), encoder=False),
     inputs={"attention": Rows(layer="next", queries="last", heads="mean")},
 )

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@strategy(sites=lambda self: Sites(default=self._default(), encoder=False), keep="refused", drops_all=True)
+@strategy(
+    paper="2405.05803",
+    code="lzhxmu/VTW@a3d8cfc",
+    sites=lambda self: Sites(default=self._default(), encoder=False),
+    keep="refused",
+    drops_all=True,
+)
 class VTW:
     """Drop every visual token before decoder layer `at`.
 

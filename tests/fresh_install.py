@@ -80,8 +80,9 @@ def environment() -> Path:
     venv, loan = WHERE / "venv", WHERE / "torch"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     loan.mkdir()
+    home = Path(str(distribution("torch").locate_file("")))  # perhaps lent to that environment itself
     for name in lent():
-        (loan / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+        (loan / name).symlink_to(home / name)
     packages = sysconfig.get_path("purelib", vars={"base": str(venv), "platbase": str(venv)})
     (Path(packages) / "torch.pth").write_text(f"{loan}\n", encoding="utf-8")
     return venv / "bin" / "python"

@@ -571,7 +571,7 @@ def test_a_tower_that_cannot_be_read(registry: Registry, use: str, name: str) ->
         ("use: running, at: prefill_end, keep: 1", {},
          "2:24: .*'running' asks for forward, but no layer can be run from 'prefill_end'"),
         ("use: positions, at: 2, keep: 1", {"rotary": False},
-         "2:26: .*'positions' asks for positions, but the stub decoder has no rotary ones"),
+         "2:26: .*'positions' asks for positions, but the stub decoder rotates nothing"),
         ("use: undecay, at: 2, keep: 1", {"rotary": False},
          "2:24: .*'undecay' undoes the decay of rotary positions, but the stub decoder has none"),
         ("use: towerrouter, at: vision.1, keep: 1", {},

@@ -30,9 +30,9 @@ def test_prints_every_table_and_writes_the_figures(tmp_path: Path, capsys: pytes
     assert set(figures) == {"about", *cpu.SECTIONS}
     assert figures["about"]["rounds"] == 1 and figures["about"]["size"]["layers"] == 8
     printed = capsys.readouterr().out
-    for section in ("prefill", "par", "peers", "decode", "launch", "batch", "memory"):
+    for section in ("prefill", "par", "selection", "peers", "decode", "launch", "batch", "memory"):
         assert all(f"| {row[next(iter(row))]} |" in printed for row in figures[section]), section
-    assert len(cpu.targets(figures)) == 9
+    assert len(cpu.targets(figures)) == 10
     for row in figures["memory"]:
         assert row["kv"] == row["kv_stated"]
         assert row["peak"] >= row["kv"]

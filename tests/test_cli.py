@@ -18,11 +18,13 @@ import pytest
 from tiny_checkpoint import picture, save
 
 from prunekit import hookimpl, loading, plugins
+from prunekit.cli import catalogue, main
 from prunekit.cli import list as listing
-from prunekit.cli import main
 from prunekit.cli import run as running
 from prunekit.errors import PrunekitWarning, SpecError
 from prunekit.pipeline import build
+from prunekit.registry import Registry
+from prunekit.strategy.about import GROUPS
 from prunekit.strategy.decisions import ModelShape
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +48,7 @@ def extra() -> Iterator[ModuleType]:
     """A plugin module, registered for one test; give it hooks before the program runs."""
     module = ModuleType("extra")
     yield module
-    if plugins.manager().has_plugin("extra"):
+    if any(one.name == "extra" for one in plugins.described()):
         plugins.unregister("extra")
 
 
@@ -77,7 +79,70 @@ class TestList:
 
     def test_one_kind(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert list(json.loads(run(capsys, "list", "models", "--json"))) == ["models"]
-        assert run(capsys, "list", "strategies").startswith("strategies\n  blind")
+        assert run(capsys, "list", "strategies").startswith("strategies\n  baselines\n    blind")
+
+    def test_strategies_stand_in_groups_in_the_order_of_the_data(self, capsys: pytest.CaptureFixture[str]) -> None:
+        out = run(capsys, "list", "strategies").splitlines()
+        heads = [line.strip() for line in out if line.startswith("  ") and not line.startswith("   ")]
+        assert heads == [one for one in GROUPS if one in heads] and len(heads) >= 8
+        names = [line.split()[0] for line in out if line.startswith("    ")]
+        assert sorted(names) == [entry.name for entry in plugins.registry().strategies()]
+
+    @pytest.mark.parametrize(
+        "words", ["2403.06764", "arXiv:2403.06764v2", "https://arxiv.org/abs/2403.06764", "FastV@d1"]
+    )
+    def test_one_strategy_is_found_by_paper_or_code(self, capsys: pytest.CaptureFixture[str], words: str) -> None:
+        out = run(capsys, "list", "strategies", words)
+        assert "  fastv: most attended" in out and "studied        pkunlp-icler/FastV@d165972" in out
+        (row,) = json.loads(run(capsys, "list", "strategies", words, "--json"))["strategies"]
+        assert (row["name"], row["text_aware"], row["attention"], row["sites"]) == (
+            "fastv",
+            True,
+            ["decoder"],
+            ["decoder"],
+        )
+
+    def test_words_must_all_be_there(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "visionzip: attended by CLS" in run(capsys, "list", "strategies", "CLS", "zip")
+        assert main.main(["list", "strategies", "fastvv"]) == 2
+        assert "no strategy has 'fastvv' (did you mean 'fastv'?" in capsys.readouterr().err
+
+    def test_filters_are_the_facts(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Each of them leaves some out, and lets through what its fact says."""
+        every = {row["name"]: row for row in json.loads(run(capsys, "list", "strategies", "--json"))["strategies"]}
+
+        def names(*options: str) -> set[str]:
+            return {
+                row["name"] for row in json.loads(run(capsys, "list", "strategies", *options, "--json"))["strategies"]
+            }
+
+        for option in catalogue.FILTERS:
+            assert set() < names(option) < set(every), option
+        for one, other in (("--text-aware", "--text-blind"), ("--attention", "--attention-free"),
+                           ("--trained", "--training-free")):  # fmt: skip
+            assert names(one) | names(other) == set(every) and not names(one) & names(other)
+        decoder = names("--site", "decoder", "--training-free", "--text-aware")
+        assert {"fastv", "dart", "cdpruner"} <= decoder and not {"par", "v2drop", "trim", "divprune"} & decoder
+        assert names("--group", "baselines") == {name for name, row in every.items() if row["group"] == "baselines"}
+        assert names("--site", "end", "--servable") == set()
+        assert "none" in run(capsys, "list", "strategies", "--site", "end", "--servable")
+
+    def test_only_strategies_are_searched(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments in (["list", "models", "micro"], ["list", "--servable"]):
+            assert main.main(arguments) == 2
+            assert "only strategies are searched" in capsys.readouterr().err
+
+    def test_a_strategy_that_does_not_import_is_told(
+        self, capsys: pytest.CaptureFixture[str], extra: ModuleType
+    ) -> None:
+        def registers(registry: Registry) -> None:
+            registry.strategy("shattered", "prunekit_nowhere:Nothing", summary="gone")
+
+        extra.prunekit_register = hookimpl(registers)  # type: ignore[attr-defined]
+        plugins.register(extra, "extra")
+        out = run(capsys, "list", "strategies")
+        assert "  do not import\n    shattered" in out and "No module named 'prunekit_nowhere'" in out
+        assert "shattered" not in run(capsys, "list", "strategies", "--training-free")
 
     def test_pipelines_say_what_they_are_and_broken_ones_are_told(
         self, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -293,10 +358,19 @@ class TestProgram:
     def test_a_command_of_a_plugin_may_not_replace_one(
         self, extra: ModuleType, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        extra.prunekit_commands = hookimpl(lambda subparsers: subparsers.add_parser("list"))  # type: ignore[attr-defined]
+        """It is left out, with the commands that it could add before."""
+
+        def commands(subparsers: Any) -> None:
+            subparsers.add_parser("first")
+            subparsers.add_parser("list")
+
+        extra.prunekit_commands = hookimpl(commands)  # type: ignore[attr-defined]
         plugins.register(extra, "extra")
-        assert main.main(["list"]) == 2
-        assert "a plugin cannot add its commands: ArgumentError" in capsys.readouterr().err
+        assert main.main(["list", "plugins"]) == 0
+        out, err = capsys.readouterr()
+        assert "'extra' of module extra is left out: prunekit_commands raised ArgumentError" in err
+        assert "  extra       broken: prunekit_commands raised ArgumentError" in out
+        assert "first" not in main.parser().format_help()
 
     def test_a_defect_is_one_line_and_exit_code_1(self, extra: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
         def fails(namespace: argparse.Namespace) -> int:

@@ -155,7 +155,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_index_names_every_page() -> None:
     index = ROOT / "docs" / "index.md"
-    linked = {(index.parent / target).resolve() for target in LINK.findall(index.read_text(encoding="utf-8"))}
+    contents = (index, index.parent / "strategies" / "index.md")
+    linked = {
+        (one.parent / target).resolve() for one in contents for target in LINK.findall(one.read_text(encoding="utf-8"))
+    }
     pages = set(index.parent.rglob("*.md")) - {index}
     assert {name_of(page) for page in pages - linked if page.parent.name != "decisions"} == set()
 

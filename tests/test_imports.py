@@ -21,12 +21,13 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
-    "version", "errors", "ops", "registry", "upstream", "strategy", "cost", "records", "hookspecs", "plugins", "spec",
-    "families", "pipeline", "loading", "engine", "verify", "training", "apply", "testing", "cli",
+    "version", "errors", "ops", "registry", "upstream", "probes", "strategy", "cost", "records", "hookspecs", "loose",
+    "plugins", "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply",
+    "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
-EVALS_ORDER = ("run", "compare", "micro", "lmms", "bench", "runner", "cli", "plugin", "studies")
+EVALS_ORDER = ("shapes", "run", "compare", "micro", "smol", "lmms", "bench", "runner", "cli", "plugin", "studies")
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
 MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two
@@ -233,12 +234,15 @@ def _named(names: set[str], text: str) -> list[str]:
 
 CORE = sources("prunekit")
 # Tiny models of the families are for tests; the probes look at modules of transformers.
-OF_FAMILIES = ("families", "testing", "upstream")
+OF_FAMILIES = ("families", "testing", "upstream", "probes")
 # What has no reason to name a strategy anywhere; elsewhere docstrings may show one, and comments say whose rule it is.
 WITHOUT_EXAMPLES = ("engine", "families", "verify", "apply", "loading", "cost", "records")
 # Strategies whose names are words of the language, and where those words are values that mean something else.
 WORDS = {"dense", "random", "pool", "stride", "blind", "first", "last", "downsample"}
-VALUES = {("families", "downsample"), ("training", "random"), ("cli", "random"), ("strategy", "pool")}
+VALUES = {
+    ("families", "downsample"), ("training", "random"), ("cli", "random"), ("strategy", "pool"), ("cli", "dense"),
+    ("estimate", "dense"),
+}  # fmt: skip
 
 
 def test_the_core_knows_no_family() -> None:
@@ -282,7 +286,7 @@ def test_length(source: Source) -> None:
             assert length <= MAX_FUNCTION, f"{node.name} has {length} lines"
 
 
-HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "omegaconf", "pandas", "PIL")
+HEAVY = ("torch", "transformers", "lmms_eval", "datasets", "numpy", "omegaconf", "pandas", "PIL", "scipy")
 LOOK = """
 import sys
 sys.argv = ["prunekit", *{arguments!r}]

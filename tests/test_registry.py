@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from prunekit import hookimpl, plugins
-from prunekit.errors import DuplicateName, PluginError, PrunekitError, UnknownName
+from prunekit.errors import DuplicateName, PluginError, PrunekitError, PrunekitWarning, UnknownName
 from prunekit.registry import Registry
 
 
@@ -150,19 +151,29 @@ def test_models_are_collected(fresh: None) -> None:
     plugins.register(module("more", prunekit_models=lambda: {"small": f"{__name__}:Target"}), "more")
     assert plugins.registry().get_model("small") is Target
     plugins.register(module("odd", prunekit_models=lambda: ["small"]), "odd")
-    with pytest.raises(PluginError, match=r"plugin 'odd'.*prunekit_models gave .*not a dict"):
-        plugins.registry()
+    with pytest.warns(
+        PrunekitWarning, match=r"plugin 'odd' of module odd is left out: prunekit_models gave .*not a dict"
+    ):
+        assert plugins.registry().get_model("small") is Target
 
 
-def test_a_plugin_that_raises_is_named(fresh: None) -> None:
+def test_a_plugin_that_raises_is_named_and_left_out(fresh: None) -> None:
+    """With all that it had registered before; the others stay."""
+
     def prunekit_register(registry: Registry) -> None:
+        registry.strategy("half", f"{__name__}:Target")
         raise KeyError("oh")
 
     plugins.register(module("bad", prunekit_register=prunekit_register), "bad")
-    with pytest.raises(
-        PluginError, match=r"plugin 'bad' of module bad: prunekit_register raised KeyError.*DISABLE_PLUGINS=bad"
-    ):
-        plugins.registry()
+    said = (
+        r"plugin 'bad' of module bad is left out: prunekit_register raised KeyError.*test_registry.*DISABLE_PLUGINS=bad"
+    )
+    with pytest.warns(PrunekitWarning, match=said):
+        names = {entry.name for entry in plugins.registry().strategies()}
+    assert "half" not in names and "fastv" in names
+    (broken,) = (one for one in plugins.described() if one.broken)
+    assert (broken.name, broken.hooks) == ("bad", ()) and "KeyError: 'oh'" in broken.broken
+    assert {entry.name for entry in plugins.registry().strategies()} == names, "told once"
 
 
 @pytest.mark.parametrize(
@@ -180,11 +191,13 @@ def test_a_misspelt_hook_is_refused_and_leaves_nothing(fresh: None, hook: str, f
     assert plugins.described() == before
 
 
-def test_registering_twice_keeps_the_first(fresh: None) -> None:
+def test_registering_twice_does_nothing(fresh: None) -> None:
     late = module("late", prunekit_register=registers("late-one"))
     plugins.register(late, "late")
-    with pytest.raises(PluginError, match="is refused"):
-        plugins.register(late, "late")
+    assert (plugins.register(late, "late"), plugins.register(late, "other"), plugins.register(late)) == ("late",) * 3
+    assert plugins.names().count("late") == 1 and "other" not in plugins.names()
+    with pytest.raises(PluginError, match="plugin 'late' of 'another' is refused"):
+        plugins.register(module("another"), "late")
     assert "late-one" in [entry.name for entry in plugins.registry().strategies()]
 
 
@@ -199,18 +212,50 @@ def points(monkeypatch: pytest.MonkeyPatch, *made: tuple[str, str, str]) -> None
     monkeypatch.setattr(plugins, "entry_points", lambda group: found)
 
 
-def test_a_plugin_that_does_not_import_names_its_distribution(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    points(monkeypatch, ("broken-dist", "broken", "prunekit_no_such_module"))
-    with pytest.raises(PluginError, match=r"plugin 'broken' of broken-dist 1\.0 .*ModuleNotFoundError.*PLUGINS=broken"):
-        plugins.manager()
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import prunekit_no_such_module", r"ModuleNotFoundError: No module named 'prunekit_no_such_module' at .*:2"),
+        ("import sys; sys.exit('enough')", r"SystemExit: it calls sys.exit: enough at .*:2"),
+        ("def f(:", r"SyntaxError: invalid syntax \(\w+.py, line 2\)"),
+        (
+            "from prunekit import hookimpl\n@hookimpl\ndef prunekit_regster(registry): 1",
+            "unknown hook 'prunekit_regster'",
+        ),
+    ],
+    ids=["import", "exit", "syntax", "hook"],
+)
+def test_a_broken_plugin_is_listed_and_stops_nothing_else(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, said: str
+) -> None:
+    name = f"prunekit_test_{tmp_path.name}".replace("-", "_")
+    (tmp_path / f"{name}.py").write_text(f"# A plugin.\n{code}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    points(monkeypatch, ("broken-dist", "broken", name), ("prunekit", "strategies", "prunekit_strategies.plugin"))
+    with pytest.warns(
+        PrunekitWarning, match=rf"plugin 'broken' of broken-dist 1\.0 is left out: .*{said}.*PLUGINS=broken"
+    ):
+        assert "fastv" in {entry.name for entry in plugins.registry().strategies()}
+    broken, working = plugins.described()
+    assert re.search(said, broken.broken) and not working.broken
+    assert (broken.name, broken.origin, broken.version) == ("broken", "broken-dist 1.0", "1.0")
+    assert broken.file == str(tmp_path / f"{name}.py")
     monkeypatch.setenv("PRUNEKIT_DISABLE_PLUGINS", "other, broken")
-    assert plugins.described() == ()
+    plugins.reset()
+    assert [one.name for one in plugins.described()] == ["strategies"]
 
 
 def test_two_distributions_with_one_plugin_name(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     points(monkeypatch, ("one", "same", "string"), ("two", "same", "this_is_not_reached"))
-    with pytest.raises(PluginError, match=r"two distributions call their plugin 'same': one 1\.0 and two 1\.0"):
+    with pytest.warns(PrunekitWarning, match=r"'same' of two 1\.0 is left out: one 1\.0 has a plugin of that name"):
         plugins.manager()
+    assert plugins.manager().get_plugin("same") is sys.modules["string"]
+    assert [(one.origin, bool(one.broken)) for one in plugins.described()] == [("one 1.0", False), ("two 1.0", True)]
+
+
+def test_one_module_under_two_names_is_one_plugin(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    points(monkeypatch, ("one", "first", "string"), ("two", "second", "string"))
+    assert plugins.names() == ["first"]
 
 
 def test_a_blocked_plugin_is_gone(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +273,9 @@ def test_tracing_tells_every_call(
 
 
 def test_described_says_who_implements_what(fresh: None) -> None:
-    assert ("strategies", f"prunekit {_version()}", ("prunekit_pipelines", "prunekit_register")) in plugins.described()
+    (one,) = (one for one in plugins.described() if one.name == "strategies")
+    assert (one.origin, one.version, one.broken) == (f"prunekit {_version()}", _version(), "")
+    assert one.hooks == ("prunekit_pipelines", "prunekit_register") and one.file.endswith("plugin.py")
 
 
 def _version() -> str:

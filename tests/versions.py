@@ -1,7 +1,7 @@
 """Runs what shows exactness on several versions of transformers, and puts what it saw into docs/exactness.md.
 
     python tests/versions.py                 # all versions; `make test-matrix` does this
-    python tests/versions.py 5.23.0 5.24.0   # only these; the others stay as they were in the file
+    python tests/versions.py 5.4.0 5.24.0    # only these; the others stay as they were in the file
 
 Every version gets a virtual environment in .matrix/ that holds that transformers and what it pins (tokenizers,
 huggingface-hub); all else, PyTorch included, is seen through it from the environment that runs this script.
@@ -24,8 +24,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 WHERE, RESULTS, PAGE = ROOT / ".matrix", ROOT / "tests" / "versions.json", ROOT / "docs" / "exactness.md"
-# The oldest that pyproject.toml allows, and the pinned one.
-VERSIONS = ("5.23.0", "5.24.0")
+# The oldest that pyproject.toml allows, minors in between, and the pinned one.
+VERSIONS = ("5.4.0", "5.6.2", "5.12.1", "5.18.0", "5.23.0", "5.24.0")
+# Families whose models generate in older versions, too, but whose decoders are not cut inside there: the first minor in
+# which they are. Layers of Gemma 3n handed keys and values on through the cache, not by an argument; recurrent states
+# of Qwen3.5 were kept in another form (see prunekit/upstream.py).
+FIRST = {"gemma3n": (5, 6), "qwen3_5": (5, 14), "qwen3_5_moe": (5, 14)}
 SUITE = ("test_upstream", "engine/test_generate", "engine/test_generate_static", "engine/test_cache")
 # Of the cells that `make test` runs, every one in so many.
 SHARE = 8
@@ -37,7 +41,8 @@ BLOCK = re.compile(r"(<!-- versions: begin -->\n).*?(<!-- versions: end -->)", r
 @dataclass(frozen=True)
 class Result:
     """What one version did. failed: names of the tests. seconds: of the whole run. left_out: families whose stock model
-    cannot be built or does not generate there, without any pipeline.
+    cannot be built or does not generate there, without any pipeline. whole: families whose decoder is not
+    cut inside there, which are left out as well.
     """
 
     transformers: str
@@ -48,6 +53,7 @@ class Result:
     seconds: int
     date: str
     left_out: tuple[str, ...]
+    whole: tuple[str, ...]
 
 
 def environment(version: str) -> Path:
@@ -66,9 +72,10 @@ def environment(version: str) -> Path:
     return python
 
 
-# What the stock models do: names of the families that fail, one a line.
+# Of each family whose stock model does not generate, or which prunekit does not cut inside: what of both, and its name.
 STOCK = """
 import warnings
+from prunekit import families
 from prunekit.testing.tiny_families import tiny_batch, tiny_model, tiny_names
 warnings.simplefilter("ignore")
 for name in tiny_names():
@@ -76,7 +83,10 @@ for name in tiny_names():
         model = tiny_model(name)
         model.generate(**tiny_batch(model), max_new_tokens=2, do_sample=False)
     except Exception:
-        print(name)
+        print("fails", name)
+        continue
+    if families.find(model).opaque is not None:
+        print("whole", name)
 """
 
 
@@ -90,10 +100,12 @@ def cells() -> list[str]:
 def run(version: str, chosen: list[str]) -> Result:
     """The suite on one version, and of the matrix the cells that are chosen."""
     python, report = environment(version), WHERE / f"{version}.xml"
-    stock = subprocess.run([str(python), "-c", STOCK], cwd=ROOT, check=True, capture_output=True, text=True)
-    left_out = tuple(stock.stdout.split())
-    beams = tuple(map(int, version.split(".")[:2])) >= (5, 20)  # with several pictures in a prompt, as in the matrix
-    there = [cell for cell in chosen if not any(f"[{name}-" in cell for name in left_out)]
+    minor = tuple(map(int, version.split(".")[:2]))
+    left_out, whole = families_of(python)
+    if set(whole) != {name for name, first in FIRST.items() if minor < first}:
+        raise SystemExit(f"transformers {version}: not cut inside: {', '.join(whole) or 'none'}; FIRST says otherwise")
+    beams = minor >= (5, 20)  # with several pictures in a prompt, as in the matrix
+    there = [cell for cell in chosen if not any(f"[{name}-" in cell for name in left_out + whole)]
     there = [cell for cell in there if beams or not cell.endswith("-beams]")]
     files = [f"tests/{name}.py" for name in SUITE] + there
     options = ["-q", "-m", "not slow", "-k", LESS, "-p", "no:cacheprovider", "--tb=line", f"--junitxml={report}"]
@@ -106,7 +118,15 @@ def run(version: str, chosen: list[str]) -> Result:
     if found[0] != version:
         raise SystemExit(f"{python} runs transformers {found[0]}, not {version}; remove {WHERE / version}")
     passed, failed, skipped = counts(report)
-    return Result(version, found[1], passed, failed, skipped, seconds, datetime.date.today().isoformat(), left_out)
+    today = datetime.date.today().isoformat()
+    return Result(version, found[1], passed, failed, skipped, seconds, today, left_out, whole)
+
+
+def families_of(python: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Families whose stock model does not run under that Python, and those whose decoder is not cut inside there."""
+    done = subprocess.run([str(python), "-c", STOCK], cwd=ROOT, check=True, capture_output=True, text=True)
+    said = [line.split() for line in done.stdout.splitlines()]
+    return tuple(name for what, name in said if what == "fails"), tuple(name for what, name in said if what != "fails")
 
 
 def counts(report: Path) -> tuple[int, tuple[str, ...], int]:
@@ -120,12 +140,13 @@ def counts(report: Path) -> tuple[int, tuple[str, ...], int]:
 def table(results: list[Result]) -> str:
     """The results as a Markdown table."""
     lines = [
-        "| transformers | torch | passed | failed | skipped | seconds | run on | without, as their stock models fail |",
-        "| --- | --- |" + " ---: |" * 5 + " --- |",
+        "| transformers | torch | passed | failed | skipped | seconds | run on | stock models fail | not cut inside |",
+        "| --- | --- |" + " ---: |" * 5 + " --- | --- |",
     ]
     for r in results:
-        row = (r.transformers, r.torch, r.passed, len(r.failed), r.skipped, r.seconds, r.date, ", ".join(r.left_out))
-        lines.append("| " + " | ".join(map(str, row)) + " |")
+        row = (r.transformers, r.torch, r.passed, len(r.failed), r.skipped, r.seconds, r.date)
+        without = (", ".join(r.left_out), ", ".join(r.whole))
+        lines.append("| " + " | ".join(map(str, row + without)) + " |")
     return "\n".join(lines)
 
 

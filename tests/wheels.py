@@ -24,6 +24,8 @@ def build(out: Path) -> Path:
             shutil.copy(ROOT / name, source)
         command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "would be ignored" not in said, f"setuptools takes folders of data for packages: {said}"
     (built,) = out.glob("*.whl")
     return built

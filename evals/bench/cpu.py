@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 import transformers
-from prunekit_evals.bench import launch, sections
+from prunekit_evals.bench import launch, llava_7b, sections, selection
 from prunekit_evals.bench.workload import BATCH, FULL, PRUNES_NOTHING, TINY
 
 import prunekit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"  # of a checkout
 FIGURES, PAGE = DOCS / "performance.json", DOCS / "performance.md"
-SECTIONS = ("prefill", "par", "scoring", "peers", "decode", "launch", "batch", "memory")
+SECTIONS = ("prefill", "par", "scoring", "selection", "peers", "decode", "launch", "batch", "memory")
 
 
 def measure(section: str, rounds: int, tiny: bool) -> Any:
@@ -42,6 +42,7 @@ def measure(section: str, rounds: int, tiny: bool) -> Any:
         "prefill": lambda: sections.prefill_rows(size, rounds),
         "par": lambda: sections.par_rows(size, rounds),
         "scoring": lambda: sections.scoring_share(size, rounds),
+        "selection": lambda: selection.selection_rows(rounds, tiny),
         "peers": lambda: sections.peers(size, rounds),
         "decode": lambda: sections.decode_rows(size, rounds),
         "launch": lambda: launch.launch_rows(rounds, ("dense", "fastv-k2-r25") if tiny else None),
@@ -87,6 +88,9 @@ def targets(figures: Mapping[str, Any]) -> list[Target]:
         listed.append(Target("launch-bound decoding step, pruned / dense, the slowest shipped pipeline", slowest, 1.03))
     if "scoring" in figures:
         listed.append(Target("FastV's scoring under sdpa / dense prefill", figures["scoring"], 0.01))
+    if rows := figures.get("selection"):
+        dearest = max(row["flops"] or 0.0 for row in rows if row["strategy"] not in llava_7b.DEAR)
+        listed.append(Target("FLOPs of decisions / dense prefill at 7B, the dearest strategy", dearest, llava_7b.LIMIT))
     if "batch" in figures:
         lowest = min(row["ratio"] for row in figures["batch"])
         listed.append(Target("tokens a second, ragged batch of 8 / all rows as the longest", lowest, 0.9, above=True))
@@ -125,6 +129,10 @@ def rendered(figures: Mapping[str, Any]) -> dict[str, str]:
             "pipeline | CPU s | of dense | wall, of dense | FLOPs, of dense | speed-up (promised)",
             rows("par", *times, "{flops_fraction:.3f}", "{speedup:.2f} ({promised_speedup:.2f})"),
         ),
+        "selection": lambda: table(
+            "strategy | acts | FLOPs, % of dense prefill | ms to decide | time, % of dense prefill | not timed because",
+            [_selection(row) for row in figures["selection"]],
+        ),
         "peers": lambda: table("run | CPU s | of dense | wall, of dense", rows("peers", *times)),
         "decode": lambda: table(
             "pipeline | ms a step | of dense", rows("decode", "{pipeline}", "{ms:.1f}", "{ratio:.3f}")
@@ -156,6 +164,13 @@ def _printable(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         text = "" if saved is None else f"{saved:.3f}"
         shown.append({**row, **units, "saved": text, "speed": row.get("tokens_per_second", 0)})
     return shown
+
+
+def _selection(row: Mapping[str, Any]) -> list[str]:
+    """A row of the table of selections; cells are empty where nothing was measured."""
+    flops = "" if row["flops"] is None else f"{100 * row['flops']:.3f}"
+    taken = ("", "") if row["seconds"] is None else (f"{1e3 * row['seconds']:.1f}", f"{100 * row['time']:.3f}")
+    return [row["strategy"], row["group"], flops, *taken, row["why"]]
 
 
 def _limit(target: Target) -> str:

@@ -28,11 +28,13 @@ from typing import Any
 
 import torch
 import transformers
+from prunekit_evals.bench.cpu import PAGE, into
 from prunekit_evals.bench.gpu_models import MODELS, Decoder, Model, build, inputs_of
 
 import prunekit
 from prunekit.upstream import CACHE
 
+FIGURES = PAGE.with_name("performance-gpu.json")
 Stages = list[dict[str, Any]]
 STEPS = 4
 
@@ -227,12 +229,18 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", default="1,8,32", help="batch sizes (1,8,32)")
     parser.add_argument("--tiny", action="store_true", help="toy models on the CPU: shows that the script runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu.json"), help="where the figures go")
+    parser.add_argument("--docs", action="store_true", help=f"measure nothing; put {FIGURES.name} into {PAGE.name}")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, write it as JSON, and return 1 where there is no GPU or a target is missed."""
     arguments = parsed(argv)
+    if arguments.docs:
+        figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+        shown = f"On one {figures['about']['device']}:\n\n{table([Row(**row) for row in figures['rows']])}"
+        PAGE.write_text(into(PAGE.read_text(encoding="utf-8"), {"gpu": shown}), encoding="utf-8")
+        return 0
     if not arguments.tiny and not torch.cuda.is_available():
         print(
             "no CUDA device; `--tiny` runs toy models on the CPU, `make bench` measures what a CPU can", file=sys.stderr

@@ -67,7 +67,10 @@ def _compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     command = commands.add_parser(
         "compare",
         help="results side by side with the dense model",
-        description="Compare results: accuracy with intervals, paired differences to dense, and what was really saved.",
+        description=(
+            "Compare results: accuracy with intervals, paired differences to dense and to random at the same cost, "
+            "which of them hold, and what was really saved."
+        ),
         epilog="example: prunekit compare results/micro --markdown",
     )
     command.add_argument("folder", nargs="?", type=Path, default=OUT, metavar="DIR", help="default: results")

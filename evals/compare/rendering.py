@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from prunekit_evals.compare.judging import Comparison
 from prunekit_evals.compare.stats import Estimate
 from prunekit_evals.compare.tables import Row, Table
 
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
 SHORT = {"mmbench_en_dev_static": "mmbench", "scienceqa_img": "scienceqa", "textvqa_val": "textvqa"}
 LEGEND = (
-    "Accuracy in %, ± half of its 95 % interval. Δ dense: paired difference on the same questions. Tokens: visual "
+    "Accuracy in %, ± half of its 95 % interval, which draws images anew and not questions. Δ dense, Δ random: paired "
+    "difference to dense and to random at the same FLOPs, * where it holds after correction. Tokens: visual "
     "tokens left after the last stage. FLOPs, KV: of the language model's prefill, % of dense. Whole: FLOPs of the "
     "whole prefill, with vision tower and projector. Time: of the same, over dense's, measured alternately."
 )
@@ -30,7 +32,9 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "Pipeline": [row.pipeline for row in rows],
         **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
         "Average": [_estimate(row.average, True) for row in rows],
-        "Δ dense": [_difference(row) for row in rows],
+        "Δ dense": [_difference(row.to_dense) for row in rows],
+        "Δ random": [_difference(row.to_random) for row in rows],
+        "Seeds": [_seeds(row) for row in rows],
         "Tokens": ["" if row.kept_tokens is None else f"{row.kept_tokens:.4g}" for row in rows],
         "FLOPs": [_percent(row.flops_fraction) for row in rows],
         "Whole": [_percent(row.whole_flops_fraction) for row in rows],
@@ -54,12 +58,13 @@ def show(table: Table, console: Console) -> None:
         grid.add_column(name.replace("/", "/\n"), justify="right" if place else "left", no_wrap=True, vertical="bottom")
     for row, texts in zip(table.rows, zip(*shown.values(), strict=True), strict=True):
         cells = dict(zip(shown, map(Text, texts), strict=True))
-        change = row.difference
-        # Coloured only where the interval excludes 0.
-        if "Δ dense" in cells and change is not None and (change.low > 0 or change.high < 0):
-            cells["Δ dense"].stylize("green" if change.low > 0 else "red")
+        for name, change in (("Δ dense", row.to_dense), ("Δ random", row.to_random)):
+            if name in cells and change is not None and change.holds:
+                cells[name].stylize("green" if change.holds > 0 else "red")
         grid.add_row(*cells.values(), style="bold" if row.dense else "", end_section=row.dense)
     console.print(grid)
+    for line in table.verdicts:
+        console.print(Text(line))
     for note in table.notes:
         console.print(Text(f"note: {note}", style="yellow"))
     console.print(Text(_labels(table.tasks) + LEGEND, style="dim"))
@@ -70,19 +75,21 @@ def markdown(table: Table) -> str:
     shown = columns(table)
     out = [f"**{table.conditions.title()}**", "", _joined(list(shown)), _joined(["---", *["---:"] * (len(shown) - 1)])]
     out += [_joined(texts) for texts in zip(*shown.values(), strict=True)]
-    out += ["", *(f"Note: {note}.  " for note in table.notes)]
+    out += ["", *(f"{line[0].upper()}{line[1:]}.  " for line in table.verdicts)]
+    out += [f"Note: {note}.  " for note in table.notes]
     return "\n".join([*out, f"_{_labels(table.tasks)}{LEGEND}_", ""])
 
 
 def _fitting(table: Table, width: int) -> dict[str, list[str]]:
-    """The columns that fit: Whole goes, tasks lose their intervals, then KV goes, then the tasks.
+    """The columns that fit: Whole and Seeds go, tasks lose their intervals, then KV goes, then the tasks.
 
     Markdown and JSON have all of them.
     """
     tasks = {_short(label) for label in table.tasks}
+    few = {*tasks, "Whole", "Seeds", "KV", "Tokens"}
     steps: tuple[tuple[bool, set[str]], ...] = (
-        (True, set()), (True, {"Whole"}), (False, {"Whole"}), (False, {"Whole", "KV"}), (False, tasks),
-        (False, {*tasks, "Whole", "KV", "Tokens"}),
+        (True, set()), (True, {"Whole"}), (True, {"Whole", "Seeds"}), (False, {"Whole", "Seeds"}),
+        (False, {"Whole", "Seeds", "KV"}), (False, {*tasks, "Seeds"}), (False, few), (False, {*few, "Δ random"}),
     )  # fmt: skip
     shown: dict[str, list[str]] = {}
     for intervals, without in steps:
@@ -118,10 +125,16 @@ def _estimate(estimate: Estimate | None, interval: bool) -> str:
     return f"{100 * estimate.value:.1f}" + (f" ±{100 * estimate.half:.1f}" if interval else "")
 
 
-def _difference(row: Row) -> str:
-    if row.difference is None:
+def _difference(compared: Comparison | None) -> str:
+    if compared is None:
         return ""
-    return f"{_signed(100 * row.difference.value)} ±{100 * row.difference.half:.1f}"
+    holds = "*" if compared.holds else ""
+    return f"{_signed(100 * compared.difference.value)} ±{100 * compared.difference.half:.1f}{holds}"
+
+
+def _seeds(row: Row) -> str:
+    """How many, and between which averages they lie."""
+    return f"{len(row.seeds)}: {100 * min(row.seeds):.1f}–{100 * max(row.seeds):.1f}" if row.seeds else ""
 
 
 def _signed(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Intervals for accuracies and for paired differences between two pipelines on the same questions.
+"""Intervals in closed form, for studies and cards that recorded right and wrong alone; `clustered` has those of tables.
 
 Scores are in [0, 1]. All intervals are of 95 %.
 """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prunekit_evals.compare import stats
+from prunekit_evals.compare import judging, pooling
+from prunekit_evals.compare.judging import Comparison, Contender, Judged
+from prunekit_evals.compare.pooling import Pooled, mean
 from prunekit_evals.compare.stats import Estimate
 from prunekit_evals.run import results
 from prunekit_evals.run.results import Cell, Conditions
@@ -21,10 +22,11 @@ MICRO = "micro"  # the bundled model
 
 @dataclass(frozen=True)
 class Row:
-    """One pipeline. Tasks that it lacks, or that failed, are missing from `tasks`.
+    """One pipeline under all its seeds. Tasks that it lacks, or that failed, are missing from `tasks`.
 
-    tasks: label -> accuracy. average: unweighted over the tasks that all rows have. difference: paired, to dense, mean
-    over those tasks. Fractions and ratios are means over tasks, of the dense model; None where not known.
+    tasks: label -> accuracy. average: unweighted over the tasks that all rows have. to_dense, to_random: against dense
+    and against `random` at the same FLOPs, over those tasks; None where there is no such row. seeds: the average under
+    each seed; empty with one. Fractions and ratios are means over tasks, of the dense model; None where not known.
     """
 
     pipeline: str
@@ -32,7 +34,8 @@ class Row:
     dense: bool
     tasks: dict[str, Estimate]
     average: Estimate | None
-    difference: Estimate | None
+    to_dense: Comparison | None
+    to_random: Comparison | None
     visual_tokens: float | None
     kept_tokens: float | None
     flops_fraction: float | None
@@ -40,17 +43,28 @@ class Row:
     prefill_ratio: float | None
     seconds: float | None
     whole_flops_fraction: float | None = None
+    seeds: tuple[float, ...] = ()
+
+    @property
+    def difference(self) -> Estimate | None:
+        """The paired difference to dense."""
+        return self.to_dense.difference if self.to_dense else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
-        return asdict(self)
+        data = asdict(self)
+        for name, one in (("to_dense", self.to_dense), ("to_random", self.to_random)):
+            if one is not None:
+                data[name]["holds"] = one.holds
+        return {**data, "difference": data["to_dense"] and data["to_dense"]["difference"]}
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows that may be compared: equal model, data, limit, batch size, dtype and versions.
 
-    shared: tasks that every row has, which the averages are over. notes: what a reader should know.
+    shared: tasks that every row has, which the averages are over. notes: what a reader should know. best: pruned rows
+    that could each be the best. verdicts: which differences hold, in words. images: task -> images that it asks about.
     """
 
     conditions: Conditions
@@ -58,6 +72,9 @@ class Table:
     shared: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
+    best: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    images: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -67,6 +84,9 @@ class Table:
             "averaged_over": list(self.shared),
             "rows": [row.to_json() for row in self.rows],
             "notes": list(self.notes),
+            "could_be_best": list(self.best),
+            "verdicts": list(self.verdicts),
+            "images": dict(self.images),
         }
 
 
@@ -103,29 +123,37 @@ def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
 
 def _table(cells: Sequence[Cell]) -> Table:
     """`cells`: of one set of conditions, oldest first."""
-    notes = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
-    newest: dict[str, tuple[str, str]] = {}
-    for cell in cells:
-        newest[cell.pipeline.name] = (cell.pipeline.sha, cell.pipeline.code)
-    by_pipeline: dict[str, dict[str, Cell]] = {}
-    older = 0
-    for cell in cells:
-        if (cell.pipeline.sha, cell.pipeline.code) != newest[cell.pipeline.name]:
-            older += 1
-        elif cell.status == "done":
-            by_pipeline.setdefault(cell.pipeline.name, {})[cell.label] = cell
+    labels = tuple(dict.fromkeys(cell.label for cell in cells))
+    newest, older = pooling.newest(cells)
+    rows, left_out = pooling.pooled(newest)
+    scored = [set(row.scores) for row in rows]
+    shared = tuple(label for label in labels if scored and all(label in has for has in scored))
+    images, without = pooling.images(rows)
+    contenders = [Contender(row.name, row.dense, row.random, row.flops, row.scores) for row in rows]
+    judged, best = judging.judge(contenders, shared, images)
+    ordered = tuple(sorted((_row(row, judged[row.name]) for row in rows), key=_order))
+    notes = [*_troubles(cells), *left_out]
     if older:
         notes.append(f"{older} cells of older versions of these pipelines are not shown")
-    labels = tuple(dict.fromkeys(cell.label for cell in cells))
-    scored = [{label for label, cell in row.items() if cell.scores} for row in by_pipeline.values()]
-    shared = tuple(label for label in labels if scored and all(label in has for has in scored))
     if scored and len(shared) < len(labels):
         notes.append(f"averages are over {', '.join(shared) or 'no task'}: not every pipeline has the other tasks")
-    dense = next((row for row in by_pipeline.values() if next(iter(row.values())).pipeline.dense), None)
-    if dense is None and by_pipeline:
-        notes.append("no dense row, so no differences: evaluate without --no-dense")
-    rows = sorted((_row(row, dense, shared) for row in by_pipeline.values()), key=_order)
-    return Table(cells[-1].conditions, labels, shared, tuple(rows), tuple(dict.fromkeys(notes)))
+    if rows and not any(row.dense for row in rows):
+        notes.append("no dense row, so no differences to it: evaluate without --no-dense")
+    if without:
+        named = ", ".join(without)
+        notes.append(f"results of {named} name no image for some questions: each of them counts as its own image")
+    counted = {label: len(set(of.values())) for label, of in images.items()}
+    verdicts = judging.sentences({row.pipeline: judged[row.pipeline] for row in ordered}, best)
+    return Table(cells[-1].conditions, labels, shared, ordered, tuple(dict.fromkeys(notes)), best, verdicts, counted)
+
+
+def _troubles(cells: Sequence[Cell]) -> list[str]:
+    failed = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
+    return failed + [
+        f"{cell.pipeline.name} on {cell.label}: the model computed NaN or infinity for {cell.unsound} questions"
+        for cell in cells
+        if cell.unsound
+    ]
 
 
 def _order(row: Row) -> tuple[bool, float, float, str]:
@@ -134,36 +162,24 @@ def _order(row: Row) -> tuple[bool, float, float, str]:
     return not row.dense, -round(cost, 3), -(row.average.value if row.average else 0.0), row.pipeline
 
 
-def _row(cells: dict[str, Cell], dense: dict[str, Cell] | None, shared: Sequence[str]) -> Row:
-    first = next(iter(cells.values()))
-    accuracy = {label: stats.wilson(cell.scores.values()) for label, cell in cells.items() if cell.scores}
-    difference = None
-    if dense is not None and not first.pipeline.dense:
-        pairs = [
-            stats.paired(cells[label].scores, dense[label].scores, cells[label].groups)
-            for label in shared
-            if label in dense
-        ]
-        difference = stats.average(pair for pair in pairs if pair is not None)
-    spared = [cell.saved for cell in cells.values() if cell.saved is not None]
-    timed = [cell.timing for cell in cells.values() if cell.timing is not None]
+def _row(row: Pooled, judged: Judged) -> Row:
+    first = row.cells[0]
+    spared = [cell.saved for cell in row.cells if cell.saved is not None]
+    timed = [cell.timing for cell in row.cells if cell.timing is not None]
     return Row(
-        pipeline=first.pipeline.name,
+        pipeline=row.name,
         sha=first.pipeline.sha,
         dense=first.pipeline.dense,
-        tasks=accuracy,
-        average=stats.average(accuracy[label] for label in shared),
-        difference=difference,
-        visual_tokens=_mean(one.visual_tokens for one in spared),
-        kept_tokens=_mean(one.kept_tokens for one in spared),
-        flops_fraction=_mean(one.flops_fraction for one in spared),
-        kv_fraction=_mean(one.kv_fraction for one in spared),
-        prefill_ratio=_mean(one.prefill_ratio for one in timed),
-        seconds=_mean(one.seconds for one in timed),
-        whole_flops_fraction=_mean(one.whole_flops_fraction for one in spared),
+        tasks=judged.tasks,
+        average=judged.average,
+        to_dense=judged.to_dense,
+        to_random=judged.to_random,
+        visual_tokens=mean(one.visual_tokens for one in spared),
+        kept_tokens=mean(one.kept_tokens for one in spared),
+        flops_fraction=row.flops,
+        kv_fraction=mean(one.kv_fraction for one in spared),
+        prefill_ratio=mean(one.prefill_ratio for one in timed),
+        seconds=mean(one.seconds for one in timed),
+        whole_flops_fraction=mean(one.whole_flops_fraction for one in spared),
+        seeds=judged.seeds,
     )
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    measured = [value for value in values if value is not None]
-    return statistics.fmean(measured) if measured else None

@@ -178,8 +178,10 @@ class PruneKit(lmms):  # type: ignore[misc]
             doc = self.doc(*rest[1:]) if rest else {}
             visuals = flat(rest[0](doc)) if rest else []
             prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
+            self.tally.saw(request.task_name, request.doc_id, prompt)
             said = continuation(doc) if callable(continuation) else continuation
-            results.append(GenerationResult(cast(str, answering.loss(self.loaded, self.pipeline, prompt, str(said)))))
+            found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
+            results.append(GenerationResult(cast(str, found)))
             self.progress(1)
         return results
 
@@ -193,6 +195,7 @@ class PruneKit(lmms):  # type: ignore[misc]
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
             question = read(place, request, self, seen)
+            self.tally.saw(request.task_name, request.doc_id, question.prompt)
             if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
                 self.tally.first_prompts.append(question.prompt)
             journaled = self.journal.get(question.key)

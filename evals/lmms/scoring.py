@@ -15,8 +15,14 @@ from prunekit_evals.run.results import Question
 PRIMARY = {"pope": "pope_accuracy", "mmbench_en_dev_static": "gpt_eval_score"}
 
 
-def questions(task: str, samples: Sequence[Mapping[str, Any]]) -> tuple[Question, ...]:
-    """The questions of one task, by number, with their answers and scores; `samples` as `simple_evaluate` logs them."""
+def questions(
+    task: str, samples: Sequence[Mapping[str, Any]], images: Mapping[int, str] | None = None
+) -> tuple[Question, ...]:
+    """The questions of one task, by number, with their answers, scores and images.
+
+    samples: as `simple_evaluate` logs them. images: question -> identity of its images, where known.
+    """
+    known = images or {}
     ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     mmbench = _mmbench(ordered) if task.startswith("mmbench") else None
     by_number: dict[int, Question] = {}
@@ -24,7 +30,8 @@ def questions(task: str, samples: Sequence[Mapping[str, Any]]) -> tuple[Question
         number = int(sample["doc_id"])
         score = mmbench.get(number) if mmbench is not None else _score(task, sample)
         # Several filters log a question several times; the last word is that of the last filter, as in the table.
-        by_number[number] = Question(number, _text(sample.get("filtered_resps")), score, _group(sample))
+        group = known.get(number) or _group(sample)
+        by_number[number] = Question(number, _text(sample.get("filtered_resps")), score, group)
     return tuple(by_number.values())
 
 

@@ -60,7 +60,11 @@ class Loaded:
 
 @dataclass
 class Tally:
-    """What one adapter has done: costs of all answers, and times of those that were computed in this process."""
+    """What one adapter has done: costs of all answers, and times of those that were computed in this process.
+
+    unsound: questions, or continuations that were compared, for which the model computed NaN or infinity. images: task
+    and number of a question -> its `Prompt.image_id`, where it has an image.
+    """
 
     facts: list[Facts] = field(default_factory=list)
     computed: int = 0
@@ -68,11 +72,20 @@ class Tally:
     new_tokens: int = 0
     seconds: float = 0.0
     notes: set[str] = field(default_factory=set)
+    unsound: int = 0
     first_prompts: list[Prompt] = field(default_factory=list)
+    images: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def saw(self, task: str, number: int, prompt: Prompt) -> None:
+        """Remember which images a question is about."""
+        if prompt.image_id is not None:
+            self.images[task, number] = prompt.image_id
 
     def add(self, answers: Sequence[Answer], *, journaled: bool) -> None:
         """Count answers."""
-        self.facts += [answer.facts for answer in answers if answer.facts is not None]
+        known = [answer.facts for answer in answers if answer.facts is not None]
+        self.facts += known
+        self.unsound += sum(not facts.sound for facts in known)
         if journaled:
             self.journaled += len(answers)
         else:
@@ -82,8 +95,9 @@ class Tally:
 
 def means(facts: Sequence[Facts]) -> dict[str, float]:
     """What was saved, in the words that lmms-eval prints: means of tokens, fractions of the dense totals."""
-    whole = whole_fraction(facts)
+    whole, unsound = whole_fraction(facts), sum(not one.sound for one in facts)
     return {
+        **({"unsound_questions": float(unsound)} if unsound else {}),
         "visual_tokens_in": sum(one.visual_tokens for one in facts) / len(facts),
         "visual_tokens_kept": sum(one.kept_tokens for one in facts) / len(facts),
         "prefill_flops_fraction": sum(f.prefill_flops for f in facts) / sum(f.dense_prefill_flops for f in facts),
@@ -180,10 +194,12 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
         report.visual_tokens, report.kept_tokens, cost.prefill_flops, cost.dense_prefill_flops, cost.kv_bytes,
         cost.dense_kv_bytes, cost.tower_flops or unknown, cost.dense_tower_flops or unknown,
     )  # fmt: skip
-    return [Facts(*row) for row in list(zip(*columns, strict=True))[::beams][:rows]]
+    unsound = {sample // beams for sample in report.unsound}
+    found = list(zip(*columns, strict=True))[::beams][:rows]
+    return [Facts(*row, sound=number not in unsound) for number, row in enumerate(found)]
 
 
-def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str, tally: Tally) -> tuple[float, bool]:
     """Mean negative log-likelihood of `continuation`, and whether greedy decoding would say it.
 
     The prompt is prefilled under the pipeline and the continuation is fed after it, so that a stage that reads the
@@ -194,13 +210,17 @@ def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str) 
     ids = ids.to(loaded.device)
     if ids.shape[1] == 0:
         raise InputError(f"the continuation {continuation!r} has no tokens")
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor):
+    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
         first = loaded.model(**inputs, use_cache=True, logits_to_keep=1)
         logits = first.logits[:, -1:]
         if ids.shape[1] > 1:
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :-1])], 1)
             rest = loaded.model(input_ids=ids[:, :-1], attention_mask=mask, **{CACHE: first[CACHE]}, use_cache=True)
             logits = torch.cat([logits, rest.logits], 1)
+        report = run.report
+    if report is not None:
+        tally.notes.update(report.notes)
+        tally.unsound += bool(report.unsound)
     logs = logits.double().log_softmax(-1)
     chosen = logs.gather(-1, ids[..., None])[..., 0]
     return -float(chosen.mean()), bool((logits.argmax(-1) == ids).all())

@@ -23,6 +23,7 @@ class Facts:
     """What the prefill of one question cost: token counts, FLOPs and KV bytes, and the same of the dense model.
 
     tower_flops, dense_tower_flops: of the vision tower and the projector; None where they are not known.
+    sound: False where the model computed NaN or infinity for it, as `RunReport.unsound` says.
     """
 
     visual_tokens: int
@@ -33,6 +34,7 @@ class Facts:
     dense_kv_bytes: int
     tower_flops: int | None = None
     dense_tower_flops: int | None = None
+    sound: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Journal:
     def _remember(self, line: str) -> None:
         try:
             data = json.loads(line)
-            facts: Mapping[str, int] | None = data["facts"]
+            facts: Mapping[str, Any] | None = data["facts"]
             self._known[data["key"]] = Answer(
                 data["text"], data["input_tokens"], data["output_tokens"], Facts(**facts) if facts else None
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,15 @@ class Prompt:
 
     def digest(self) -> str:
         """A hash of the words and the pixels."""
-        total = hashlib.sha256(self.text.encode())
+        return hashlib.sha256(f"{self.image_id} {self.text}".encode()).hexdigest()[:32]
+
+    @cached_property
+    def image_id(self) -> str | None:
+        """16 hex digits of the pixels: questions about the same images share them. None without an image."""
+        total = hashlib.sha256()
         for image in self.images:
             total.update(f"{image.mode} {image.size}".encode() + image.tobytes())
-        return total.hexdigest()[:32]
+        return total.hexdigest()[:16] if self.images else None
 
 
 def from_messages(asked: Sequence[Mapping[str, Any]], processor: Any, system_prompt: str) -> Prompt:

@@ -62,7 +62,8 @@ class PipelineId:
 class Question:
     """One question: its number in the data, the answer after the task's filters, its score in [0, 1] if it has one.
 
-    group: questions of one group (two about one image) are no independent draws; None: independent.
+    group: the identity of its images: questions of one group are about one image and no independent draws. None: it has
+    no image, or none was recorded (results of older versions name only those of MME).
     """
 
     number: int
@@ -115,6 +116,8 @@ class Cell:
 
     task: lmms-eval's name; label: the name to show, `micro/...` for the bundled benchmark.
     metrics: as lmms-eval reports them, `<metric>,<filter>`.
+    unsound: questions, or continuations that were compared, for which the model computed NaN or infinity; `notes` say
+    where.
     """
 
     id: str
@@ -131,6 +134,7 @@ class Cell:
     saved: Saved | None = None
     timing: Timing | None = None
     notes: tuple[str, ...] = ()
+    unsound: int = 0
 
     @property
     def scores(self) -> dict[int, float]:
@@ -139,7 +143,7 @@ class Cell:
 
     @property
     def groups(self) -> dict[int, str]:
-        """Question number to group, where there is one."""
+        """Question number to the identity of its images, where there is one."""
         return {one.number: one.group for one in self.questions if one.group is not None}
 
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit.cli import catalogue
+
 if TYPE_CHECKING:
     from prunekit.registry import Entry
 
@@ -19,10 +21,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "list",
         help="strategies, models, plugins and pipelines",
-        description="What pipelines can be made of, and where each thing comes from. Imports no strategy.",
-        epilog="example: prunekit list strategies --json",
+        description="What pipelines can be made of, and where each thing comes from. `list strategies` groups them, "
+        "and shows all that is known of a single one; it imports each, `list` alone imports none.",
+        epilog="example: prunekit list strategies --site decoder --training-free",
     )
     command.add_argument("kind", nargs="?", choices=KINDS, help="only these; without it, all")
+    catalogue.add_filters(command)
     command.add_argument("--dir", type=Path, default=None, metavar="DIR", help="list the pipeline files of this folder")
     command.add_argument("--json", action="store_true", help="machine-readable")
     command.set_defaults(run=run)
@@ -30,6 +34,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     """List what was asked for."""
+    if namespace.kind == "strategies":
+        return _strategies(namespace)
+    if namespace.find or catalogue.chosen(namespace):
+        from prunekit.errors import InputError
+
+        raise InputError("only strategies are searched and filtered: `prunekit list strategies WORD... --FILTER`")
     kinds = [namespace.kind] if namespace.kind else list(KINDS)
     listed = {kind: _rows(kind, namespace.dir) for kind in kinds}
     if namespace.json:
@@ -39,9 +49,22 @@ def run(namespace: argparse.Namespace) -> int:
         print(("\n" if number else "") + kind)
         wide = max((len(row["name"]) for row in rows), default=0)
         for row in rows:
-            print(f"  {row['name']:{wide}}  {row['summary']}" + (f"  [{row['origin']}]" if row["origin"] else ""))
+            origin = f"  [{row['origin']}]" if row["origin"] else ""
+            file = f"  {row['file']}" if kind == "plugins" and row["file"] else ""
+            print(f"  {row['name']:{wide}}  {row['summary']}{origin}{file}")
         if not rows:
             print("  none")
+    return 0
+
+
+def _strategies(namespace: argparse.Namespace) -> int:
+    from prunekit import plugins
+
+    rows = catalogue.listed(plugins.registry(), namespace.find, catalogue.chosen(namespace))
+    if namespace.json:
+        print(json.dumps({"strategies": [row.to_json() for row in rows]}, indent=2))
+    else:
+        print("\n".join(["strategies", *catalogue.lines(rows)]))
     return 0
 
 
@@ -52,8 +75,8 @@ def _rows(kind: str, folder: Path | None) -> list[dict[str, Any]]:
         return [_pipeline(path) for path in pipeline_files(folder)]
     if kind == "plugins":
         return [
-            {"name": name, "summary": ", ".join(hooks), "origin": origin, "hooks": hooks}
-            for name, origin, hooks in plugins.described()
+            {**asdict(one), "summary": f"broken: {one.broken}" if one.broken else ", ".join(one.hooks)}
+            for one in plugins.described()
         ]
     registry = plugins.registry()
     if kind == "pipelines":

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import plugins
-from prunekit.cli import calibrate, doctor, run, show, train
+from prunekit.cli import asked, calibrate, cost, doctor, new, run, show, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # a terminal that cannot show a letter shall not end the run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with _plain_warnings():
-            code = _run(arguments)
+        with _plain_warnings(), asked.plugins_of(arguments) as rest:
+            code = _run(rest)
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has gone; hand the rest, written at exit, to nobody.
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser with every command, also those of plugins. Raises PluginError when one cannot be added."""
+    """The argument parser with every command, also those of plugins; a plugin that cannot add its own is left out."""
     top = argparse.ArgumentParser(
         prog="prunekit",
         description="Prune visual tokens and layers of Large Vision-Language Models, as a YAML pipeline says.",
@@ -70,18 +70,20 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"prunekit {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    asked.add(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (listing, show, run, doctor, calibrate, train):
+    for module in (listing, show, cost, run, doctor, calibrate, train, new):
         module.add(commands)
-    try:
-        plugins.manager().hook.prunekit_commands(subparsers=commands)
-    except PrunekitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"a plugin cannot add its commands: {type(error).__name__}: {error}") from error
+    for name in plugins.names():
+        known, shown = dict(commands.choices), list(commands._choices_actions)
+        if plugins.call(name, "prunekit_commands", subparsers=commands) is None:  # and nothing of it stays
+            commands.choices.clear()
+            commands.choices.update(known)
+            commands._choices_actions[:] = shown
     for command in set(commands.choices.values()):
         if "--debug" not in command._option_string_actions:
             command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        asked.add_misplaced(command)
     return top
 
 

@@ -15,6 +15,10 @@ from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.declare import HOOKS
 from prunekit.strategy.inputs import IMAGE_HOOK
 
+# Inputs that the model does not compute: what stages said, and what the user gave.
+NOT_OF_MODEL = frozenset({"sizes", "patches"})
+WIDER = "load it in bfloat16 or float32"
+
 
 class View(Protocol):
     """The visual tokens that reach a stage, in the decoder or in the vision tower: what asking needs to know of them.
@@ -37,41 +41,88 @@ class View(Protocol):
         """The same of sample b: without padding and without the batch axis."""
 
 
+class Given:
+    """Inputs of hooks by name: of a batch, or of one sample without the batch axis. Knows which samples are unsound:
+    the model itself computed NaN or infinity for them, so that what a strategy makes of that is not its fault.
+    """
+
+    def __init__(self, get: Callable[[str], Any], valid: Tensor) -> None:
+        self._get, self._batched, self._device = get, valid.ndim > 1, valid.device
+        self._rows = valid.shape[:1] if self._batched else valid.shape[:0]
+        self._found: dict[str, Tensor] = {}
+
+    def __call__(self, name: str) -> Any:
+        value = self._get(name)
+        if name not in NOT_OF_MODEL and name not in self._found:
+            for one in value if isinstance(value, tuple) else (value,):
+                if isinstance(one, Tensor) and one.is_floating_point():
+                    wrong = self.by_row(~torch.isfinite(one.detach())).to(self._device)
+                    self._found[name] = self._found[name] | wrong if name in self._found else wrong
+        return value
+
+    def by_row(self, wrong: Tensor) -> Tensor:
+        """Whether anything of a sample is wrong: bool (B,), or () of one sample."""
+        return wrong.flatten(1).any(1) if self._batched else wrong.any()
+
+    @property
+    def unsound(self) -> Tensor:
+        """The samples for which something that hooks were given is not finite: bool (B,), or () of one sample."""
+        found = torch.zeros(self._rows, dtype=torch.bool, device=self._device)
+        for wrong in self._found.values():
+            found = found | wrong
+        return found
+
+    def blame(self) -> str:
+        """What to add to a message where the model's own numbers are not finite. Reads them back from their device."""
+        names = [name for name, wrong in self._found.items() if bool(wrong.any())]
+        return f" (the model computed NaN or infinity: its {', '.join(names)}; {WIDER})" if names else ""
+
+
 class Refusals:
     """What makes an answer unusable: the conditions of a stage's tensors, read back from their device all at once."""
 
     def __init__(self) -> None:
-        self._listed: list[tuple[Tensor, str]] = []
+        self._listed: list[tuple[Tensor, str, Given | None]] = []
 
-    def add(self, wrong: Tensor, message: str) -> None:
-        """Refuse with `message` if any entry of bool `wrong` is True."""
-        self._listed.append((wrong.any(), message))
+    def add(self, wrong: Tensor, message: str, given: Given | None = None) -> None:
+        """Refuse with `message` if any entry of bool `wrong` is True, of samples that are sound by what was `given`."""
+        self._listed.append((wrong.any() if given is None else given.by_row(wrong), message, given))
 
     def settle(self) -> None:
         """Raise PluginError with the first message whose condition holds."""
-        if self._listed and bool(torch.stack([wrong for wrong, _ in self._listed]).any()):
-            raise PluginError(next(message for wrong, message in self._listed if wrong))
+        conditions = [
+            wrong if given is None else (wrong & ~given.unsound.to(wrong.device)).any()
+            for wrong, _, given in self._listed
+        ]
+        if conditions and bool(torch.stack(conditions).any()):
+            raise PluginError(next(one[1] for wrong, one in zip(conditions, self._listed, strict=True) if wrong))
 
 
-def decide(stage: Stage, view: View) -> Selection:
-    """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there.
+def decide(stage: Stage, view: View) -> tuple[Selection, Tensor]:
+    """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there, and which samples are unsound,
+    bool (B,): something that it was given of them, which the model computed, is NaN or infinite.
 
     Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
-    hook, for an answer that cannot be carried out.
+    hook, for an answer that cannot be carried out; of unsound samples NaN is taken for the lowest score.
     """
     refusals = Refusals()
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
         if stage.per_sample:
-            answers = {
-                b: _decide(stage, view.valid[b, :length], partial(view.of_sample, b=b), refusals)
+            given = {
+                b: Given(partial(view.of_sample, b=b), view.valid[b, :length])
                 for b, length in enumerate(view.counts)
                 if length
             }
+            answers = {b: _decide(stage, view.valid[b, : view.counts[b]], one, refusals) for b, one in given.items()}
             selection = _together(stage, view, answers)
+            unsound = torch.zeros(len(view.counts), dtype=torch.bool, device=view.valid.device)
+            for b, one in given.items():
+                unsound[b] = one.unsound
         else:
-            selection = _decide(stage, view.valid, view.get, refusals)
+            batch = Given(view.get, view.valid)
+            selection, unsound = _decide(stage, view.valid, batch, refusals), batch.unsound
     refusals.settle()
-    return selection
+    return selection, unsound
 
 
 def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]:
@@ -87,10 +138,10 @@ def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]
     return [float(scale) for scale in scales.tolist()]
 
 
-def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Refusals) -> Selection:
+def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Selection:
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
-        extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals)
+        extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals, get)
     answer = call(stage, "select_tokens", get, extra)
     selection = answer if isinstance(answer, Selection) else Selection(answer)
     keep = checked(stage, "select_tokens", selection.keep, valid.shape)
@@ -98,15 +149,17 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
         raise PluginError(f"{stage.label}: select_tokens must return bool, not {keep.dtype}")
     if not isinstance(selection.crop, bool):
         raise PluginError(f"{stage.label}: select_tokens (crop) must be True or False, not {selection.crop!r}")
+    if selection.crop and not stage.declaration.crops:
+        raise PluginError(f"{stage.label}: select_tokens (crop) needs @strategy(crops=True), for forecasts of cost")
     keep = keep.to(valid.device) & valid
     weights, sizes, merging = selection.weights, selection.sizes, "select_tokens"
     if weights is None and stage.hook.merge_tokens.get_hookimpls():
         weights, merging = call(stage, "merge_tokens", get, {"keep": keep.clone()}), "merge_tokens"
     if isinstance(weights, Owners):
-        weights = _owners(stage, merging, weights, keep, valid, refusals)
+        weights = _owners(stage, merging, weights, keep, valid, refusals, get)
     elif weights is not None:
-        count = _extras(stage, get) if selection.extras is None else _own_extras(stage, selection.extras, refusals)
-        weights = _matrix(stage, merging, weights, keep, count, refusals)
+        count = _extras(stage, get) if selection.extras is None else _own_extras(stage, selection.extras, refusals, get)
+        weights = _matrix(stage, merging, weights, keep, count, refusals, get)
     if selection.extras is not None and not isinstance(weights, Tensor):
         raise PluginError(f"{stage.label}: select_tokens (extras) needs weights, a matrix whose last columns take them")
     if sizes is not None:
@@ -117,7 +170,7 @@ def _decide(stage: Stage, valid: Tensor, get: Callable[[str], Any], refusals: Re
     return Selection(keep, weights, sizes, selection.crop, selection.extras)
 
 
-def _own_extras(stage: Stage, extras: Any, refusals: Refusals) -> int:
+def _own_extras(stage: Stage, extras: Any, refusals: Refusals, given: Given) -> int:
     """How many extras a strategy brings itself, (..., E, H)."""
     hook = "select_tokens (extras)"
     if not isinstance(extras, Tensor) or extras.ndim != (2 if stage.per_sample else 3):
@@ -126,11 +179,13 @@ def _own_extras(stage: Stage, extras: Any, refusals: Refusals) -> int:
             f"{stage.label}: {hook} must be states, {'(E, H)' if stage.per_sample else '(B, E, H)'}, not {got}"
         )
     floats = _floats(stage, hook, extras, extras.shape)
-    refusals.add(~torch.isfinite(floats), f"{stage.label}: {hook} holds NaN or infinity")
+    refusals.add(~torch.isfinite(floats), f"{stage.label}: {hook} holds NaN or infinity", given)
     return int(floats.shape[-2])
 
 
-def _owners(stage: Stage, hook: str, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals) -> Owners:
+def _owners(
+    stage: Stage, hook: str, owners: Owners, keep: Tensor, valid: Tensor, refusals: Refusals, given: Given
+) -> Owners:
     """Owners whose entries on padding go nowhere. hook: the one that returned them."""
     told = f"{stage.label}: {hook} (owner)"
     owner = checked(stage, f"{hook} (owner)", owners.owner, valid.shape).to(valid.device)
@@ -148,17 +203,19 @@ def _owners(stage: Stage, hook: str, owners: Owners, keep: Tensor, valid: Tensor
     refusals.add((owner >= 0) & ~joined, f"{told} names a token that is not kept")
     amounts = owners.amounts
     if amounts is not None:
-        amounts = scores(stage, f"{hook} (amounts)", amounts, valid, refusals)
+        amounts = scores(stage, f"{hook} (amounts)", amounts, valid, refusals, given)
     return Owners(owner, owners.mode, amounts)
 
 
-def _matrix(stage: Stage, hook: str, weights: Any, keep: Tensor, extras: int, refusals: Refusals) -> Tensor:
+def _matrix(
+    stage: Stage, hook: str, weights: Any, keep: Tensor, extras: int, refusals: Refusals, given: Given
+) -> Tensor:
     """A dense merge, float (B, V, V + E), finite in the rows of kept tokens. hook: the one that returned it."""
     hook = f"{hook} (weights)"
     shape = (*keep.shape, keep.shape[-1] + extras)
     matrix = _floats(stage, hook, weights, shape)
     wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
-    refusals.add(wrong.any().to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token")
+    refusals.add(wrong.any(-1).to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token", given)
     return matrix
 
 
@@ -246,7 +303,8 @@ def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, An
     except PrunekitError:
         raise
     except Exception as error:
-        raise PluginError(f"{stage.label}: {hook} failed with {type(error).__name__}: {error}") from error
+        blame = get.blame() if isinstance(get, Given) else ""
+        raise PluginError(f"{stage.label}: {hook} failed with {type(error).__name__}: {error}{blame}") from error
 
 
 def checked(stage: Stage, hook: str, value: Any, shape: Sequence[int]) -> Tensor:
@@ -267,16 +325,18 @@ def _floats(stage: Stage, hook: str, value: Any, shape: Sequence[int]) -> Tensor
     return floats
 
 
-def scores(stage: Stage, hook: str, value: Any, valid: Tensor, refusals: Refusals) -> Tensor:
+def scores(stage: Stage, hook: str, value: Any, valid: Tensor, refusals: Refusals, given: Given) -> Tensor:
     """`value`, if it is float, of the shape of bool `valid`, and finite there; on the device of `valid`."""
     floats = _floats(stage, hook, value, valid.shape).to(valid.device)
-    refusals.add(valid & ~torch.isfinite(floats), f"{stage.label}: {hook} returned NaN or infinity")
+    refusals.add(valid & ~torch.isfinite(floats), f"{stage.label}: {hook} returned NaN or infinity", given)
     return floats
 
 
-def finite(stage: Stage, hook: str, value: Any, valid: Tensor) -> Tensor:
-    """The same, read back from the device at once."""
+def finite(stage: Stage, hook: str, value: Any, valid: Tensor, unsound: Tensor) -> Tensor:
+    """The same of a batch, read back from the device at once. unsound: bool (B,), samples of which it is not asked."""
     refusals = Refusals()
-    floats = scores(stage, hook, value, valid, refusals)
+    floats = _floats(stage, hook, value, valid.shape).to(valid.device)
+    wrong = valid & ~torch.isfinite(floats) & ~unsound.to(valid.device)[:, None]
+    refusals.add(wrong, f"{stage.label}: {hook} returned NaN or infinity")
     refusals.settle()
     return floats

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
 from prunekit.engine.callers import Callers
-from prunekit.engine.decoder import around, layers
+from prunekit.engine.decoder import around, layers, logits
 from prunekit.engine.decoder.decoding import Decoding, passing
 from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.decoder.prefill import Prefill
@@ -35,7 +35,7 @@ from prunekit.errors import PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
 from prunekit.records import RunReport
-from prunekit.upstream import CACHE, todays_names
+from prunekit.upstream import CACHE, Encoder, todays_names
 
 _ATTACHED = "__prunekit_attached__"
 # Held while blocks are put on a model or taken off: threads may do so at once.
@@ -77,7 +77,7 @@ class Attached:
         windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(len(parts.layers))]
         self._window: int | None = min((window for window in windows if window), default=None)
         self._newest: BatchState | None = None
-        self._report: tuple[BatchState, RunReport] | None = None
+        self._report: tuple[BatchState, int, RunReport] | None = None
         self._overrides = Overrides()
         self._detached = False
         self._tower = TowerNeeds.of(self.bound, self.parts)
@@ -98,9 +98,9 @@ class Attached:
         """What the newest prompt batch did; None before the first. Reads tensors back from their device."""
         if self._newest is None:
             return None
-        if self._report is None or self._report[0] is not self._newest:
-            self._report = self._newest, report_of(self._newest)
-        return self._report[1]
+        if self._report is None or self._report[:2] != (self._newest, self._newest.looks):
+            self._report = self._newest, self._newest.looks, report_of(self._newest)
+        return self._report[2]
 
     def attach(self) -> None:
         """Put the overrides in. Raises Unsupported where another thread has just put in others."""
@@ -148,6 +148,9 @@ class Attached:
         for modality in parts.modalities:
             replace(parts.base, modality.method, self._encode(modality), traceable=not self.active)
         replace(parts.text, "forward", self._text_forward, traceable=True)
+        model: Any = self.model
+        if (head := model.get_output_embeddings()) is not None:
+            replace(head, "forward", logits.watched(parts.base), traceable=True)
         if self.active:
             generate.override(self._overrides, self.model)
             if parts.opaque is not None:
@@ -207,7 +210,7 @@ class Attached:
         """Record what a method of the base model encodes (`generate` encodes before it calls the model)."""
 
         def make(original: Callable[..., Any]) -> Callable[..., Any]:
-            signature = inspect.signature(original)
+            encoder = Encoder(original, modality.pixels)
 
             def encode(*args: Any, **kwargs: Any) -> Any:
                 # Traced only where nothing is pruned. One that encodes videos may call the one for images.
@@ -215,11 +218,10 @@ class Attached:
                     return original(*args, **kwargs)
                 if self._tower is not None and self._tower.asks:
                     self.callers.check_call()
-                given = signature.bind_partial(*args, **kwargs).arguments
-                given |= given.pop("kwargs", {})
+                given = encoder.arguments(args, kwargs)
 
                 def run(arguments: Mapping[str, Any]) -> Any:
-                    return original(*args, **kwargs) if arguments is given else original(**arguments)
+                    return original(*args, **kwargs) if arguments is given else encoder(arguments)
 
                 token = ENCODES.set(True)
                 try:
@@ -239,7 +241,8 @@ class Attached:
         output, record = self._encoded(modality, given, run)
         features = getattr(output, "pooler_output", None)
         if features is not None:
-            record_on(output, VisualInputs(modality, given, counts_of(features), record))
+            counts = counts_of(modality.features(given, features))
+            record_on(output, VisualInputs(modality, given, counts, record))
         if (call := CALL.get()) is not None:
             call.outputs[modality.name] = output
         return output
@@ -298,18 +301,20 @@ class Attached:
             wanted = wanted if isinstance(wanted, int) and kind != "flat" else 0
             if self.active and wanted:  # layers are left out for the other tokens here, where they may be fewer
                 kwargs["logits_to_keep"] = 0
-            state: BatchState | None = ragged.owner_of(cache)
+            state: BatchState | None = call.owner if cache is call.given.get(CACHE) else ragged.owner_of(cache)
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
                 call.refuse_new_inputs()
-            self._check_window(embeds.shape[1], cache)
-            self._check_length(embeds.shape[1], cache)
+            if self._window is not None or self.parts.counts_to is not None:
+                self._check_window(embeds.shape[1], cache)
+                self._check_length(embeds.shape[1], cache)
             if state is None:
                 state = self._begin(call, kwargs, wanted)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
                 if self.parts.opaque is not None:
                     return self._finish(prefill, around.prefill(prefill, original, kwargs))
                 return self._finish(prefill, self._within(prefill, original, args, kwargs))
+            logits.ran(state)
             if self.parts.opaque is not None:
                 return around.decode(state, original, kwargs, kind)
             decoding = Decoding(state, embeds.shape[1], kind, passing=state.passing)
@@ -351,6 +356,7 @@ class Attached:
 
     def _finish(self, prefill: Prefill, output: Any) -> Any:
         state = self._newest = prefill.state
+        logits.ran(state)
         last, cache = output["last_hidden_state"], output.get(CACHE)  # a decoder that got no cache may have made one
         inside = self.parts.opaque is None
         if self.active and state.last_only is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from prunekit.engine.asking import WIDER
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.summary import summarise
-from prunekit.engine.tower.record import tower_events, tower_tokens, tower_works
+from prunekit.engine.tower.record import tower_events, tower_tokens, tower_unsound, tower_works
 from prunekit.records import RunReport
 
 
@@ -14,6 +15,8 @@ def report_of(state: BatchState) -> RunReport:
     """What the prefill of a prompt batch did; reads the decisions back from their device."""
     layers = state.bound.shape.layers
     every = [state.entering(number) for number in range(layers)]
+    seen = {**tower_unsound(state.prompt), **state.unsound}
+    unsound = {place: rows for place, found in seen.items() if (rows := found.nonzero()[:, 0].tolist())}
     return summarise(
         state.bound,
         state.plans,
@@ -25,12 +28,20 @@ def report_of(state: BatchState) -> RunReport:
         layer_visual=_by_row(state.layer_visual or [state.counts] * layers),
         layer_keys=_by_row(state.layer_keys or [state.lengths] * layers),
         mlp_tokens=_by_row(state.mlp_tokens or every),
-        notes=tuple(state.notes),
+        notes=(*state.notes, *_unsound_notes(unsound, str(state.parts.base.dtype).removeprefix("torch."))),
+        unsound=tuple(sorted({row for rows in unsound.values() for row in rows})),
         tower_tokens=tower_tokens(state.prompt),
         works=tower_works(state.prompt),
         itemsize=state.itemsize,
         wanted=state.wanted,
     )
+
+
+def _unsound_notes(unsound: Mapping[str, Sequence[int]], dtype: str) -> Iterator[str]:
+    """What was not finite, by the place where it was met, and of which samples."""
+    for place, rows in unsound.items():
+        met = "it wrote NaN or infinity" if place == "logits" else "it gave NaN or infinity to choose by"
+        yield f"{place}, samples {', '.join(map(str, rows))}: the model computes in {dtype}, and {met}; {WIDER}"
 
 
 def _by_row(layers: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prunekit.cost import TowerWork, Work, cost_of, kv_tokens
+from prunekit.cost import TowerWork, Work, cost_of, kv_tokens, stock_kv_tokens
 from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.statements import selection_flops
 from prunekit.records import RunReport, StageEvent
-from prunekit.strategy.decisions import LayerPlan, ModelShape
+from prunekit.strategy.decisions import LayerPlan
 from prunekit.strategy.sites import ENCODER, Site
 
 
@@ -34,7 +34,7 @@ def summarise(
     takes them. counts: the remaining fields of `RunReport`, as they are.
     """
     rows = enumerate(zip(plans, layer_keys, strict=True))
-    kv = tuple(_kv_tokens(bound.shape, plan, row, events, b) for b, (plan, row) in rows)
+    kv = tuple(_kv_tokens(bound, plan, row, events, b) for b, (plan, row) in rows)
     every = zip(plans, layer_tokens, layer_visual, mlp_tokens, layer_keys, strict=True)
     work = tuple(
         tuple(Work(plan[layer], *four) for layer, four in enumerate(zip(*row, strict=True))) for plan, *row in every
@@ -70,11 +70,13 @@ def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, 
 
 
 def _kv_tokens(
-    shape: ModelShape, plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int
+    bound: BoundPipeline, plan: LayerPlan, entered: Sequence[int], events: Sequence[StageEvent], sample: int
 ) -> tuple[int, ...]:
     """What each layer holds after the prefill: what it wrote and decoding reads, less what was cropped since."""
+    if not bound.acts:
+        return stock_kv_tokens(bound.shape, entered[0])
     cropped = [(Site.parse(e.site).reach, e.entered[sample] - len(e.kept[sample])) for e in events if e.crop]
     return tuple(
         held and held - sum(gone for reach, gone in cropped if layer < reach)
-        for layer, held in enumerate(kv_tokens(shape, entered, plan))
+        for layer, held in enumerate(kv_tokens(bound.shape, entered, plan))
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.errors import Unsupported
+from prunekit.families.features import Features, each
 from prunekit.families.tower_parts import Tower
 from prunekit.families.weights import head_sizes, matrix_params, mixer_params
 from prunekit.strategy.decisions import LayerShape, ModelShape
@@ -20,15 +21,16 @@ from prunekit.strategy.decisions import LayerShape, ModelShape
 class Modality:
     """One kind of visual input that a family takes, `image` or `video`.
 
-    method: the method of the base model that encodes it, such as `get_image_features`; the `pooler_output` of what it
-        returns holds one entry for each image or video, in the order of the prompt.
-    pixels: the argument of that method with the pixels.
+    method: the method of the base model that encodes it, such as `get_image_features`.
+    pixels: the argument with the pixels, of the model's call and of that method (`upstream.Encoder` where they differ).
     token_ids: ids whose embeddings in the prompt are replaced by its features.
     coords: from the method's arguments by name and the number of visual tokens of each image or video to int64 (n, 5)
         for each: crop or frame, row, column, and the rows and columns of that crop or frame; row and column are -1 on
         tokens that only separate, such as the newlines of any-resolution models. Where the crops of an image stand side
         by side, (n, 9): then follow row, column, rows and columns in the grid that they form together. Raises
         Unsupported where there is no grid. Called only when a strategy asks for `coords`, `frames` or `places`.
+    features: from the method's arguments by name, empty where they are not known, and the `pooler_output` of what it
+        returns to float (tokens, H) for each image or video, in the order of the prompt.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Modality:
     pixels: str
     token_ids: tuple[int, ...]
     coords: Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
+    features: Features = each
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Parts:
     mixer: the name of the part that stands in the place of attention in layers that hold a recurrent state instead of
         keys and values of tokens; None where all layers attend.
     mlp_params: weights of the MLP's matrix products that one token passes, on average over the layers; None: those of
-        layer 0.
+        layer 0. layer_mlps: of each layer, where they differ, as where the first layers have no experts; else empty.
     norm: of the module of `text` that its output passes last.
     rotary: the module of `text` that makes `position_embeddings`, None where there is none.
     reads_positions: layers use the position ids that they are given, and not only to tell packed sequences apart.
@@ -81,6 +84,7 @@ class Parts:
     mlp: str = "mlp"
     mlp_norm: str | None = "post_attention_layernorm"
     mlp_params: int | None = None
+    layer_mlps: tuple[int, ...] = ()
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     reads_positions: bool = False
@@ -160,6 +164,7 @@ class Parts:
             per_layer=tuple(map(self._layer_shape, range(len(self.layers)))) if self._layers_differ else (),
             kv_sources=self.kv_sources,
             last_only=self._last_only,
+            window=_window(config),
             recurrent=recurrent,
             mixer_params=mixer_params(self.mixing(recurrent[0])) if recurrent else 0,
         )
@@ -183,26 +188,35 @@ class Parts:
             attention=self.attention_implementation,
             cuts_inside=False,
             rotary=False,
+            layer_kinds=tuple(getattr(config, "layer_types", None) or ()),
             opaque=self.opaque or "",
+            window=_window(config),
         )
 
     @property
     def _layers_differ(self) -> bool:
         attending = [number for number in range(len(self.layers)) if self.attends(number)]
         widths = {getattr(self.mixing(number), "head_dim", None) for number in attending}
-        return bool(self.kv_sources or self.other_params or len(widths) > 1)
+        return bool(self.kv_sources or self.other_params or self.layer_mlps or len(widths) > 1)
 
     def _layer_shape(self, number: int) -> LayerShape:
         """The numbers of one layer, from its own modules."""
         attention: Any = self.mixing(number)
         config: Any = self.text.config
+        mlp = self.layer_mlps[number] if self.layer_mlps else matrix_params(getattr(self.layers[number], self.mlp))
+        if not self.attends(number):
+            params = mixer_params(attention)
+            return LayerShape(0, 0, params, params, mlp, 0)
         heads = head_sizes(config, {number: attention})
+        output = getattr(attention, "o_proj", None)
         return LayerShape(
             config.num_attention_heads,
             (heads.key + heads.value) // 2,
             attention_params=matrix_params(attention),
-            output_params=matrix_params(attention.o_proj),
-            mlp_params=matrix_params(getattr(self.layers[number], self.mlp)),
+            output_params=config.hidden_size * config.num_attention_heads * heads.value
+            if output is None
+            else matrix_params(output),
+            mlp_params=mlp,
             kv_width=heads.kv_width,
             other_params=self.other_params,
             early_params=self.early_params,
@@ -216,6 +230,12 @@ class Parts:
             return None
         writing = max((layer for layer in range(len(self.layers)) if not self.is_reader(layer)), default=-1)
         return writing + 1 if 0 <= writing < len(self.layers) - 1 else None
+
+
+def _window(config: Any) -> int | None:
+    """As `ModelShape.window`."""
+    window: int | None = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    return window
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,7 @@ def plain(text: Any) -> dict[str, Any]:
         raise NotPlain(text, f"it runs its layers several times (`{loops[0]}`)")
     _check_cache(text)
     _check_layers(text, layers)
+    mlps = tuple(token_params(getattr(layer, _mlp(layer)), text.config) for layer in layers)
     return {
         "text": text,
         "layers": layers,
@@ -160,7 +161,8 @@ def plain(text: Any) -> dict[str, Any]:
         "counts_to": min((scale for layer in layers if (scale := _counts_to(layer))), default=None),
         "kv_sources": _kv_sources(text, layers),
         **_by_token(layers[0]),
-        "mlp_params": sum(token_params(getattr(layer, _mlp(layer)), text.config) for layer in layers) // len(layers),
+        "mlp_params": sum(mlps) // len(mlps),
+        "layer_mlps": mlps if len(set(mlps)) > 1 else (),
     }
 
 
@@ -226,7 +228,7 @@ def _check_cache(text: Any) -> None:
     if kinds - CUTTABLE:
         raise NotPlain(text, f"its layers hold {', '.join(sorted(kinds - CUTTABLE))}, whose cache cannot be cut")
     if kinds & RECURRENT and upstream.RECURRENT_LAYER is None:
-        raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.18 on")
+        raise NotPlain(text, "its layers hold recurrent states, which are cut along from transformers 5.14 on")
 
 
 def _kv_sources(text: Any, layers: nn.ModuleList) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
-from prunekit.families.grids import positioned
+from prunekit.families.features import split_by
+from prunekit.families.grids import places, positioned
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -20,14 +21,20 @@ def _parts(model: PreTrainedModel) -> Parts:
     base: Any = model.model
     unified = config.model_type == "gemma4_unified"
     cell = 1 if unified else config.vision_config.pooling_kernel_size
-    image = positioned("image_position_ids", cell)
-    video = positioned("video_position_ids", cell, "num_frames_per_video")
+    image = "image_position_ids", cell
+    video = "video_position_ids", cell, "num_frames_per_video"
     return Parts(
         family="gemma4",
         base=base,
         modalities=(
-            Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), image),
-            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), video),
+            Modality(
+                "image", "get_image_features", "pixel_values", (config.image_token_id,), positioned(*image),
+                split_by(places(*image)),
+            ),
+            Modality(
+                "video", "get_video_features", "pixel_values_videos", (config.video_token_id,), positioned(*video),
+                split_by(places(*video)),
+            ),
         ),
         **decoder(base.language_model),
     )

@@ -163,19 +163,29 @@ def _whole(coords: Tensor) -> Tensor:
 
 
 def positioned(positions: str, cell: int, frames: str | None = None) -> Coords:
-    """Images and frames as rows of patches with their places, of which `cell` x `cell` become one token.
+    """Images and frames as rows of patches with their places, as `places` has them."""
+    tables = places(positions, cell, frames)
+    return lambda arguments, counts: checked(tables(arguments), counts)
 
-    positions: the argument with column and row of each patch, int64 (images or frames, patches, 2), -1 on padding.
-    frames: the argument with the number of frames of each video; None: each row is an image.
+
+def places(positions: str, cell: int, frames: str | None = None) -> Callable[[Mapping[str, Any]], list[Tensor]]:
+    """Coords from the arguments alone, where patches have their places, of which `cell` x `cell` become one token.
+
+    positions: the argument with column and row of each patch, int64 (images or frames, patches, 2), -1 on padding; or
+        (videos, frames, patches, 2), as before transformers 5.21.
+    frames: the argument with the number of frames of each video, where they are not stacked; None: rows are images.
     """
 
-    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        last = torch.as_tensor(given(arguments, positions)).amax(1)
+    def coords(arguments: Mapping[str, Any]) -> list[Tensor]:
+        table = torch.as_tensor(given(arguments, positions))
+        last = table.flatten(0, -3).amax(1)
         sizes = [((row + 1) // cell, (column + 1) // cell) for column, row in last.tolist()]
-        many = [1] * len(sizes) if frames is None else torch.as_tensor(given(arguments, frames)).tolist()
+        if table.ndim > 3:
+            many = [table.shape[1]] * len(table)
+        else:
+            many = [1] * len(sizes) if frames is None else torch.as_tensor(given(arguments, frames)).tolist()
         rest = iter(sizes)
-        tables = [torch.cat([grid(*next(rest), frame) for frame in range(number)]) for number in many]
-        return checked(tables, counts)
+        return [torch.cat([grid(*next(rest), frame) for frame in range(number)]) for number in many]
 
     return coords
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from prunekit.families import patch_groups
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
+from prunekit.families.features import by_prompt
 from prunekit.families.grids import stacked
 from prunekit.families.images import whole
 from prunekit.families.tower_parts import Tower
@@ -26,7 +27,9 @@ def _parts(model: PreTrainedModel) -> Parts:
     return Parts(
         family="idefics3",
         base=base,
-        modalities=(Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords),),
+        modalities=(
+            Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), coords, by_prompt),
+        ),
         tower=Tower(
             base.vision_model.encoder.layers,
             None,

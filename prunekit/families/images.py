@@ -24,13 +24,14 @@ class Images:
     arguments that do not hold them.
     pack: the same arguments with other such tensors in their place.
     cell: side, in pixels, of the square that becomes one visual token, and merge, the patches on that side; None where
-    the tower takes images of one size only.
+    the tower takes images of one size only. apart: pixels lie patch by patch, so that what leaves is not embedded.
     """
 
     unpack: Callable[[str, Mapping[str, Any]], list[Tensor]]
     pack: Callable[[str, Mapping[str, Any], Sequence[Tensor]], dict[str, Any]]
     cell: int | None = None
     merge: int = 1
+    apart: bool = False
 
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
@@ -83,7 +84,7 @@ def in_patches(sizes: Mapping[str, str], merge: int, patch: int, frames: int, co
         told = torch.tensor(grids, dtype=before.dtype, device=before.device)
         return {**arguments, PIXELS[modality]: torch.cat(list(map(rows, images))), sizes[modality]: told}
 
-    return Images(unpack, pack, merge * patch, merge)
+    return Images(unpack, pack, merge * patch, merge, apart=True)
 
 
 def padded(patch: int, merge: int) -> Images:

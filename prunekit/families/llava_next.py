@@ -6,6 +6,7 @@ Frames of a video are pooled.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -20,10 +21,11 @@ from prunekit.families.towers import plain_tower
 def _parts(model: PreTrainedModel) -> Parts:
     config: Any = model.config
     base: Any = model.model
-    groups = packing.anyres(config)
+    groups, pooled = packing.anyres(config), {}
     modalities = [Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), anyres(config))]
     if config.model_type == "llava_next_video":
         side = config.vision_config.image_size // config.vision_config.patch_size // config.spatial_pool_stride
+        pooled = {"video": side**2}  # frames come to the projector when they are pooled
         coords = frames("pixel_values_videos", side, newline=False)
         groups = packing.either(
             groups, packing.frames("pixel_values_videos", config.spatial_pool_stride, newline=False)
@@ -31,11 +33,12 @@ def _parts(model: PreTrainedModel) -> Parts:
         modalities.append(
             Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), coords)
         )
+    tower = plain_tower(base.vision_tower, base.multi_modal_projector, config, groups)
     return Parts(
         family="llava_next",
         base=base,
         modalities=tuple(modalities),
-        tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, groups),
+        tower=None if tower is None else replace(tower, mapped={**tower.mapped, **pooled}),
         **decoder(base.language_model),
     )
 

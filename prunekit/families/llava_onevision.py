@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from prunekit.families import patch_groups as packing
 from prunekit.families.base import Family, Modality, Parts
 from prunekit.families.decoders import decoder
+from prunekit.families.features import each, ending_with
 from prunekit.families.grids import anyres, frames
 from prunekit.families.towers import plain_tower
+from prunekit.upstream import newline_later
 
 
 def _parts(model: PreTrainedModel) -> Parts:
@@ -26,12 +28,13 @@ def _parts(model: PreTrainedModel) -> Parts:
     groups = packing.either(
         packing.anyres(config, limited=True), packing.frames("pixel_values_videos", 2, newline=True)
     )
+    features = ending_with(base.image_newline) if newline_later(base) else each
     return Parts(
         family="llava_onevision",
         base=base,
         modalities=(
             Modality("image", "get_image_features", "pixel_values", (config.image_token_id,), images),
-            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), video),
+            Modality("video", "get_video_features", "pixel_values_videos", (config.video_token_id,), video, features),
         ),
         tower=plain_tower(base.vision_tower, base.multi_modal_projector, config, groups),
         **decoder(base.language_model),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunekit.errors import Unsupported
+from prunekit.families.features import shown_tiles
 from prunekit.families.grids import PACKING
 
 PatchGroups = Callable[[str, Mapping[str, Any], int, int], list[Tensor]]
@@ -107,7 +108,7 @@ def stacked(merge: int) -> PatchGroups:
 
     def groups(modality: str, arguments: Mapping[str, Any], rows: int, patches: int) -> list[Tensor]:
         one, first, tables = square(patches, merge), 0, []
-        for count in (arguments["pixel_values"] != 0).flatten(2).any(-1).sum(1).tolist():
+        for count in shown_tiles(arguments["pixel_values"]).sum(1).tolist():
             crops = [one + row * patches for row in range(first, first + count)]
             tables.append(torch.cat([one[:0], *crops]))
             first += count

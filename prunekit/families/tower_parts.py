@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ class Tower:
     images: how the method's arguments hold images; None where that is not known. parts: from the name of the modality,
     the method's arguments and the number of a block to int64 (V,) for each image or video: the part of it, such as a
     frame or a window, within which the patches of each visual token attend in that block of a packed tower; None: each
-    image is one part. tokens: T where all images have one size; None where the tower is packed.
+    image is one part. tokens: T where all images have one size; None where the tower is packed. mapped: of each row the
+    tokens that the projector gets, by modality. behind: the block behind which each merger stands; empty: all stand
+    behind the last.
     """
 
     layers: Sequence[nn.Module]
@@ -56,6 +58,8 @@ class Tower:
     images: Images | None = None
     parts: Callable[[str, Mapping[str, Any], int], list[Tensor]] | None = None
     tokens: int | None = None
+    mapped: Mapping[str, int] = field(default_factory=dict)
+    behind: tuple[int, ...] = ()
 
     def project(self, states: Tensor) -> Tensor:
         """States (n, W) of the feature block as the decoder gets them, (n, H); only with a `projector`."""
@@ -100,6 +104,8 @@ class Tower:
             mergers=tuple(map(product_params, self.mergers)),
             pool=0 if self.pool is None else product_params(self.pool),
             tokens=self.tokens,
+            mapped=self.mapped.get("image", 0),
+            behind=self.behind,
         )
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from prunekit.families.images import in_patches, padded, whole
 from prunekit.families.patch_groups import PatchGroups, by_size, merged, parts, selected
 from prunekit.families.tower_parts import Tower
+from prunekit.upstream import feature_layers
 
 # Towers that see every image at one size, and the tokens they put in front of the patches.
 LEADING_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -32,12 +33,13 @@ def plain_tower(
     if kind not in LEADING_TOKENS:
         return None
     inside = getattr(tower, "vision_model", tower)
-    chosen: Any = getattr(config, "vision_feature_layer", -1)
+    chosen = feature_layers(config)
     leading = LEADING_TOKENS[kind]
     states = len(inside.encoder.layers) + 1
     several = not isinstance(chosen, int)
     mapping, merging = (None, projector or merger) if several else (projector, merger)
     strategy = str(strategy or getattr(config, "vision_feature_select_strategy", "full"))
+    handed = inside.embeddings.num_positions - (strategy == "default")
     if groups is not None and (strategy == "default") != bool(leading):
         return None  # a patch is missing, or CLS stands among them
     return Tower(
@@ -51,6 +53,7 @@ def plain_tower(
         mergers=() if merging is None else (merging,),
         images=whole(),
         tokens=inside.embeddings.num_positions,
+        mapped={} if mapping is None else {"image": handed, "video": handed},
     )
 
 
@@ -60,7 +63,9 @@ def packed_tower(tower: Any, merge: int, window: int | None = None) -> Tower:
     window: as in `patch_groups.merged`.
     """
     sizes, config = {"image": "image_grid_thw", "video": "video_grid_thw"}, tower.config
-    mergers = (getattr(tower, "downsample", None), tower.merger, *getattr(tower, "deepstack_merger_list", ()))
+    last = tuple(module for module in (getattr(tower, "downsample", None), tower.merger) if module is not None)
+    early = tuple(getattr(tower, "deepstack_merger_list", ()))  # between blocks
+    behind = [len(tower.blocks) - 1] * len(last) + list(getattr(tower, "deepstack_visual_indexes", ()))
     return Tower(
         tower.blocks,
         None,
@@ -68,7 +73,8 @@ def packed_tower(tower: Any, merge: int, window: int | None = None) -> Tower:
         patch_groups=merged(sizes, merge, window),
         packed=True,
         embedding=tower.patch_embed,
-        mergers=tuple(module for module in mergers if module is not None),
+        mergers=(*last, *early),
+        behind=tuple(behind),
         images=in_patches(sizes, merge, config.patch_size, config.temporal_patch_size, config.in_channels),
         parts=parts(sizes, merge, window, getattr(config, "fullatt_block_indexes", ())),
     )

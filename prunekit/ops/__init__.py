@@ -17,13 +17,13 @@ Conventions, stated here once:
 
 from prunekit.ops.borda import borda
 from prunekit.ops.coverage import coverage
-from prunekit.ops.crops import crop_quotas
-from prunekit.ops.density import density_peaks
+from prunekit.ops.crops import clip_shares, crop_quotas
+from prunekit.ops.density import density_peaks, recycle
 from prunekit.ops.dpp import dpp
 from prunekit.ops.extras import slot_weights
 from prunekit.ops.greedy import index_mask
 from prunekit.ops.grid import even_grid, grid_cells, middles, tile_of
-from prunekit.ops.groups import group_members, group_sizes, group_top_k, quotas
+from prunekit.ops.groups import group_means, group_members, group_sizes, group_top_k, quotas
 from prunekit.ops.matching import bipartite_matching
 from prunekit.ops.maxmin import max_min
 from prunekit.ops.maxsum import max_sum
@@ -31,18 +31,23 @@ from prunekit.ops.mmr import mmr
 from prunekit.ops.nearest import nearest_kept
 from prunekit.ops.outliers import outliers
 from prunekit.ops.scale import cosine, min_max, precise
+from prunekit.ops.separate import density_cutoff
 from prunekit.ops.topk import ranks, top_k_mask
+from prunekit.ops.video import same_place, segments
 
 __all__ = [
     "bipartite_matching",
     "borda",
+    "clip_shares",
     "cosine",
     "coverage",
     "crop_quotas",
+    "density_cutoff",
     "density_peaks",
     "dpp",
     "even_grid",
     "grid_cells",
+    "group_means",
     "group_members",
     "group_sizes",
     "group_top_k",
@@ -57,6 +62,9 @@ __all__ = [
     "precise",
     "quotas",
     "ranks",
+    "recycle",
+    "same_place",
+    "segments",
     "slot_weights",
     "tile_of",
     "top_k_mask",

@@ -38,6 +38,27 @@ def density_peaks(distance: Tensor, count: Counts, neighbours: int, valid: Tenso
     return nearest_kept(-distance, centres, valid)
 
 
+@torch.no_grad()
+def recycle(scores: Tensor, states: Tensor, kept: int, recycled: int, clusters: int) -> Tensor:
+    """The tokens of one sample that stay, and the best of the others in clusters: owner, int64 (V,).
+
+    scores: float (V,), states: float (V, H). The `kept` best (ties: lower index) own themselves; the `recycled` best of
+    the others are put into `clusters` clusters by `density_peaks`, with as many neighbours, over Euclidean distances
+    divided by sqrt(H); -1 for the rest.
+
+    Source: SparseVLM (https://arxiv.org/abs/2410.04417, Gumpest/SparseVLMs@26a5f48).
+    """
+    order = ranks(scores).argsort()
+    owner = torch.full_like(order, -1)
+    owner[order[:kept]] = order[:kept]
+    if clusters:
+        others = order[kept : kept + recycled]
+        chosen = precise(states[others])
+        distance = torch.cdist(chosen, chosen, compute_mode="donot_use_mm_for_euclid_dist")
+        owner[others] = others[density_peaks(distance / states.shape[-1] ** 0.5, clusters, clusters)]
+    return owner
+
+
 def _log_density(distance: Tensor, neighbours: int, present: Tensor) -> Tensor:
     """float (B, V); distances to padding are infinite and are left out of the mean."""
     near = distance.topk(neighbours, dim=-1, largest=False).values

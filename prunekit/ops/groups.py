@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prunekit.ops.scale import precise
 from prunekit.ops.topk import Counts, per_row, ranks, top_k_mask
 
 # Shares are rounded to this binary fraction of a token, so that equal remainders are equal in spite of rounding.
@@ -31,6 +32,18 @@ def group_members(groups: Tensor, count: int) -> tuple[Tensor, ...]:
     order = groups.argsort(stable=True)
     sizes = group_sizes(groups, count).tolist()
     return torch.split(order[len(groups) - sum(sizes) :], sizes)
+
+
+def group_means(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """The mean of each group of one sample: float (count, ...); 0 of an empty one.
+
+    values: float (V, ...). groups: int64 (V,), below `count`; -1 for tokens of no group. Half precision is summed in
+    float32, as a product of matrices, whose sums are the same in every run.
+    """
+    values = precise(values)
+    member = (groups == torch.arange(count, device=groups.device)[:, None]).to(values)
+    means = member / member.sum(1, keepdim=True).clamp(min=1) @ values.flatten(1 if values.ndim > 1 else 0)
+    return means.view(count, *values.shape[1:])
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from prunekit.ops.host import on_device
+
 Counts: TypeAlias = int | Sequence[int] | Tensor
 
 
@@ -21,8 +23,12 @@ def sortable(scores: Tensor) -> Tensor:
 
 def per_row(count: Counts, device: torch.device) -> Tensor:
     """The counts as a tensor that broadcasts over the last axis: int64 () or (B, 1)."""
-    limit = torch.as_tensor(count, device=device)
-    return limit if limit.ndim == 0 else limit.unsqueeze(-1)
+    if isinstance(count, Tensor):
+        limit = count.to(device)
+        return limit if limit.ndim == 0 else limit.unsqueeze(-1)
+    if isinstance(count, Sequence):
+        return on_device(count, device).unsqueeze(-1)
+    return torch.full((), count, device=device)
 
 
 def ranks(scores: Tensor, valid: Tensor | None = None) -> Tensor:

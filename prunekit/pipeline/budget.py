@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
-from prunekit.errors import Fault, SpecError
+from prunekit.errors import Fault, PrunekitWarning, SpecError
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.forecast import Forecast, forecast, visual_counts
 from prunekit.pipeline.stage import Cut
@@ -20,7 +21,8 @@ from prunekit.strategy.sites import Keep
 def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
     """The pipeline with a budget of tokens at every cut.
 
-    Raises SpecError for a budget that cannot be met, or that leaves a later stage less than it may keep.
+    Raises SpecError for a budget that cannot be met. Warns of a later stage that never acts, since it may keep more
+    than the budget leaves it.
     """
     if not any(cut.stage.open for cut in bound.cuts):
         raise _error(budget, "", "no stage is left open", "leave out `keep` of one that takes it, or the budget")
@@ -29,8 +31,8 @@ def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
         message = "is missing: this model's number of visual tokens depends on the image"
         raise _error(budget, "visual_tokens", message, "name the number that the budget is for, such as 576")
     solution = _solution(bound, budget, original)
-    if faults := _idle_faults(solution, original):
-        raise SpecError(faults)
+    for fault in _idle_faults(solution, original):
+        warnings.warn(f"{bound.name}: {fault}", PrunekitWarning, stacklevel=4)
     return solution
 
 

@@ -133,7 +133,10 @@ def file_of(source: Source, registry: Registry) -> Source:
     if not isinstance(source, str) or not NAME.fullmatch(source) or Path(source).suffix in SUFFIXES:
         return source
     try:
-        return source if Path(source).exists() else registry.get_pipeline(source)
+        named = source in {entry.name for entry in registry.pipelines()}
+        if Path(source).exists() and not (named and Path(source).is_dir()):
+            return source  # a folder of the name, such as that of the plugin which brings it, is no pipeline
+        return registry.get_pipeline(source)
     except OSError:
         return source  # too long for a name; whoever reads it says so
     except UnknownName as error:
@@ -186,7 +189,9 @@ def _identity(data: Mapping[str, Any], stages: Sequence[Stage]) -> tuple[str, st
 def _stage_data(stage: Stage, path: Callable[[Path], str]) -> dict[str, Any]:
     """A stage as the file has it, with its defaults; `path` writes paths."""
     data: dict[str, Any] = {"use": stage.use}
-    if stage.cuts_tokens and (sites := stage.known_sites) is not None:
+    # A schedule brings sites and budgets together: without both the file takes it again.
+    scheduled = stage.declaration.schedule is not None and not stage.sites_given
+    if stage.cuts_tokens and not scheduled and (sites := stage.known_sites) is not None:
         data["at"] = _one_or_all([_site_data(site) for site in sites])
     data |= {} if stage.open else _budgets(stage.keeps)
     if stage.keep_layers:

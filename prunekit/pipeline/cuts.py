@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from prunekit.errors import Fault
 from prunekit.pipeline.stage import Cut, Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, TowerShape
+from prunekit.strategy.decoder_requests import layer_of
+from prunekit.strategy.inputs import OF_DECODER_LAYERS, requests
 from prunekit.strategy.sites import Keep
 
 # What a layer may do inside which tokens leave, between its attention and its MLP.
@@ -126,6 +128,10 @@ def plan_faults(cuts: Sequence[Cut], plan: LayerPlan, layers: int) -> Iterator[F
         for layer, name in unread.items():
             message = f"'{cut.stage.use}' reads the {name} of layer {layer}"
             yield cut.stage.fault(cut.key("at"), f"{message}, which another stage skips", LET_RUN)
+        for layer, name in _ahead(cut, layers).items():
+            if not plan[layer].attends:
+                message = f"'{cut.stage.use}' looks ahead at the {name} of layer {layer}"
+                yield cut.stage.fault(cut.key("at"), f"{message}, which another stage skips", LET_RUN)
         inside = cut.site.layer if cut.site.in_decoder and cut.site.point == "mid" else None
         if inside is not None and not unread and plan[inside] not in CAN_BE_CUT:
             why = f"does not simply run: another stage says {plan[inside].value}"
@@ -143,6 +149,14 @@ def cut_inside(cuts: Sequence[Cut]) -> frozenset[int]:
     """Decoder layers inside which tokens leave."""
     mid = (cut.site for cut in cuts if cut.site.in_decoder and cut.site.point == "mid")
     return frozenset(site.layer for site in mid if site.layer is not None)
+
+
+def _ahead(cut: Cut, layers: int) -> dict[int, str]:
+    """The decoder layers at which the stage looks before they run, with the input that asks for it."""
+    named = [name for name in OF_DECODER_LAYERS if cut.stage.asks_for(name)]
+    listed = [(name, one) for name in named for one in requests(cut.stage.inputs, name) if one.layer == "next"]
+    found = {layer_of("next", cut.asked_at, layers): name for name, _ in listed}
+    return {layer: name for layer, name in found.items() if layer is not None}
 
 
 def _reads(cut: Cut, layers: int) -> dict[int, str]:

@@ -1,8 +1,7 @@
-"""What a pipeline will do with a prompt of one image, by its budgets alone: tokens, FLOPs and KV before any compute.
+"""What a pipeline will do with a prompt, by its budgets alone: tokens, FLOPs and KV before any compute.
 
-Figures are those of the budgets: a stage that merges may leave fewer tokens, and one may also crop the KV of earlier
-layers. Costs are a range where a router chooses layers by the prompt or a stage decides by itself how many tokens to
-leave, which may be all that reach it or none.
+Figures are those of the budgets. They are a range where a router chooses layers by the prompt, or a stage decides by
+itself how many tokens to leave, which may be all that reach it or none.
 """
 
 from __future__ import annotations
@@ -10,16 +9,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from prunekit import cost
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.pipeline.statements import selection_flops
-from prunekit.strategy.decisions import LayerAction, TowerParams, TowerShape
-from prunekit.strategy.sites import ENCODER, PIXELS, PREFILL_END, Site
+from prunekit.pipeline.tower_forecast import one_size, tower_work
+from prunekit.strategy.decisions import LayerAction
+from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 
 # The tokens whose logits `generate` wants of a prompt.
 LAST = 1
+
+# The least and the most that something can be.
+Bounds = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -27,109 +31,154 @@ class Forecast:
     """Figures for one sample, layer by layer, if no router skips anything; and bounds with what routers may skip.
 
     layer_tokens: that enter each layer. mlp_tokens: that go through its MLP. kv_tokens: that it holds afterwards.
-    at_most: these are upper bounds, since a stage decides by itself how many tokens it leaves.
-    flops, kv: lowest and highest fraction of the dense model's prefill FLOPs, and of its KV entries. FLOPs are those of
-        the decoder's layers; tower, projector and head are not in them. whole: the same with tower and projector; None
-        where their cost is not known.
-    decisions: FLOPs of the stages' own decisions, as far as they say, as a fraction of the same; not in `flops`. The
-        highest, where `at_most`.
+    least_tokens: the fewest that can enter each layer. at_most: the first three are upper bounds, since a stage decides
+    by itself how many tokens it leaves.
+    prefill, dense_prefill: FLOPs of the decoder's layers. decode, dense_decode: the same of the first token that is
+    decoded. kv, dense_kv: numbers in the KV cache after the prefill.
+    selection, routing: FLOPs of what token stages, and routers, take to decide, as far as they say; not in `prefill`.
+    vision, projector: FLOPs of the vision tower, and of what makes visual tokens behind it; None where they are not
+    known. dense_vision, dense_projector: without any cut.
     """
 
     layer_tokens: tuple[int, ...]
     mlp_tokens: tuple[int, ...]
     kv_tokens: tuple[int, ...]
+    least_tokens: tuple[int, ...]
     at_most: bool
-    flops: tuple[float, float]
-    kv: tuple[float, float]
-    decisions: float
-    whole: tuple[float, float] | None = None
+    prefill: Bounds
+    dense_prefill: int
+    decode: Bounds
+    dense_decode: int
+    kv_numbers: Bounds
+    dense_kv_numbers: int
+    selection: Bounds
+    routing: Bounds
+    vision: Bounds | None = None
+    projector: Bounds | None = None
+    dense_vision: int | None = None
+    dense_projector: int | None = None
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Lowest and highest fraction of the dense model's prefill FLOPs; of the decoder's layers."""
+        return self.prefill[0] / self.dense_prefill, self.prefill[1] / self.dense_prefill
+
+    @property
+    def kv(self) -> tuple[float, float]:
+        """Lowest and highest fraction of the dense model's KV cache."""
+        return self.kv_numbers[0] / self.dense_kv_numbers, self.kv_numbers[1] / self.dense_kv_numbers
+
+    @property
+    def decisions(self) -> float:
+        """The most that decisions take, as a fraction of the dense model's prefill FLOPs; not in `flops`."""
+        return (self.selection[1] + self.routing[1]) / self.dense_prefill
+
+    @property
+    def whole(self) -> tuple[float, float] | None:
+        """As `flops`, of the whole prefill with tower and projector; None where their cost is not known."""
+        if self.vision is None or self.projector is None or self.dense_vision is None or self.dense_projector is None:
+            return None
+        dense = self.dense_prefill + self.dense_vision + self.dense_projector
+        low, high = (sum(part[of] for part in (self.prefill, self.vision, self.projector)) for of in (0, 1))
+        return low / dense, high / dense
 
 
 @dataclass(frozen=True)
 class _Layers:
-    """Tokens that enter each layer, go through its MLP and stay in its KV, and its FLOPs."""
+    """Of each layer the tokens that enter it, go through its MLP and stay in its KV, and its FLOPs in both phases."""
 
     entering: tuple[int, ...]
     mlp: tuple[int, ...]
     kv: tuple[int, ...]
     flops: tuple[int, ...]
+    decode: tuple[int, ...]
 
 
-def forecast(bound: BoundPipeline, text_tokens: int) -> Forecast | None:
-    """For one image and `text_tokens` other tokens; None where the number of visual tokens depends on the image."""
-    shape, original = bound.shape, bound.shape.visual_tokens
+def forecast(bound: BoundPipeline, text_tokens: int, given: cost.TowerInput | None = None) -> Forecast | None:
+    """For one prompt of images or videos and `text_tokens` other tokens.
+
+    given: what the tower gets of them; None: one image of the number of visual tokens that the model has for each, and
+    nothing to say (None) where that depends on the image.
+    """
+    original = bound.shape.visual_tokens if given is None else given.visual
     if original is None:
         return None
-    most = _layers(bound, original, text_tokens, decided=True)
-    least = _layers(bound, original, text_tokens, decided=False)
+    shape, tower = bound.shape, bound.shape.tower
+    if given is None and tower is not None and tower.work is not None:
+        given = one_size(tower, tower.work, original)
+    inputs = () if given is None else given.inputs
+    counts = [visual_counts(bound.cuts, original, decided, inputs) for decided in (False, True)]
+    least, most = (_layers(bound, one, text_tokens) for one in counts)
+    widths = [cost.kv_bytes(shape, layer, 1) for layer in range(shape.layers)]
+    kv = [[count * width for count, width in zip(one.kv, widths, strict=True)] for one in (least, most)]
     dense = original + text_tokens
-    dense_flops = cost.dense_flops(shape, dense, LAST)
-    holding = sum(cost.kv_bytes(shape, layer, 1) > 0 for layer in range(shape.layers))
-    flops = _range(bound, least.flops, most.flops, dense_flops)
+    fewest, all_of = (_decisions(bound, one, text_tokens) for one in counts)
+    held = cost.stock_kv_tokens(shape, dense)
     return Forecast(
         most.entering,
         most.mlp,
         most.kv,
-        any(cut.keep is None and not cut.drops_all for cut in bound.cuts),
-        flops,
-        _range(bound, least.kv, most.kv, dense * holding),
-        _decisions(bound, original, text_tokens) / dense_flops,
-        _whole(bound, original, flops, dense_flops),
+        least.entering,
+        any(cut.decides for cut in bound.cuts),
+        _bounds(bound, least.flops, most.flops),
+        cost.dense_flops(shape, dense, LAST),
+        _bounds(bound, least.decode, most.decode),
+        sum(cost.decode_flops(shape, _keys(bound, held))),
+        _bounds(bound, kv[0], kv[1]),
+        sum(count * width for count, width in zip(held, widths, strict=True)),
+        (fewest[0], all_of[0]),
+        (fewest[1], all_of[1]),
+        *_tower(bound, given, counts),
     )
 
 
-def _whole(
-    bound: BoundPipeline, original: int, flops: tuple[float, float], dense_flops: int
-) -> tuple[float, float] | None:
-    """Lowest and highest fraction of the whole prefill's FLOPs, from those of the decoder's; None: not known."""
+def _tower(
+    bound: BoundPipeline, given: cost.TowerInput | None, counts: Sequence[Sequence[int]]
+) -> tuple[Bounds | None, Bounds | None, int | None, int | None]:
+    """FLOPs of the tower and of its projector, as bounds and dense; None where they are not known."""
     tower = bound.shape.tower
     params = None if tower is None else tower.work
-    if tower is None or params is None or params.tokens is None:
-        return None
-    cuts = [cut for cut in bound.cuts if cut.site.in_tower]
-    counts = (visual_counts(cuts, original, decided=False), visual_counts(cuts, original))
-    low, high = (cost.tower_flops(params, _tower_work(tower, params, params.tokens, cuts, each)) for each in counts)
-    tower_flops = cost.tower_flops(params, _tower_work(tower, params, params.tokens, [], (original,)))
-    dense = dense_flops + tower_flops
-    return (flops[0] * dense_flops + low) / dense, (flops[1] * dense_flops + high) / dense
+    if tower is None or params is None or given is None:
+        return None, None, None, None
+    cuts = [cut for cut in bound.cuts if cut.site < ENCODER]
+    work = [tower_work(given, params, tower, cuts, counts[of], bool(of)) for of in (0, 1)]
+    dense = tower_work(given, params, tower, (), (given.visual,), True)
+    vision = cost.vision_flops(params, work[0]), cost.vision_flops(params, work[1])
+    projector = cost.projector_flops(params, work[0]), cost.projector_flops(params, work[1])
+    return vision, projector, cost.vision_flops(params, dense), cost.projector_flops(params, dense)
 
 
-def _tower_work(
-    tower: TowerShape, params: TowerParams, tokens: int, cuts: Sequence[Cut], counts: Sequence[int]
-) -> cost.TowerWork:
-    """Of one image. tokens: of the tower. counts: visual tokens that enter each of the cuts, and leave the last one."""
-    original = counts[0]
-    each = max(round((tokens - tower.leading) / original), 1)
-
-    def remaining(site: Site) -> int:
-        """Tokens when the cuts before and at `site` have been made."""
-        return tokens - each * (original - counts[sum(cut.site <= site for cut in cuts)])
-
-    blocks = []
-    for number in range(tower.blocks):
-        entering = remaining(Site(number - 1, "vision", "after") if number else PIXELS)
-        blocks.append((entering, entering**2, remaining(Site(number, "vision", "mid"))))
-    pools, merged = int(tower.pool), (original,) * len(params.mergers)
-    return cost.TowerWork(tokens - tower.leading, tuple(blocks), each * counts[-1], merged, pools, pools * tokens)
-
-
-def visual_counts(cuts: Sequence[Cut], original: int, decided: bool = True) -> tuple[int, ...]:
+def visual_counts(
+    cuts: Sequence[Cut], original: int, decided: bool = True, inputs: Sequence[tuple[int, int]] = ()
+) -> tuple[int, ...]:
     """How many of the `original` visual tokens of a sample reach each cut and, as last entry, leave the last one.
 
-    decided: a stage that decides by itself leaves all that reach it; False: it leaves none.
+    decided: a stage that decides by itself leaves all that reach it; False: it leaves none. inputs: as in `TowerInput`,
+    since in the tower each image is cut for itself, and what is made of no patch stays; empty: one image.
     """
+    tower = [cut for cut in cuts if cut.site < ENCODER]
+    counts = [original]
+    if tower:
+        rows = []
+        for visual, blank in inputs or ((original, 0),):
+            left = itertools.accumulate(tower, partial(_left, visual - blank, decided), initial=visual - blank)
+            rows.append([blank + count for count in left])
+        counts = [sum(column) for column in zip(*rows, strict=True)]
+    others = itertools.accumulate(cuts[len(tower) :], partial(_left, original, decided), initial=counts[-1])
+    return (*counts[:-1], *others)
 
-    def leaves(entering: int, cut: Cut) -> int:
-        if cut.drops_all or (cut.keep is None and not decided):
-            return 0
-        return entering if cut.keep is None else cut.keep.count(original, entering)
 
-    return tuple(itertools.accumulate(cuts, leaves, initial=original))
+def _left(original: int, decided: bool, entering: int, cut: Cut) -> int:
+    """How many tokens a cut leaves of those that enter it."""
+    if cut.drops_all or (cut.decides and not decided):
+        return 0
+    return entering if cut.keep is None or cut.decides else cut.keep.count(original, entering)
 
 
-def _layers(bound: BoundPipeline, original: int, text_tokens: int, decided: bool) -> _Layers:
+def _layers(bound: BoundPipeline, counts: Sequence[int], text_tokens: int) -> _Layers:
+    """counts: visual tokens at each cut, as `visual_counts` gives them."""
     shape, plan = bound.shape, bound.plan
-    entering, inside, gone = _visual(bound, original, decided)
+    entering, inside, gone = _visual(bound, counts)
     alive = tuple(visual + text_tokens for visual in entering)
     whole = shape.layers if bound.last_only is None else bound.last_only
     tokens = tuple(many if layer < whole else min(many, LAST) for layer, many in enumerate(alive))
@@ -142,43 +191,54 @@ def _layers(bound: BoundPipeline, original: int, text_tokens: int, decided: bool
         )
         for layer in range(shape.layers)
     )
-    held = cost.kv_tokens(shape, alive, plan)
-    return _Layers(tokens, mlp, tuple(one and one - gone for one in held), flops)
+    held = [many - left for many, left in zip(alive, gone, strict=True)]
+    # What acts keeps a cache of its own, in which no window closes.
+    kv = cost.kv_tokens(shape, held, plan) if bound.acts else cost.stock_kv_tokens(shape, held[0])
+    return _Layers(tokens, mlp, kv, flops, cost.decode_flops(shape, _keys(bound, kv), plan))
 
 
-def _visual(bound: BoundPipeline, original: int, decided: bool) -> tuple[list[int], list[int], int]:
-    """Visual tokens that enter each layer, those that stay inside it, and how many leave after the prefill."""
-    counts = visual_counts(bound.cuts, original, decided)
+def _keys(bound: BoundPipeline, held: Sequence[int]) -> list[int]:
+    """Tokens that one decoded token attends to in each layer: those that are held there, or by the layer that it reads
+    them of, and itself.
+    """
+    return [held[bound.shape.kv_source(layer)] + 1 for layer in range(bound.shape.layers)]
+
+
+def _visual(bound: BoundPipeline, counts: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Visual tokens that enter each layer, those that stay inside it, and how many leave its KV afterwards."""
     layers = range(bound.shape.layers)
     # Cuts are in the order of the data, so that how many came before tells how many remain.
     before = [sum(cut.site.reach <= layer for cut in bound.cuts) for layer in layers]
     inside = [sum(cut.site <= Site(layer, "layer", "mid") for cut in bound.cuts) for layer in layers]
-    gone = sum(counts[at] - counts[at + 1] for at, cut in enumerate(bound.cuts) if cut.site == PREFILL_END)
+    crops = [cut.site == PREFILL_END or cut.stage.declaration.crops for cut in bound.cuts]
+    lost = [counts[at] - counts[at + 1] for at in range(len(bound.cuts))]
+    gone = [
+        sum(lost[at] for at, cut in enumerate(bound.cuts) if crops[at] and layer < cut.site.reach) for layer in layers
+    ]
     return [counts[at] for at in before], [counts[at] for at in inside], gone
 
 
-def _decisions(bound: BoundPipeline, original: int, text_tokens: int) -> int:
-    """FLOPs of the decisions themselves: of token stages at each of their cuts, of routers once."""
-    counts = visual_counts(bound.cuts, original)
-    total, routed = 0, original
+def _decisions(bound: BoundPipeline, counts: Sequence[int], text_tokens: int) -> tuple[int, int]:
+    """FLOPs of the decisions themselves: of token stages at each of their cuts, and of routers, which decide once."""
+    total, routed = 0, counts[0]
     for at, cut in enumerate(bound.cuts):
         if cut.stage.is_router:
             continue
         total += selection_flops(cut.stage, bound.shape, text_tokens, counts[at])
         if cut.site <= ENCODER:
             routed = counts[at + 1]
-    return total + sum(selection_flops(router, bound.shape, text_tokens, routed) for router in bound.routers)
+    return total, sum(selection_flops(router, bound.shape, text_tokens, routed) for router in bound.routers)
 
 
-def _range(bound: BoundPipeline, least: Sequence[int], most: Sequence[int], dense: int) -> tuple[float, float]:
-    """Lowest and highest sum of what layers cost, as a fraction of `dense`."""
+def _bounds(bound: BoundPipeline, least: Sequence[int], most: Sequence[int]) -> Bounds:
+    """Lowest and highest sum of what layers cost."""
     if not any(router.decides_layers for router in bound.routers):
-        return sum(least) / dense, sum(most) / dense
+        return sum(least), sum(most)
     free = [layer for layer in range(bound.shape.layers) if layer not in bound.protected | bound.plan.layers]
     if bound.layer_budget is None:  # the router decides by itself, between all and nothing that is free
-        return (sum(least) - sum(least[layer] for layer in free)) / dense, sum(most) / dense
+        return sum(least) - sum(least[layer] for layer in free), sum(most)
     skipped = sum(bound.plan[layer] is LayerAction.SKIP for layer in bound.plan.layers)
     drop = max(0, min(bound.shape.layers - skipped - bound.layer_budget, len(free)))
     saved_most = sum(sorted(least[layer] for layer in free)[len(free) - drop :])
     saved_least = sum(sorted(most[layer] for layer in free)[:drop])
-    return (sum(least) - saved_most) / dense, (sum(most) - saved_least) / dense
+    return sum(least) - saved_most, sum(most) - saved_least

@@ -21,6 +21,7 @@ from prunekit.strategy.inputs import (
 from prunekit.strategy.sites import ENCODER, Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
 
+OF_POSITIONS = ("positions", "rotary")
 # What is wrong, and what to do.
 Problem = tuple[str, str]
 
@@ -113,13 +114,16 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
         return f"'{use}' asks for patches, which are there at 'pixels' alone", "name 'pixels'"
     if site.in_tower and absent:
         return f"'{use}' asks for {absent[0]}, which is not there yet at '{site}'", "name 'encoder' or a later site"
-    inner = [name for name in (*OF_DECODER_LAYERS, "forward", "norm", "positions") if cut.stage.asks_for(name)]
+    inside = (*OF_DECODER_LAYERS, "forward", "norm", *OF_POSITIONS)
+    inner = [name for name in inside if cut.stage.asks_for(name)]
     if shape.opaque and inner and not site.in_tower:
         return f"'{use}' asks for {inner[0]}, but nothing is known inside this decoder: {shape.opaque}", ""
     if cut.stage.asks_for("forward") and ("forward" in absent or site.point == "mid"):
         return f"'{use}' asks for forward, but no layer can be run from '{site}'", "name another site"
-    if cut.stage.asks_for("positions") and not shape.rotary:
-        return f"'{use}' asks for positions, but the {shape.family} decoder has no rotary ones", "use another strategy"
+    placed = [name for name in OF_POSITIONS if cut.stage.asks_for(name)]
+    if placed and not shape.rotary:
+        message = f"'{use}' asks for {placed[0]}, but the {shape.family} decoder rotates nothing"
+        return message, "use another strategy"
     rows = requests(cut.stage.inputs, "attention") if cut.stage.asks_for("attention") else ()
     if any(one.undecay for one in rows) and not shape.rotary:
         message = f"'{use}' undoes the decay of rotary positions, but the {shape.family} decoder has none"
@@ -134,9 +138,11 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
     if cut.stage.asks_for("cls_crops") and not (cut.stage.extras or _reads_cls(cut.stage)):
         return f"'{use}' asks for cls_crops, but for no CLS token of which they could be", "request of='cls'"
     for name in of_tower:
+        assert tower is not None, "said above"
         for request in requests(cut.stage.inputs, name):
-            if tower is not None and (problem := _request_problem(request, site, cuts, tower)):
-                return f"'{use}' asks for {name}, {request}: {problem[0]}", problem[1]
+            wanted = _of_this_depth(request, site, tower)
+            if problem := _request_problem(wanted, site, cuts, tower):
+                return f"'{use}' asks for {name}, {wanted}: {problem[0]}", problem[1]
     try:
         cut.reads(shape.layers)
     except ValueError as error:
@@ -225,6 +231,11 @@ def _reads_cls(stage: Stage) -> bool:
     return any(getattr(one, "of", "") == "cls" for name in names for one in requests(stage.inputs, name))
 
 
+def _of_this_depth(request: EncoderSpec, site: Site, tower: TowerShape) -> EncoderSpec:
+    """The request with a number where it has a function of the tower's depth."""
+    return resolved(request, site, tower.blocks, tower.feature_block) if callable(request.layer) else request
+
+
 def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], tower: TowerShape) -> Problem | None:
     """Why a tower with these numbers cannot give what is requested at `site`."""
     inside = site.place == "vision"
@@ -240,7 +251,7 @@ def _request_problem(request: EncoderSpec, site: Site, cuts: Sequence[Cut], towe
     if isinstance(request, Features) and request.projected:
         return ("inside the tower nothing has been projected yet", "name 'encoder'") if inside else None
     block = resolved(request, site, tower.blocks, tower.feature_block).layer
-    if block is None or block not in range(tower.blocks):
+    if not isinstance(block, int) or block not in range(tower.blocks):
         return f"there is no block {request.layer}: the vision tower has blocks 0 to {tower.blocks - 1}", ""
     if inside and site.layer is not None and block > site.layer:
         return f"block {block} has not run yet at '{site}'", "request an earlier block, or name a later site"

@@ -116,13 +116,26 @@ class Stage:
             if layers is None and not isinstance(self.sites.default, Site):
                 return None
             sites = (self.sites.resolve(layers or 0),)
-        keeps: tuple[Keep | None, ...] = self.keeps or tuple(keep for _, keep in schedule or ()) or (None,)
+        keeps: tuple[Keep | None, ...] = self.keeps or self._scheduled(schedule or (), sites) or (None,)
         if len(keeps) == 1:
             keeps *= len(sites)
             only = keeps[0]
             if self.declaration.spread and only is not None and only.of == "original":
                 keeps = tuple(dataclasses.replace(only, cuts=cuts) for cuts in range(len(sites), 0, -1))
         return tuple(zip(sites, keeps, strict=True))
+
+    def _scheduled(
+        self, schedule: tuple[tuple[Site, Keep | None], ...], sites: tuple[Site, ...]
+    ) -> tuple[Keep | None, ...]:
+        """The budgets of a schedule, which are for as many sites as it names itself; empty where it has none.
+
+        Raises SpecError for other sites that the file names without budgets.
+        """
+        keeps = tuple(keep for _, keep in schedule)
+        if not any(keeps) or len(keeps) == len(sites):
+            return keeps if any(keeps) else ()
+        message = f"names {len(sites)} site{'s' * (len(sites) != 1)}, but '{self.use}' has budgets for {len(keeps)}"
+        raise SpecError([self.fault("at", message, "say how much to keep")])
 
     def _schedule(self, layers: int, blocks: int) -> tuple[tuple[Site, Keep | None], ...] | None:
         """Its strategy's schedule. Raises SpecError where the options do not allow one."""
@@ -165,6 +178,11 @@ class Stage:
         """Any of its token or router hooks names `argument`, such as `attention`."""
         return any(argument in self.requests(hook) for hook in (*table.TOKEN_HOOKS, "route"))
 
+    @property
+    def counts(self) -> bool:
+        """Its decision follows the budget of its cuts: whoever selects tokens asks for `count`."""
+        return not self.is_token or "count" in self.requests("select_tokens")
+
     def states(self, statement: str) -> bool:
         """It implements this hook among those of `StatementHooks`."""
         return bool(getattr(self.hook, statement).get_hookimpls())
@@ -202,6 +220,11 @@ class Cut:
     def drops_all(self) -> bool:
         """It leaves no visual token."""
         return self.stage.drops_all
+
+    @property
+    def decides(self) -> bool:
+        """How many tokens it leaves is not known before it runs: its strategy is told no number, or does not ask."""
+        return not self.drops_all and (self.keep is None or not self.stage.counts)
 
     @property
     def label(self) -> str:

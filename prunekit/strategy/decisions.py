@@ -58,8 +58,8 @@ class Selection:
         https://arxiv.org/abs/2210.09461, proportional attention).
     extras: in front of and inside the decoder, float (B, E, H): states of the strategy's own for the last E columns of
         `weights`, in place of declared extras. For E that differs between the samples of a batch, rows are padded.
-    crop: also remove the dropped tokens from the KV that earlier layers have already written. What was computed with
-        them stays as it is; only decoding no longer sees them.
+    crop: also remove the dropped tokens from the KV that earlier layers have already written; only of a strategy that
+        is declared with `crops`. What was computed with them stays as it is; only decoding no longer sees them.
     """
 
     keep: Tensor
@@ -78,6 +78,8 @@ class LayerAction(Enum):
     SKIP_MLP = "skip_mlp"  # attention only
     FILL_KV = "fill_kv"  # the identity, but keys and values of its input are written
     FREEZE = "freeze"  # visual tokens pass unchanged and are only attended to; the others run
+
+    __hash__ = object.__hash__  # that of Enum is written in Python, and sets of actions are made for every layer
 
     @property
     def writes_kv(self) -> bool:
@@ -178,8 +180,10 @@ class TowerParams:
 
     patch: for each patch, where pixels become states. attention, mlp: for each token, of one block. width: numbers of
     one token in the products of attention, all heads together. projector: for each token that the projector maps.
-    mergers: for each visual token, where patches become one, module by module. pool: of the pooling head; 0: there is
-    none. tokens: of the tower, of one image at the one size that it takes; None: that depends on the image.
+    mergers: for each visual token, where patches become one, module by module; behind: the block behind which each of
+    them stands; empty: all stand behind the last. pool: of the pooling head; 0: there is none. tokens: of the tower, of
+    one image at the one size that it takes; None: that depends on the image. mapped: of these the ones that the
+    projector maps where nothing is cut.
     """
 
     patch: int
@@ -190,10 +194,15 @@ class TowerParams:
     mergers: tuple[int, ...] = ()
     pool: int = 0
     tokens: int | None = None
+    mapped: int = 0
+    behind: tuple[int, ...] = ()
 
 
 # Kinds of layers, as `layer_types` of a config names them, that hold a state in place of keys and values.
 RECURRENT = frozenset({"linear_attention", "conv"})
+
+# Kinds of layers that attend within a window, or a chunk.
+WINDOWED = ("sliding_attention", "chunked_attention")
 
 # Attention implementations that take a mask for single tokens.
 MASKED = ("sdpa", "eager")
@@ -272,6 +281,7 @@ class ModelShape:
     kv_sources: for each layer the one whose keys and values it attends to, itself or an earlier one; empty: itself.
     last_only: from this layer on none writes KV, and in `generate` the decoder runs them for the prompt's last token
         alone; None: all layers run for all tokens.
+    window: tokens, itself included, that a token sees in the layers that attend within a window; None: there are none.
     """
 
     family: str
@@ -296,6 +306,7 @@ class ModelShape:
     per_layer: tuple[LayerShape, ...] = ()
     kv_sources: tuple[int, ...] = ()
     last_only: int | None = None
+    window: int | None = None
 
     def of(self, layer: int) -> LayerShape:
         """The numbers of one decoder layer."""
@@ -310,6 +321,11 @@ class ModelShape:
     def kv_source(self, layer: int) -> int:
         """The layer whose keys and values `layer` attends to."""
         return self.kv_sources[layer] if self.kv_sources else layer
+
+    def window_of(self, layer: int) -> int | None:
+        """As `window`, of one layer. Layers whose kinds are not told are all alike."""
+        kind = self.layer_kinds[layer] if self.layer_kinds else WINDOWED[0]
+        return self.window if kind in WINDOWED else None
 
     @property
     def tower_depth(self) -> int:

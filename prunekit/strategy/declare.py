@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeVar, cast, dataclass_transform, get_args
 
 from prunekit.errors import PluginError, did_you_mean
@@ -43,8 +45,18 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     **STATEMENTS,
 }
 # What the decorator says that means something only for one kind of strategy; the rest is for both kinds.
-OF_TOKENS = ("schedule", "spread", "drops_all", "extras")
+OF_TOKENS = ("schedule", "spread", "drops_all", "extras", "crops")
 OF_ROUTERS = ("keep_layers", "routes")
+# What it says for readers alone, for strategies of every kind; and how that is written.
+OF_ALL = ("paper", "code", "group", "fixed_count")
+WRITTEN: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "paper": (re.compile(r"\d{4}\.\d{4,5}(v\d+)?|https://\S+"), "an arXiv id such as '2403.06764', or an address"),
+    "code": (
+        re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}(:\S+)?"),
+        "a repository at a commit, 'owner/name@1a2b3c4', and if wanted ':path' in it",
+    ),
+    "group": (re.compile(r"[a-z][a-z0-9 -]*"), "a heading in lower case, such as 'baselines'"),
+}
 EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
 AT_PIXELS = Sites(default=PIXELS, encoder=False, decoder=False, pixels=True)
 Policy = Literal["required", "optional", "refused"]
@@ -70,8 +82,14 @@ class Declaration:
         else every site leaves as much. With `keep_of: current` it means nothing.
     per_sample: its token and router hooks are called once for each sample: tensors without padding and without the B
         axis, `count` and `seed` an int, `question` a str. They answer alike, such as float (V,) for scores.
-    drops_all: it leaves no visual token. trainable: its hooks run with gradients, on states that are not detached.
+    drops_all: it leaves no visual token. crops: its selections may `crop`, so that tokens also leave the KV of earlier
+    layers. trainable: its hooks run with gradients, on states that are not detached.
     extras: what of the tower it takes beside the visual tokens, such as ("cls",). routes: what a router decides about.
+
+    For readers, of every kind of strategy: paper, its arXiv id or address. code: what was studied, `owner/name@commit`.
+    group: the heading under which it is listed; empty: by where it acts. fixed_count: how many tokens it leaves does
+    not depend on what they show; None: it follows from `keep` and `schedule`. What else lists and cards say follows
+    from hooks and requests, see `prunekit.strategy.about`.
     """
 
     sites: Sites | Callable[[Any], Sites] = field(default_factory=Sites)
@@ -82,9 +100,14 @@ class Declaration:
     spread: bool = False
     per_sample: bool = False
     drops_all: bool = False
+    crops: bool = False
     trainable: bool = False
     extras: tuple[str, ...] = ()
     routes: tuple[Routes, ...] = ("tokens", "layers")
+    paper: str = ""
+    code: str = ""
+    group: str = ""
+    fixed_count: bool | None = None
 
     def sites_of(self, instance: Any) -> Sites:
         """The sites of an instance. Raises PluginError when the strategy's function gives something else."""
@@ -222,7 +245,8 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
         "extras": lambda value: _tuple_problem(value, EXTRAS),
         "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
         **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
-        **dict.fromkeys(("per_sample", "spread", "drops_all", "trainable"), _flag_problem),
+        **dict.fromkeys(("per_sample", "spread", "drops_all", "crops", "trainable", "fixed_count"), _flag_problem),
+        **{name: partial(_text_problem, name) for name in WRITTEN},
     }
     for name, value in declared.items():
         if (wrong := checks[name](value)) is not None:
@@ -231,6 +255,11 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
 
 def _flag_problem(value: object) -> str | None:
     return None if isinstance(value, bool) else "it is True or False"
+
+
+def _text_problem(name: str, value: object) -> str | None:
+    pattern, wanted = WRITTEN[name]
+    return None if isinstance(value, str) and pattern.fullmatch(value) else f"it is {wanted}"
 
 
 def _policy_problem(value: object) -> str | None:
@@ -345,7 +374,7 @@ def _asked(cls: type[Any], hook: str, who: str) -> tuple[str, ...]:
 
 def _check_declared(cls: type[Any], declared: Mapping[str, Any], who: str) -> None:
     """What the decorator says means something for a strategy with these hooks."""
-    for name in declared:
+    for name in (one for one in declared if one not in OF_ALL):
         tokens, routers = is_token(cls) and name not in OF_ROUTERS, is_router(cls) and name not in OF_TOKENS
         if not tokens and not routers:
             kinds = "routers" if name in OF_ROUTERS else "strategies with token hooks"
@@ -354,6 +383,10 @@ def _check_declared(cls: type[Any], declared: Mapping[str, Any], who: str) -> No
 
 
 def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
+    decides = is_image(cls) or (is_token(cls) and declaration.keep != "required" and not declaration.drops_all)
+    if declaration.fixed_count is not None and not decides:
+        why = "is for strategies that decide by themselves how many tokens stay (leave it out)"
+        raise PluginError(f"{who}: `fixed_count` {why}")
     scores_only = implements(cls, "score_tokens") and not implements(cls, "select_tokens")
     if scores_only and declaration.keep != "required" and declaration.schedule is None:
         raise PluginError(

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 Where = Literal["previous", "next", "own"]
 Queries = Literal["last", "text", "after", "visual", "all"]
 Reduction = Literal["mean", "sum", "max", "none"]
-Domain = Literal["softmax", "visual", "logits"]
+States = Literal["concat", "mean", "none"]
+Domain = Literal["softmax", "visual", "queries", "logits"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,20 @@ class Rows:
         zeros behind the rows of samples that have fewer. Only this asks for memory that grows with both.
     rope: False takes queries and keys as they are before rotation.
     domain: `softmax` is over all keys that a query sees, as the layer computes it; `visual` over those that are visual,
-        zeros where it sees none; `logits` are the scaled products before softmax and without the mask.
+        `queries` over those of the tokens whose rows are asked for, zeros where it sees none; `logits` are the scaled
+        products before softmax and without the mask.
     undecay: True divides each probability, before heads and queries become one, by what rotation alone leaves of a
         product at the distance of query and key: the mean of cos(distance * frequency), 1 at distance 0, taken as 0.1
         where it is less. It undoes the preference of rotary positions for near tokens (SparseVLM "+",
         https://arxiv.org/abs/2410.04417).
+    pooled: True takes one row, of the mean of the queries, in place of theirs; it sees every key that one of them
+        sees (PACT, https://arxiv.org/abs/2504.08966).
+    temperature: what logits, with what their mask adds, are divided by before softmax.
+    steps: how often attention is passed on. From the second step on all rows are summed up again, each weighted by what
+        its own token has received, head by head: n steps of PageRank (AIM, https://arxiv.org/abs/2412.03248). Above 1
+        it takes queries="all" and over="mean", which begins with equal weights, and no number of heads.
+    optional: at sites where there is no such layer, as in front of the decoder, the hook gets None in place of the
+        rows; False: such a site is refused.
     """
 
     layer: Where = "previous"
@@ -77,6 +87,10 @@ class Rows:
     rope: bool = True
     domain: Domain = "softmax"
     undecay: bool = False
+    pooled: bool = False
+    temperature: float = 1.0
+    steps: int = 1
+    optional: bool = False
 
     def heads_of(self, heads: int) -> int | None:
         """How many of so many heads are taken; None where all are."""
@@ -98,37 +112,55 @@ class Rows:
         _one_of("domain", self.domain, Domain)
         _boolean("rope", self.rope)
         _boolean("undecay", self.undecay)
+        _boolean("optional", self.optional)
         if self.undecay and (self.domain == "logits" or not self.rope):
             raise ValueError("undecay is of probabilities from rotated queries and keys: not with rope=False or logits")
+        self._check_ways()
+
+    def _check_ways(self) -> None:
+        """Of pooled queries, temperatures and steps."""
+        _boolean("pooled", self.pooled)
+        if self.pooled and (self.undecay or self.over != "mean" or self.steps != 1):
+            raise ValueError("pooled takes one row, which stands nowhere: not with undecay, steps or another over")
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature!r}; it is a number above 0")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps is {self.steps!r}; it is a whole number, at least 1")
+        if self.domain == "logits" and (self.temperature != 1 or self.steps > 1):
+            raise ValueError("temperature and steps are of probabilities: not with domain='logits'")
+        plain = self.queries == "all" and self.over == "mean" and isinstance(self.heads, str) and not self.undecay
+        if self.steps > 1 and not plain:
+            raise ValueError("steps above 1 take queries='all', over='mean', heads by name, and no undecay")
 
 
 @dataclass(frozen=True)
 class Keys:
     """Which keys the inputs `keys` and `text_keys` hold.
 
-    layer, rope: as for `Rows`. heads: `concat` gives float (B, V, A_kv * D), `mean` float (B, V, D).
+    layer, rope: as for `Rows`. heads: `concat` gives float (B, V, A_kv * D), `mean` float (B, V, D), `none` float (B,
+    V, A_kv, D).
     """
 
     layer: Where = "previous"
     rope: bool = True
-    heads: Literal["concat", "mean"] = "concat"
+    heads: States = "concat"
 
     def __post_init__(self) -> None:
         _one_of("layer", self.layer, Where)
-        _one_of("heads", self.heads, Literal["concat", "mean"])
+        _one_of("heads", self.heads, States)
         _boolean("rope", self.rope)
 
 
 @dataclass(frozen=True)
 class Values:
-    """Which values the input `values` holds; fields as those of `Keys`."""
+    """Which values the inputs `values` and `text_values` hold; fields as those of `Keys`."""
 
     layer: Where = "previous"
-    heads: Literal["concat", "mean"] = "concat"
+    heads: States = "concat"
 
     def __post_init__(self) -> None:
         _one_of("layer", self.layer, Where)
-        _one_of("heads", self.heads, Literal["concat", "mean"])
+        _one_of("heads", self.heads, States)
 
 
 Spec = Rows | Keys | Values
@@ -137,6 +169,11 @@ Spec = Rows | Keys | Values
 def layer_and_rope(spec: Spec) -> tuple[Where, bool]:
     """Which call of which layer a request reads; values are the same with and without rotation."""
     return spec.layer, isinstance(spec, Values) or spec.rope
+
+
+def is_optional(spec: Spec) -> bool:
+    """A site without the layer that it means gets None."""
+    return isinstance(spec, Rows) and spec.optional
 
 
 def layer_of(where: Where, site: Site, layers: int) -> int | None:

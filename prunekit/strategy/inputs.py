@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunekit.errors import did_you_mean
-from prunekit.strategy.decoder_requests import Keys, Rows, Values, layer_before, layer_of
+from prunekit.strategy.decoder_requests import Keys, Rows, Values, is_optional, layer_before, layer_of
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import EncoderKeys, EncoderQueries, EncoderRows, EncoderValues, Features
 
@@ -107,6 +107,10 @@ INPUTS: tuple[Input, ...] = (
         "text_keys", "float", "B T D", "keys of the text tokens in a decoder layer, as requested", _ALL, _WITH_PROMPT,
         Keys,
     ),
+    Input(
+        "text_values", "float", "B T D", "values of the text tokens in a decoder layer, as requested", _ALL,
+        _WITH_PROMPT, Values,
+    ),
     Input("text", "float", "B T H", "embeddings of the text tokens", regions=_WITH_PROMPT),
     Input("text_hidden", "float", "B T H", "states of the text tokens at the site", regions=_WITH_PROMPT),
     Input("text_ids", "int64", "B T", "ids of the text tokens; -1 on padding", _ALL, _WITH_PROMPT),
@@ -155,6 +159,11 @@ INPUTS: tuple[Input, ...] = (
         "frames", "int64", "B V", "number of the crop or video frame within its image or video; -1 on padding", _ALL
     ),
     Input(
+        "videos", "bool", "B V",
+        "True at tokens of a video, whose frames follow each other in time; False at those of still images, whose "
+        "crops do not, and on padding. A video that the model is given as images is images", _ALL,
+    ),
+    Input(
         "places", "int64", "B V 4",
         "row, column, rows and columns in the grid of the complete image or frame, in which the crops of an image "
         "stand side by side; as in `coords` where an image is not cut into crops, or where it is not known how they "
@@ -170,6 +179,11 @@ INPUTS: tuple[Input, ...] = (
         "on padding", regions=_WITH_PROMPT,
     ),
     Input(
+        "rotary", "float", "B V P R",
+        "the rotation at each of `positions`, in at least float32: the cosines by which the numbers of a head are "
+        "multiplied, then the sines; zeros on padding", regions=_WITH_PROMPT,
+    ),
+    Input(
         "sizes", "float", "B V",
         "how many original tokens each token stands for, as earlier stages said; 1 where none did, and on padding",
     ),
@@ -178,7 +192,7 @@ INPUTS: tuple[Input, ...] = (
     Input("visual", "bool", "B S", "the visual tokens that are left", ("route",), ("encoder",)),
     Input("text", "bool", "B S", "the other real tokens", ("route",), ("encoder",)),
     Input("valid", "bool", "B S", "both; False on padding", ("route",), ("encoder",)),
-    Input("shape", "a `ModelShape`", "", "the numbers of the model", ("route",), ("encoder",)),
+    Input("shape", "a `ModelShape`", "", "the numbers of the model", _ALL, _WITH_PROMPT),
     Input(
         "count", "a tuple of B ints", "B",
         "how many visual tokens to leave of each sample; None where the file gives no budget", _ALL,
@@ -279,6 +293,8 @@ def layers_read(inputs: Mapping[str, Any], names: frozenset[str], site: Site, la
         for one in requests(inputs, name):
             layer = layer_of(one.layer, site, layers)
             if layer is None:
+                if is_optional(one):
+                    continue
                 raise ValueError(f"{name} of the {_SAID[one.layer]} is not there at '{site}'")
             if one.layer != "next":
                 read[layer] = name

@@ -4,7 +4,8 @@
 
 Blocks of the tower are counted from 0, or from the end with negative numbers: -1 is the last. `layer=None` is the block
 that a tower site stands in or after; at `encoder` and in the decoder, the block whose output the projector gets,
-which need not be the last.
+which need not be the last. A function gets the number of the tower's blocks and returns one of these numbers, for a
+block that follows the depth: `layer=lambda blocks: blocks // 3`.
 
 Shape letters: B batch, V visual tokens, A heads of the tower, D numbers of a head, W width of the tower, H of the
 decoder, E CLS tokens of a sample, one for each crop. Where several patches make one visual token, it gets their mean.
@@ -14,11 +15,13 @@ At a tower site B counts images and videos.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from prunekit.strategy.sites import Site
 
+Block = int | Callable[[int], int] | None
 Of = Literal["patches", "cls"]
 POOL = "pool"  # the name of a query; strategies have such a name, too
 Query = Literal["cls", "mean", "pool"]
@@ -39,7 +42,7 @@ class EncoderRows:
         scaled products before softmax and without a mask; only for `cls`.
     """
 
-    layer: int | None = None
+    layer: Block = None
     query: Query = "cls"
     heads: Heads = "mean"
     domain: Domain = "softmax"
@@ -64,7 +67,7 @@ class _States:
     place of V.
     """
 
-    layer: int | None = None
+    layer: Block = None
     heads: Literal["mean", "none"] = "mean"
     of: Of = "patches"
 
@@ -98,7 +101,7 @@ class Features:
     are. of: as for `EncoderKeys`.
     """
 
-    layer: int | None = None
+    layer: Block = None
     projected: bool = False
     of: Of = "patches"
 
@@ -118,11 +121,12 @@ EncoderSpec = EncoderRows | EncoderKeys | EncoderValues | EncoderQueries | Featu
 def resolved(spec: EncoderSpec, site: Site, blocks: int, feature_block: int) -> EncoderSpec:
     """`spec` with the number of its block, from 0, in a tower of so many; None where it is of no block.
 
+    What a function says is checked as the number itself would be, and may be beyond the tower.
     site: of the stage that asks. feature_block: the block whose output the projector gets.
     """
     if (isinstance(spec, Features) and spec.projected) or (isinstance(spec, EncoderRows) and spec.query == POOL):
         return spec
-    layer = spec.layer
+    layer = spec.layer(blocks) if callable(spec.layer) else spec.layer
     if layer is None:
         layer = site.layer if site.place == "vision" else feature_block
     assert layer is not None
@@ -130,8 +134,8 @@ def resolved(spec: EncoderSpec, site: Site, blocks: int, feature_block: int) -> 
 
 
 def _layer(value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ValueError(f"layer is {value!r}; it takes the number of a tower block, or None")
+    if value is not None and not callable(value) and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"layer is {value!r}; it takes the number of a tower block, a function of how many, or None")
 
 
 def _one_of(name: str, value: object, literal: object) -> None:

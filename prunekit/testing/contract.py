@@ -60,6 +60,10 @@ class StrategyContract:
         """A prompt batch for that model, of `images` and `text` as `tiny_inputs` takes them."""
         return tiny_inputs(**rows, sizes=self.cuts_pixels)
 
+    def row(self, inputs: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
+        """Row `row` of such a batch as a batch of its own, without padding."""
+        return row_of(dict(inputs), row)
+
     @property
     def cuts_pixels(self) -> bool:
         """By default patches leave before the tower, which then has to take images of any size."""
@@ -119,7 +123,7 @@ class StrategyContract:
         model, inputs = self.model(), self.inputs(**RAGGED)
         together, logits = self.run(model, inputs)
         for row in range(together.samples):
-            alone, single = self.run(model, row_of(inputs, row))
+            alone, single = self.run(model, self.row(inputs, row))
             assert [event.kept[row] for event in together.events] == [event.kept[0] for event in alone.events]
             assert together.layer_tokens[row] == alone.layer_tokens[0]
             assert (logits[row] - single[0]).abs().max() < 1e-9

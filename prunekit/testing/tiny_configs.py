@@ -148,7 +148,7 @@ def llava_next_video(layers: int) -> Any:
 def vipllava(layers: int) -> Any:
     return config(
         "vipllava", text(layers, model_type="llama"), vision("clip_vision_model"), image_seq_length=16,
-        vision_feature_layer=(-2, -3, 1),
+        vision_feature_layers=(-2, -3, 1),  # its name in all versions of transformers, today an alias
     )  # fmt: skip
 
 

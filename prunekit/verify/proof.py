@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit import families, upstream
+from prunekit import families, probes
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
@@ -80,7 +80,7 @@ def proved_parts(model: PreTrainedModel) -> Parts:
     Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with the first fault,
     and for a version of transformers that lacks what prunekit needs.
     """
-    upstream.verify()
+    probes.verify()
     parts = families.find(model)
     if families.is_vouched_for(model) and parts.opaque is None:
         return parts

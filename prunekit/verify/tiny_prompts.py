@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,7 +10,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from prunekit.families.generic import token_of
+from prunekit import families
+from prunekit.errors import Unsupported
+from prunekit.families.features import Features, each
+from prunekit.families.generic import base_of, token_of
+from prunekit.families.images import PIXELS
+from prunekit.upstream import Encoder
 from prunekit.verify import tiny_visual_inputs as draw
 from prunekit.verify.tiny_models import BOS, FIRST_WORD, PAD, VIDEO
 
@@ -117,17 +121,33 @@ def row_of(batch: TinyBatch, row: int) -> TinyBatch:
     return single
 
 
-def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Any:
-    """What the model's encoder gives for the visual inputs of one kind among `inputs`."""
-    method = getattr(_base(model), METHODS[kind])
-    takes = inspect.signature(method).parameters
-    return method(**{name: tensor for name, tensor in inputs.items() if name in takes}, return_dict=True)
+def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """The visual tokens, float (tokens, H), that the model's encoder makes of each input of one kind in `inputs`.
+
+    Where they are not under their usual name: what later decoder layers get of them, or of models without a tower the
+    patches themselves.
+    """
+    given, output = output_of(model, kind, inputs)
+    if getattr(output, "pooler_output", None) is not None:
+        return _features(model, kind)(given, output.pooler_output)
+    deep = getattr(output, "deepstack_features", None)
+    return each(given, deep[0][1] if deep else output.last_hidden_state)
 
 
-def _base(model: Any) -> Any:
-    """The module that encodes images: the base model, or the model itself where that has none."""
-    base = getattr(model, "model", None)
-    return base if hasattr(base, METHODS["image"]) else model
+def output_of(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Any]:
+    """What the model's encoder takes of `inputs` by name, and what it returns for the inputs of one kind among them."""
+    encoder = Encoder(getattr(base_of(model), METHODS[kind]), PIXELS[kind])
+    given: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if encoder.takes(name)}
+    return given, encoder(given | {"return_dict": True})
+
+
+def _features(model: Any, kind: str) -> Features:
+    """As `Modality.features`, of the model's family; of none, or of a decoder that is refused, the usual."""
+    try:
+        modalities = families.find(model).modalities
+    except Unsupported:
+        return each
+    return next((one.features for one in modalities if one.name == kind), each)
 
 
 @dataclass(frozen=True)
@@ -195,8 +215,7 @@ def _joined(name: str, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
 @torch.no_grad()
 def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> list[int]:
     """The visual tokens of each image or video of one kind; one of several tiles has the same number for each."""
-    every = [len(one) for one in _features(encode(model, kind, tensors))]
-    pixels = "pixel_values_videos" if kind == "video" else "pixel_values"
+    every, pixels = list(map(len, encode(model, kind, tensors))), PIXELS[kind]
     parts = [len(one[pixels]) if one[pixels].ndim == 4 else 1 for one in drawn if pixels in one]
     if len(every) not in (len(parts), sum(parts)):
         every = [sum(every) // sum(parts)] * sum(parts)
@@ -204,16 +223,6 @@ def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensor
         return every
     ends = list(accumulate(parts))
     return [sum(every[end - part : end]) for part, end in zip(parts, ends, strict=True)]
-
-
-def _features(output: Any) -> Any:
-    """What an encoder made of each image or video: under its usual name, or what later decoder layers get of it, or of
-    models without a tower the patches themselves.
-    """
-    if getattr(output, "pooler_output", None) is not None:
-        return output.pooler_output
-    deep = getattr(output, "deepstack_features", None)
-    return deep[0][1] if deep else output.last_hidden_state
 
 
 def _id(model: Any, recipe: Recipe, kind: str) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from prunekit import upstream
 from prunekit.families.grids import merge_of
 
 VisualInput = dict[str, Tensor]
@@ -146,9 +147,14 @@ def placed_patches(config: Any, generator: Generator) -> VisualInput:
 
 
 def placed_frames(config: Any, generator: Generator) -> VisualInput:
-    """A video of such frames: `pixel_values_videos` (frames, ...), `video_position_ids`, `num_frames_per_video`."""
-    number, size = choose(generator, (2, (2, 2)), (3, (1, 2)), (2, (2, 1)))
+    """A video of such frames: `pixel_values_videos` (frames, ...), `video_position_ids`, `num_frames_per_video`; where
+    the model takes videos of the same number of frames only, one entry of the first two.
+    """
+    stacked = upstream.stacks_videos()
+    number, size = choose(generator, (2, (2, 2)), (2 if stacked else 3, (1, 2)), (2, (2, 1)))
     pixels, places = _placed(config, size, number, generator)
+    if stacked:
+        return {"pixel_values_videos": pixels[None], "video_position_ids": places[None]}
     return {"pixel_values_videos": pixels, "video_position_ids": places, "num_frames_per_video": torch.tensor([number])}
 
 

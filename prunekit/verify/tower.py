@@ -11,7 +11,6 @@ Shape letters: V visual tokens of all prompts, p patches that become one visual 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +21,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from prunekit.families import find
+from prunekit.families.images import PIXELS
 from prunekit.families.tower_parts import Tower
 from prunekit.records import RunReport, StageEvent
 from prunekit.strategy.sites import Site
+from prunekit.upstream import Encoder
 from prunekit.verify.muting import without
 
 
@@ -87,12 +88,10 @@ def smaller_images(
     original = getattr(base, method)
     names = [name for name in inputs if shown[name] is not inputs[name]]
 
-    signature = inspect.signature(original)
+    encoder = Encoder(original, PIXELS[kind])
 
     def encode(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {}) | {name: shown[name] for name in names}
-        output = original(**given)
+        output = encoder(encoder.arguments(args, kwargs) | {name: shown[name] for name in names})
         if holder.cell is not None:
             output.pooler_output = [_in_places(list(output.pooler_output), places)]
             if (stacks := getattr(output, "deepstack_features", None)) is not None:
@@ -230,7 +229,7 @@ class _Replay:
         whole = state.reshape(rows, length, -1).clone()
         groups = self._groups(rows, length - self.tower.leading)
         for number in numbers:
-            flat = whole[:, self.tower.leading :].flatten(0, 1)
+            flat = whole[:, self.tower.leading :].flatten(0, 1).clone()  # of one row it would be a part of `whole`
             alive, kept = self._before(number), self._kept(self.events[number])
             sizes = list(map(len, groups))
             decided = zip(torch.split(alive, sizes), torch.split(kept, sizes), strict=True)

@@ -13,7 +13,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.families.grids import merge_of
 from prunekit.verify.precision import Float64Throughout
-from prunekit.verify.tiny_prompts import Recipe, encode, tensors_of
+from prunekit.verify.tiny_prompts import Recipe, encode, output_of, tensors_of
 
 # Convolutions mix patches, so that a patch's own token may lose by chance; in a wrong order it wins by chance only.
 TRIED, NEEDED = 12, 0.75
@@ -30,7 +30,7 @@ def coords_hold(model: Any, parts: Parts, recipe: Recipe) -> bool:
     generator = torch.Generator().manual_seed(0)
     inputs = tensors_of(model, recipe, [recipe.image(model.config, generator)])
     pixels = inputs.get(modality.pixels)
-    if pixels is None or getattr(encode(model, "image", inputs), "pooler_output", None) is None:
+    if pixels is None or getattr(output_of(model, "image", inputs)[1], "pooler_output", None) is None:
         return False
     with Float64Throughout(), _silenced(parts):
         before = _features(model, inputs)
@@ -67,7 +67,7 @@ def _silenced(parts: Parts) -> Iterator[None]:
 
 def _features(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """Of the one image, (tokens, H)."""
-    return torch.cat(list(encode(model, "image", inputs).pooler_output))
+    return torch.cat(list(encode(model, "image", inputs)))
 
 
 def _layouts(coords: Tensor, inputs: Mapping[str, Tensor], pixels: Tensor, merge: int) -> Iterator[Tensor]:

@@ -16,12 +16,10 @@ behind the image, as in OpenVINO's port for other models, whose sign is an optio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
-from prunekit_strategies.clip_text import pair as clip_pair
+from prunekit_strategies.clip_text.pair import Paired
 from torch import Tensor
 
 from prunekit import ModelShape, hookimpl, strategy
@@ -30,26 +28,14 @@ from prunekit.ops import cosine, crop_quotas, dpp, group_members, precise
 Scale = Literal["image", "sample"]
 
 
-@strategy(per_sample=True)
-class CDPruner:
+@strategy(paper="2506.10967", code="Theia-4869/CDPruner@9541616", per_sample=True)
+class CDPruner(Paired):
     """Keep tokens that are unlike each other and relevant to the question by CLIP's text tower.
 
-    clip: the CLIP model that the vision tower was taken from: a folder, or a hub id in this machine's cache, such as
-    openai/clip-vit-large-patch14-336 for LLaVA-1.5. scale: over what relevance is scaled.
+    clip: as for `Paired`. scale: over what relevance is scaled.
     """
 
-    clip: Path | str
     scale: Scale = "image"
-
-    @hookimpl
-    def files(self) -> Sequence[Path]:
-        """The CLIP model's."""
-        return clip_pair.files_of(self.clip)
-
-    @hookimpl
-    def check(self, shape: ModelShape) -> None:
-        """Raise ValueError, `clip: ...`, for a CLIP model that the tower was not taken from."""
-        clip_pair.check_pair(self.clip, shape)
 
     @hookimpl
     def select_tokens(
@@ -57,7 +43,7 @@ class CDPruner:
     ) -> Tensor:
         """Bool (V,) with exactly `count` True."""
         features = precise(features)
-        pair = clip_pair.load(self.clip, features.dtype, features.device)
+        pair = self._pair(features)
         relevance = -cosine(pair.patches(features), pair.segments(question)).mean(1)
         return _chosen(hidden, relevance, coords, frames, count, self.scale)
 
@@ -65,10 +51,10 @@ class CDPruner:
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
         """The text tower, the projection of the patches, cosines within each crop, and at most so many greedy steps."""
         width = shape.tower.width if shape.tower else 0
-        return clip_pair.text_flops(self.clip, text) + 2 * visual * width**2 + _dpp_flops(shape, visual)
+        return self._text_flops(text) + 2 * visual * width**2 + _dpp_flops(shape, visual)
 
 
-@strategy(per_sample=True)
+@strategy(paper="2506.10967", code="Theia-4869/CDPruner@9541616", per_sample=True)
 class CDPrunerEmbeds:
     """Keep tokens that are unlike each other and relevant to the question by the decoder's own embeddings.
 

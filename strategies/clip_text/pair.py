@@ -6,7 +6,7 @@ CLIP: https://arxiv.org/abs/2103.00020. Nothing is downloaded: its files lie in 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import ModelShape, Unsupported
+from prunekit import ModelShape, Unsupported, hookimpl
 
 
 @dataclass(frozen=True)
@@ -133,3 +133,32 @@ def text_flops(clip: Path | str, tokens: int) -> int:
     config = _config(clip).text_config
     layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
     return 2 * tokens * config.num_hidden_layers * (layer + 2 * config.hidden_size * tokens)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What strategies share that read the question with this text tower.
+
+    clip: the CLIP model that the vision tower was taken from: a folder, or a hub id in this machine's cache, such as
+    openai/clip-vit-large-patch14-336 for LLaVA-1.5.
+    """
+
+    clip: Path | str
+
+    @hookimpl
+    def files(self) -> Sequence[Path]:
+        """The CLIP model's."""
+        return files_of(self.clip)
+
+    @hookimpl
+    def check(self, shape: ModelShape) -> None:
+        """Raise ValueError, `clip: ...`, for a CLIP model that the tower was not taken from."""
+        check_pair(self.clip, shape)
+
+    def _pair(self, like: Tensor) -> ClipPair:
+        """The model, in the dtype and on the device of a tensor."""
+        return load(self.clip, like.dtype, like.device)
+
+    def _text_flops(self, tokens: int) -> int:
+        """What the text tower costs for so many tokens."""
+        return text_flops(self.clip, tokens)

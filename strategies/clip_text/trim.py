@@ -14,36 +14,25 @@ text tower takes are cut off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
-from prunekit_strategies.clip_text import pair as clip_pair
+from prunekit_strategies.clip_text.pair import Paired
 from torch import Tensor
 
 from prunekit import ModelShape, Selection, Sites, hookimpl, strategy
 from prunekit.ops import crop_quotas, group_members, outliers, precise, slot_weights, top_k_mask
 
 
-@strategy(sites=Sites(decoder=False), keep="optional", per_sample=True)
-class TRIM:
-    """Keep what the question is about, by CLIP's text tower, and the mean of the rest.
-
-    clip: the CLIP model that the vision tower was taken from: a folder, or a hub id in this machine's cache, such as
-    openai/clip-vit-large-patch14-336 for LLaVA-1.5.
-    """
-
-    clip: Path | str
-
-    @hookimpl
-    def files(self) -> Sequence[Path]:
-        """The CLIP model's."""
-        return clip_pair.files_of(self.clip)
-
-    @hookimpl
-    def check(self, shape: ModelShape) -> None:
-        """Raise ValueError, `clip: ...`, for a CLIP model that the tower was not taken from."""
-        clip_pair.check_pair(self.clip, shape)
+@strategy(
+    paper="2409.10994",
+    code="FreedomIntelligence/TRIM@f5a232d",
+    sites=Sites(decoder=False),
+    keep="optional",
+    per_sample=True,
+)
+class TRIM(Paired):
+    """Keep what the question is about, by CLIP's text tower, and the mean of the rest. clip: as for `Paired`."""
 
     @hookimpl
     def select_tokens(
@@ -56,7 +45,7 @@ class TRIM:
     ) -> Selection:
         """`count` tokens, or one more than outliers of each image; means are extras, float (E, H), one an image."""
         states = precise(features)
-        pair = clip_pair.load(self.clip, states.dtype, states.device)
+        pair = self._pair(states)
         likeness = pair.patches(states) @ pair.segments(question)[0]
         groups, quota = crop_quotas(coords, torch.zeros_like(coords[:, 0]), len(coords) if count is None else count)
         keep, means = torch.zeros_like(groups, dtype=torch.bool), {}
@@ -78,4 +67,4 @@ class TRIM:
     def flops(self, shape: ModelShape, text: int, visual: int) -> int:
         """The text tower on the question, and the projection of the patches; its width counts as that of the tower."""
         width = shape.tower.width if shape.tower else 0
-        return clip_pair.text_flops(self.clip, text) + 2 * visual * width * (width + 1)
+        return self._text_flops(text) + 2 * visual * width * (width + 1)

@@ -24,7 +24,7 @@ from prunekit import ModelShape, Route, Site, Sites, Unsupported, hookimpl, stra
 UNTRAINED = "the router is untrained: its choices are as good as random ones (`weights: null`)"
 
 
-@strategy(sites=Sites(default=Site(2)), per_sample=True)
+@strategy(paper="2412.06458", code="ASGO-MM/Pruning-All-Rounder@1890d44", sites=Sites(default=Site(2)), per_sample=True)
 class Par:
     """A small router ranks visual tokens and decoder layers for each sample; the stage's budget cuts both rankings.
 

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import pytest
-import tiny_clip
+from strategy_options import OPTIONS, options_for
 
 import prunekit
 from prunekit import PREFILL_END, Selection, Site, Sites, hookimpl, plugins, strategy
 from prunekit.families import shape_of
-from prunekit.strategy.artefact import Artefact
 from prunekit.testing.contract import KeepContract, LayerContract, StrategyContract, contract
 from prunekit.testing.tiny import tiny_llava
 
-# What a strategy needs beside its name; one that is missing here and cannot be built without options fails by name.
-OPTIONS = {
-    "skip_layers": {"layers": [1, 4]},
-    "freeze_layers": {"layers": [1, 4]},
-    "par": {"weights": None, "seed": 0, "width": 32},
-    "shortgpt": {"drop": 2},
-    "vscan": {"shallow": 0},
-    "hiprune": {"object_layer": 1},
-}
 AT_MOST = {"pool"}
 NAMES = [entry.name for entry in plugins.registry().strategies()]
 
@@ -28,29 +18,10 @@ globals().update({f"Test_{name}": contract(name, OPTIONS.get(name), at_most=name
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _calibrated(tmp_path_factory):
-    """Strategies that need a calibration get one of the contract's model."""
-    shape, folder = shape_of(tiny_llava()), tmp_path_factory.mktemp("calibrations")
-    about = {"id": "tiny", "family": shape.family, "layers": shape.layers, "hidden": shape.hidden}
-    results = {
-        "shortgpt": {"influence": [float(layer) for layer in range(shape.layers)]},
-        "fitprune": {
-            "reduction": 0.6,
-            "alpha": 0.5,
-            "left": [1.0, *(1 / (1 + layer) for layer in range(1, shape.layers))],
-        },
-    }
-    for name, result in results.items():
-        Artefact(prunekit.__version__, name, about, {"name": "none"}, result).write(folder / f"{name}.json")
-        globals()[f"Test_{name}"].options = {**OPTIONS.get(name, {}), "calibration": str(folder / f"{name}.json")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _paired(tmp_path_factory):
-    """Strategies that read the question with CLIP get a model that the tower might be taken from."""
-    clip = str(tiny_clip.write(tmp_path_factory.mktemp("clip")))
-    for name in ("trim", "cdpruner"):
-        globals()[f"Test_{name}"].options = {"clip": clip}
+def _with_files(tmp_path_factory):
+    """Strategies that need a calibration get one of the contract's model; others the CLIP model of its tower."""
+    for name, options in options_for(shape_of(tiny_llava()), tmp_path_factory.mktemp("files")).items():
+        globals()[f"Test_{name}"].options = options
 
 
 def test_the_strategies_of_this_version_are_all_here():

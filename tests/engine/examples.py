@@ -21,7 +21,7 @@ class Loud:
         return hidden.norm(dim=-1)
 
 
-@strategy(sites=EVERYWHERE)
+@strategy(sites=EVERYWHERE, crops=True)
 class Cropped:
     """Baseline: keep the longest states, also in the KV of the layers before."""
 

@@ -13,7 +13,19 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import prunekit
-from prunekit import EncoderKeys, EncoderRows, Features, Keys, LayerAction, LayerPlan, Rows, Sites, families, hookimpl
+from prunekit import (
+    EncoderKeys,
+    EncoderRows,
+    Features,
+    Keys,
+    LayerAction,
+    LayerPlan,
+    Rows,
+    Sites,
+    Values,
+    families,
+    hookimpl,
+)
 from prunekit.pipeline import build
 from prunekit.registry import Registry
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
@@ -46,10 +58,14 @@ INPUTS = {
     "cls_crops": st.none(),
     "project": st.none(),
     "places": st.none(),
+    "videos": st.none(),
     "patches": st.none(),
     "coords": st.none(),
-    "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next"))),
+    "shape": st.none(),
+    "attention": st.builds(Rows, layer=st.sampled_from(("previous", "own", "next")), optional=st.booleans()),
     "keys": st.builds(Keys, layer=st.sampled_from(("previous", "own", "next"))),
+    "text_values": st.builds(Values, layer=st.sampled_from(("previous", "own", "next"))),
+    "rotary": st.none(),
     "encoder_attention": st.one_of(
         st.builds(EncoderRows, layer=BLOCKS, query=st.sampled_from(("cls", "mean"))),
         st.just(EncoderRows(query="pool")),

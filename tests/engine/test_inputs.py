@@ -75,15 +75,36 @@ class Sample:
             line = maps[:, query].clone()
             if spec.domain != "logits":
                 line[:, query + 1 :] = -torch.inf
-                if spec.domain == "visual":
-                    line[:, ~visual] = -torch.inf
-                line = torch.zeros_like(line) if line[0].isinf().all() else line.softmax(-1)
+                line = self.probable(layer, spec, line)
             if spec.undecay:
                 line = line / self.left_by_rotation(layer, query)
-            lines.append(line[:, visual])
+            lines.append(line)
+        if spec.steps > 1:
+            return reduce(passed_on(torch.stack(lines), spec.steps)[None, :, visual], spec)
+        if spec.pooled:
+            lines = [self.probable(layer, spec, self.pooled(layer, spec))] if lines else []
+        lines = [line[:, visual] for line in lines]
         stacked = torch.stack(lines) if lines else maps.new_zeros(1, maps.shape[0], int(visual.sum()))
         assert number == len(visual)
         return reduce(stacked, spec) if lines or spec.over != "none" else None
+
+    def probable(self, layer, spec, line):
+        """The softmax of one query's logits (a, s), those that it does not see -inf."""
+        visual, asked = self.visual(layer), torch.tensor(self.queries(layer, spec))
+        inside = {"visual": visual, "queries": torch.isin(torch.arange(len(visual)), asked)}
+        if spec.domain in inside:
+            line[:, ~inside[spec.domain]] = -torch.inf
+        return torch.zeros_like(line) if line[0].isinf().all() else (line / spec.temperature).softmax(-1)
+
+    def pooled(self, layer, spec):
+        """Logits (a, s) of the mean of the queries."""
+        module, rotary = self.layers[layer], self.rotary[layer] if spec.rope else None
+        query, key, _ = (one[0] for one in projected(module, self.states[layer], rotary))
+        mean = torch.stack([query[:, at] for at in self.queries(layer, spec)]).mean(0)
+        key = key.repeat_interleave(len(query) // len(key), 0)
+        line = torch.einsum("ad,asd->as", mean, key) / query.shape[-1] ** 0.5
+        line[:, max(self.queries(layer, spec)) + 1 :] = -torch.inf
+        return line
 
     def left_by_rotation(self, layer, query):
         """What becomes of the product of two vectors of ones when both are rotated, over what it was: (s,)."""
@@ -100,6 +121,7 @@ class Sample:
             "after": lambda at, place: not visual[at] and place > last,
             "visual": lambda at, place: visual[at],
             "all": lambda at, place: True,
+            up_to_the_image: lambda at, place: place <= last,
         }.get(spec.queries, lambda at, place: even(self.ids[0, place]))
         return [at for at, place in enumerate(self.tokens[layer]) if chosen(at, place)]
 
@@ -119,6 +141,15 @@ def reduce(rows, spec):
     return rows.permute(2, 1, 0) if rows.ndim == 3 else rows.T
 
 
+def passed_on(maps, steps):
+    """PageRank over rows (s, a, s) of all queries, by loops: (a, s)."""
+    number = len(maps)
+    held = torch.full(maps.shape[1:], 1 / number, dtype=maps.dtype)
+    for _ in range(steps):
+        held = torch.stack([sum(held[head, i] * maps[i, head] for i in range(number)) for head in range(len(held))])
+    return held
+
+
 def even(ids):
     """Raters by their ids."""
     return ids % 2 == 0
@@ -126,6 +157,10 @@ def even(ids):
 
 def even_rows(known: PromptTokens):
     return even(known.ids)
+
+
+def up_to_the_image(known: PromptTokens):
+    return known.valid & ~known.after
 
 
 SPECS = [
@@ -139,7 +174,13 @@ SPECS = [
         {"queries": "visual", "over": "none", "heads": "none"},
         {"queries": "visual", "domain": "visual", "rope": False}, {"undecay": True},
         {"undecay": True, "queries": even_rows, "heads": 0.375},
-        {"undecay": True, "queries": "all", "domain": "visual"},
+        {"undecay": True, "queries": "all", "domain": "visual"}, {"domain": "queries", "queries": "text"},
+        {"temperature": 0.1, "queries": "all"}, {"temperature": 3, "domain": "visual", "heads": "max"},
+        {"queries": "all", "steps": 5, "temperature": 0.1, "heads": "none"}, {"queries": "all", "steps": 2},
+        {"queries": "all", "steps": 3, "heads": "max", "rope": False, "domain": "visual"}, {"pooled": True, "heads": 2},
+        {"pooled": True, "queries": up_to_the_image, "domain": "queries", "rope": False},
+        {"pooled": True, "queries": "visual", "domain": "visual", "heads": "sum", "temperature": 2.0},
+        {"pooled": True, "queries": "after", "heads": "none"},
     )
 ]  # fmt: skip
 # The site, what `layer` means there, and the layer that this is.
@@ -184,19 +225,21 @@ def test_rows(at, where, layer, earlier, attention):
 @pytest.mark.parametrize(("at", "where", "layer"), PLACES[:6])
 def test_keys_and_values(at, where, layer, earlier):
     model = model_of("sdpa")
-    keys = tuple(itertools.starmap(Keys, itertools.product([where], [True, False], ["concat", "mean"])))
-    values = (Values(where), Values(where, "mean"))
-    declared = {"keys": keys, "text_keys": keys, "values": values}
+    keys = tuple(itertools.starmap(Keys, itertools.product([where], [True, False], ["concat", "mean", "none"])))
+    values = (Values(where), Values(where, "mean"), Values(where, "none"))
+    declared = {"keys": keys, "text_keys": keys, "values": values, "text_values": values}
     (seen,) = read(model, at, declared, declared, earlier)
     for row in range(len(IMAGES)):
         sample = Sample(model, row, earlier)
         for name, specs in declared.items():
             for spec, found in zip(specs, seen[name], strict=True):
                 rotary = sample.rotary[layer] if getattr(spec, "rope", True) else None
-                states = projected(sample.layers[layer], sample.states[layer], rotary)[2 if name == "values" else 1][0]
-                wanted = states.mean(0) if spec.heads == "mean" else torch.cat(list(states), dim=-1)
+                third = name.endswith("values")
+                states = projected(sample.layers[layer], sample.states[layer], rotary)[2 if third else 1][0]
+                whole = {"mean": states.mean(0), "none": states.transpose(0, 1)}
+                wanted = whole.get(spec.heads, torch.cat(list(states), dim=-1))
                 visual = sample.visual(layer)
-                wanted = wanted[~visual if name == "text_keys" else visual]
+                wanted = wanted[~visual if name.startswith("text") else visual]
                 torch.testing.assert_close(found[row, : len(wanted)], wanted, atol=1e-12, rtol=1e-10)
                 assert not found[row, len(wanted) :].any()
 
@@ -234,7 +277,7 @@ def test_states(at, layer, before, earlier):
             assert not found[len(value) :].any(), name
 
 
-@pytest.mark.parametrize("names", [["attention", "keys", "values", "text_keys"], STATES[:6]])
+@pytest.mark.parametrize("names", [["attention", "keys", "values", "text_keys", "text_values"], STATES[:6]])
 def test_a_sample_at_a_time(names):
     """`per_sample` strategies get the same numbers, unpadded."""
     model = model_of("sdpa")

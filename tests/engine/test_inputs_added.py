@@ -13,7 +13,7 @@ from prunekit import EncoderKeys, Route, Rows, Selection, Sites, hookimpl, loadi
 from prunekit.errors import SpecError, Unsupported
 from prunekit.ops import top_k_mask
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
-from prunekit.testing.tiny_families import tiny_batch, tiny_model
+from prunekit.testing.tiny_families import takes_video, tiny_batch, tiny_model, tiny_names
 
 RAGGED = {"images": (1, 2), "text": (7, 9)}
 
@@ -66,6 +66,28 @@ def test_rotary_positions_of_all_axes(name):
             wanted = axes.expand(-1, len(visual), -1)[:, row, visual[row]].T[index[index >= 0]]
             assert torch.equal(one["positions"][row, index >= 0], wanted)
             assert bool((one["positions"][row, index < 0] == -1).all())
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rotations_are_those_of_each_axis(name, dtype):
+    """Of the module's frequencies, at the positions that `positions` says, whatever the model's precision."""
+    model = tiny_model(name, dtype=dtype)
+    inputs = tiny_batch(model)
+    for site in ("encoder", 2):
+        (seen,) = seen_at(model, inputs, ["positions", "rotary", "index"], site)
+        rotary, positions = seen["rotary"], seen["positions"]
+        assert rotary.dtype == torch.float32 and rotary.shape[:3] == positions.shape
+        module = next(m for part, m in model.named_modules() if part.endswith("language_model.rotary_emb"))
+        tables = [one.float() for part, one in module.named_buffers() if part.endswith("inv_freq")]
+        angles = [torch.cat([positions[..., None].float() * table] * 2, dim=-1) for table in tables]
+        there = seen["index"] >= 0
+        close = [
+            torch.allclose(rotary[there], torch.cat([angle.cos(), angle.sin()], dim=-1)[there], atol=1e-4)
+            for angle in angles
+            if 2 * angle.shape[-1] == rotary.shape[-1]
+        ]
+        assert any(close) and not rotary[~there].any()
 
 
 @strategy(sites=Sites(decoder=False), extras=("cls",))
@@ -213,3 +235,43 @@ def test_cls_tokens_say_of_which_crop_they_are():
             of_image = [crop for number, crop in numbers if number == image]
             assert of_image == list(range(len(of_image))) and len(of_image) > 1
         assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny_names() if takes_video(name)])
+def test_which_tokens_are_of_a_video(name):
+    """Behind stages that have dropped some, next to images whose crops are no frames; GLM takes one kind at a time."""
+    model = tiny_model(name)
+    prompts = ((("image", "video"), ("video",), ("image",), ()),)
+    if "glm" in name:
+        prompts = (("video",), ("video",)), (("image",), ())
+    for rows in prompts:
+        batch = tiny_batch(model, rows)
+        for one in seen_at(model, batch, ["videos", "coords"], "encoder", 3):
+            for kinds, videos, coords in zip(rows, one["videos"], one["coords"], strict=True):
+                shown = [kinds[number] == "video" if number >= 0 else False for number in coords[:, 0].tolist()]
+                assert videos.tolist() == shown
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_5_vl"])
+def test_which_inputs_of_the_tower_are_videos(name):
+    seen: list[dict[str, Any]] = []
+    model, inside = tiny_model(name), reader(["videos"], seen, sites=Sites(tower=True))
+    with torch.no_grad(), prunekit.apply(model, piped((inside, {"at": "vision.1"}))):
+        model(**tiny_batch(model, (("image", "video"), ("image",))))
+    kinds = [one["videos"].any() for one in seen]
+    assert any(kinds) and not all(kinds)
+    assert all(torch.equal(one["videos"], one["valid"] & kind) for one, kind in zip(seen, kinds, strict=True))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_rows_that_are_not_there_at_a_site(per_sample):
+    """The hook gets None in their place where they are optional; else the site is refused."""
+    model, inputs = tiny_llava(), tiny_inputs(**RAGGED)
+    own = Rows(layer="own", over="none", optional=True), Rows(layer="previous", optional=True)
+    traits = {"inputs": {"attention": own}, "per_sample": per_sample}
+    seen = seen_at(model, inputs, ["attention", "shape"], "encoder", "0.mid", "1", **traits)
+    there = [tuple(one is not None for one in given["attention"]) for given in seen]
+    assert there[:: 2 if per_sample else 1] == [(False, False), (True, False), (False, True)]
+    assert all(given["shape"].layers == 6 for given in seen)
+    with pytest.raises(SpecError, match="attention of the layer that the site stands in is not there at 'encoder'"):
+        seen_at(model, inputs, ["attention"], "encoder", inputs={"attention": Rows(layer="own")})

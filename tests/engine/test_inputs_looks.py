@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
 from functools import cache
@@ -135,7 +136,8 @@ def test_more_heads_than_there_are():
 @pytest.mark.parametrize(
     "given",
     [{"layer": "last"}, {"queries": "question"}, {"heads": 0}, {"heads": True}, {"heads": 1.5}, {"heads": "min"},
-     {"over": "none "}, {"domain": "text"}, {"rope": 1}, {"undecay": "yes"}],
+     {"over": "none "}, {"domain": "text"}, {"rope": 1}, {"undecay": "yes"}, {"pooled": 1}, {"temperature": 0},
+     {"steps": 0}, {"steps": 2.0}],
     ids=str,
 )  # fmt: skip
 def test_rows_that_do_not_exist(given):
@@ -409,6 +411,42 @@ def test_attention_that_takes_its_kernel_elsewhere_is_refused():
 def test_only_rotated_probabilities_have_a_decay(given):
     with pytest.raises(ValueError, match="undecay is of probabilities"):
         Rows(undecay=True, **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"pooled": True, "over": "none"}, "pooled takes one row"),
+        ({"pooled": True, "undecay": True}, "pooled takes one row"),
+        ({"temperature": 0.1, "domain": "logits"}, "temperature and steps are of probabilities"),
+        ({"steps": 2}, "steps above 1 take queries='all'"),
+        ({"steps": 2, "queries": "all", "heads": 3}, "steps above 1 take queries='all'"),
+    ],
+    ids=str,
+)
+def test_rows_that_contradict_themselves(given, said):
+    with pytest.raises(ValueError, match=said):
+        Rows(**given)
+
+
+@pytest.mark.parametrize("spec", [Rows(queries="all", steps=3), Rows(queries="all", pooled=True)], ids=str)
+def test_blocks_and_padding_change_nothing_of_steps_and_pooled_queries(spec, monkeypatch):
+    """A row with padding in front, whose own rows see nothing, equals itself alone."""
+    monkeypatch.setattr(decoder_rows, "BLOCK_BYTES", 3 * B * A * L * 4)
+    columns = torch.arange(7, L).expand(B, -1)
+    visual = (torch.arange(L) > 6).expand(B, -1)
+    gone = 4
+    there = torch.arange(L).expand(B, -1) >= gone
+    seen = torch.ones(L, L, dtype=torch.bool).tril() & there[:, None]
+    slots = (torch.arange(L) + gone).clamp(max=L - 1).expand(B, -1)
+    valid = (torch.arange(L) < L - gone).expand(B, -1)
+    whole = states(mask=seen[:, None])
+    found = decoder_rows.attention(whole, slots, valid, visual, columns, spec)
+    alone = states()
+    alone = dataclasses.replace(alone, query=alone.query[:, :, gone:], key=alone.key[:, :, gone:], mask=None)
+    rest = torch.arange(L - gone).expand(B, -1)
+    wanted = decoder_rows.attention(alone, rest, torch.ones_like(rest) > 0, visual[:, gone:], columns - gone, spec)
+    torch.testing.assert_close(found, wanted, atol=1e-13, rtol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -105,7 +105,10 @@ def answer(stage, at, **budget):
 def inputs_for(site):
     """At the decoder's input there is no layer behind to read."""
     return (
-        {"attention": Rows("next"), "keys": Keys("next"), "values": Values("next"), "text_keys": Keys("next")}
+        {
+            "attention": Rows("next"), "keys": Keys("next"), "values": Values("next"), "text_keys": Keys("next"),
+            "text_values": Values("next"),
+        }
         if (site == "encoder")
         else {}
     )

@@ -24,7 +24,7 @@ from prunekit.verify.equivalence import assert_equivalent, generate
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.tiny_models import tiny_from_config
 
-pytestmark = pytest.mark.skipif(RECURRENT_LAYER is None, reason="transformers before 5.13")
+pytestmark = pytest.mark.skipif(RECURRENT_LAYER is None, reason="transformers before 5.14")
 RAGGED = (("image",), ("image", "image"))
 CONVOLUTIONS = ["conv", "full_attention", "full_attention", "conv", "conv", "full_attention"]
 HALF = {"use": "random", "keep": 0.5}
@@ -150,7 +150,7 @@ def test_a_static_cache_is_refused() -> None:
 
 def test_older_versions_refuse_recurrent_states(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "RECURRENT_LAYER", None)
-    assert "which are cut along from transformers 5.18 on" in str(families.find(convolutions()).opaque)
+    assert "which are cut along from transformers 5.14 on" in str(families.find(convolutions()).opaque)
 
 
 def test_flops_are_those_of_the_matrix_products() -> None:

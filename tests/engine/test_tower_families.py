@@ -21,6 +21,7 @@ from prunekit.families import find
 from prunekit.ops import top_k_mask
 from prunekit.strategy.tower_requests import EncoderRows
 from prunekit.testing.tiny_families import row_of, takes_video, tiny_batch, tiny_model, tiny_names
+from prunekit.upstream import Encoder
 from prunekit.verify.precision import Float64Throughout
 
 model_of = cache(tiny_model)
@@ -35,10 +36,9 @@ def _exact():
 def encode(model, batch, kind="image"):
     """The features of the pictures, and the arguments of the call."""
     modality = next(one for one in find(model).modalities if one.name == kind)
-    method = getattr(model.model, modality.method)
-    names = [name for name in inspect.signature(method).parameters if name in batch]
-    given = {name: batch[name] for name in names}
-    return list(method(**given, return_dict=True).pooler_output), given
+    encoder = Encoder(getattr(model.model, modality.method), modality.pixels)
+    given = {name: tensor for name, tensor in batch.items() if encoder.takes(name)}
+    return list(modality.features(given, encoder(given | {"return_dict": True}).pooler_output)), given
 
 
 @contextmanager

@@ -334,6 +334,14 @@ def test_digests_see_every_pixel():
     assert len({Prompt("a", (base,)).digest(), Prompt("b", (base,)).digest(), Prompt("a", (other,)).digest()}) == 3
 
 
+def test_an_image_s_identity_is_that_of_its_pixels_whatever_is_asked():
+    base = picture(1)
+    assert Prompt("a", (base,)).image_id == Prompt("b", (base.copy(),)).image_id
+    assert Prompt("a", (base,)).image_id != Prompt("a", (picture(2),)).image_id
+    assert Prompt("a", (base, base)).image_id != Prompt("a", (base,)).image_id
+    assert Prompt("a", ()).image_id is None
+
+
 def test_the_base_class_is_simple_and_the_chat_class_is_not():
     assert (PruneKit.is_simple, PruneKitSimple.is_simple, PruneKitChat.is_simple) == (True, True, False)
     assert decoding({}, 1024) == decoding({}, 1024)

@@ -51,7 +51,11 @@ def test_numbers_of_a_row():
     dense, ours = only.rows
     assert dense.difference is None
     assert (dense.average.value, ours.average.value) == (pytest.approx(0.75), pytest.approx(0.7))
-    assert ours.tasks["micro/pope"] == stats.wilson([1.0] * 80 + [0.0] * 20)
+    wilson = stats.wilson([1.0] * 80 + [0.0] * 20)
+    assert (ours.tasks["micro/pope"].value, ours.tasks["micro/pope"].n) == (0.8, 100)
+    assert (ours.tasks["micro/pope"].low, ours.tasks["micro/pope"].high) == pytest.approx(
+        (wilson.low, wilson.high), abs=0.01
+    )
     assert ours.difference.value == pytest.approx(-0.05)
     assert ours.difference.low < -0.05 < ours.difference.high < 0
     assert ours.flops_fraction == ours.kv_fraction == ours.prefill_ratio == pytest.approx(0.4)
@@ -84,6 +88,7 @@ def test_failures_and_a_missing_dense_row_are_said():
     (only,) = tables.of_cells([cell("p", "pope", 80), cell("p", "gqa", 0, status="failed")])
     assert any("p on micro/gqa failed: broke" in note for note in only.notes)
     assert any("no dense row" in note for note in only.notes)
+    assert only.verdicts == ()
     assert only.rows[0].difference is None
 
 
@@ -163,3 +168,87 @@ def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path)
         results.write(results.path_of(tmp_path, one), one)
     stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in tables.tables(tmp_path)]
     assert stale == [True, False, False]
+
+
+def pruning(name, hits, *, use="random", seed=0, group=None, **rest):
+    """A cell of a pipeline with a seed; hits: how many questions are right, from the first on."""
+    one = cell(name, "pope", hits, sha=f"{name}{use}{seed}", flops=rest.pop("flops", 0.2), **rest)
+    resolved = f"name: {name}\nstages:\n- use: {use}\n  at: encoder\n  keep: 0.1\n  seed: {seed}\n"
+    questions = tuple(dataclasses.replace(each, group=group and group(each.number)) for each in one.questions)
+    return dataclasses.replace(one, pipeline=dataclasses.replace(one.pipeline, resolved=resolved), questions=questions)
+
+
+def test_seeds_of_a_pipeline_are_one_row():
+    cells = [pruning(f"random-s{seed}", 60 + 5 * seed, seed=seed) for seed in (2, 0, 1)]
+    (only,) = tables.of_cells([cell("dense", "pope", 90), *cells, pruning("other", 70, use="gate", flops=0.2)])
+    dense, other, seeded = only.rows
+    assert (dense.pipeline, other.pipeline, seeded.pipeline) == ("dense", "other", "random-s0")
+    assert sorted(seeded.seeds) == [0.6, 0.65, 0.7] and not other.seeds
+    assert seeded.average.value == pytest.approx(0.65)
+    assert (other.to_random.other, other.to_random.difference.value) == ("random-s0", pytest.approx(0.05))
+    assert rendering.columns(only)["Seeds"] == ["", "", "3: 60.0–70.0"]
+    assert "Δ random" in rendering.markdown(only) and "random-s0" in shown(only)
+
+
+def test_seeds_of_one_name_are_not_older_versions_but_another_keep_is():
+    cells = [pruning("random", 60, created="1"), pruning("random", 70, seed=1, created="2")]
+    (only,) = tables.of_cells(cells)
+    assert len(only.rows[0].seeds) == 2 and not any("older" in note for note in only.notes)
+    again = dataclasses.replace(cells[1], created="3", pipeline=dataclasses.replace(cells[1].pipeline, sha="newer"))
+    assert len(tables.of_cells([*cells, again])[0].rows[0].seeds) == 2  # the same seed again
+    wider = dataclasses.replace(
+        cells[1].pipeline, sha="wide", resolved=cells[1].pipeline.resolved.replace("keep: 0.1", "keep: 0.2")
+    )
+    (only,) = tables.of_cells([*cells, dataclasses.replace(cells[1], pipeline=wider, created="3")])
+    assert only.rows[0].seeds == () and any("2 cells of older" in note for note in only.notes)
+
+
+def test_a_seed_without_a_task_of_the_others_is_left_out():
+    whole = [pruning("r", 60), dataclasses.replace(pruning("r", 50), task="gqa", label="micro/gqa")]
+    (only,) = tables.of_cells([*whole, pruning("r-1", 90, seed=1)])
+    assert [(row.pipeline, row.average.value, row.seeds) for row in only.rows] == [("r", pytest.approx(0.55), ())]
+    assert "1 of 2 seeds of r left out, for lack of tasks that others have" in only.notes
+
+
+def test_intervals_are_wider_where_questions_share_images():
+    (apart,) = tables.of_cells([pruning("p", 70, group=str)])
+    (shared,) = tables.of_cells([pruning("p", 70, group=lambda number: str(number // 5))])
+    assert (apart.images, shared.images) == ({"micro/pope": 100}, {"micro/pope": 20})
+    assert shared.rows[0].average.half > 1.8 * apart.rows[0].average.half
+    assert not any("image" in note for note in (*apart.notes, *shared.notes))
+
+
+def test_questions_without_an_image_stand_for_themselves_and_it_is_said():
+    (only,) = tables.of_cells([pruning("p", 70, group=lambda number: "one" if number < 50 else None)])
+    assert only.images == {"micro/pope": 51}
+    assert any("micro/pope name no image for some questions" in note for note in only.notes)
+
+
+def test_what_holds_is_said_and_marked():
+    cells = [cell("dense", "pope", 90), cell("much", "pope", 50, flops=0.2), cell("little", "pope", 89, flops=0.2)]
+    (only,) = tables.of_cells(cells)
+    said = "dense beats much (5 %, after Holm's correction over 2 comparisons)"
+    assert only.verdicts == (said, "only little can be the best pruned row (95 % model confidence set)")
+    assert only.best == ("little",)
+    dense, little, much = rendering.columns(only)["Δ dense"]
+    assert (dense, little.endswith("*"), much.endswith("*")) == ("", False, True)
+    assert said in shown(only) and f"D{said[1:]}" in rendering.markdown(only)
+    data = json.loads(json.dumps(only.to_json()))
+    assert [row["to_dense"] and row["to_dense"]["holds"] for row in data["rows"]] == [None, 0, -1]
+    assert data["could_be_best"] == ["little"] and data["rows"][2]["to_dense"]["losses"] == 40
+    assert data["rows"][2]["difference"] == data["rows"][2]["to_dense"]["difference"]
+
+
+def test_many_rows_are_counted_not_named():
+    (only,) = tables.of_cells([cell("dense", "pope", 90), *(cell(f"p{i}", "pope", 40, flops=0.2) for i in range(9))])
+    assert only.verdicts[0] == "dense beats 9 rows (marked *) (5 %, after Holm's correction over 9 comparisons)"
+    assert len(only.best) == 9
+
+
+@pytest.mark.parametrize(("dense", "ours"), [(100, 100), (0, 0), (100, 0)])
+def test_all_right_and_all_wrong(dense, ours):
+    (only,) = tables.of_cells([cell("dense", "pope", dense), cell("p", "pope", ours, flops=0.5)])
+    change = only.rows[1].difference
+    assert change.value == (ours - dense) / 100 and -1 <= change.low <= change.value <= change.high <= 1
+    assert change.low < change.high
+    assert only.rows[1].to_dense.holds == (-1 if dense > ours else 0)

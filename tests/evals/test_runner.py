@@ -7,9 +7,15 @@ import sys
 import time
 
 import pytest
+import torch
+from PIL import Image
 from prunekit_evals import runner
+from prunekit_evals.compare import tables
 from prunekit_evals.lmms import harness, tasks
 from prunekit_evals.run import answering, results
+from prunekit_evals.run.answering import Tally
+from prunekit_evals.run.journal import Answer, Facts, Journal
+from prunekit_evals.run.prompts import Prompt
 from prunekit_evals.runner import Plan, Runner
 
 import prunekit
@@ -77,12 +83,13 @@ def test_cells_hold_what_lmms_eval_found(plan):
     pope = cells["pope", "dense"]
     assert pope.label == "micro/pope"
     assert {one.answer for one in pope.questions} == {"yes", "no"}
-    assert len(pope.scores) == 24
+    assert len(pope.scores) == len(pope.groups) == 24
+    assert pope.groups == cells["pope", "fastv"].groups
     assert sum(pope.scores.values()) / 24 == pytest.approx(pope.metrics["pope_accuracy,none"])
     assert 0 < pope.metrics["pope_accuracy,none"] < 1
     mme = cells["mme", "fastv"]
     assert set(mme.metrics) >= {"mme_perception_score,none"}
-    assert len(set(mme.groups.values())) == 12
+    assert len(set(mme.groups.values())) == 12  # two questions about each image
     mmbench = cells["mmbench_en_dev_static", "fastv"]
     assert mmbench.metrics["gpt_eval_score,none"] == pytest.approx(100 * sum(mmbench.scores.values()) / 24)
     assert sorted(cells["scienceqa_img", "fastv"].scores) == list(range(24))
@@ -328,3 +335,43 @@ def test_costs_of_an_answer_are_those_of_its_row(loaded):
     report.cost.dense_tower_flops = (9, 9, 3, 3)
     assert answering.whole_fraction(answering.facts_of(report, 2)) == pytest.approx((5 + 6 + 3 + 1) / (7 + 8 + 9 + 3))
     assert answering.facts_of(None, 2) == [None, None]
+
+
+def test_cells_count_what_the_model_did_not_compute_finitely(plan, tmp_path):
+    """Of dense and pruned rows alike; a second run, whose answers come from the cells, says the same."""
+    planned = plan("pope", DENSE, FASTV, limit=5)
+    made = Runner(planned, Quiet())
+    with torch.no_grad():
+        made.loaded.model.lm_head.weight[7] = float("inf")
+    cells = by_name(made.run())
+    for name in ("dense", "fastv"):
+        cell = cells["pope", name]
+        assert cell.status == "done" and cell.unsound == 5
+        assert any(note.startswith("logits, samples 0, 1, 2, 3, 4: ") for note in cell.notes)
+        assert results.read(results.path_of(planned.out, cell)) == cell
+    (table,) = tables.of_cells(cells.values())
+    assert "fastv on micro/pope: the model computed NaN or infinity for 5 questions" in table.notes
+    sound = plan("pope", FASTV, limit=5, out=tmp_path / "sound")
+    assert by_name(go(sound)[0])["pope", "fastv"].unsound == 0
+
+
+def test_a_journal_remembers_which_answers_were_unsound(tmp_path):
+    answers = [Answer("yes", 3, 1, Facts(16, 4, 10, 20, 3, 6, sound=sound)) for sound in (True, False)]
+    with Journal(tmp_path / "j") as journal:
+        journal.add(zip("ab", answers, strict=True))
+    tally = Tally()
+    tally.add([Journal(tmp_path / "j").get(key) for key in "ab"], journaled=True)
+    assert tally.unsound == 1 and answering.means(tally.facts)["unsound_questions"] == 1
+
+
+def test_likelihoods_that_are_not_finite_are_counted(loaded):
+    prompt, tally = Prompt("USER: <image>\nIs it? ASSISTANT:", (Image.new("RGB", (64, 64)),)), Tally()
+    answering.loss(loaded, prunekit.load(FASTV), prompt, " yes", tally)
+    assert tally.unsound == 0
+    head = loaded.model.lm_head.forward
+    loaded.model.lm_head.forward = lambda states: head(states) * float("nan")
+    try:
+        answering.loss(loaded, prunekit.load(FASTV), prompt, " yes", tally)
+    finally:
+        del loaded.model.lm_head.forward
+    assert tally.unsound == 1 and any(note.startswith("logits, samples 0: ") for note in tally.notes)

@@ -115,6 +115,9 @@ def test_scores_of_the_standard_tasks():
     assert {q.answer for q in scoring.questions("pope", logged)} == {"yes"}
     mme = [sample(0, mme_perception_score={"question_id": "a", "category": "color", "score": 1.0})]
     assert [(q.score, q.group) for q in scoring.questions("mme", mme)] == [(1.0, "a")]
+    assert [q.group for q in scoring.questions("mme", mme, {0: "pixels"})] == ["pixels"]
+    gqa = [sample(number, exact_match=1.0) for number in (0, 1)]
+    assert [q.group for q in scoring.questions("gqa", gqa, {1: "pixels"})] == [None, "pixels"]
     assert [q.score for q in scoring.questions("gqa", [sample(0, exact_match=1.0)])] == [1.0]
     assert [q.score for q in scoring.questions("textvqa_val", [sample(0, exact_match=0.3, submission={})])] == [0.3]
     seed = [sample(0, seed_all={"pred": "A", "answer": "B", "question_id": 1})]

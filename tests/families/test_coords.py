@@ -45,7 +45,7 @@ def touched(model: Any, kind: str, inputs: dict[str, Tensor]) -> list[list[Tenso
     """For each picture and visual token, the patches that it depends on: bool (crops of the batch, rows, columns)."""
     pixels = inputs[modality(model, kind).pixels].clone().requires_grad_(True)
     given = inputs | {modality(model, kind).pixels: pixels}
-    pictures = encode(model, kind, given).pooler_output
+    pictures = encode(model, kind, given)
     return [[_patches(token, pixels) for token in picture] for picture in pictures]
 
 
@@ -158,7 +158,7 @@ def test_frames_of_a_video(family: str) -> None:
 def test_merged_patches_stand_where_their_positions_say(family: str, kind: str) -> None:
     model = tiny_model(family)
     inputs = tiny_batch(model, [(kind,), (kind, kind)])
-    counts = [len(picture) for picture in encode(model, kind, inputs).pooler_output]
+    counts = [len(picture) for picture in encode(model, kind, inputs)]
     found = places(model, kind, inputs, counts)
     known = {"input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw"}
     positions, _ = model.model.get_rope_index(**{name: tensor for name, tensor in inputs.items() if name in known})
@@ -186,7 +186,7 @@ def test_patches_that_come_with_their_places(family: str, kind: str) -> None:
     inputs = tiny_batch(model, [(kind,), (kind, kind)])
     cell = 1 if family == "gemma4_unified" else model.config.vision_config.pooling_kernel_size
     pixels = inputs[modality(model, kind).pixels].clone().requires_grad_(True)
-    shown = encode(model, kind, inputs | {modality(model, kind).pixels: pixels}).pooler_output
+    shown = encode(model, kind, inputs | {modality(model, kind).pixels: pixels})
     found = places(model, kind, inputs, list(map(len, shown)))
     positions, first = inputs[f"{kind}_position_ids"], 0
     for place, tokens in zip(found, shown, strict=True):
@@ -205,7 +205,7 @@ def test_tiles_form_one_grid(family: str) -> None:
     model = tiny_model(family)
     for seed in range(6):
         batch = tiny_batch(model, [("image",)], seed=seed)
-        counts = [len(one) for one in encode(model, "image", dict(batch)).pooler_output]
+        counts = [len(one) for one in encode(model, "image", dict(batch))]
         for table in modality(model, "image").coords(dict(batch), counts):
             if table.shape[1] == 5:
                 continue

@@ -113,7 +113,7 @@ def test_the_shape_counts_what_one_token_costs(family: str) -> None:
             total += sum(flops for kind, flops in found.items() if "attention" not in str(kind))
     each = [shape.of(layer) for layer in attending]
     per_token = sum(one.attention_params + one.mlp_params for one in each)
-    assert total / 20 == pytest.approx(per_token, abs=shape.layers)
+    assert total == 20 * per_token
     assert sum(one.output_params for one in each) == pytest.approx(
         sum(matrix_params(parts.mixing(layer).o_proj) for layer in attending),  # type: ignore[arg-type]
         abs=shape.layers,

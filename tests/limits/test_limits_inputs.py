@@ -152,6 +152,8 @@ def test_rotations_from_elsewhere():
     """No family has them: layers whose rotation their decoder's rotary module did not make."""
     with said("positions cannot be renumbered for this model"):
         Rotations()._of(object())
+    with said("rotary is not known of this model"):
+        Rotations().by_axis(object())
 
 
 def test_a_decoder_without_its_final_norm(model):

@@ -14,7 +14,7 @@ from refusing import FASTV, model_of
 from torch import nn
 
 import prunekit
-from prunekit import upstream
+from prunekit import probes, upstream
 from prunekit.families import find, generic, grids, patch_groups
 from prunekit.families.decoders import NotPlain, decoder, plain, token_params
 from prunekit.families.grids import square_grid
@@ -213,7 +213,7 @@ def test_experts_without_a_number():
 
 
 def test_a_version_of_transformers_that_lacks_something(monkeypatch):
-    monkeypatch.setattr(upstream, "_problems", lambda: ("masking_utils: gone",))
+    monkeypatch.setattr(probes, "_problems", lambda: ("masking_utils: gone",))
     with said("Install a tested version, or a newer prunekit."), prunekit.apply(model_of(), FASTV):
         pass
 

@@ -200,7 +200,7 @@ def test_a_decision_about_a_cache_that_is_not_there(llava):
         return Selection(valid, crop=True)
 
     body = {"select_tokens": hookimpl(select_tokens)}
-    crops = prunekit.strategy(sites=EVERYWHERE, keep="refused")(type("Strategy", (), body))
+    crops = prunekit.strategy(sites=EVERYWHERE, keep="refused", crops=True)(type("Strategy", (), body))
     with prunekit.apply(llava, piped(crops, at="vision.0")):
         with refused(": crop=True is about the KV cache; there is none at 'vision.0'", llava):
             llava(**inputs_of())

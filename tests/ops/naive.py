@@ -63,10 +63,11 @@ def greedily(tokens: int, count: int, gain) -> list[int]:
     return chosen
 
 
-def max_min(distance: Matrix, count: int) -> list[int]:
+def max_min(distance: Matrix, count: int, weights: Row | None = None) -> list[int]:
     def gain(token: int, chosen: list[int]) -> float:
-        compared = chosen or [j for j in range(len(distance)) if j != token]
-        return min((distance[token][j] for j in compared), default=0)
+        weight = 1 if weights is None else weights[token]
+        compared = [weight * distance[j][token] for j in chosen or range(len(distance))]
+        return min(compared) if chosen else sorted(compared)[min(1, len(compared) - 1)]
 
     return greedily(len(distance), count, gain)
 
@@ -182,6 +183,32 @@ def density_peaks(distance: Matrix, count: int, neighbours: int) -> list[int]:
     return nearest_kept([[-d for d in row] for row in distance], [i in centres for i in tokens])
 
 
+def density_cutoff(distance: Matrix, cutoff: float, reach: float, core: Sequence[int]) -> list[int]:
+    tokens = range(len(distance))
+    apart = [[0.0 if i == j else max(distance[i][j], 0.0) for j in tokens] for i in tokens]
+    members = [i for i in tokens if core[i]]
+
+    def density(i: int) -> float:
+        return sum(math.exp(-((d / 2) ** 2)) for d in sorted(apart[i][j] for j in members))
+
+    centres: list[int] = []
+    for i in best_first(members, density):
+        if all(apart[i][j] > cutoff for j in centres):
+            centres.append(i)
+    owner = nearest_kept([[-d for d in row] for row in apart], [i in centres for i in tokens])
+    return [j if j in (i, -1) or apart[i][j] <= reach * cutoff else -1 for i, j in enumerate(owner)]
+
+
+def recycle(scores: Row, states: Matrix, kept: int, recycled: int, clusters: int) -> list[int]:
+    order = best_first(range(len(scores)), scores.__getitem__)
+    owner = [i if i in order[:kept] else -1 for i in range(len(scores))]
+    others = order[kept : kept + recycled] if clusters else []
+    distance = [[math.dist(states[i], states[j]) / math.sqrt(len(states[i])) for j in others] for i in others]
+    for i, centre in zip(others, density_peaks(distance, clusters, clusters), strict=True):
+        owner[i] = others[centre]
+    return owner
+
+
 def outliers(scores: Row, factor: float = 1.5) -> list[bool]:
     def quantile(share: Fraction) -> Fraction:
         ascending = sorted(map(Fraction, scores))
@@ -196,6 +223,12 @@ def outliers(scores: Row, factor: float = 1.5) -> list[bool]:
 
 def group_sizes(groups: Sequence[int], count: int) -> list[int]:
     return [list(groups).count(group) for group in range(count)]
+
+
+def group_means(values: Matrix, groups: Sequence[int], count: int) -> list[list[float]]:
+    members = [[row for row, own in zip(values, groups, strict=True) if own == group] for group in range(count)]
+    zeros = [0.0] * len(values[0])
+    return [[sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else zeros for rows in members]
 
 
 def group_members(groups: Sequence[int], count: int) -> list[list[int]]:
@@ -243,7 +276,10 @@ def shares(weights: list[Fraction], rest: int, room: list[int], remainder: str) 
     return quota
 
 
-def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+def crop_quotas(
+    coords: Sequence[Sequence[int]], frames: Sequence[int], count: int, videos: Sequence[bool] | None = None
+) -> tuple[list[int], list[int]]:
+    frames = [0 if videos and videos[i] else frame for i, frame in enumerate(frames)]
     crops = sorted({(place[0], frame) for place, frame in zip(coords, frames, strict=True) if place[1] >= 0})
     places = zip(coords, frames, strict=True)
     groups = [crops.index((place[0], frame)) if place[1] >= 0 else len(crops) for place, frame in places]
@@ -251,11 +287,50 @@ def crop_quotas(coords: Sequence[Sequence[int]], frames: Sequence[int], count: i
     return groups, quotas([*sizes[: len(crops)], *[0] * (len(sizes) - len(crops))], count, sizes)
 
 
+def clip_shares(
+    coords: Sequence[Sequence[int]], frames: Sequence[int], videos: Sequence[bool], count: int | None
+) -> tuple[list[bool], list[tuple[list[int], int | None]]]:
+    groups, quota = crop_quotas(coords, frames, len(frames) if count is None else count, videos)
+    stays, asked = [False] * len(frames), []
+    for group, share in enumerate(quota):
+        tokens = [i for i, own in enumerate(groups) if own == group]
+        clip = coords[tokens[0]][1] >= 0
+        if clip and count is None and videos[tokens[0]]:
+            asked.append((tokens, None))
+        elif clip and share not in (0, len(tokens)):
+            asked.append((tokens, share))
+        else:
+            for i in tokens[:share]:
+                stays[i] = True
+    return stays, asked
+
+
 def slot_weights(slots: Sequence[int], size: int) -> list[list[float]]:
     rows = [[float(i == j) for j in range(size + len(slots))] for i in range(size)]
     for number, slot in enumerate(slots):
         rows[slot] = [float(j == size + number) for j in range(size + len(slots))]
     return rows
+
+
+def same_place(coords: Sequence[Sequence[int]], frames: Sequence[int], steps: int | None = None) -> list[int]:
+    found = []
+    for (image, row, column, *_), frame in zip(coords, frames, strict=True):
+        earlier = {
+            frames[j]: j
+            for j, at in enumerate(coords)
+            if row >= 0 and (at[0], at[1], at[2]) == (image, row, column) and frames[j] < frame
+        }
+        back = max(earlier, default=-1) if steps is None else frame - steps
+        found.append(earlier.get(back, -1))
+    return found
+
+
+def segments(similarity: Row, threshold: float, least: int) -> list[int]:
+    cuts = {i for i, value in enumerate(similarity) if value < threshold}
+    for i in best_first(range(len(similarity)), lambda i: -similarity[i]):
+        if len(cuts) < least - 1:
+            cuts.add(i)
+    return [sum(i < frame for i in cuts) for frame in range(len(similarity) + 1)]
 
 
 def even_grid(rows: int, columns: int, count: int) -> tuple[int, int]:

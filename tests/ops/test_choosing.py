@@ -85,6 +85,14 @@ def test_max_min(batch: Ragged, seed: int) -> None:
 
 
 @given(ragged(), seeds)
+def test_max_min_with_weights(batch: Ragged, seed: int) -> None:
+    """Also negative ones."""
+    matrices = {"distance": matrices_of(batch, seed, 0, 4, 0)}
+    vectors, numbers = {"weights": scores_of(batch, seed)}, {"count": counts_of(batch, seed)}
+    check(ops.max_min, naive.max_min, Case(batch, vectors=vectors, matrices=matrices, numbers=numbers), "order")
+
+
+@given(ragged(), seeds)
 def test_max_sum(batch: Ragged, seed: int) -> None:
     case = Case(
         batch,

@@ -12,9 +12,9 @@ from prunekit import ops
 crops = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(1, 5), st.booleans()), min_size=1)
 
 
-@given(crops, st.integers(0, 40), st.integers(0, 1000))
-def test_crop_quotas(crops: list[tuple[int, int, int, bool]], count: int, seed: int) -> None:
-    """Crops of several images, each once, with tokens that are gone and newlines."""
+@given(crops, st.integers(0, 40), st.integers(0, 1000), st.sets(st.integers(0, 2)) | st.none())
+def test_crop_quotas(crops: list[tuple[int, int, int, bool]], count: int, seed: int, clips: set[int] | None) -> None:
+    """Crops of several images, each once, with tokens that are gone and newlines; some of them are videos."""
     shown = {(image, frame): (size, newline) for image, frame, size, newline in sorted(crops)}
     rows = [
         (image, -1 if newline and place == size else 0, place, 1, size, frame)
@@ -25,10 +25,15 @@ def test_crop_quotas(crops: list[tuple[int, int, int, bool]], count: int, seed: 
     present = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed)) < 0.8
     present[0] = True
     coords, frames = table[present, :5], table[present, 5]
-    groups, quota = ops.crop_quotas(coords, frames, count)
-    expected = naive.crop_quotas(coords.tolist(), frames.tolist(), count)
+    videos = None if clips is None else [image in clips for image in coords[:, 0].tolist()]
+    groups, quota = ops.crop_quotas(coords, frames, count, None if videos is None else torch.tensor(videos))
+    expected = naive.crop_quotas(coords.tolist(), frames.tolist(), count, videos)
     assert (groups.tolist(), quota.tolist()) == expected
     assert int(quota.sum()) == min(count, len(frames))
+    for asked in (None, count) if videos else ():
+        stays, clips = ops.clip_shares(coords, frames, torch.tensor(videos), asked)
+        found = stays.tolist(), [(tokens.tolist(), share) for tokens, share in clips]
+        assert found == naive.clip_shares(coords.tolist(), frames.tolist(), videos, asked)
 
 
 def test_newlines_stay_only_where_nothing_else_can() -> None:

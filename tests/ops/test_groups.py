@@ -110,3 +110,15 @@ def test_slot_weights(size: int, random) -> None:
     slots = random.sample(range(size), random.randint(0, size))
     found = ops.slot_weights(torch.tensor(slots, dtype=torch.int64), size)
     assert found.tolist() == naive.slot_weights(slots, size)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(-8, 8), st.integers(-8, 8)), min_size=1, max_size=9))
+def test_group_means(rows: list[tuple[int, int, int]]) -> None:
+    groups, values = [row[0] for row in rows], [[float(x) for x in row[1:]] for row in rows]
+    for dtype in DTYPES:
+        found = ops.group_means(torch.tensor(values, dtype=dtype), torch.tensor(groups), 4)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        wanted = torch.tensor(naive.group_means(values, groups, 4), dtype=found.dtype)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        single = ops.group_means(torch.tensor(values, dtype=dtype)[:, 0], torch.tensor(groups), 4)
+        torch.testing.assert_close(single, wanted[:, 0], rtol=1e-6, atol=1e-6)

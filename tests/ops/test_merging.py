@@ -64,6 +64,39 @@ def test_density_of_a_row_with_fewer_tokens_than_neighbours(seed: int) -> None:
     assert owner[:6].tolist() == naive.density_peaks(alone.tolist(), 3, neighbours=12)
 
 
+@given(ragged(), seeds, st.sampled_from((0.0, 0.5, 0.75, 1.0)), st.sampled_from((1.0, 1.5, 2.0)))
+def test_density_cutoff(batch: Ragged, seed: int, cutoff: float, reach: float) -> None:
+    quarters = [[[x / 4 for x in row] for row in m] for m in matrices_of(batch, seed, -1, 6)]
+    options = {"cutoff": cutoff, "reach": reach}
+    case = Case(batch, masks={"core": scores_of(batch, seed, 0, 1)}, matrices={"distance": quarters}, options=options)
+    check(ops.density_cutoff, naive.density_cutoff, case, "owner")
+
+
+@given(seeds, st.floats(0.0, 1.5))
+def test_centres_lie_apart_and_reach_all_core_tokens(seed: int, cutoff: float) -> None:
+    points = torch.randn(40, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    distance = torch.cdist(points, points)
+    core = torch.arange(40) < 25
+    owner = ops.density_cutoff(distance, cutoff, core=core)
+    centres = owner[owner == torch.arange(40)]
+    assert bool(core[centres].all()) and bool((owner[core] >= 0).all())
+    among = distance[centres][:, centres]
+    assert bool((among[~torch.eye(len(centres), dtype=torch.bool)] > cutoff).all())
+
+
+@given(seeds, st.integers(1, 12), st.integers(0, 12), st.booleans())
+def test_recycle(seed: int, tokens: int, kept: int, ties: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(tokens, 3, dtype=torch.float64, generator=generator)
+    scores = integers((tokens,), 0, 2 if ties else 1000, seed).double()
+    kept = min(kept, tokens)
+    recycled = int(integers((), 0, tokens - kept, seed + 1)) if kept < tokens else 0
+    clusters = min(int(integers((), 1, 3, seed + 2)), recycled)
+    found = ops.recycle(scores, states, kept, recycled if clusters else 0, clusters)
+    numbers = kept, recycled if clusters else 0, clusters
+    assert found.tolist() == naive.recycle(scores.tolist(), states.tolist(), *numbers)
+
+
 def test_density_peaks_of_clear_clusters() -> None:
     points = torch.tensor([[0.0], [0.1], [0.2], [5.0], [5.1], [5.3], [9.0], [9.1], [9.25]])
     owner = ops.density_peaks(torch.cdist(points, points), 3, neighbours=3)

@@ -9,8 +9,9 @@ import pytest
 from golden_files import golden_cases
 
 import prunekit
-from prunekit import hookspecs
+from prunekit import hookspecs, plugins
 from prunekit.pipeline.stage import Stage
+from prunekit.strategy.declare import takes_keep
 
 
 def cases(name: str, count: int) -> list[Any]:
@@ -21,8 +22,13 @@ def cases(name: str, count: int) -> list[Any]:
 
 
 def stage_of(use: str, **keys: Any) -> Stage:
-    """The one stage of a pipeline with these keys; `keep` is 0.5 where none is named."""
-    keys = keys if {"keep", "keep_tokens"} & set(keys) else {"keep": 0.5, **keys}
+    """The one stage of a pipeline with these keys; `keep` is 0.5 where it takes one and none is named."""
+    given = {"keep", "keep_tokens"} & set(keys) or not takes_keep(plugins.registry().get_strategy(use))
+    return unbudgeted(use, **(keys if given else {"keep": 0.5, **keys}))
+
+
+def unbudgeted(use: str, **keys: Any) -> Stage:
+    """The same without a budget, unless it is among the keys."""
     return prunekit.load({"name": use, "stages": [{"use": use, **keys}]}).stages[0]
 
 

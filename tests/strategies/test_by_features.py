@@ -16,7 +16,7 @@ from prunekit.verify.equivalence import assert_equivalent
 
 # What a tower of three blocks needs.
 OPTIONS = {
-    "scope": {}, "mmtok": {}, "vscan": {"shallow": 0}, "hiprune": {"object_layer": 1}, "gprune": {}, "idpruner": {},
+    "scope": {}, "mmtok": {}, "vscan": {}, "hiprune": {}, "gprune": {}, "idpruner": {},
     "lrcp": {}, "todre": {},
 }  # fmt: skip
 

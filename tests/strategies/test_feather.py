@@ -105,3 +105,11 @@ def test_it_is_exact_behind_another(keys):
     found = assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(images=(1, 2)), steps=3)
     if keys:
         assert [len(one) for one in found.report.events[-1].kept] == [4, 8]
+
+
+def test_it_decides_by_itself_at_the_sites_of_the_file():
+    """Also where they are more or fewer than its schedule has."""
+    for at in ([2], [1, 3, 4]):
+        stages = [{"use": "feather", "at": at}]
+        found = assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(), steps=1)
+        assert [event.site for event in found.report.events] == [str(site) for site in at]

@@ -67,7 +67,7 @@ def test_the_authors_choice_and_clusters(case, dtype):
 class Given(Attended):
     """Attention whose probabilities are given in `value`, (1, A, S, S)."""
 
-    def scores(self, slots, visual, domain):
+    def scores(self, slots, inside, domain, temperature):
         """Rows (1, A, Q, S)."""
         return self.value[:, :, slots[0]] / self._decay(slots)
 

@@ -10,8 +10,11 @@ from plain import SEEDS, best, cosine, kept, sample, spread
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import prunekit
+from prunekit import ENCODER
 from prunekit.families import shape_of
+from prunekit.loading import load_shape
 from prunekit.pipeline.forecast import forecast
+from prunekit.strategy.tower_requests import resolved
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent
@@ -21,6 +24,22 @@ WHOLE = {
     "coords": torch.tensor([(0, i // 24, i % 24, 24, 24) for i in range(576)]),
     "frames": torch.zeros(576, dtype=torch.int64),
 }
+
+
+def blocks_of(stage, blocks):
+    """The tower blocks that it reads, in a tower of so many whose features are of the last but one."""
+    return [resolved(one, ENCODER, blocks, blocks - 2).layer for one in stage.inputs["encoder_attention"]]
+
+
+@pytest.mark.parametrize(("blocks", "local", "anchors"), [(2, 0, 0), (3, 0, 1), (12, 2, 4), (24, 5, 8), (27, 5, 9)])
+def test_blocks_follow_the_depth_of_the_tower(blocks, local, anchors):
+    assert blocks_of(stage_of("vscan"), blocks)[0] == local
+    assert blocks_of(stage_of("hiprune"), blocks)[0] == anchors
+
+
+@pytest.mark.parametrize("use", ["vscan", "hiprune"])
+def test_they_run_on_the_bundled_model_as_they_are(use):
+    prunekit.load({"stages": [{"use": use, "keep": 0.5}]}).bind(load_shape("micro"))
 
 
 def means(selection, values: torch.Tensor) -> torch.Tensor:
@@ -35,7 +54,7 @@ def means(selection, values: torch.Tensor) -> torch.Tensor:
 def test_vscan_as_its_authors(case, dtype):
     """Also with fewer left than asked for: 41 of 50. `exact` is the same wherever nothing is lost."""
     t, p, expected = drawn(case, dtype), case["params"], case["expected"]
-    assert [one.layer for one in stage_of("vscan").inputs["encoder_attention"]] == [5, None]
+    assert blocks_of(stage_of("vscan"), 24) == [5, 22]
     for image in range(p["images"]):
         rows = tuple(t[name][image].mean(0)[1:] for name in ("cls_row_5", "cls_row_22"))
         given = {"encoder_attention": rows, "hidden": t["features"][image], "count": p["keep"], **WHOLE}
@@ -64,6 +83,7 @@ def test_hiprune_as_its_authors(case, dtype):
     stage = stage_of("hiprune", alpha=p["alpha"], object_layer=p["object_layer"])
     middle, late = stage.inputs["encoder_attention"]
     assert (middle.layer, middle.query, late.layer, late.query) == (8, "mean", None, "mean")
+    assert blocks_of(stage, 24) == blocks_of(stage_of("hiprune"), 24) == [8, 22]
     for image in range(p["images"]):
         rows = tuple(t[name][image].mean((0, 1))[1:] for name in ("attention_object", "attention_deep"))
         count = p["keep_total"] // p["images"]
@@ -151,16 +171,16 @@ def test_the_two_stages_of_vscan_on_llava():
 
 
 def test_both_stages_are_exact_together():
-    stages = [{"use": "vscan", "keep": 0.5, "shallow": 0}, {"use": "vscan_decoder", "keep": 0.25}]
+    stages = [{"use": "vscan", "keep": 0.5}, {"use": "vscan_decoder", "keep": 0.25}]
     found = assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(images=(1, 2), text=(9, 5)), steps=2)
     assert [event.site for event in found.report.events] == ["encoder", "3"]
 
 
 def test_refusals():
     shape = shape_of(tiny_llava())
-    for use, block in (("vscan", 5), ("hiprune", 8)):
+    for use, option, block in (("vscan", {"shallow": 5}, 5), ("hiprune", {"object_layer": 9}, 8)):
         with pytest.raises(prunekit.SpecError, match=f"there is no block {block}: the vision tower has blocks 0 to 2"):
-            prunekit.load({"stages": [{"use": use, "keep": 0.5}]}).bind(shape)
+            prunekit.load({"stages": [{"use": use, "keep": 0.5, **option}]}).bind(shape)
     with pytest.raises(prunekit.SpecError, match="this vision tower has no CLS token"):
         prunekit.load({"stages": [{"use": "vscan", "keep": 0.5}]}).bind(shape_of(tiny_model("llava_onevision")))
     with pytest.raises(prunekit.SpecError, match="cannot act at '2'"):
@@ -174,5 +194,5 @@ def test_refusals():
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "gemma3"])
 def test_hiprune_needs_no_cls(family):
     model = tiny_model(family)
-    pipeline = {"stages": [{"use": "hiprune", "keep": 0.4, "object_layer": 1}]}
+    pipeline = {"stages": [{"use": "hiprune", "keep": 0.4}]}
     assert_equivalent(model, pipeline, tiny_batch(model), steps=2)

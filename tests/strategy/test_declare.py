@@ -114,6 +114,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         declared(type("L", (), {"plan_layers": marked("plan_layers", "shape")}), sites=Sites()),
         "`sites` is for strategies with token hooks and routers (leave it out)",
     ),
+    "a paper by its title": (declared(paper="FastV"), "`paper` is 'FastV'; it is an arXiv id such as '2403.06764', or"),
+    "a repository without a commit": (declared(code="owner/name"), "`code` is 'owner/name'; it is a repository at a"),
+    "a heading in capitals": (declared(group="Baselines"), "`group` is 'Baselines'; it is a heading in lower case"),
+    "a count that is given": (declared(fixed_count=False), "`fixed_count` is for strategies that decide by themselves"),
+    "a count in words": (declared(fixed_count="yes"), "`fixed_count` is 'yes'; it is True or False"),
     "two strategies": (declared(type("Two", (Body, RouterBody), {})), "a router is a strategy of its own: make it two"),
     "extras that are not declared": (
         with_names(merge_tokens=marked("merge_tokens", "extras")), "asks for `extras` but declares none"

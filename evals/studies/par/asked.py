@@ -91,17 +91,25 @@ def wording(question: Question, task: str | None) -> str:
     return prompts.scienceqa(question) if question.hint else prompts.mmbench(question)
 
 
-def batches(loaded: Loaded, items: Sequence[Item], task: str | None) -> Iterator[Batch]:
-    """The questions in batches, one image a question, seen by the tower."""
+def batches(loaded: Loaded, items: Sequence[Item], task: str | None, seen_once: bool = True) -> Iterator[Batch]:
+    """The questions in batches, one image a question.
+
+    seen_once: images are given as features, seen by the tower once; False: as pixels, for pipelines that cut or read
+    the tower.
+    """
     traced = prunekit.load(TRACED)
     for begin in range(0, len(items), BATCH):
         some = items[begin : begin + BATCH]
         asked = [_prompt(loaded, shown.image, wording(question, task)) for shown, question in some]
         encoded = encode(loaded, asked)
+        answers = tuple(q.answer for _, q in some)
+        if not seen_once:
+            yield Batch(dict(encoded), answers)
+            continue
         with torch.inference_mode(), prunekit.apply(loaded.model, traced, processor=loaded.processor):
             seen = loaded.model.get_image_features(pixel_values=encoded["pixel_values"])
         inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
-        yield Batch({**inputs, "mm_encoder_outputs": {"image": seen}}, tuple(q.answer for _, q in some))
+        yield Batch({**inputs, "mm_encoder_outputs": {"image": seen}}, answers)
 
 
 def text_tokens(loaded: Loaded, text: str) -> int:

@@ -68,7 +68,7 @@ class Bench:
     """A loaded model, its questions, and what has been asked of it.
 
     cache: folder of outcomes; what they depend on is in their names. fresh: compute all again. first: number of the
-    first question.
+    first question. seen_once: as for `asked.batches`. tasks: of the bundled benchmark, those that are asked.
     """
 
     loaded: Loaded
@@ -76,6 +76,8 @@ class Bench:
     cache: Path
     fresh: bool = False
     first: int = 0
+    seen_once: bool = True
+    tasks: tuple[str, ...] = TASKS
     _done: set[Path] = field(default_factory=set)
     _calibration: dict[int, list[asked.Batch]] = field(default_factory=dict)
 
@@ -87,12 +89,12 @@ class Bench:
     @cached_property
     def items(self) -> dict[str, list[Item]]:
         """The questions of each task."""
-        return {task: asked.benchmark_items(task, self.questions, self.first) for task in TASKS}
+        return {task: asked.benchmark_items(task, self.questions, self.first) for task in self.tasks}
 
     @cached_property
     def text_tokens(self) -> dict[int, int]:
         """Tokens of the prompts beside their visual ones, and how many prompts have so many."""
-        every = ((question, task) for task in TASKS for _, question in self.items[task])
+        every = ((question, task) for task in self.tasks for _, question in self.items[task])
         lengths = (asked.text_tokens(self.loaded, asked.wording(question, task)) for question, task in every)
         return dict(sorted(Counter(lengths).items()))
 
@@ -106,7 +108,7 @@ class Bench:
         count = count or self.questions
         all_of_them = {one.sha: one for one in wanted}
         outcomes: dict[str, dict[str, Outcome]] = {sha: {} for sha in all_of_them}
-        for task in TASKS:
+        for task in self.tasks:
             missing = []
             for sha, one in all_of_them.items():
                 stored = self._read(self._path(one, task, count))
@@ -140,7 +142,7 @@ class Bench:
     def _compute(
         self, task: str, missing: Sequence[Pipeline], count: int, outcomes: dict[str, dict[str, Outcome]]
     ) -> None:
-        seen = list(asked.batches(self.loaded, self.items[task][:count], task))
+        seen = list(asked.batches(self.loaded, self.items[task][:count], task, self.seen_once))
         begun = time.perf_counter()
         for number, one in enumerate(missing):
             result = sum((asked.outcome(self.loaded, one, batch) for batch in seen), Outcome())
@@ -152,7 +154,7 @@ class Bench:
 
     def _path(self, one: Pipeline, task: str, count: int) -> Path:
         parts = (one.sha, self.loaded.identity, self.loaded.dtype, VERSION, task, str(count))
-        parts += (f"from {self.first}",) * bool(self.first)
+        parts += (f"from {self.first}",) * bool(self.first) + ("pixels",) * (not self.seen_once)
         return self.cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:24]}.json"
 
     def _read(self, path: Path) -> Outcome | None:
@@ -175,8 +177,8 @@ class Bench:
 def _row(one: Pipeline, by_task: Mapping[str, Outcome]) -> Row:
     total = sum(by_task.values(), Outcome())
     return Row(
-        _told(one),
-        {task: by_task[task].right for task in TASKS},
+        told(one),
+        {task: one.right for task, one in by_task.items()},
         total.flops[0] / total.flops[1],
         total.kv[0] / total.kv[1],
         total.kept / len(total.right),
@@ -184,7 +186,7 @@ def _row(one: Pipeline, by_task: Mapping[str, Outcome]) -> Row:
     )
 
 
-def _told(one: Pipeline) -> str:
+def told(one: Pipeline) -> str:
     """The stages as a pipeline file would have them, in one line; what is left to defaults is left out."""
     defaults = {}
     for stage in one.stages:

@@ -99,23 +99,39 @@ class Attended:
             seen = behind < self.window if seen is None else seen & (behind < self.window)
         return seen
 
-    def scores(self, slots: Tensor, visual: Tensor | None, domain: str) -> Tensor:
+    def pooled(self, slots: Tensor, valid: Tensor) -> Attended:
+        """The same with one query, the mean of those in int64 (B, Q) where `valid`, bool (B, Q).
+
+        It sees what any of them sees, with what the mask adds there.
+        """
+        index = slots[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3])
+        chosen = wide(self.query.gather(2, index)).masked_fill(~valid[:, None, :, None], 0.0)
+        mean = chosen.sum(2, keepdim=True) / valid.sum(1).clamp_min(1)[:, None, None, None]
+        mask, there = self.seen(slots), valid[:, None, :, None]
+        if mask is not None and mask.dtype == torch.bool:
+            mask = (mask & there).any(2, keepdim=True)
+        elif mask is not None:
+            mask = mask.masked_fill(~there, torch.finfo(mask.dtype).min).amax(2, keepdim=True)
+        return replace(self, query=mean, mask=mask, causal=False, window=None)
+
+    def scores(self, slots: Tensor, inside: Tensor | None, domain: str, temperature: float = 1.0) -> Tensor:
         """The rows of the queries in int64 (B, Q) in one of the domains of `Rows`, float (B, A, Q, K).
 
-        visual: bool (B, K), the keys of the domain `visual`, which alone needs them.
+        inside: bool (B, K), the keys of the domains `visual` and `queries`, which alone need them. temperature: what
+        logits are divided by, with what their mask adds.
         """
         logits = self.logits(slots)
         if domain == "logits":
             return logits
-        rows = self._probabilities(logits, self.seen(slots), visual if domain == "visual" else None)
+        rows = self._probabilities(logits, self.seen(slots), None if domain == "softmax" else inside, temperature)
         return rows if self.phases is None else rows / self._decay(slots)
 
-    def _probabilities(self, logits: Tensor, seen: Tensor | None, visual: Tensor | None) -> Tensor:
-        if visual is None:
-            return probabilities(logits, seen, sinks=self.sinks)
-        inside = visual[:, None, None, :]
+    def _probabilities(self, logits: Tensor, seen: Tensor | None, keys: Tensor | None, temperature: float) -> Tensor:
+        if keys is None:
+            return probabilities(logits, seen, sinks=self.sinks, temperature=temperature)
+        inside = keys[:, None, None, :]
         inside = inside if seen is None else inside & visible(seen)
-        rows = probabilities(logits, seen, inside)
+        rows = probabilities(logits, seen, inside, temperature=temperature)
         return rows.masked_fill(~inside.any(-1, keepdim=True), 0.0)
 
     def _decay(self, slots: Tensor) -> Tensor:
@@ -127,20 +143,25 @@ class Attended:
 
 
 def probabilities(
-    logits: Tensor, seen: Tensor | None, inside: Tensor | None = None, sinks: Tensor | None = None
+    logits: Tensor,
+    seen: Tensor | None,
+    inside: Tensor | None = None,
+    sinks: Tensor | None = None,
+    temperature: float = 1.0,
 ) -> Tensor:
     """The softmax over the last axis of what a query sees, (B, A, Q, K), in at least float32.
 
     seen: bool, or additive; None: everything. inside: bool, keys beyond which the row is not normalised. sinks: (A,),
-    of whose share rows sum to less than one.
+    of whose share rows sum to less than one. temperature: what all logits are divided by, with what `seen` adds.
     """
     if seen is not None:
         logits = logits.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else logits + seen
     logits = wide(logits)
     if sinks is not None:
         column = sinks.to(logits).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
-        return torch.cat([logits, column], dim=-1).softmax(-1)[..., :-1]
-    return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
+        return (torch.cat([logits, column], dim=-1) / temperature).softmax(-1)[..., :-1]
+    logits = logits if inside is None else logits.masked_fill(~inside, -torch.inf)
+    return (logits if temperature == 1 else logits / temperature).softmax(-1)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def read(spec: EncoderRows | EncoderKeys | EncoderValues | EncoderQueries, atten
         return heads_together(row, spec.heads)
     states = attended.key if isinstance(spec, EncoderKeys) else attended.query
     states = attended.value if isinstance(spec, EncoderValues) else states
-    return states.mean(1) if spec.heads == "mean" else states.transpose(1, 2)
+    return wide(states).mean(1) if spec.heads == "mean" else states.transpose(1, 2)
 
 
 def heads_together(row: Tensor, heads: str) -> Tensor:

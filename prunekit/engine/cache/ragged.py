@@ -17,10 +17,13 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.tokens.layout import Layout, take
 from prunekit.errors import Unsupported
+from prunekit.ops.host import on_device
 from prunekit.strategy.decisions import LayerAction
 from prunekit.upstream import EMPTY_LAYERS, RECURRENT_LAYER
 
 _OWNER = "_prunekit_owner"
+RUNS = (LayerAction.RUN, LayerAction.FREEZE)  # there are no visual tokens to freeze among the new ones
+RUN_OR_SKIP = {*RUNS, LayerAction.SKIP}
 # A sliding layer may be replaced too: all kept tokens stay, and the logical mask of transformers hides the old ones.
 # Layers that read another one's keys and values have one that holds none.
 ADOPTED = (DynamicLayer, DynamicSlidingWindowLayer, RECURRENT_LAYER, *EMPTY_LAYERS)
@@ -35,6 +38,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     tail, in order.
     actions: what decoding does with the layer: one action, or one for each row of the batch.
     rows: the batch rows that are stored, those whose decoding reads the layer; None: all.
+    runs_stored: rows differ, and decoding runs the layer for those that are stored and skips it for the others.
     """
 
     def __init__(self) -> None:
@@ -43,6 +47,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.logical = 0
         self.actions: LayerAction | tuple[LayerAction, ...] = LayerAction.RUN
         self.rows: tuple[int, ...] | None = None
+        self.runs_stored = False
         self._opened = False
 
     def open(self, tokens: int) -> None:
@@ -52,10 +57,14 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def begin(self, layout: Layout | None, actions: Sequence[LayerAction]) -> None:
         """Say, before a prefill runs the layer, what it will hold and what decoding will do with it."""
+        kinds = set(actions)
+        self.layout, self.runs_stored = layout, False
+        if len(kinds) == 1:
+            self.actions, self.rows = actions[0], None if actions[0].writes_kv else ()
+            return
         stored = tuple(row for row, action in enumerate(actions) if action.writes_kv)
-        self.actions = actions[0] if len(set(actions)) == 1 else tuple(actions)
-        self.rows = None if len(stored) == len(actions) else stored
-        self.layout = layout
+        self.actions, self.rows = tuple(actions), None if len(stored) == len(actions) else stored
+        self.runs_stored = kinds <= RUN_OR_SKIP
 
     @property
     def tail(self) -> int:
@@ -82,7 +91,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def stored(self, rows: Sequence[int]) -> Tensor:
         """Where batch rows stand among the stored ones, int64."""
         number = {row: stored for stored, row in enumerate(self.rows if self.rows is not None else range(len(self)))}
-        return torch.tensor([number[row] for row in rows], device=self._device)
+        return on_device([number[row] for row in rows], self._device)
 
     def __len__(self) -> int:
         return 0 if self.keys is None else self.keys.shape[0]
@@ -105,7 +114,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def crop(self, count: int) -> None:
         """Remove the newest tokens: -`count` of them, or where `count` is positive all but the first `count`, as
-        transformers before 5.13 calls it. Raises Unsupported inside a pruned prompt.
+        transformers before 5.15 calls it. Raises Unsupported inside a pruned prompt.
         """
         removed = max(self.logical - count, 0) if count > 0 else -count
         if self.layout is not None:
@@ -118,7 +127,7 @@ class RaggedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         super().reset()
         self.layout, self.logical, self._opened = None, 0, False
-        self.actions, self.rows = LayerAction.RUN, None
+        self.actions, self.rows, self.runs_stored = LayerAction.RUN, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -218,5 +227,5 @@ def _shared(rows: Tensor, stored: tuple[int, ...]) -> Tensor:
     """`stored` on the device; the same tensor for all layers that are asked for the same `rows`."""
     made: dict[tuple[int, ...], Tensor] = rows.__dict__.setdefault("_prunekit_stored", {})
     if stored not in made:
-        made[stored] = torch.tensor(stored, dtype=torch.int64, device=rows.device)
+        made[stored] = on_device(stored, rows.device)
     return made[stored]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.ops.host import on_device
 from prunekit.upstream import CACHE
 
 
@@ -131,4 +132,4 @@ class _Share(StandIn):
 
 
 def _index(rows: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64, device=like.device)
+    return on_device(rows, like.device)

@@ -89,7 +89,7 @@ def _logical(kind: type[Cache]) -> type[Cache]:
         def crop(self, tokens_to_remove: int) -> None:
             layout: Layout = self._prunekit_owner.layout
             length = self.get_seq_length()
-            # Versions of transformers before 5.13 give the length that is to remain.
+            # Versions of transformers before 5.15 give the length that is to remain.
             removed = length - tokens_to_remove if tokens_to_remove > 0 else -tokens_to_remove
             check_crop(removed, length - layout.length)
             gap = layout.length - layout.width

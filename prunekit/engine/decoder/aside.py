@@ -6,6 +6,7 @@ q- and k-norms and rotation are the family's own, and the attention itself and t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,17 @@ def phases(aside: Aside, hidden: Tensor, dim: int) -> Tensor:
     return vectors
 
 
+@torch.no_grad()
+def turns(here: Here) -> list[Tensor]:
+    """The rotations of the complete sequence that the layer of `here` is given, one for each axis of position ids:
+    float (B|1, S, R), in at least float32, cosines and then sines.
+    """
+    _rotary(here.kwargs, "rotary")  # refuses a layer that takes its positions some other way
+    made = here.forward_pass.rotations.by_axis(here.kwargs["position_embeddings"])
+    both = [torch.cat(_rotary({"position_embeddings": one}, "rotary"), dim=-1) for one in made]
+    return [one if one.ndim == 3 else one[0] for one in both]  # some modules leave the axes, which are alike, apart
+
+
 def run(aside: Aside, layer: nn.Module, hidden: Tensor, attention: str | None) -> tuple[Tensor, Attended | None]:
     """Physical states (B, K, H) after `layer`, called as the layer of `aside` is.
 
@@ -103,7 +115,7 @@ def _unrotated(arguments: dict[str, Any]) -> dict[str, Any]:
     return {"position_embeddings": torch.ones_like(rotary) if isinstance(rotary, Tensor) else still}
 
 
-def _rotary(arguments: dict[str, Any], request: str) -> tuple[Tensor, Tensor]:
+def _rotary(arguments: Mapping[str, Any], request: str) -> tuple[Tensor, Tensor]:
     """The rotation of each slot as (cos, sin), float (B|1, K, R) each, of all numbers of a head that rotate."""
     rotary = arguments.get("position_embeddings")
     if isinstance(rotary, Tensor) and rotary.is_complex():  # one number for each pair of them

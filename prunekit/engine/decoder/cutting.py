@@ -89,7 +89,11 @@ class Cutter:
         view = self._view(cut, hidden, here)
         tokens = view.tokens
         routed = cut.stage.is_router
-        selection = by_scores(view, state.scores[cut.stage.index]) if routed else decide(cut.stage, view)
+        if routed:
+            selection = by_scores(view, state.scores[cut.stage.index])
+        else:
+            selection, unsound = decide(cut.stage, view)
+            state.see(f"{cut.stage.label} at '{cut.site}'", unsound)
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
         state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from prunekit.engine.cache.ragged import RaggedLayer
+from prunekit.engine.cache.ragged import RUNS, RaggedLayer
 from prunekit.engine.cache.recurrent import RecurrentLayer
 from prunekit.engine.decoder.forward_pass import ForwardPass
 from prunekit.engine.decoder.layer_call import LayerCall, run_action, run_groups
-from prunekit.strategy.decisions import LayerAction
+from prunekit.engine.tokens.layout import select_rows
 from prunekit.upstream import CACHE
 
-# What decoding does as if the layer simply ran: there are no visual tokens to freeze among the new ones.
-_RUNS = (LayerAction.RUN, LayerAction.FREEZE)
+_PER_TOKEN = ("attention_mask", "position_embeddings", "position_ids")
 
 
 def passing(cache: Any) -> frozenset[int]:
@@ -25,7 +24,7 @@ def passing(cache: Any) -> frozenset[int]:
     """
     layers: list[RaggedLayer | RecurrentLayer] = [] if cache is None else cache.layers
     return frozenset(
-        number for number, one in enumerate(layers) if number and one.layout is None and one.actions in _RUNS
+        number for number, one in enumerate(layers) if number and one.layout is None and one.actions in RUNS
     )
 
 
@@ -35,6 +34,9 @@ class Decoding(ForwardPass):
 
     is_prefill = False
 
+    def __post_init__(self) -> None:
+        self.withholds_positions = not self.gives_positions
+
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs[CACHE]
         store: RaggedLayer | RecurrentLayer = cache.layers[number]
@@ -42,21 +44,41 @@ class Decoding(ForwardPass):
             for each in cache.layers:
                 each.open(self.tokens)
         actions, layout = store.actions, store.layout
-        if actions in _RUNS and layout is None:
+        if actions in RUNS and layout is None:
             return original(hidden, **kwargs)
-        if actions in _RUNS and layout is not None:
-            mask, rotary, ids = (kwargs.get(name) for name in ("attention_mask", "position_embeddings", "position_ids"))
-            if mask is None and layout.plain:  # what `LayerCall.changes` would say, for the commonest case
-                if not self.gives_positions:
+        if actions in RUNS and layout is not None:
+            if layout.plain and kwargs.get("attention_mask") is None:  # the commonest case of `LayerCall.changes`
+                if self.withholds_positions:
                     kwargs["position_ids"] = None
                 return original(hidden, **kwargs)
-            # Layers that share a layout share what differs from the arguments of the complete sequence. This is `once`
-            # written out, without a closure for every layer.
-            key = (id(layout), id(mask), id(rotary), id(ids))
-            if key not in self._memo:
-                changes = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache).changes()
-                self._memo[key] = changes, (layout, mask, rotary, ids)
-            kwargs.update(self._memo[key][0])
+            kwargs.update(self._changes(LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache)))
             return original(hidden, **kwargs)
         call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
-        return run_groups(call, actions, store) if isinstance(actions, tuple) else run_action(actions, call)
+        if not isinstance(actions, tuple):
+            return run_action(actions, call)
+        if isinstance(store, RaggedLayer) and store.runs_stored and store.rows and not call.has_more:
+            return self._run_stored(call, self.state.index(store.rows), store)
+        return run_groups(call, actions, store)
+
+    def _run_stored(self, call: LayerCall, rows: Tensor, store: RaggedLayer) -> Tensor:
+        """Run a layer for the rows that it stores, while the others skip it: what `run_groups` does in this case."""
+        mine = LayerCall(self, call.number, call.original, call.hidden, call.kwargs, call.layout, (), rows, store)
+        simple = call.kwargs.get("attention_mask") is None and (call.layout is None or call.layout.plain)
+        changes = self._of_rows(call.kwargs, rows) if simple else self._changes(mine)
+        output = call.original(select_rows(call.hidden, rows), **{**call.kwargs, **changes, CACHE: store})
+        states = output[0] if isinstance(output, tuple) else output
+        return call.hidden.index_copy(0, rows.to(states.device), states)
+
+    def _of_rows(self, kwargs: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
+        """What `LayerCall.changes` says where no mask is needed and positions stay as they are."""
+        rotary, ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        changes = {} if rotary is None else {"position_embeddings": self.rotations.local(rotary, None, rows, False)}
+        if ids is not None:
+            changes["position_ids"] = None if self.withholds_positions else select_rows(ids, rows, ids.ndim - 2)
+        return changes
+
+    def _changes(self, call: LayerCall) -> dict[str, Any]:
+        """`call.changes()`: layers that share a layout and rows share what differs from the complete sequence's."""
+        of = call.layout, call.rows, *(call.kwargs.get(name) for name in _PER_TOKEN)
+        changes: dict[str, Any] = self.once(of, call.changes)
+        return changes

@@ -70,6 +70,15 @@ class LayerCall:
             changes[SHARED_KV] = self.handed()
         return changes | self._others(queries)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the layer is given more that may differ from row to row than what all decoders give."""
+        return SHARED_KV in self.kwargs or any(
+            isinstance(value, (Tensor, dict, list, tuple))
+            for name, value in self.kwargs.items()
+            if name not in USUAL
+        )
+
     def _others(self, queries: tuple[Layout, Tensor] | None) -> dict[str, Any]:
         """The arguments that only some decoders have, and that differ."""
         current = self.forward_pass

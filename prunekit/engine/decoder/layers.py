@@ -67,12 +67,12 @@ def _layer_forward(number: int, kind: masks.Kind) -> Callable[[Callable[..., Any
             return _first(original(as_layers_take(hidden), **kwargs), tokens_first)
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if len(args) > len(names):
-                raise Unsupported(
-                    "decoder layers are called with positional arguments that have no names; this transformers version "
-                    "is not supported"
-                )
             if args:
+                if len(args) > len(names):
+                    raise Unsupported(
+                        "decoder layers are called with positional arguments that have no names; this transformers "
+                        "version is not supported"
+                    )
                 kwargs.update(zip(names, args, strict=False))
             if torch.compiler.is_dynamo_compiling():  # the cheapest test: it is made for every layer and step
                 if STEP.traced:

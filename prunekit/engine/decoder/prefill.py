@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,12 @@ from prunekit.pipeline.stage import Cut
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import PREFILL_END, Site
 from prunekit.upstream import CACHE
+
+
+@cache
+def _sites(number: int) -> tuple[Site, Site, Site]:
+    """Before, inside and after a decoder layer."""
+    return Site(number), Site(number, "layer", "mid"), Site(number, "layer", "after")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -53,17 +59,17 @@ class Prefill(ForwardPass):
         kwargs = self._cut_mask(kwargs)
         if 0 < number <= until and state.layout is not None:
             hidden = state.layout.gather(hidden)
-        here = Here(self, number, kwargs)
+        here, (before, _, after) = Here(self, number, kwargs), _sites(number)
         if number == 0:
             hidden = self.cutter.at_encoder(self.cutter.leave_tower(hidden), here)
-        hidden = self.cutter.at(Site(number), hidden, here)
+        hidden = self.cutter.at(before, hidden, here)
         if number == state.last_only:
             hidden = hidden[:, -state.wanted :]
         state.count_entering()
         with self.readings.recording(here, hidden):
             hidden = self._act(here, original, hidden, cache)
         state.count_leaving(number)
-        hidden = self.cutter.at(Site(number, "layer", "after"), hidden, here)
+        hidden = self.cutter.at(after, hidden, here)
         if number < until and state.layout is not None:
             return state.layout.put(hidden, logical)
         return hidden
@@ -136,7 +142,7 @@ class Prefill(ForwardPass):
             layout = self.full
         who = range(len(hidden))
         call = LayerCall(self, number, original, hidden, here.kwargs, layout, who, None, cache, state.layout, asking)
-        mid = [cut for cut in state.bound.cuts if cut.site == Site(number, "layer", "mid")]
+        mid = [cut for cut in state.bound.cuts if cut.site == _sites(number)[1]]
         if mid and state.has_visual:
             return self._run_with_cuts(mid, here, actions, call)
         if len(set(actions)) > 1 or (store is not None and store.rows not in (None, ())):
@@ -180,6 +186,8 @@ class Prefill(ForwardPass):
         self, layout: Layout | None, actions: Sequence[LayerAction], decoding: Sequence[LayerAction]
     ) -> Layout | None:
         """What the layer's KV will hold of the prompt, for the rows that decoding reads."""
+        if actions == decoding and len(set(actions)) == 1:
+            return layout
         rows = [row for row, action in enumerate(decoding) if action.writes_kv]
         missing = [row for row in rows if not actions[row].writes_kv]
         if not rows or (not missing and len(rows) == len(actions)):

@@ -63,7 +63,9 @@ class Needs:
             names = _named(cut)
             for spec in (spec for name in names for spec in table.requests(cut.stage.inputs, name)):
                 layer = decoder_requests.layer_of(spec.layer, cut.site, layers)
-                assert layer is not None
+                if layer is None:
+                    assert decoder_requests.is_optional(spec), "checked by bind"
+                    continue
                 kernels = True
                 embeds = embeds or callable(getattr(spec, "queries", None))
                 if spec.layer != "next":
@@ -76,7 +78,7 @@ class Needs:
                 entered.add(before)
             embeds = embeds or "text" in names
             kernels = kernels or "forward" in names
-            positions = positions or "positions" in names
+            positions = positions or bool(names & {"positions", "rotary"})
         entered |= read
         layers_of = (frozenset(record), frozenset(read), frozenset(entered), frozenset(behind))
         return cls(*layers_of, embeds, kernels, positions)
@@ -88,7 +90,7 @@ class Needs:
 
 
 def _named(cut: Cut) -> frozenset[str]:
-    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions")
+    names = (*table.OF_DECODER_LAYERS, "previous_hidden", "forward", "text", "positions", "rotary")
     return frozenset(name for name in names if cut.stage.asks_for(name))
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import call, checked, finite
+from prunekit.engine.asking import Given, call, checked, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
+from prunekit.engine.tokens.layout import leftmost
 from prunekit.errors import PluginError, Unsupported
 from prunekit.ops import top_k_mask
+from prunekit.ops.host import on_device
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
 from prunekit.pipeline.layer_plans import sharing_problem, without_kv
 from prunekit.pipeline.stage import Stage
@@ -26,13 +28,14 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
     """
     stage, state = view.place.stage, view.tokens.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
-        answer = _ask(view, embeds)
+        answer, unsound = _ask(view, embeds)
+    state.see(stage.label, unsound)
     if answer.note is not None:
         state.notes.append(f"{stage.label}: {answer.note}")
     tokens = answer.tokens
     if tokens is not None:
-        tokens = finite(stage, "route (tokens)", tokens, state.alive_visual())
-    own = _decided(stage, state, answer)
+        tokens = finite(stage, "route (tokens)", tokens, state.alive_visual(), unsound)
+    own = _decided(stage, state, answer, unsound)
     if own is None:
         return tokens, state.plans
     try:
@@ -45,8 +48,8 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
     return tokens, plans
 
 
-def _decided(stage: Stage, state: BatchState, answer: Route) -> tuple[LayerPlan, ...] | None:
-    """What the router alone decides about the layers of each sample; None: nothing."""
+def _decided(stage: Stage, state: BatchState, answer: Route, unsound: Tensor) -> tuple[LayerPlan, ...] | None:
+    """What the router alone decides about the layers of each sample; None: nothing. unsound: as `finite` takes it."""
     if answer.plans is not None:
         if not stage.decides_layers:
             raise PluginError(
@@ -59,7 +62,7 @@ def _decided(stage: Stage, state: BatchState, answer: Route) -> tuple[LayerPlan,
     if answer.layers is not None and stage.keep_layers is not None:
         shape = (len(state.lengths), state.bound.shape.layers)
         every = torch.ones(shape, dtype=torch.bool, device=state.prompt.ids.device)
-        return _plans(stage, state, finite(stage, "route (layers)", answer.layers, every))
+        return _plans(stage, state, finite(stage, "route (layers)", answer.layers, every, unsound))
     if stage.keep_layers is not None:
         raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
     return None
@@ -98,7 +101,8 @@ def by_scores(view: View, scores: Tensor | None) -> Selection:
     return Selection(top_k_mask(scores.gather(1, view.tokens.positions), view.count, view.tokens.valid))
 
 
-def _ask(view: View, embeds: Tensor) -> Route:
+def _ask(view: View, embeds: Tensor) -> tuple[Route, Tensor]:
+    """The answer about the batch, and the samples, bool (B,), of which what the router was given is not finite."""
     stage, state = view.place.stage, view.tokens.state
     visual, text = state.alive_visual(), state.text
     real = text | visual
@@ -106,18 +110,23 @@ def _ask(view: View, embeds: Tensor) -> Route:
     own = {"embeds": embeds if stage.trainable else embeds.detach(), "visual": visual, "text": text, "valid": real}
     if not stage.per_sample:
         copies = {name: value if value.requires_grad else value.clone() for name, value in own.items()}
-        return _checked_route(stage, call(stage, "route", _inputs(view, copies), {}))
-    answers = []
-    for b, mine in enumerate(real):
-        of_sample = {name: value[b, mine] for name, value in own.items()}
-        answer = _checked_route(stage, call(stage, "route", _inputs(view, of_sample, b), {}))
+        batch = Given(_inputs(view, copies), real)
+        return _checked_route(stage, call(stage, "route", batch, {})), batch.unsound
+    answers, unsound = [], []
+    # By positions, as the host knows how many there are: a bool index would wait for the device, for each of them.
+    positions = leftmost(real, max(state.lengths))
+    for b, length in enumerate(state.lengths):
+        mine = positions[b, :length]
+        of_sample = {name: value[b].index_select(0, mine.to(value.device)) for name, value in own.items()}
+        one = Given(_inputs(view, of_sample, b), of_sample["valid"])
+        answer = _checked_route(stage, call(stage, "route", one, {}))
         answers.append(_of_sample(stage, answer, len(of_sample["valid"]), state.bound.shape.layers))
-    return _together(stage, answers, real)
+        unsound.append(one.unsound)
+    return _together(stage, answers, real), torch.stack(unsound)
 
 
 def _inputs(view: View, own: dict[str, Any], b: int | None = None) -> Callable[[str], Any]:
     """Inputs by name, of one sample or of all: what only routers get, else those of the visual tokens."""
-    own["shape"] = view.tokens.state.bound.shape
 
     def get(name: str) -> Any:
         if name in own:
@@ -173,7 +182,7 @@ def _plans(stage: Stage, state: BatchState, scores: Tensor) -> tuple[LayerPlan, 
     taken = {layer for layer in fixed if state.bound.plan[layer] is LayerAction.SKIP}
     free = [layer for layer in range(total) if layer not in fixed and layer not in state.bound.protected]
     drop = max(0, min(total - len(taken) - wanted, len(free)))
-    column = torch.tensor(free, dtype=torch.int64, device=scores.device)
+    column = on_device(free, scores.device)
     # Of equal scores the later layer goes, as of equal tokens the later one does.
     order = scores[:, column].flip(1).argsort(dim=1, stable=True)[:, :drop]
     chosen = column.flip(0)[order].tolist()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.tokens.layout import Layout, leftmost
+from prunekit.ops.host import on_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class SiteTokens:
     def valid(self) -> Tensor:
         """False on padding, bool (B, V)."""
         columns = torch.arange(self.slots.shape[1], device=self.slots.device)
-        return columns < torch.tensor(self.counts, device=self.slots.device)[:, None]
+        return columns < on_device(self.counts, self.slots.device)[:, None]
 
     @cached_property
     def sizes(self) -> Tensor:

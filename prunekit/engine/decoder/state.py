@@ -15,12 +15,14 @@ from prunekit.engine.prompt.prompt import Prompt
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
+from prunekit.ops.host import on_device
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.stage import Cut
 from prunekit.records import StageEvent
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Selection
 
 NO_IMAGE = "no visual tokens in this batch: token stages had nothing to do, all tokens ran"
+Actions = tuple[LayerAction, ...]  # row by row
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class BatchState:
     layer_keys: for each of them the tokens that those which entered it can attend to. passing: layers that decoding
     simply runs. scores: of routers, by the index of their stage. wanted: of how many tokens, the last ones, the caller
     wants logits; 0: of all. cropped: bool (B, S), tokens that leave the KV when the prefill is over; None: none.
-    stage_states: the hooks' input `state`, by the index of the stage.
+    stage_states: the hooks' input `state`, by the index of the stage. unsound: where something that the model computed
+    is not finite, and of which samples, bool (B,); looks: how often that was looked for.
     """
 
     bound: BoundPipeline
@@ -87,7 +90,10 @@ class BatchState:
     cropped: Tensor | None = None
     passing: frozenset[int] = frozenset()
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    unsound: dict[str, Tensor] = field(default_factory=dict)
+    looks: int = 0
     _row_index: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _both: dict[int, tuple[tuple[LayerPlan, ...], tuple[Actions, Actions]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counts, self.lengths = self.prompt.visual_counts, self.prompt.lengths
@@ -117,6 +123,12 @@ class BatchState:
                 f"the prompt takes {needed} positions, more than the model's max_position_embeddings of {limit}: "
                 "answers may be poor with or without pruning"
             )
+
+    def see(self, place: str, unsound: Tensor) -> None:
+        """Remember for which samples, bool (B,), what the model computed is not finite; read back for a report only."""
+        before = self.unsound.get(place)
+        self.unsound[place] = unsound if before is None else before | unsound.to(before.device)
+        self.looks += 1
 
     def __deepcopy__(self, memo: object) -> BatchState:
         """Itself: what was decided at prefill no longer changes, so copies of a cache share it."""
@@ -186,16 +198,27 @@ class BatchState:
         """`rows` on the device; the same rows give the same tensor, by which layers share what they select."""
         key = tuple(rows)
         if key not in self._row_index:
-            self._row_index[key] = torch.tensor(key, dtype=torch.int64, device=self.prompt.ids.device)
+            self._row_index[key] = on_device(key, self.prompt.ids.device)
         return self._row_index[key]
 
-    def actions(self, number: int) -> tuple[LayerAction, ...]:
+    def actions(self, number: int) -> Actions:
         """What the prefill does with a layer, row by row."""
-        return tuple(plan[number] for plan in self.plans)
+        return self._phases(number)[0]
 
-    def decoding(self, number: int) -> tuple[LayerAction, ...]:
+    def decoding(self, number: int) -> Actions:
         """What decoding does with a layer, row by row."""
-        return tuple(plan.decoding(number) for plan in self.plans)
+        return self._phases(number)[1]
+
+    def _phases(self, number: int) -> tuple[Actions, Actions]:
+        """Both, made once for a layer and the plans: rows of most batches share one."""
+        plans, both = self._both.get(number, (None, ((), ())))
+        if plans is not self.plans:
+            first, rows = self.plans[0], len(self.plans)
+            some = self.plans[:1] if self.plans.count(first) == rows else self.plans
+            many = rows // len(some)
+            both = tuple(plan[number] for plan in some) * many, tuple(plan.decoding(number) for plan in some) * many
+            self._both[number] = self.plans, both
+        return both
 
     @property
     def last_only(self) -> int | None:
@@ -222,8 +245,12 @@ class BatchState:
 
     def count_leaving(self, number: int) -> None:
         """Count the tokens that went through the MLP of layer `number`."""
-        rows = zip(self.plans, self.entering(number), self.counts, strict=True)
-        self.mlp_tokens.append(tuple(_fed(plan[number], tokens, visual) for plan, tokens, visual in rows))
+        actions, entering = self.actions(number), self.entering(number)
+        if actions.count(LayerAction.RUN) == len(actions):
+            self.mlp_tokens.append(entering)
+            return
+        rows = zip(actions, entering, self.counts, strict=True)
+        self.mlp_tokens.append(tuple(_fed(action, tokens, visual) for action, tokens, visual in rows))
 
 
 def _fed(action: LayerAction, tokens: int, visual: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunekit.engine.attention import decoder_rows
 from prunekit.engine.attention.attended import Attended
+from prunekit.engine.decoder import aside
 from prunekit.engine.decoder.forward import Forward
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings, Run, taken
@@ -25,6 +26,7 @@ from prunekit.families.base import Parts
 from prunekit.pipeline.stage import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
+from prunekit.strategy.decisions import ModelShape
 from prunekit.strategy.sites import Site
 
 
@@ -57,6 +59,10 @@ class View:
     @property
     def prompt(self) -> Prompt:
         return self.tokens.state.prompt
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.tokens.state.bound.shape
 
     @property
     def state(self) -> dict[Any, Any]:
@@ -115,6 +121,10 @@ class View:
         return self._coords[..., 6:].clone()
 
     @property
+    def videos(self) -> Tensor:
+        return blank(take(self.prompt.videos, self.tokens.ordinals, 1), self.tokens.valid, False)
+
+    @property
     def sizes(self) -> Tensor:
         return self.tokens.sizes.clone()
 
@@ -135,12 +145,19 @@ class View:
         positions, valid = self.tokens.text_positions, self.tokens.text_valid
         return self._declared("text_keys", lambda spec: self._keys(spec, positions, valid))
 
-    def _declared(self, name: str, make: Callable[[Any], Tensor]) -> Any:
+    @cached_property
+    def text_values(self) -> Any:
+        positions, valid = self.tokens.text_positions, self.tokens.text_valid
+        return self._declared("text_values", lambda spec: self._keys(spec, positions, valid))
+
+    def _declared(self, name: str, make: Callable[[Any], Tensor | None]) -> Any:
         """One tensor for one declaration, a tuple for a tuple."""
         declared = table.request(self.place.stage.inputs, name)
         return tuple(map(make, declared)) if isinstance(declared, tuple) else make(declared)
 
-    def _rows(self, spec: decoder_requests.Rows) -> Tensor:
+    def _rows(self, spec: decoder_requests.Rows) -> Tensor | None:
+        if decoder_requests.layer_of(spec.layer, self.place.site, self.shape.layers) is None:
+            return None
         return self.readings.rows(*self._attended(spec), spec, self.tokens)
 
     def _attended(self, spec: decoder_requests.Spec) -> tuple[Attended, Run]:
@@ -223,6 +240,12 @@ class View:
         axes = [take(axis, self.tokens.positions, 1) for axis in self.here.forward_pass.rotations.ids]
         return blank(torch.stack(axes, dim=-1), self.tokens.valid, -1)
 
+    @cached_property
+    def rotary(self) -> Tensor:
+        turns = aside.turns(self.here)
+        axes = [take(axis, self.tokens.positions, 1) for axis in turns]
+        return blank(torch.stack(axes, dim=2), self.tokens.valid)
+
     @property
     def text_ids(self) -> Tensor:
         return self.prompt.ids.gather(1, self.tokens.text_positions).masked_fill(~self.tokens.text_valid, -1)
@@ -264,9 +287,9 @@ class View:
         ones = tuple(self._one(name, part, spec, b, lengths) for part, spec in zip(parts, declared, strict=True))
         return ones if isinstance(value, tuple) else ones[0]
 
-    def _one(self, name: str, value: Tensor, spec: Any, b: int, lengths: Mapping[str, int]) -> Tensor:
-        one: Tensor = table.cut_for_sample(name, value, b, lengths)
-        if not (isinstance(spec, decoder_requests.Rows) and spec.over == "none"):
+    def _one(self, name: str, value: Tensor | None, spec: Any, b: int, lengths: Mapping[str, int]) -> Tensor | None:
+        one: Tensor | None = table.cut_for_sample(name, value, b, lengths)
+        if one is None or not (isinstance(spec, decoder_requests.Rows) and spec.over == "none"):
             return one
         _, valid = self.readings.queries(spec, self._attended(spec)[1])
         return one[..., : int(valid[b].sum())]

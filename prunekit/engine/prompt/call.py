@@ -18,21 +18,29 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.upstream import CACHE
 
+_OF_EVERY_LAYER = ("output_attentions", "output_hidden_states")
+
 
 class Call:
-    """One call of the LVLM's base model: its arguments, and the outputs of its encoders once they are known."""
+    """One call of the LVLM's base model: its arguments, and the outputs of its encoders once they are known.
+
+    owner: the state of the prompt batch that its KV cache holds; None: it begins one.
+    """
 
     def __init__(self, given: Mapping[str, Any], parts: Parts) -> None:
         self.given, self.parts = given, parts
-        encoded = given.get("mm_encoder_outputs") or {}
-        self.outputs: dict[str, Any] = {name: out for name, out in encoded.items() if out is not None}
+        encoded = given.get("mm_encoder_outputs")
+        self.outputs: dict[str, Any] = {}
+        if encoded:
+            self.outputs.update((name, output) for name, output in encoded.items() if output is not None)
+        self.owner: Any = ragged.owner_of(given.get(CACHE))
 
     def refuse_unsupported(self) -> None:
         """Raise Unsupported for what cannot be answered on fewer tokens."""
         cache = self.given.get(CACHE)
-        is_prompt = ragged.owner_of(cache) is None
-        for name in ("output_attentions", "output_hidden_states"):
-            if self._asks(name, is_prompt):
+        is_prompt = self.owner is None
+        for name in _OF_EVERY_LAYER:
+            if self.given.get(name) or (is_prompt and self._configured(name)):
                 raise Unsupported(
                     f"{name}=True is not available under a pruning pipeline: layers hold different tokens"
                 )
@@ -48,11 +56,9 @@ class Call:
             self._refuse_incomplete(flat_mask(mask))
         self._refuse_checkpointing()
 
-    def _asks(self, name: str, is_prompt: bool) -> bool:
-        """Whether this call, or else a config when the prompt comes, asks for an output of every layer."""
-        if self.given.get(name) is not None:
-            return bool(self.given[name])
-        configs = (self.parts.base.config, self.parts.text.config) if is_prompt else ()
+    def _configured(self, name: str) -> bool:
+        """Whether a config asks for an output of every layer, and the call does not say otherwise."""
+        configs = () if self.given.get(name) is not None else (self.parts.base.config, self.parts.text.config)
         return any(bool(getattr(config, name, False)) for config in configs)
 
     def _refuse_incomplete(self, mask: Tensor | None) -> None:

@@ -31,7 +31,7 @@ def check_counts(call: Call, processor: Any, shown: int | None = None) -> None:
     """
     outputs, ids = call.outputs, call.given.get("input_ids")
     encoded = [m for m in call.parts.modalities if getattr(outputs.get(m.name), "pooler_output", None) is not None]
-    made = sum(_features(outputs[modality.name].pooler_output) for modality in encoded)
+    made = sum(_features(modality, outputs[modality.name].pooler_output) for modality in encoded)
     if not encoded or ids is None or shown == made:
         return
     tokens = torch.tensor([token for modality in encoded for token in modality.token_ids], device=ids.device)
@@ -45,9 +45,10 @@ def check_counts(call: Call, processor: Any, shown: int | None = None) -> None:
         )
 
 
-def _features(pooled: Any) -> int:
+def _features(modality: Modality, pooled: Any) -> int:
     """Features in a `pooler_output`: of each input, or of all in one table (features, H)."""
-    return len(pooled) if isinstance(pooled, Tensor) and pooled.ndim == 2 else sum(counts_of(pooled))
+    whole = isinstance(pooled, Tensor) and pooled.ndim == 2
+    return len(pooled) if whole else sum(counts_of(modality.features({}, pooled)))
 
 
 def explain(error: Exception, modality: Modality, parts: Parts, processor: Any) -> None:

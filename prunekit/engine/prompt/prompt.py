@@ -96,6 +96,15 @@ class Prompt:
                 table[b, positions, 1:] = one.source.coords[one.at].cpu()
         return self.of_visual(table.to(self.ids.device), -1)
 
+    @cached_property
+    def videos(self) -> Tensor:
+        """Which original visual tokens are of a video: bool (B, V)."""
+        table = torch.zeros_like(self.visual)
+        for b, row in enumerate(self.by_row):
+            for one in row:
+                table[b, one.positions] = one.source.modality.name == "video"
+        return self.of_visual(table, False)
+
     def of_visual(self, table: Tensor, padding: float) -> Tensor:
         """Entries of a table (B, S, ...) for the original visual tokens: (B, V, ...)."""
         width = max(self.visual_counts, default=0)

@@ -67,11 +67,11 @@ def recorded_on(output: Any, modality: Modality) -> VisualInputs | None:
     if features is None:
         return None
     inputs: VisualInputs | None = getattr(output, _ATTRIBUTE, None)
-    return inputs or VisualInputs(modality, {}, counts_of(features))
+    return inputs or VisualInputs(modality, {}, counts_of(modality.features({}, features)))
 
 
-def counts_of(features: Any) -> tuple[int, ...]:
-    """Visual tokens of each entry of a `pooler_output`: a list of (tokens, H), or a tensor (entries, tokens, H)."""
+def counts_of(features: Sequence[Tensor]) -> tuple[int, ...]:
+    """Visual tokens of each entry of what `Modality.features` gives."""
     return tuple(map(len, features))
 
 

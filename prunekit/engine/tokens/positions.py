@@ -87,6 +87,20 @@ class Rotations:
         shift = ids.amax(0).amax(-1) + 1 - table.sum(1) if ids.ndim == 3 else _last(ids, layout) + 1 - table.sum(1)
         return layout.with_shift(shift)
 
+    def by_axis(self, rotary: Any) -> list[Any]:
+        """What the call that made `rotary` would have made, in at least float32, had every axis of its position ids
+        been the same one, for each axis. Raises Unsupported for rotations that no call made.
+        """
+        made = next((one for one in self.made if one.gave(rotary)), None)
+        if made is None:
+            raise Unsupported(
+                "rotary is not known of this model: its layers get rotations that its rotary module did not make"
+            )
+        ids = made.ids if made.ids.ndim == 3 else made.ids[None]
+        states = made.states.new_zeros(1, dtype=torch.promote_types(made.states.dtype, torch.float32))
+        alike = [axis[None].expand_as(ids) if made.ids.ndim == 3 else axis for axis in ids]
+        return [made.module(states, one, *made.args, **made.kwargs) for one in alike]
+
     def _renumbered(self, rotary: Any, layout: Layout, rows: Tensor | None, prefill: bool) -> Any:
         made = self._of(rotary)
         assert layout.shift is not None

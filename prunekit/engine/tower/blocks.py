@@ -105,7 +105,7 @@ def encode(
     if features is None:
         return output, None
     state.learn(output)
-    record = state.record(features)
+    record = state.record(modality.features(state.arguments, features))
     if state.resized is not None:
         state.resized.widen(output)
     return output, record
@@ -265,7 +265,7 @@ class TowerRun:
         if cut.keep is not None:
             asked = tuple(map(cut.keep.count, encoding.patches.made, encoding.counts))
         view = TowerView(encoding, cut, states, encoding.present, encoding.counts, asked)
-        selection = decide(cut.stage, view)
+        selection, unsound = decide(cut.stage, view)
         if selection.crop:
             raise Unsupported(f"{cut.label}: crop=True is about the KV cache; there is none at '{cut.site}'")
         if selection.extras is not None:
@@ -284,7 +284,7 @@ class TowerRun:
             index = view.ordinals.to(values.device).view(*view.ordinals.shape, *[1] * (values.ndim - 2))
             states = patches.put(every.scatter(1, index.expand_as(values), values), keep, states)
         sizes = None if selection.sizes is None else _resized(encoding, view, selection)
-        encoding.decisions.append(Decision(cut, encoding.present, keep, asked, sizes))
+        encoding.decisions.append(Decision(cut, encoding.present, keep, asked, sizes, None, unsound))
         encoding.drop(keep)
         return states
 

@@ -182,7 +182,8 @@ class Encoding:
     def tokens(self, spec: EncoderSpec) -> Tensor:
         """What was recorded for a resolved `spec` of all tokens of the tower, (R, T, ...)."""
         if isinstance(spec, Features):
-            return self.states[spec.layer or 0]
+            assert isinstance(spec.layer, int), "resolved"
+            return self.states[spec.layer]
         if isinstance(spec, EncoderRows) and spec.query == POOL:
             if self.pool_states is None or self.needs.tower.pool is None:
                 raise Unsupported("the pooling head of the vision tower did not run, so there is no row of its query")
@@ -207,7 +208,7 @@ class Encoding:
     def record(self, features: Sequence[Tensor]) -> TowerRecord:
         """What goes along with the images or videos, after the call.
 
-        features: its `pooler_output`, one entry for each. Raises Unsupported when visual tokens are not those that the
+        features: as `Modality.features` gives them. Raises Unsupported when visual tokens are not those that the
         family's file says.
         """
         needs, counts = self.needs, tuple(map(len, features))

@@ -17,6 +17,7 @@ from prunekit.pipeline.stage import Cut
 from prunekit.strategy.inputs import OF_TOWER, requests
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved
+from prunekit.upstream import NAMES_OF_FEATURE_LAYERS
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class TowerNeeds:
         reads: dict[int, tuple[EncoderSpec, ...]] = {}
         states = {feature_block} if extras else set()
         for spec in dict.fromkeys(spec for _, spec in specs if spec.layer is not None):
-            assert spec.layer is not None
+            assert isinstance(spec.layer, int), "resolved"
             if isinstance(spec, Features):
                 states.add(spec.layer)
             else:
@@ -102,14 +103,15 @@ class TowerNeeds:
 
     def check_call(self, arguments: Mapping[str, Any]) -> None:
         """Raise Unsupported for a call of an encoding method that takes features of another block."""
-        chosen = arguments.get("vision_feature_layer")
-        if chosen is None:
+        name = next((name for name in NAMES_OF_FEATURE_LAYERS if arguments.get(name) is not None), None)
+        if name is None:
             return
+        chosen = arguments[name]
         states = len(self.tower.layers) + 1
         latest = max(one % states for one in ([chosen] if isinstance(chosen, int) else chosen))
         if latest != self.tower.feature_layer % states:
             raise Unsupported(
-                f"vision_feature_layer={chosen} in a call differs from the model's config, by which stages that cut or "
+                f"{name}={chosen} in a call differs from the model's config, by which stages that cut or "
                 "read the vision tower were checked; set it in the config"
             )
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekit.engine.attention.attended import wide
 from prunekit.engine.tokens.layout import Layout, blank, leftmost
 from prunekit.families.tower_parts import Tower
 
@@ -75,8 +76,11 @@ class Patches:
         return x.flatten(0, 1)[self.index.to(x.device)]
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of (R, T, ...) the mean over the patches of each visual token, (B, V, ...); zeros where there are none."""
-        return blank(self.take(x).mean(2), self.present)
+        """Of (R, T, ...) the mean over the patches of each visual token, (B, V, ...), of several in at least float32;
+        zeros where there are none.
+        """
+        patches = self.take(x)
+        return blank(patches[:, :, 0] if patches.shape[2] == 1 else wide(patches).mean(2), self.present)
 
     def put(self, values: Tensor, chosen: Tensor, into: Tensor) -> Tensor:
         """(R, T, ...) with `values` (B, V, p, ...) at the patches of the chosen visual tokens, bool (B, V)."""

@@ -31,6 +31,7 @@ class Decision:
     entered, keep: bool (B, V) over all visual tokens of each input, those that entered and that stayed; tokens without
     a patch are in neither. asked: how many to keep of each, None for a stage that decides by itself. sizes: float
     (B, V) where the cut gave any. resized: height and width in pixels of each input, where it was made smaller.
+    unsound: bool (B,), inputs of which something that the tower computed is not finite; None: nothing was asked.
     """
 
     cut: Cut
@@ -39,6 +40,7 @@ class Decision:
     asked: tuple[int, ...] | None
     sizes: Tensor | None
     resized: tuple[tuple[int, int], ...] | None = None
+    unsound: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,7 @@ def _works(one: VisualInput) -> Works | None:
     if record is None or record.effort is None or record.dense is None:
         return None
     did, dense = record.effort.works, record.dense.works
-    if did is None or dense is None or one.at >= len(did):  # of whole images, where the model returns tiles apart
-        return None
-    return did[one.at], dense[one.at]
+    return None if did is None or dense is None else (did[one.at], dense[one.at])
 
 
 def tower_events(prompt: Prompt) -> list[StageEvent]:
@@ -233,3 +233,20 @@ def _event(prompt: Prompt, number: int, like: Decision) -> StageEvent:
         cut.stage.use, cut.stage.index, str(cut.site), tuple(entered), tuple(kept), False, of_each,
         None if like.asked is None else tuple(asked), None if like.resized is None else tuple(resized),
     )  # fmt: skip
+
+
+def tower_unsound(prompt: Prompt) -> dict[str, Tensor]:
+    """By the cut in the tower, the samples of whose images something that it computed is not finite: bool (B,)."""
+    found: dict[str, Tensor] = {}
+    first = next(_records(prompt), TowerRecord({}))
+    for number, decision in enumerate(first.decisions):
+        if decision.unsound is not None:
+            cut = decision.cut
+            found[f"{cut.stage.label} at '{cut.site}'"] = torch.tensor(
+                [any(_is_unsound(record.decisions[number], one.at) for one, record in row) for row in _by_row(prompt)]
+            )
+    return found
+
+
+def _is_unsound(decision: Decision, at: int) -> bool:
+    return decision.unsound is not None and bool(decision.unsound[at])

@@ -112,6 +112,10 @@ class TowerView:
     def frames(self) -> Tensor:
         return self._table[..., 0]
 
+    @property
+    def videos(self) -> Tensor:
+        return self.valid & (self.encoding.visual.modality.name == "video")
+
     @cached_property
     def cls_crops(self) -> Tensor:
         """The number of the input is 0."""

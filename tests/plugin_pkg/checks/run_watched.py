@@ -42,7 +42,7 @@ json.dump(
         "unchanged": unchanged,
         "finished": watch.FINISHED,
         "origin": plugins.registry().strategy_entry("corner").origin,
-        "plugins": [name for name, *_ in plugins.described()],
+        "plugins": plugins.names(),
     },
     sys.stdout,
 )

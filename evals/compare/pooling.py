@@ -1,0 +1,139 @@
+"""From cells to rows: the newest version of each pipeline, its seeds together, and which image a question is about."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+from prunekit_evals.run.results import Cell
+
+SEED = "seed"  # the option whose value makes no other pipeline, only another draw of it
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Cells of one pipeline. scores: task -> question -> score for each seed, equally many seeds on every task."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    scores: Mapping[str, tuple[Mapping[int, float], ...]]
+
+    @property
+    def dense(self) -> bool:
+        """Whether it changes nothing."""
+        return self.cells[0].pipeline.dense
+
+    @property
+    def random(self) -> bool:
+        """Whether it only prunes at random."""
+        stages = _read(self.cells[0]).get("stages") or []
+        return bool(stages) and all(stage.get("use") == RANDOM for stage in stages)
+
+    @property
+    def flops(self) -> float | None:
+        """Fraction of dense's prefill, mean over cells; None where not known."""
+        return mean(cell.saved.flops_fraction for cell in self.cells if cell.saved is not None)
+
+
+def newest(cells: Sequence[Cell]) -> tuple[list[Cell], int]:
+    """The cells that are done, of each pipeline's newest version, and how many of older versions there are.
+
+    cells: oldest first. Two seeds are no two versions: pipelines that differ in seeds alone are all the newest.
+    """
+    last = {cell.pipeline.name: (family(cell), cell.pipeline.code) for cell in cells}
+    current = [cell for cell in cells if (family(cell), cell.pipeline.code) == last[cell.pipeline.name]]
+    return [cell for cell in current if cell.status == "done"], len(cells) - len(current)
+
+
+def pooled(cells: Iterable[Cell]) -> tuple[list[Pooled], list[str]]:
+    """Rows, and notes on seeds that are left out since they lack a task that another seed has.
+
+    A row has the shortest of its pipelines' names. The last of several cells of one seed and task counts.
+    """
+    families: dict[tuple[str, str], dict[str, dict[str, Cell]]] = {}
+    for cell in cells:
+        by_seed = families.setdefault((family(cell), cell.pipeline.code), {})
+        by_seed.setdefault(_nameless(cell), {})[cell.label] = cell
+    rows, notes = [], []
+    for by_seed in families.values():
+        tasks = dict.fromkeys(task for seed in by_seed.values() for task in seed)
+        whole = [seed for seed in by_seed.values() if len(seed) == len(tasks)] or [max(by_seed.values(), key=len)]
+        name = min((cell.pipeline.name for seed in by_seed.values() for cell in seed.values()), key=_shortest)
+        if len(whole) < len(by_seed):
+            count = f"{len(by_seed) - len(whole)} of {len(by_seed)} seeds of {name}"
+            notes.append(f"{count} left out, for lack of tasks that others have")
+        scores = {task: tuple(seed[task].scores for seed in whole) for task in whole[0]}
+        scored = {task: seeds for task, seeds in scores.items() if all(seeds)}
+        rows.append(Pooled(name, tuple(cell for seed in whole for cell in seed.values()), scored))
+    return rows, notes
+
+
+def images(rows: Iterable[Pooled]) -> tuple[dict[str, dict[int, str]], tuple[str, ...]]:
+    """Task -> scored question -> its image, and the tasks of which questions name none; these stand for themselves."""
+    found: dict[str, dict[int, str]] = {}
+    asked: dict[str, set[int]] = {}
+    for row in rows:
+        for cell in row.cells:
+            asked.setdefault(cell.label, set()).update(cell.scores)
+            found.setdefault(cell.label, {}).update(cell.groups)
+    without = tuple(task for task, numbers in asked.items() if numbers - found[task].keys())
+    return {
+        task: {number: found[task].get(number, f"#{number}") for number in sorted(numbers)}
+        for task, numbers in asked.items()
+    }, without
+
+
+def family(cell: Cell) -> str:
+    """What pipelines that differ in seeds alone have in common.
+
+    Without a seed among its options that is the pipeline itself.
+    """
+    data = _read(cell)
+    return json.dumps(_unseeded(_bare(data)), default=str) if _seeded(data) else cell.pipeline.sha
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of the values that are known; None without any."""
+    measured = [value for value in values if value is not None]
+    return statistics.fmean(measured) if measured else None
+
+
+def _nameless(cell: Cell) -> str:
+    return json.dumps(_bare(_read(cell)), default=str)
+
+
+def _bare(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is only said about it."""
+    return {key: value for key, value in data.items() if key not in ("name", "description")}
+
+
+def _shortest(name: str) -> tuple[int, str]:
+    return len(name), name
+
+
+def _read(cell: Cell) -> Mapping[str, Any]:
+    return _parsed(cell.pipeline.resolved)
+
+
+@cache
+def _parsed(resolved: str) -> Mapping[str, Any]:
+    data = yaml.safe_load(resolved)
+    return data if isinstance(data, dict) else {}
+
+
+def _seeded(data: Any) -> bool:
+    if isinstance(data, Mapping):
+        return SEED in data or any(map(_seeded, data.values()))
+    return isinstance(data, list) and any(map(_seeded, data))
+
+
+def _unseeded(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _unseeded(value) for key, value in data.items() if key != SEED}
+    return [_unseeded(one) for one in data] if isinstance(data, list) else data

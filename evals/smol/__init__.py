@@ -1,0 +1,1 @@
+"""prunekit-smol: a LLaVA on a real pretrained language model of thirty layers, put together from what pip installs."""
