@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
+FAMILIES_ARGS ?=
 # Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
 # Processes that run tests; results do not depend on it.
@@ -29,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full test-matrix lint bench study cards wheel clean
+.PHONY: help venv demo test test-full test-matrix families lint bench study cards wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -61,6 +62,9 @@ test-full: lint ## the same, shuffled, with the full exactness matrix and all de
 test-matrix: $(STAMP) ## the wheel in an empty environment, and exactness on several transformers; minutes for each
 	$(BIN)/python tests/fresh_install.py
 	$(BIN)/python tests/versions.py $(VERSIONS)
+
+families: $(STAMP) ## try every image-text-to-text type of transformers, and write the table in docs/families.md; 15 minutes
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python tests/families_table.py --processes $(WORKERS) $(FAMILIES_ARGS)
 
 bench: $(STAMP) ## measure what prunekit costs and what it saves
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.bench.cpu $(BENCH_ARGS)

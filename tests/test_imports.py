@@ -21,8 +21,9 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
-    "version", "errors", "ops", "registry", "upstream", "strategy", "cost", "records", "hookspecs", "loose", "plugins",
-    "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply", "testing", "cli",
+    "version", "errors", "ops", "registry", "upstream", "probes", "strategy", "cost", "records", "hookspecs", "loose",
+    "plugins", "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply",
+    "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
@@ -233,7 +234,7 @@ def _named(names: set[str], text: str) -> list[str]:
 
 CORE = sources("prunekit")
 # Tiny models of the families are for tests; the probes look at modules of transformers.
-OF_FAMILIES = ("families", "testing", "upstream")
+OF_FAMILIES = ("families", "testing", "upstream", "probes")
 # What has no reason to name a strategy anywhere; elsewhere docstrings may show one, and comments say whose rule it is.
 WITHOUT_EXAMPLES = ("engine", "families", "verify", "apply", "loading", "cost", "records")
 # Strategies whose names are words of the language, and where those words are values that mean something else.

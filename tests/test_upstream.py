@@ -17,10 +17,10 @@ from transformers.models.llava import modeling_llava
 from transformers.models.llava_next import modeling_llava_next
 
 import prunekit
-from prunekit import upstream
+from prunekit import probes, upstream
 
 ROOT = Path(__file__).parent.parent
-PROBES = {probe.name: probe for probe in upstream.PROBES}
+PROBES = {probe.name: probe for probe in probes.PROBES}
 
 
 def _add_method(patch: Any) -> None:
@@ -43,8 +43,8 @@ def _positional(patch: Any) -> None:
 
 
 def _physical_masks(patch: Any) -> None:
-    patch.setattr(upstream._Longer, "get_mask_sizes", cache_utils.DynamicLayer.get_mask_sizes)
-    patch.setattr(upstream._Longer, "get_seq_length", lambda self: self.keys.shape[-2])
+    patch.setattr(probes._Longer, "get_mask_sizes", cache_utils.DynamicLayer.get_mask_sizes)
+    patch.setattr(probes._Longer, "get_seq_length", lambda self: self.keys.shape[-2])
 
 
 class _Holding:
@@ -70,7 +70,7 @@ CHANGES: dict[str, Any] = {
     "cache_utils.DynamicSlidingWindowLayer": lambda patch: patch.setattr(
         cache_utils, "DynamicSlidingWindowLayer", cache_utils.StaticLayer
     ),
-    "cache_utils.DummyLayer": lambda patch: patch.setattr(upstream, "EMPTY_LAYERS", (_Holding,)),
+    "cache_utils.DummyLayer": lambda patch: patch.setattr(probes, "EMPTY_LAYERS", (_Holding,)),
     "cache_utils.StaticLayer": lambda patch: patch.setattr(
         cache_utils.StaticLayer, "get_mask_sizes", lambda self, queries: (queries, 0)
     ),
@@ -85,6 +85,9 @@ CHANGES: dict[str, Any] = {
     ),
     "get_image_features().pooler_output": lambda patch: patch.setattr(
         modeling_llava.LlavaModel, "get_image_features", lambda self, pixel_values: None
+    ),
+    "PreTrainedModel._from_config": lambda patch: patch.setattr(
+        transformers.PreTrainedModel, "_from_config", classmethod(lambda cls, config, **_: cls(config))
     ),
     "mm_encoder_outputs": lambda patch: (
         patch.setattr(modeling_llava.LlavaModel, "forward", lambda self, input_ids: None),
@@ -108,7 +111,7 @@ def test_every_probe_has_its_change() -> None:
 
 @pytest.mark.parametrize("name", PROBES)
 def test_the_probe_passes_here(name: str) -> None:
-    assert upstream.problem(PROBES[name]) == ""
+    assert probes.problem(PROBES[name]) == ""
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -121,7 +124,7 @@ def test_the_probe_names_the_files_that_use_it(name: str) -> None:
 @pytest.mark.parametrize("name", CHANGES)
 def test_the_probe_notices_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     CHANGES[name](monkeypatch)
-    text = upstream.problem(PROBES[name])
+    text = probes.problem(PROBES[name])
     assert text.startswith(f"{name} (")
     assert len(text) > len(name) + 10
 
@@ -129,10 +132,10 @@ def test_the_probe_notices_a_change(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_a_change_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from prunekit.testing.tiny import tiny_llava
 
-    broken = upstream.Probe(
-        "AttentionInterface.frobnicate", {"tap.py": "x"}, "nothing", lambda: upstream._expect(False, "gone")
+    broken = probes.Probe(
+        "AttentionInterface.frobnicate", {"tap.py": "x"}, "nothing", lambda: probes._expect(False, "gone")
     )
-    monkeypatch.setattr(upstream, "_problems", lambda: (upstream.problem(broken),))
+    monkeypatch.setattr(probes, "_problems", lambda: (probes.problem(broken),))
     with (
         pytest.raises(prunekit.Unsupported, match=r"(?s)transformers 5.*Interface.frobnicate.*gone.*Install"),
         prunekit.apply(tiny_llava(), {"stages": [{"use": "fastv", "keep": 0.5}]}),
@@ -143,8 +146,8 @@ def test_a_change_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatc
 def test_probes_leave_no_trace() -> None:
     state, interface = torch.get_rng_state(), modeling_utils.AttentionInterface.get_interface
     functions = modeling_llama.ALL_ATTENTION_FUNCTIONS
-    for probe in upstream.PROBES:
-        assert upstream.problem(probe) == ""
+    for probe in probes.PROBES:
+        assert probes.problem(probe) == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert modeling_utils.AttentionInterface.get_interface is interface
     assert modeling_llama.ALL_ATTENTION_FUNCTIONS is functions
@@ -159,10 +162,10 @@ def test_the_tested_range_is_the_declared_one() -> None:
 def test_nothing_else_is_taken_from_inside_transformers() -> None:
     """A name from a submodule of transformers is one of those that a probe looks at, or of those here."""
     harmless = {"transformers.utils.logging"}
-    probed = inspect.getsource(upstream)
+    probed = inspect.getsource(probes)
     found = set()
     for path in sorted((ROOT / "prunekit").rglob("*.py")):
-        if "testing" in path.parts or path.name == "upstream.py":
+        if "testing" in path.parts or path.name in ("upstream.py", "probes.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
@@ -171,9 +174,7 @@ def test_nothing_else_is_taken_from_inside_transformers() -> None:
                 found |= {alias.name for alias in node.names if alias.name.startswith("transformers.")}
     for name in sorted(found - harmless):
         module, _, attribute = name.rpartition(".")
-        assert module.rpartition(".")[2] in probed and attribute in probed, (
-            f"{name} has no probe in {upstream.__name__}"
-        )
+        assert module.rpartition(".")[2] in probed and attribute in probed, f"{name} has no probe in {probes.__name__}"
 
 
 def test_private_names_are_those_of_the_probes() -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunekit.families.base import Parts
+    from prunekit.verify.observed import Observed
 
 NO_STATE = "attention and MLP run side by side, or what goes past the MLP is scaled"
 
@@ -66,7 +67,11 @@ def examine(model: PreTrainedModel, proof: bool = True) -> dict[str, Any]:
     except Unsupported as error:
         return head | {"ok": False, "refused": str(error)}
     data = head | {"ok": True, "refused": None} | _recognised(model, parts, file=family is not None)
-    return data | _proved(config, data) if proof else data
+    if not proof:
+        return data
+    proved = _proved(model, parts, recognised=family is None)
+    data["unsupported"] += proved.pop("lacks")
+    return data | proved
 
 
 def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, Any]:
@@ -93,7 +98,7 @@ def _recognised(model: PreTrainedModel, parts: Parts, file: bool) -> dict[str, A
         "tower": None if tower is None else {**asdict(tower.shape()), "packed": tower.packed},
         "attention_implementation": parts.attention_implementation,
         "caches": _caches(parts),
-        "unsupported": list(_unsupported(parts, file)),
+        "unsupported": list(_unsupported(parts)),
     }
 
 
@@ -104,9 +109,7 @@ def _caches(parts: Parts) -> dict[str, int]:
     return dict(Counter(kinds))
 
 
-def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
-    if not file:
-        yield "coords, frames: where visual tokens are in their images is known only to family files"
+def _unsupported(parts: Parts) -> Iterator[str]:
     if parts.tower is None:
         yield "sites pixels and vision.N, inputs from the tower: this family declares no tower"
     if parts.opaque is not None:
@@ -115,19 +118,30 @@ def _unsupported(parts: Parts, file: bool) -> Iterator[str]:
         yield "sites N.mid: " + NO_STATE
 
 
-def _proved(config: Any, data: dict[str, Any]) -> dict[str, Any]:
+def _proved(model: PreTrainedModel, parts: Parts, recognised: bool) -> dict[str, Any]:
     from prunekit.errors import Unsupported
     from prunekit.verify import proof
 
     try:
-        proved = proof.prove(config)
+        proved = proof.prove(model)
     except Unsupported as error:
-        return {"ok": False, "refused": str(error), "proof": None}
+        return {"ok": False, "refused": str(error), "proof": None, "lacks": []}
     cases = [{"name": case.name, "error": case.error, "fault": case.fault} for case in proved.cases]
-    verdict = {"ok": proved.holds, "refused": None if proved.holds else "the proof does not hold", "proof": cases}
-    if proved.observed.cuts_inside or data["decoder"]["mlp_norm"] is None:
-        return verdict
-    return verdict | {"unsupported": [*data["unsupported"], "sites N.mid: " + NO_STATE]}
+    refused = None if proved.holds else "the proof does not hold"
+    lacks = list(_lacks(parts, proved.observed, recognised))
+    return {"ok": proved.holds, "refused": refused, "proof": cases, "lacks": lacks}
+
+
+def _lacks(parts: Parts, seen: Observed, recognised: bool) -> Iterator[str]:
+    """What the proof has shown beside what was recognised."""
+    if recognised and not seen.coords:
+        yield "coords, frames: visual tokens are not where the config lets expect them"
+    if recognised and "video" not in seen.kinds:
+        yield "videos: its twin runs on no prompt with one, or it takes none"
+    if seen.opaque is not None:
+        yield f"sites in the decoder, layers: {seen.opaque}"
+    elif parts.opaque is None and parts.mlp_norm is not None and not seen.cuts_inside:
+        yield "sites N.mid: " + NO_STATE
 
 
 def lines(data: dict[str, Any]) -> Iterator[str]:

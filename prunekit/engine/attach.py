@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Mapping
@@ -257,6 +258,7 @@ class Attached:
         """Remember the prompt's ids and visual inputs while the LVLM's base model runs."""
         names = list(inspect.signature(original).parameters)
 
+        @functools.wraps(original)  # `generate` reads off it what a model takes that is its own base
         def forward(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return self._compiling(forward, original, args, kwargs)

@@ -14,7 +14,7 @@ from prunekit import upstream
 from prunekit.errors import Unsupported
 from prunekit.families.weights import matrix_params, mixer_params
 from prunekit.strategy.decisions import RECURRENT
-from prunekit.upstream import SHARED_KV
+from prunekit.upstream import CACHE, SHARED_KV
 
 ATTENTION = "self_attn"
 # What stands in its place in layers with a recurrent state: Qwen3.5, LFM2.
@@ -85,7 +85,8 @@ class NotPlain(Unsupported):
 def decoder(text: Any) -> dict[str, Any]:
     """What `Parts` says of the decoder stack `text`: text, layers, and the names of their parts.
 
-    Of one that is not plain, why it can be cut at its input only. Raises Unsupported for what is no decoder stack.
+    Of one that is not plain, why it can be cut at its input only. Raises Unsupported for what is no decoder stack, or
+    none that can be cut at all.
     """
     try:
         return plain(text)
@@ -93,15 +94,48 @@ def decoder(text: Any) -> dict[str, Any]:
         config = getattr(text, "config", None)
         if getattr(config, "num_hidden_layers", None) is None or getattr(config, "hidden_size", None) is None:
             raise
-        tables = sum(part.weight.numel() for part in text.modules() if isinstance(part, nn.Embedding))
-        weights = token_params(text, config) - tables
-        return {
-            "text": text,
-            "layers": (),
-            "opaque": error.reason,
-            "mlp_params": weights // text.config.num_hidden_layers,
-            "rotary": None,
-        }
+        return at_input_only(text, error.reason)
+
+
+def _check_call(text: Any) -> None:
+    """Raise Unsupported for a stack that is no decoder, or that cannot be told what a shorter prompt needs."""
+    name, takes = type(text).__name__, inspect.signature(type(text).forward).parameters
+    if getattr(text.config, "is_encoder_decoder", False):
+        raise Unsupported(
+            f"the decoder {name} is an encoder-decoder: its text attends to what an encoder made of another sequence, "
+            "which no LVLM gives it"
+        )
+    marks = [vars(part).get(mark) for part in text.modules() for mark in ("is_causal", "is_decoder")]
+    if False in marks and True not in marks:
+        raise Unsupported(
+            f"the decoder {name} is an encoder: its tokens see those behind them, so that it has no KV cache"
+        )
+    if "inputs_embeds" not in takes:
+        raise Unsupported(f"the decoder {name} takes no inputs_embeds, among which features of images could stand")
+    if CACHE not in takes:
+        raise Unsupported(f"the decoder {name} takes no cache of transformers to decode from")
+    if "position_ids" not in takes:
+        raise Unsupported(
+            f"the decoder {name} takes no position_ids, so that it cannot be told where the tokens that remain stand"
+        )
+
+
+def at_input_only(text: Any, reason: str) -> dict[str, Any]:
+    """As `decoder`, of a stack inside which nothing can be cut. reason: what it has instead, as a clause.
+
+    Raises Unsupported for one that can be cut nowhere.
+    """
+    _check_call(text)
+    tables = sum(part.weight.numel() for part in text.modules() if isinstance(part, nn.Embedding))
+    weights = token_params(text, text.config) - tables
+    return {
+        "text": text,
+        "layers": (),
+        "opaque": reason,
+        "mlp_norm": None,
+        "mlp_params": weights // text.config.num_hidden_layers,
+        "rotary": None,
+    }
 
 
 def plain(text: Any) -> dict[str, Any]:

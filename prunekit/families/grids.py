@@ -14,6 +14,8 @@ from transformers.models.llava_next import modeling_llava_next
 from prunekit.errors import Unsupported
 
 PACKING: Any = modeling_llava_next  # its functions are not typed
+# What configs call the number of patches of a row that become one visual token.
+MERGES = ("spatial_merge_size", "merge_size", "merge_kernel_size", "downsample_factor")
 Coords = Callable[[Mapping[str, Any], Sequence[int]], list[Tensor]]
 
 
@@ -44,12 +46,8 @@ def merged(sizes: str, merge: int) -> Coords:
     """
 
     def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        shapes = torch.as_tensor(_argument(arguments, sizes)).tolist()
-        tables = [
-            torch.cat([grid(rows // merge, columns // merge, frame) for frame in range(frames)])
-            for frames, rows, columns in shapes
-        ]
-        return checked(tables, counts)
+        shapes = torch.as_tensor(given(arguments, sizes)).tolist()
+        return checked([_grids(shape, merge) for shape in shapes], counts)
 
     return coords
 
@@ -58,10 +56,56 @@ def pixels(cell: int) -> Coords:
     """Images of the sizes in `image_sizes`, in pixels, of which `cell` x `cell` become one token."""
 
     def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        sizes = torch.as_tensor(_argument(arguments, "image_sizes")).tolist()
+        sizes = torch.as_tensor(given(arguments, "image_sizes")).tolist()
         return checked([grid(height // cell, width // cell) for height, width in sizes], counts)
 
     return coords
+
+
+def by_arguments(kind: str, config: Any) -> Coords:
+    """Images or videos (`kind`) of a model without a family file, by what its encoder was given beside their pixels.
+
+    That is their grid in patches, their size in pixels, or nothing, where tokens fill a square. Which of the tokens is
+    where is a guess, as `prunekit.verify.proof` tests it. Raises Unsupported where their numbers do not fit.
+    """
+
+    def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
+        merge = merge_of(config)
+        there = {name for name, value in arguments.items() if value is not None}
+        if f"{kind}_grid_thw" in there:
+            merges = torch.as_tensor(arguments.get(f"{kind}_merge_sizes", [merge])).tolist()
+            shapes = torch.as_tensor(arguments[f"{kind}_grid_thw"]).tolist()
+            each = merges * len(shapes) if len(merges) == 1 else merges
+            return checked([_grids(shape, by) for shape, by in zip(shapes, each, strict=True)], counts)
+        if "spatial_shapes" in there:
+            shapes = torch.as_tensor(arguments["spatial_shapes"]).tolist()
+            return checked([grid(rows // merge, columns // merge) for rows, columns in shapes], counts)
+        if "image_sizes" in there and hasattr(config, "vision_config"):
+            return pixels(config.vision_config.patch_size * merge)(arguments, counts)
+        if kind == "video":
+            raise Unsupported(
+                "where visual tokens are in the frames of a video is not known of a model without a family file; "
+                "strategies that ask for `coords` or `frames` cannot run on them"
+            )
+        return square_coords(arguments, counts)
+
+    return coords
+
+
+def _grids(shape: Sequence[int], merge: int) -> Tensor:
+    frames, rows, columns = shape
+    return torch.cat([grid(rows // merge, columns // merge, frame) for frame in range(frames)])
+
+
+def merge_of(config: Any) -> int:
+    """How many patches of a row become one visual token, as the configs of a model say; 2 where none does."""
+    parts = (getattr(config, "vision_config", config), config)
+    for part, name in ((part, name) for name in MERGES for part in parts):
+        merge = getattr(part, name, None)
+        merge = merge[0] if isinstance(merge, (list, tuple)) else merge
+        if isinstance(merge, int):
+            return merge
+    return 2
 
 
 def stacked(side: int) -> Coords:
@@ -82,7 +126,7 @@ def frames(argument: str, side: int, newline: bool) -> Coords:
     """
 
     def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
-        number = _argument(arguments, argument).shape[1]
+        number = given(arguments, argument).shape[1]
         shown = torch.cat([grid(side, side, frame) for frame in range(number)])
         whole = torch.cat([shown, separator(side, side, number - 1)]) if newline else shown
         return checked([whole] * len(counts), counts)
@@ -101,7 +145,7 @@ def anyres(config: Any, limited: bool = False) -> Coords:
 
     def coords(arguments: Mapping[str, Any], counts: Sequence[int]) -> list[Tensor]:
         limit = _limit(arguments, config) if limited else None
-        sizes = torch.as_tensor(_argument(arguments, "image_sizes")).tolist()
+        sizes = torch.as_tensor(given(arguments, "image_sizes")).tolist()
         tables = [
             torch.cat([grid(side, side), separator(side, side, 0)])
             if count == side * side + 1
@@ -133,13 +177,13 @@ def places(positions: str, cell: int, frames: str | None = None) -> Callable[[Ma
     """
 
     def coords(arguments: Mapping[str, Any]) -> list[Tensor]:
-        given = torch.as_tensor(_argument(arguments, positions))
-        last = given.flatten(0, -3).amax(1)
+        table = torch.as_tensor(given(arguments, positions))
+        last = table.flatten(0, -3).amax(1)
         sizes = [((row + 1) // cell, (column + 1) // cell) for column, row in last.tolist()]
-        if given.ndim > 3:
-            many = [given.shape[1]] * len(given)
+        if table.ndim > 3:
+            many = [table.shape[1]] * len(table)
         else:
-            many = [1] * len(sizes) if frames is None else torch.as_tensor(_argument(arguments, frames)).tolist()
+            many = [1] * len(sizes) if frames is None else torch.as_tensor(given(arguments, frames)).tolist()
         rest = iter(sizes)
         return [torch.cat([grid(*next(rest), frame) for frame in range(number)]) for number in many]
 
@@ -187,7 +231,7 @@ def _limit(arguments: Mapping[str, Any], config: Any) -> int:
     return int((arguments.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
 
 
-def _argument(arguments: Mapping[str, Any], name: str) -> Any:
+def given(arguments: Mapping[str, Any], name: str) -> Any:
     if arguments.get(name) is None:
         raise Unsupported(f"coords of the visual tokens cannot be told, as '{name}' did not come with the pixels")
     return arguments[name]

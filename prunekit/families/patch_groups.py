@@ -162,6 +162,23 @@ def parts(
     return numbers
 
 
+def by_rows(sizes: str, merge: int) -> PatchGroups:
+    """Images of any size as one sequence, each row by row; `merge` x `merge` patches are one token.
+
+    sizes: the argument with frames, rows and columns of patches of each image.
+    """
+
+    def groups(modality: str, arguments: Mapping[str, Any], rows: int, patches: int) -> list[Tensor]:
+        tables, first = [], 0
+        for frames, down, across in torch.as_tensor(arguments[sizes]).tolist():
+            one = cells(down, across, merge)
+            tables.append(torch.cat([one + first + frame * down * across for frame in range(frames)]))
+            first += frames * down * across
+        return tables
+
+    return groups
+
+
 def by_size(patch: int, merge: int) -> PatchGroups:
     """Images of the sizes in `image_sizes`, in pixels, as one sequence of patches row by row."""
 

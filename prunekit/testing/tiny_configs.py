@@ -306,11 +306,56 @@ def gemma4_unified(layers: int) -> Any:
     )  # fmt: skip
 
 
+def paddleocr_vl(layers: int) -> Any:
+    tower = vision("paddleocr_vl_vision", patch_size=PATCH, spatial_merge_size=2, num_attention_heads=2, hidden_size=32)
+    decoder = text(layers, head_dim=8, rope_parameters=_mrope())
+    return config("paddleocr_vl", decoder, tower, vision_start_token_id=BEGIN, vision_end_token_id=END)
+
+
+def ovis2(layers: int) -> Any:
+    tower = vision("ovis2_vision_model", vocab_size=48, hidden_stride=2, num_visual_indicator_tokens=5)
+    decoder = text(layers, model_type="qwen2")
+    indicators = [END + 1, END + 2, END + 3, END + 1, END + 2]
+    return config(
+        "ovis2", decoder, tower, hidden_size=HIDDEN, vocab_size=VOCABULARY, visual_indicator_token_ids=indicators
+    )
+
+
+def fast_vlm(layers: int) -> Any:
+    """Its tower of timm is replaced by another one that gives a map."""
+    tower = {
+        "model_type": "segformer", "depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 24], "hidden_size": 24,
+        "num_attention_heads": [1, 1, 2, 2], "image_size": 128,
+    }  # fmt: skip
+    return config("fast_vlm", text(layers, model_type="qwen2"), tower)
+
+
+def perception_lm(layers: int) -> Any:
+    """Its tower of timm is replaced by CLIP."""
+    tower = vision("clip_vision_model", model_args={"embed_dim": 24})
+    return config("perception_lm", text(layers, model_type="llama"), tower, projector_pooling_ratio=2)
+
+
+def molmo2(layers: int) -> Any:
+    tower = vision("molmo2_vision", image_size=[84, 84], num_position_embeddings=36, num_key_value_heads=2, head_dim=12)
+    adapter = {
+        "hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 32,
+        "text_hidden_size": HIDDEN, "vision_feature_layer": [1, 0],
+    }  # fmt: skip
+    decoder = text(layers, head_dim=8, additional_vocab_size=8)
+    base: Any = transformers.AutoConfig.for_model("molmo2").__class__
+    return base(
+        text_config=decoder, vision_config=tower, adapter_config=adapter, image_patch_id=IMAGE,
+        image_start_token_id=BEGIN, image_end_token_id=END, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 CONFIGS: dict[str, Make] = {
     one.__name__: one
     for one in (
         llava, llava_next, llava_next_video, llava_onevision, vipllava, qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe,
         qwen3_5, qwen3_5_moe, internvl, gemma3, paligemma, idefics3, smolvlm, mistral3, glm4v, glm46v, glm4v_moe,
-        aya_vision, cohere2_vision, gemma3n, gemma4, gemma4_unified,
+        aya_vision, cohere2_vision, gemma3n, gemma4, gemma4_unified, paddleocr_vl, ovis2, fast_vlm, perception_lm,
+        molmo2,
     )
 }  # fmt: skip

@@ -29,6 +29,11 @@ def _patch_rows(kind: str, tensors: Mapping[str, Tensor]) -> int:
     return int(tensors["image_sizes"][0, 0]) // (2 * PATCH)
 
 
+def two_runs(_: str, tensors: Mapping[str, Tensor]) -> int:
+    """Both tiles of an image stand apart."""
+    return tensors["pixel_values"].shape[1]
+
+
 FENCED = ((BEGIN,), (END,))
 M_ROPE = {"mm_token_type_ids": (0, 1, 2)}
 QWEN2 = Recipe(draw.patches, draw.video_patches, FENCED, types=M_ROPE)
@@ -62,6 +67,11 @@ RECIPES: dict[str, Recipe] = {
     "gemma3n": Recipe(draw.square, None, FENCED),
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4,
+    "paddleocr_vl": Recipe(draw.unfolded(draw.patches), None, FENCED, types=M_ROPE),
+    "ovis2": Recipe(draw.square, None, FENCED),
+    "fast_vlm": Recipe(draw.square),
+    "perception_lm": Recipe(draw.two_tiles, None, FENCED, two_runs),
+    "molmo2": Recipe(draw.pooled, None, FENCED, types=M_ROPE),
 }
 
 

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from prunekit.families.generic import decoder_of
 from prunekit.strategy.sites import Site
 from prunekit.verify.muting import without
 from prunekit.verify.reported import ATTENDS, MLPS, RUNS, Move, TokenTables, closed, tables_of
@@ -95,7 +96,8 @@ class MaskedReference:
         inside = {n for n in every if Site.parse(report.events[n].site).in_tower}
         self.merges = {n: merge for n, merge in every.items() if n not in inside}
         self.tower_merges = {n: every[n].weights for n in inside}
-        self.layers: Sequence[Any] = self.stock.get_decoder().layers
+        self.decoder = decoder_of(model)
+        self.layers: Sequence[Any] = self.decoder.layers
         self.visual = [row.nonzero()[:, 0] for row in visual_mask(model, inputs["input_ids"])]
         self.present = inputs["attention_mask"].bool()
         self.sources, self.recurrent = kv_sources(self.layers), recurrent_layers(model)
@@ -183,7 +185,7 @@ class MaskedReference:
             if self.stock_run is not None and self.stock_run.position_ids is not None:
                 kwargs["position_ids"] = self.stock_run.position_ids[..., : embeds.shape[1]]
 
-        handle = self.stock.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.decoder.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             yield
         finally:

@@ -11,24 +11,24 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit import families, upstream
+from prunekit import families, probes
 from prunekit.errors import PrunekitError, PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.pipeline.build import build
 from prunekit.registry import Registry
 from prunekit.verify.comparison import compared
+from prunekit.verify.observed import Observed, observe
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.stock import StockRun, stock_run_of
 from prunekit.verify.strategies import ATTENDED, DRAWN, MERGED, WITHOUT, with_own
-from prunekit.verify.tiny_prompts import Recipe, tiny_batch
-from prunekit.verify.twin import recipe_for, rows_of, twin_of
+from prunekit.verify.twin import Twin, brief, twin_of
+from prunekit.verify.whereabouts import coords_hold
 
 STEPS, ALLOWED = 3, 1e-5
 Stages = tuple[dict[str, Any], ...]
@@ -47,19 +47,6 @@ CASES: Mapping[str, Stages] = {
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
 INSIDE = "tokens merged between attention and MLP of layer 1", ({"use": MERGED, "at": "1.mid", "keep": 0.5},)
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What only a running model shows: see `Parts.logical_until`; and whether its layers can be cut inside."""
-
-    logical_until: int = 0
-    cuts_inside: bool = True
-
-    def added_to(self, parts: Parts) -> Parts:
-        """The parts of a model, with what was observed, but for what a family's file states."""
-        until = max(parts.logical_until, self.logical_until)
-        return replace(parts, logical_until=until, mlp_norm=parts.mlp_norm if self.cuts_inside else None)
 
 
 @dataclass(frozen=True)
@@ -90,14 +77,15 @@ def proved_parts(model: PreTrainedModel) -> Parts:
     """The parts of `model`: as the file of its family says, or recognised, and then proved on its tiny twin.
 
     A family whose models may carry any decoder is proved with those that the tests do not prove with it.
-    Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with all that is amiss,
+    Raises Unsupported for a model that is not recognised, or whose twin is not pruned exactly, with the first fault,
     and for a version of transformers that lacks what prunekit needs.
     """
-    upstream.verify()
+    probes.verify()
     parts = families.find(model)
     if families.is_vouched_for(model) and parts.opaque is None:
         return parts
-    proof = prove(model.config)
+    proof = prove(model)
+    parts = proof.observed.added_to(parts, families.family_of(model) is None)
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]
     if faults and parts.opaque is not None:
         raise Unsupported(
@@ -107,75 +95,70 @@ def proved_parts(model: PreTrainedModel) -> Parts:
     if faults:
         raise Unsupported(
             f"{type(model).__name__} with {type(parts.text).__name__} was recognised, but its tiny twin is not pruned "
-            f"exactly: {'; '.join(faults)}"
+            f"exactly: {faults[0]} ({len(faults)} of {len(proof.cases)} cases fail)"
         )
-    return proof.observed.added_to(parts)
+    return parts
 
 
-def prove(config: Any) -> Proof:
-    """Run all cases on a tiny twin of a model with this config; the answer is kept for equal configs.
+def prove(model: PreTrainedModel) -> Proof:
+    """Run all cases on a tiny twin of `model`, which may live on the meta device.
 
-    Raises Unsupported when there can be no twin, or when it shows what no declaration can express.
+    The answer is kept for models of the same classes with equal configs. Raises Unsupported when there can be no twin,
+    or when it shows what no declaration can express.
     """
-    return _prove(_Key(config))
+    key = _key(model)
+    if key not in _PROOFS:
+        state = torch.random.get_rng_state()
+        try:
+            _PROOFS[key] = _prove(model)
+        finally:
+            torch.random.set_rng_state(state)
+        while len(_PROOFS) > KEPT:
+            _PROOFS.pop(next(iter(_PROOFS)))
+    return _PROOFS[key]
 
 
-class _Key:
-    """A config that is equal to others with the same class and numbers."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        numbers = json.dumps(config.to_dict(), sort_keys=True, default=str)
-        self.identity = type(config), numbers
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.identity == other.identity
-
-    def __hash__(self) -> int:
-        return hash(self.identity)
+# The newest proofs, by what they rest on.
+KEPT = 16
+_PROOFS: dict[Any, Proof] = {}
 
 
-@lru_cache(maxsize=16)
-def _prove(key: _Key) -> Proof:
-    state = torch.random.get_rng_state()
+def _key(model: PreTrainedModel) -> tuple[Any, ...]:
+    """What a proof rests on: the classes of a model's modules, and the numbers of its config."""
+    classes = frozenset(type(module) for module in model.modules())
+    return type(model), classes, json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+
+
+def _prove(model: PreTrainedModel) -> Proof:
+    twin, recognised = twin_of(model), families.family_of(model) is None
     try:
-        twin = twin_of(key.config)
-    finally:
-        torch.random.set_rng_state(state)
-    try:
-        parts = families.find(twin)
-        recipe = _recipe(twin, parts)
-        inputs = tiny_batch(twin, recipe, rows_of(recipe))
-        with Float64Throughout():  # eager layers would make NaN of padding, which equals nothing
-            observed = _observe(twin, inputs) if parts.opaque is None else Observed(cuts_inside=False)
+        observed = replace(
+            observe(twin.model, twin.parts, twin.inputs),
+            kinds=twin.kinds,
+            shared_id=twin.recipe.shared_id,
+            coords=recognised and coords_hold(twin.model, twin.parts, twin.recipe),
+        )
+        parts = observed.added_to(twin.parts, recognised)
+        stock_run = _stock_run(twin, parts)
     except PrunekitError:
         raise
     except Exception as error:  # code that was never seen may fail in any way
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise Unsupported(f"the tiny twin of {type(twin).__name__} does not run: {reason}") from error
-    parts = observed.added_to(parts)
-    stock_run = None
-    if parts.opaque is None:
-        with Float64Throughout():
-            stock_run = stock_run_of(twin, inputs, STEPS + 1)
-    cases = [_run(name, twin, parts, stages, inputs, stock_run) for name, stages in _cases(parts)]
-    inside = None if parts.mlp_norm is None else _run(INSIDE[0], twin, parts, INSIDE[1], inputs, stock_run)
-    if inside is None or inside.fault is not None:
+        raise Unsupported(f"the tiny twin of {type(model).__name__} does not run: {brief(error)}") from error
+    cases = [_run(name, twin.model, parts, stages, twin.inputs, stock_run) for name, stages in _cases(parts)]
+    if parts.opaque is not None or parts.mlp_norm is None:
+        return Proof(replace(observed, cuts_inside=False), tuple(cases))
+    inside = _run(INSIDE[0], twin.model, parts, INSIDE[1], twin.inputs, stock_run)
+    if inside.fault is not None:
         return Proof(replace(observed, cuts_inside=False), tuple(cases))
     return Proof(observed, (*cases, inside))
 
 
-def _recipe(twin: Any, parts: Parts) -> Recipe:
-    """As `recipe_for`; of a decoder that is not known inside the reason is that."""
-    try:
-        return recipe_for(twin, parts)
-    except Unsupported as error:
-        if parts.opaque is None:
-            raise
-        raise Unsupported(
-            f"the decoder {type(parts.text).__name__} can be cut at its input only, since {parts.opaque}, and on a "
-            "tiny twin no prompt runs, so that even this cannot be proved"
-        ) from error
+def _stock_run(twin: Twin, parts: Parts) -> StockRun | None:
+    """Of the twin; None where its decoder is not known inside."""
+    if parts.opaque is not None:
+        return None
+    with Float64Throughout():
+        return stock_run_of(twin.model, twin.inputs, STEPS + 1)
 
 
 def _cases(parts: Parts) -> Iterator[tuple[str, Stages]]:
@@ -213,36 +196,11 @@ def _run(
             )
     except PrunekitError as error:
         return Case(name, None, f"{error}")
+    except AssertionError as error:  # not equal to the reference; the figures of each step are left out
+        said = (
+            str(error).partition("\n")[0].removeprefix(f"pipeline {data['name']}: ").removesuffix("; per row and step:")
+        )
+        return Case(name, None, said)
     except Exception as error:  # code that was never seen may fail in any way
-        return Case(name, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return Case(name, None, brief(error))
     return Case(name, result.error)
-
-
-@torch.no_grad()
-def _observe(twin: Any, inputs: Mapping[str, Tensor]) -> Observed:
-    """Record the decoder loop during one prefill: which states it changes between layers."""
-    layers = twin.get_decoder().layers
-    entered: list[Tensor] = []
-    returned: list[Any] = []
-
-    def before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0])
-
-    def after(_: Any, args: Any, kwargs: Any, result: Any) -> None:
-        if not isinstance(result, Tensor):
-            raise Unsupported("its decoder layers return more than the hidden states")
-        returned.append(result)
-
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
-    handles += [layer.register_forward_hook(after, with_kwargs=True) for layer in layers]
-    try:
-        twin(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(entered) != len(layers):
-        raise Unsupported(f"its decoder called {len(entered)} layers of {len(layers)} in one forward")
-    touched = [n for n in range(len(layers) - 1) if not torch.equal(returned[n], entered[n + 1])]
-    if touched and touched[-1] == len(layers) - 2:
-        raise Unsupported("its decoder changes hidden states between all layers")
-    return Observed(touched[-1] + 1 if touched else 0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from prunekit.families.generic import decoder_of
 from prunekit.verify.oracle import Merge
 from prunekit.verify.reported import Move, TokenTables, moves_of, tables_of
 from prunekit.verify.stock import visual_mask
@@ -58,7 +59,7 @@ class ShortenedReference:
                 inputs[name] = torch.cat([value, value.new_ones(decoded.shape)], 1)
             elif name.endswith("token_type_ids"):
                 inputs[name] = torch.cat([value, value.new_zeros(decoded.shape)], 1)  # text
-        decoder, length = self.stock.get_decoder(), self.present.shape[1]
+        decoder, length = decoder_of(self.model), self.present.shape[1]
         inside = {n: merge.weights for n, merge in self.merges.items() if "vision" in self.report.events[n].site}
         original = decoder.forward
         decoder.forward = self._row_by_row(original, decoded)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from prunekit.families.generic import decoder_of, token_of
 from prunekit.strategy.decisions import RECURRENT
 from prunekit.upstream import CACHE
 
@@ -100,7 +101,7 @@ def stock_run_of(model: PreTrainedModel, inputs: Mapping[str, Tensor], steps: in
     model: stock, in eval mode, with no pipeline applied. inputs: as for `generate`.
     Raises ValueError when the model does not give its layers masks of all queries and keys.
     """
-    decoder: Any = cast("Any", model).get_decoder()
+    decoder = decoder_of(model)
     layers = [LayerInputs() for _ in decoder.layers]
     prompt = inputs["input_ids"]
     given: list[Tensor | None] = []
@@ -135,13 +136,13 @@ def _whole_cache(model: PreTrainedModel) -> DynamicCache:
 
 def visual_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Bool, like `input_ids`: positions that the model fills with features of images and videos."""
-    ids = [getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")]
+    ids = [token_of(model.config, kind) for kind in ("image", "video")]
     return torch.isin(input_ids, torch.tensor([one for one in ids if one is not None], device=input_ids.device))
 
 
 def recurrent_layers(model: PreTrainedModel) -> frozenset[int]:
     """Decoder layers that hold a state in place of keys and values, as the config names their kinds."""
-    config: Any = cast("Any", model).get_decoder().config
+    config: Any = decoder_of(model).config
     return frozenset(n for n, kind in enumerate(getattr(config, "layer_types", None) or ()) if kind in RECURRENT)
 
 

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 PAD, BOS, NEWLINE, IMAGE, VIDEO, BEGIN, END = range(7)
 FIRST_WORD, VOCABULARY = 10, 120
 # What configs call the number of heads.
-HEADS = ("num_attention_heads", "num_heads")
+HEADS = ("num_attention_heads", "num_heads", "attention_heads", "encoder_attention_heads")
 # A sliding window that is shorter than any prompt with an image.
 WINDOW = 12
 
 
-def tiny_from_config(config: Any, attention: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+def tiny_from_config(
+    config: Any,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    cls: type[PreTrainedModel] | None = None,
+) -> Any:
     """A model with random weights that are large enough for peaked attention, so that a wrong mask or position shows.
 
-    attention: `sdpa` or `eager`. Equal arguments give equal weights; another `attention` gives the same ones, another
-    dtype the same up to its rounding. The model has no end-of-text token, so `generate` runs to its limit, and
-    never generates the id of a visual token, as its head gives those the logit 0.
+    attention: `sdpa` or `eager`. cls: of the model; None: the one that transformers has for such a config. Equal
+    arguments give equal weights; another `attention` gives the same ones, another dtype the same up to its rounding.
+    The model has no end-of-text token, so `generate` runs to its limit, and never generates the id of a visual token,
+    as its head gives those the logit 0.
     """
     import transformers
 
     auto: Any = transformers.AutoModelForImageTextToText
+    make: Any = auto.from_config if cls is None else cls._from_config
     tower = getattr(config, "vision_config", None)
     convolves = tower is not None and not any(hasattr(tower, name) for name in HEADS)
     # Convolutions have no attention to choose, and the usual kernel of experts takes no float64.
     chosen = {"": attention, **dict.fromkeys(config.sub_configs, attention)} | {"vision_config": "eager"}
-    model = auto.from_config(
-        config, attn_implementation=chosen if convolves else attention, experts_implementation="eager"
-    )
+    model = make(config, attn_implementation=chosen if convolves else attention, experts_implementation="eager")
     _randomise(model, seed)
     with torch.no_grad():
         model.get_output_embeddings().weight[:FIRST_WORD] = 0

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from prunekit import families
 from prunekit.errors import Unsupported
 from prunekit.families.features import Features, each
+from prunekit.families.generic import base_of, token_of
 from prunekit.families.images import PIXELS
 from prunekit.upstream import Encoder
 from prunekit.verify import tiny_visual_inputs as draw
@@ -96,7 +97,7 @@ def tiny_batch(
     for name in sorted({name for one in made for name in one.tensors}):
         pieces = [one.tensors.get(name) for one in made]
         batch.shares[name] = tuple(0 if piece is None else len(piece) for piece in pieces)
-        batch[name] = draw.concatenate([piece for piece in pieces if piece is not None])
+        batch[name] = _joined(name, [one.tensors for one in made if name in one.tensors])
     return batch
 
 
@@ -112,15 +113,32 @@ def row_of(batch: TinyBatch, row: int) -> TinyBatch:
         elif (count := batch.shares[name][row]) and batch.visual_inputs[row]:
             first = sum(batch.shares[name][:row])
             single[name] = tensor[first : first + count]
+            if name in draw.NUMBERS:
+                single[name] = torch.where(
+                    single[name] < 0, single[name], single[name] - single[name].clamp(min=0).min()
+                )
             single.shares[name] = (count,)
     return single
 
 
 def encode(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """The visual tokens, float (tokens, H), that the model's encoder makes of each input of one kind in `inputs`."""
-    encoder = Encoder(getattr(model.model, METHODS[kind]), PIXELS[kind])
+    """The visual tokens, float (tokens, H), that the model's encoder makes of each input of one kind in `inputs`.
+
+    Where they are not under their usual name: what later decoder layers get of them, or of models without a tower the
+    patches themselves.
+    """
+    given, output = output_of(model, kind, inputs)
+    if getattr(output, "pooler_output", None) is not None:
+        return _features(model, kind)(given, output.pooler_output)
+    deep = getattr(output, "deepstack_features", None)
+    return each(given, deep[0][1] if deep else output.last_hidden_state)
+
+
+def output_of(model: Any, kind: str, inputs: Mapping[str, Tensor]) -> tuple[dict[str, Any], Any]:
+    """What the model's encoder takes of `inputs` by name, and what it returns for the inputs of one kind among them."""
+    encoder = Encoder(getattr(base_of(model), METHODS[kind]), PIXELS[kind])
     given: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if encoder.takes(name)}
-    return _features(model, kind)(given, encoder(given | {"return_dict": True}).pooler_output)
+    return given, encoder(given | {"return_dict": True})
 
 
 def _features(model: Any, kind: str) -> Features:
@@ -145,7 +163,7 @@ def _row(model: Any, recipe: Recipe, row: Row, words: int, generator: Generator)
     """One prompt: the words between its visual inputs."""
     makers = {"image": recipe.image, "video": recipe.video or recipe.image}
     drawn = [makers[kind](model.config, generator) for kind in row]
-    tensors = _tensors(model, recipe, drawn)
+    tensors = tensors_of(model, recipe, drawn)
     counts = {kind: iter(_counts(model, kind, drawn, tensors)) for kind in sorted(set(row))}
     vocabulary = model.config.get_text_config().vocab_size
     said = torch.randint(FIRST_WORD, vocabulary, (words,), generator=generator)
@@ -165,11 +183,11 @@ def _row(model: Any, recipe: Recipe, row: Row, words: int, generator: Generator)
     return _Prompt(torch.tensor(ids), torch.tensor(kinds), tensors)
 
 
-def _tensors(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def tensors_of(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a row's visual inputs, floats in the model's dtype."""
     tensors: dict[str, Tensor] = {}
     for name in sorted({name for one in drawn for name in one}):
-        whole = draw.concatenate([one[name] for one in drawn if name in one])
+        whole = _joined(name, [one for one in drawn if name in one])
         whole = whole.unsqueeze(0) if recipe.stacked else whole
         tensors[name] = whole.to(model.dtype) if whole.is_floating_point() else whole
     if recipe.stacked and not drawn:
@@ -182,6 +200,16 @@ def _tensors(model: Any, recipe: Recipe, drawn: Sequence[Mapping[str, Tensor]]) 
     if recipe.counted and "pixel_values" in tensors:
         tensors["batch_num_images"] = torch.tensor([len(tensors["pixel_values"])])
     return tensors
+
+
+def _joined(name: str, inputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """One tensor of several inputs."""
+    pieces = [one[name] for one in inputs]
+    if name in draw.NUMBERS:
+        pieces = draw.numbered(pieces, [one["pixel_values"].shape[:2].numel() for one in inputs])
+    if name in draw.PIXELS and draw.IN_A_ROW in inputs[0]:
+        return torch.cat(pieces, dim=-1)
+    return draw.concatenate(pieces)
 
 
 @torch.no_grad()
@@ -198,7 +226,9 @@ def _counts(model: Any, kind: str, drawn: Sequence[Mapping[str, Tensor]], tensor
 
 
 def _id(model: Any, recipe: Recipe, kind: str) -> int:
-    return VIDEO if kind == "video" and not recipe.shared_id else int(model.config.image_token_id)
+    image = token_of(model.config, "image")
+    assert image is not None, "it was recognised"
+    return VIDEO if kind == "video" and not recipe.shared_id else image
 
 
 def _padded(row: Tensor, length: int, filler: int) -> Tensor:

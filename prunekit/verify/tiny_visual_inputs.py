@@ -6,7 +6,8 @@ is concatenated over those of a batch. Sizes are drawn, so that the inputs of on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,9 +15,17 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from prunekit import upstream
+from prunekit.families.grids import merge_of
 
 VisualInput = dict[str, Tensor]
 Draw = Callable[[Any, Generator], VisualInput]
+PIXELS = ("pixel_values", "pixel_values_videos")
+# Tensors that number the patches of all images of a batch.
+NUMBERS = ("image_token_pooling",)
+# With this tensor patches of all images of a batch stand in one row.
+IN_A_ROW = "target_sizes"
+# What configs call the number of frames of a patch.
+DEPTHS = ("temporal_patch_size", "patch_temporal")
 
 
 def choose(generator: Generator, *choices: Any) -> Any:
@@ -26,9 +35,19 @@ def choose(generator: Generator, *choices: Any) -> Any:
 
 def square(config: Any, generator: Generator) -> VisualInput:
     """One image of the tower's own size: `pixel_values` (1, 3, side, side)."""
-    side = config.vision_config.image_size
-    side = side if isinstance(side, int) else side[0]
+    side = side_of(config)
     return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+
+
+def side_of(config: Any) -> int:
+    """Pixels of a side of the images that the tower takes, wherever the config says it."""
+    vision = getattr(config, "vision_config", config)
+    parts = (vision, getattr(vision, "sam_config", None), config, getattr(config, "vq_config", None))
+    for part, name in ((part, name) for part in parts for name in ("image_size", "resolution")):
+        side = getattr(part, name, None)
+        if side is not None:
+            return int(side if isinstance(side, int) else side[0])
+    return 224
 
 
 def tiles(config: Any, generator: Generator) -> VisualInput:
@@ -50,7 +69,9 @@ def masked_tiles(config: Any, generator: Generator) -> VisualInput:
 
 def any_size(config: Any, generator: Generator) -> VisualInput:
     """An image of its own size: `pixel_values` (1, 3, height, width), `image_sizes` (1, 2)."""
-    height, width = choose(generator, (56, 56), (56, 112), (112, 56), (84, 112), (112, 84), (28, 112))
+    cells = choose(generator, (2, 2), (2, 4), (4, 2), (3, 4), (4, 3), (1, 4))
+    patch = getattr(getattr(config, "vision_config", None), "patch_size", 8)
+    height, width = (patch * merge_of(config) * cell for cell in cells)
     pixels = torch.randn(1, 3, height, width, generator=generator)
     return {"pixel_values": pixels, "image_sizes": torch.tensor([[height, width]])}
 
@@ -80,37 +101,47 @@ def _best(size: tuple[int, int], choices: list[list[int]]) -> list[int]:
 
 def frames(config: Any, generator: Generator) -> VisualInput:
     """A video of three frames of the tower's size: `pixel_values_videos` (1, 3, 3, side, side)."""
-    side = config.vision_config.image_size
+    side = side_of(config)
     return {"pixel_values_videos": torch.randn(1, 3, 3, side, side, generator=generator)}
 
 
 def patches(config: Any, generator: Generator) -> VisualInput:
     """An image as a list of patches: `pixel_values` (h * w, channels * pixels), `image_grid_thw` (1, 3)."""
-    height, width = choose(generator, (4, 4), (4, 8), (8, 4), (4, 6), (6, 6), (8, 6))
+    cells = choose(generator, (2, 2), (2, 4), (4, 2), (2, 3), (3, 3), (4, 3))
+    height, width = (merge_of(config) * cell for cell in cells)
     pixels = _patches(config, 1 * height * width, generator)
     return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, height, width]])}
 
 
 def video_patches(config: Any, generator: Generator) -> VisualInput:
     """A video as a list of patches: `pixel_values_videos` (t * h * w, ...), `video_grid_thw` (1, 3)."""
-    time, height, width = choose(generator, (2, 4, 4), (3, 4, 6), (2, 6, 4))
+    return _video(config, choose(generator, (2, 2, 2), (3, 2, 3), (2, 3, 2)), generator)
+
+
+def even_video_patches(config: Any, generator: Generator) -> VisualInput:
+    """As `video_patches`, of an even number of frames, for towers that merge two."""
+    return _video(config, choose(generator, (2, 2, 2), (4, 2, 3), (2, 3, 2)), generator)
+
+
+def _video(config: Any, cells: tuple[int, int, int], generator: Generator) -> VisualInput:
+    time, (height, width) = cells[0], (merge_of(config) * cell for cell in cells[1:])
     pixels = _patches(config, time * height * width, generator)
     return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[time, height, width]])}
 
 
 def _patches(config: Any, count: int, generator: Generator) -> Tensor:
     vision = config.vision_config
-    depth = getattr(vision, "temporal_patch_size", 1)
+    depth = next((vars(vision)[name] for name in DEPTHS if isinstance(vars(vision).get(name), int)), 1)
     return torch.randn(count, 3 * depth * vision.patch_size**2, generator=generator)
 
 
-# Rows of patches with their places are filled up to one length, as processors do.
-LONGEST = 36
+# Rows of patches with their places are filled up to one length, as processors do: so many squares that become a token.
+LONGEST = 9
 
 
 def placed_patches(config: Any, generator: Generator) -> VisualInput:
     """An image as patches and their columns and rows: `pixel_values` (1, patches, ...), `image_position_ids`."""
-    size = choose(generator, (4, 4), (4, 8), (8, 4), (4, 6), (6, 6), (2, 8))
+    size = choose(generator, (2, 2), (2, 4), (4, 2), (2, 3), (3, 3), (1, 4))
     pixels, places = _placed(config, size, 1, generator)
     return {"pixel_values": pixels, "image_position_ids": places}
 
@@ -120,7 +151,7 @@ def placed_frames(config: Any, generator: Generator) -> VisualInput:
     the model takes videos of the same number of frames only, one entry of the first two.
     """
     stacked = upstream.stacks_videos()
-    number, size = choose(generator, (2, (4, 4)), (2 if stacked else 3, (2, 4)), (2, (4, 2)))
+    number, size = choose(generator, (2, (2, 2)), (2 if stacked else 3, (1, 2)), (2, (2, 1)))
     pixels, places = _placed(config, size, number, generator)
     if stacked:
         return {"pixel_values_videos": pixels[None], "video_position_ids": places[None]}
@@ -128,13 +159,107 @@ def placed_frames(config: Any, generator: Generator) -> VisualInput:
 
 
 def _placed(config: Any, size: tuple[int, int], number: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Frames of so many rows and columns of visual tokens."""
     vision = config.vision_config
-    side = getattr(vision, "model_patch_size", vision.patch_size)
-    rows, columns = torch.meshgrid(*map(torch.arange, size), indexing="ij")
+    side, merge = getattr(vision, "model_patch_size", vision.patch_size), getattr(vision, "pooling_kernel_size", 2)
+    rows, columns = torch.meshgrid(*(torch.arange(merge * cells) for cells in size), indexing="ij")
     real = torch.stack([columns, rows], dim=-1).view(-1, 2)
-    places = functional.pad(real, (0, 0, 0, LONGEST - len(real)), value=-1).expand(number, -1, -1)
+    fill = LONGEST * merge**2 - len(real)
+    places = functional.pad(real, (0, 0, 0, fill), value=-1).expand(number, -1, -1)
     pixels = torch.rand(number, len(real), 3 * side**2, generator=generator)
-    return functional.pad(pixels, (0, 0, 0, LONGEST - len(real))), places
+    return functional.pad(pixels, (0, 0, 0, fill)), places
+
+
+def unfolded(one: Draw, depth: bool = False) -> Draw:
+    """As `one`, each patch as a small image: (..., 3, side, side), or with its frames (..., 3, frames, side, side)."""
+
+    def draw(config: Any, generator: Generator) -> VisualInput:
+        side = config.vision_config.patch_size
+        return {
+            name: tensor.view(len(tensor), 3, *(-1,) * depth, side, side) if name in PIXELS else tensor
+            for name, tensor in one(config, generator).items()
+        }
+
+    return draw
+
+
+def with_merges(one: Draw, merge: int) -> Draw:
+    """As `one`, with `image_merge_sizes` or `video_merge_sizes` (1,): patches of a row in one token."""
+
+    def draw(config: Any, generator: Generator) -> VisualInput:
+        drawn = one(config, generator)
+        kind = "video" if "video_grid_thw" in drawn else "image"
+        return drawn | {f"{kind}_merge_sizes": torch.tensor([merge])}
+
+    return draw
+
+
+def padded_patches(config: Any, generator: Generator) -> VisualInput:
+    """An image as patches with padding: `pixel_values` (1, p, pixels), `spatial_shapes`, `pixel_attention_mask`."""
+    cells = choose(generator, (2, 3), (3, 2), (2, 2), (3, 3))
+    height, width = (merge_of(config) * cell for cell in cells)
+    length = 9 * merge_of(config) ** 2
+    shown = (torch.arange(length) < height * width)[None].long()
+    pixels = torch.randn(1, length, 3 * config.vision_config.patch_size**2, generator=generator)
+    return {
+        "pixel_values": pixels,
+        "spatial_shapes": torch.tensor([[height, width]]),
+        "pixel_attention_mask": shown,
+    }
+
+
+def pooled(config: Any, generator: Generator) -> VisualInput:
+    """An image as a whole and one crop, in patches of which 2 x 2 are pooled to a token.
+
+    `pixel_values` (2, patches, pixels), `image_token_pooling` (tokens, 4), `image_grids` (1, 4).
+    """
+    vision = config.vision_config
+    side = side_of(config) // vision.patch_size
+    rows, columns = choose(generator, (side, side), (side, side - 2), (side - 2, side))
+    square = torch.arange(side * side).view(side, side)
+    crops = [square, side * side + square[:rows, :columns]]
+    windows = [crop.unfold(0, 2, 2).unfold(1, 2, 2).reshape(-1, 4) for crop in crops]
+    return {
+        "pixel_values": torch.randn(2, side * side, 3 * vision.patch_size**2, generator=generator),
+        "image_token_pooling": torch.cat(windows),
+        "image_grids": torch.tensor([[side // 2, side // 2, rows // 2, columns // 2]]),
+    }
+
+
+def two_tiles(config: Any, generator: Generator) -> VisualInput:
+    """An image in two tiles of the tower's size, one entry: `pixel_values` (1, 2, 3, side, side)."""
+    return {"pixel_values": torch.cat([square(config, generator)["pixel_values"] for _ in range(2)])[None]}
+
+
+def flat_patches(config: Any, generator: Generator) -> VisualInput:
+    """An image of 16 patches that go into the decoder without a tower: `pixel_values` (1, 16, channels * pixels)."""
+    return {"pixel_values": torch.randn(1, 16, 3 * config.patch_size**2, generator=generator)}
+
+
+def flagged_tiles(config: Any, generator: Generator) -> VisualInput:
+    """As `tiles`, with `pixel_attention_mask` (tiles,), which is true for tiles and false for what fills up a batch."""
+    pixels = tiles(config, generator)["pixel_values"]
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones(len(pixels), dtype=torch.bool)}
+
+
+def strips(config: Any, generator: Generator) -> VisualInput:
+    """An image as one row of patches: `pixel_values` (1, 3, patch, patches * patch), `target_sizes` (1, 2)."""
+    rows, columns = choose(generator, (4, 4), (4, 8), (8, 4))
+    side = config.vision_config.patch_size
+    pixels = torch.randn(1, 3, side, rows * columns * side, generator=generator)
+    return {"pixel_values": pixels, IN_A_ROW: torch.tensor([[rows, columns]])}
+
+
+def two_sizes(config: Any, generator: Generator) -> VisualInput:
+    """An image in two resolutions: `pixel_values` and `high_res_pixel_values`, (1, 3, side, side) each."""
+    side = config.high_res_vision_config.image_size
+    return square(config, generator) | {"high_res_pixel_values": torch.randn(1, 3, side, side, generator=generator)}
+
+
+def numbered(pieces: Sequence[Tensor], patches: Sequence[int]) -> list[Tensor]:
+    """Tables of patches of single inputs, counted through those of all of them; patches: how many each input has."""
+    starts = [0, *accumulate(patches)]
+    return [torch.where(piece < 0, piece, piece + start) for piece, start in zip(pieces, starts, strict=False)]
 
 
 def concatenate(pieces: list[Tensor]) -> Tensor:

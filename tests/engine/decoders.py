@@ -99,9 +99,8 @@ def on_meta(config: Any) -> Any:
 
 def verdict(kind: str) -> Verdict:
     """What is recognised, and what the proof says of it."""
-    from prunekit import families
     from prunekit.errors import Unsupported
-    from prunekit.verify.proof import prove
+    from prunekit.verify.proof import prove, proved_parts
 
     try:
         model = on_meta(llava(kind))
@@ -110,8 +109,8 @@ def verdict(kind: str) -> Verdict:
     if model is None:
         return Verdict(kind, "none")
     try:
-        families.find(model)
-        proof = prove(model.config)
+        proved_parts(model)
+        proof = prove(model)
     except Unsupported as refusal:
         return Verdict(kind, "refused", str(refusal))
     faults = [f"{case.name}: {case.fault}" for case in proof.cases if case.fault is not None]

@@ -120,9 +120,12 @@ WAYS = {
 ALLOWED = {"float32": 1e-3}
 
 # What is refused, and the message that is due.
+NO_TOWER = ("fast_vlm", "perception_lm")
 SIDE_BY_SIDE = ("aya_vision", "cohere2_vision")
 # The last layers read keys and values of layers 1 and 2, and layers do more behind their MLP than add it.
 SHARED_KV = ("gemma3n", "gemma4", "gemma4_unified")
+# How images reach their towers is not known.
+SIZES_UNKNOWN = (*SHARED_KV, *NO_TOWER, "molmo2", "ovis2", "paddleocr_vl")
 SLIDING = ("gemma3", "aya_vision", "cohere2_vision", *SHARED_KV)
 RECURRENT = ("qwen3_5", "qwen3_5_moe")
 # What some plan of these tells a layer to do needs keys and values of tokens.
@@ -167,12 +170,14 @@ class Cell:
             return "StaticSlidingWindowLayer|side by side"
         if self.way == "static cache" and GROUP_OF[self.pipeline] == "per sample":
             return "must run the same layers|side by side"
-        if GROUP_OF[self.pipeline] == "pixels" and self.family in SHARED_KV:
+        if GROUP_OF[self.pipeline] == "pixels" and self.family in SIZES_UNKNOWN:
             return "how images reach this model's vision tower is not known"
         if "'at': 'pixels'" in text and self.family not in ANY_SIZE:
             return "takes whole images"
         if self.family in SIDE_BY_SIDE and ".mid" in text.replace("vision.1.mid", "").replace("vision.0.mid", ""):
             return "side by side"
+        if self.family in NO_TOWER and ("vision" in text or self.pipeline == "append-cls"):
+            return "tower"
         if self.pipeline == "append-cls" and self.family not in HAS_CLS:
             return "no CLS token|does not map single tokens|cannot be read"
         return self._refused_of_shared_kv if self.family in SHARED_KV else ""
@@ -209,8 +214,8 @@ def cells():
 
 
 def _runs(family, way):
-    """On flash kernels the prefix of PaliGemma is causal: another model, without any pruning."""
-    return not (way == "flash" and family == "paligemma")
+    """On flash kernels the prefix of PaliGemma and the images of Molmo 2 are causal: other models, also unpruned."""
+    return not (way == "flash" and family in ("paligemma", "molmo2"))
 
 
 def _videos(family):

@@ -29,7 +29,9 @@ from prunekit.verify.twin import twin_of
 # Positions read by attention, one complex rotation with latent keys and unequal heads, chunks, sinks and an MLP that
 # returns more, scales by position, norms behind.
 SPECIAL = ("ministral3", "deepseek_v2", "llama4_text", "gpt_oss", "beam", "olmo2")
-REFUSED = ("deepseek_v32", "dory", "bert")
+REFUSED = ("bert", "bart", "bloom", "openai-gpt")
+# Cut at their input only: layers of another make.
+AROUND = ("biogpt", "falcon")
 # Whose configs need numbers that only a checkpoint has, or which are part of something else.
 NONE = ("dbrx", "trocr")
 PRUNE = {"name": "p", "stages": [{"use": "random", "at": 1, "keep": 0.5}]}
@@ -50,7 +52,7 @@ def _registered():
         yield
 
 
-@pytest.mark.parametrize("kind", some_first((*SPECIAL, *REFUSED)))
+@pytest.mark.parametrize("kind", some_first((*SPECIAL, *REFUSED, *AROUND)))
 def test_a_decoder_is_exact_or_refused(kind):
     found = verdict(kind)
     if path := os.environ.get("PRUNEKIT_DECODERS"):
@@ -68,14 +70,16 @@ def test_a_decoder_is_exact_or_refused(kind):
         return
     parts = proved_parts(model)
     assert (parts.mlp_norm is not None) == found.inside
-    assert (kind in PROVED) == is_vouched_for(model) == (find(model).mlp_norm == parts.mlp_norm)
+    assert (kind in PROVED) == is_vouched_for(model)
+    if kind in PROVED:
+        assert parts.opaque is None and find(model).mlp_norm == parts.mlp_norm
 
 
 @pytest.mark.parametrize("kind", some_first(("ministral3", "deepseek_v2")))
 def test_more_than_the_proof_asks_for(kind):
     if kind not in PROVED and kind not in SPECIAL:
         return
-    model = twin_of(llava(kind))
+    model = twin_of(on_meta(llava(kind))).model
     inputs = tiny_batch(model, recipe=RECIPES["llava"])
     with Float64Throughout():
         stock_run = stock_run_of(model, inputs, STEPS + 1)
@@ -98,7 +102,7 @@ def test_more_than_the_proof_asks_for(kind):
 @pytest.mark.parametrize("kind", ["deepseek_v2", "ministral3", "olmo2", "gpt_oss"])
 def test_costs_are_what_is_computed(kind):
     """Products of matrices, counted while the decoder runs, against the numbers of the shape."""
-    model = twin_of(llava(kind))
+    model = twin_of(on_meta(llava(kind))).model
     parts, shape = find(model), find(model).shape()
     counter = FlopCounterMode(display=False)
     with counter, Float64Throughout():
@@ -119,7 +123,7 @@ def test_costs_are_what_is_computed(kind):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_an_mlp_that_returns_more_than_states(kind, rows):
     """Two rows would be taken for the states and what stands beside them."""
-    model = twin_of(llava(kind))
+    model = twin_of(on_meta(llava(kind))).model
     inputs = tiny_batch(model, [("image",)] * rows, recipe=RECIPES["llava"])
     skip = {"name": "s", "stages": [{"use": "skip_layers", "layers": [1, 2], "what": "mlp"}]}
     inside = {"name": "i", "stages": [{"use": "random", "at": "1.mid", "keep": 0.5}]}

@@ -23,7 +23,7 @@ OUTPUT = re.compile(r".*(out_proj|o_proj|projection_layer)\.(weight|bias)")
 PATCHED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm46v", "glm4v_moe")
 SQUARE = (
     "llava", "vipllava", "internvl", "gemma3", "paligemma", "idefics3", "smolvlm", "mistral3", "aya_vision",
-    "cohere2_vision",
+    "cohere2_vision", "ovis2", "perception_lm",
 )  # fmt: skip
 ANYRES = ("llava_next", "llava_next_video", "llava_onevision")
 
@@ -152,8 +152,9 @@ def test_frames_of_a_video(family: str) -> None:
         assert place[:, 0].unique().tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("family", PATCHED)
-@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize(
+    ("family", "kind"), [(name, kind) for name in PATCHED for kind in ("image", "video")] + [("paddleocr_vl", "image")]
+)
 def test_merged_patches_stand_where_their_positions_say(family: str, kind: str) -> None:
     model = tiny_model(family)
     inputs = tiny_batch(model, [(kind,), (kind, kind)])
@@ -218,3 +219,28 @@ def test_tiles_form_one_grid(family: str) -> None:
             begins = shown[:, 5:7] - shown[:, 1:3]  # of the tile that each token is of
             for tile in shown[:, 0].unique():
                 assert len(begins[shown[:, 0] == tile].unique(dim=0)) == 1
+
+
+def test_a_map_is_one_square_grid() -> None:
+    """FastVLM: what a token shows lies around the middle of its cell, as convolutions overlap."""
+    model = tiny_model("fast_vlm")
+    inputs = tiny_batch(model, [("image",), ("image",)])
+    found = places(model, "image", inputs, [16, 16])
+    for one in find(model).modalities[0].coords({}, [16, 16]):
+        assert torch.equal(one, found[0])
+    assert found[0][:, 1:3].tolist() == [[row, column] for row in range(4) for column in range(4)]
+
+
+def test_crops_and_the_whole_image_stand_where_their_patches_do() -> None:
+    """Molmo 2, by the patches that each token pools; the tiny crop is the image again, cut at two edges."""
+    model = tiny_model("molmo2")
+    inputs = tiny_batch(model, [("image",), ("image", "image")])
+    counts = [len(one) for one in encode(model, "image", inputs).pooler_output]
+    found = torch.cat(places(model, "image", inputs, counts))
+    first = inputs["image_token_pooling"][:, 0]
+    side = 6
+    crop, inside = first // side**2, first % side**2
+    expected = torch.stack([crop % 2, inside // side // 2, inside % side // 2], 1)
+    assert torch.equal(found[:, :3], expected)
+    for number in crop.unique():
+        assert torch.equal(found[crop == number][0, 3:], found[crop == number][:, 1:3].amax(0) + 1)

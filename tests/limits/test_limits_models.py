@@ -3,6 +3,8 @@
 # ruff: noqa: SIM117
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -12,12 +14,13 @@ from refusing import FASTV, model_of
 from torch import nn
 
 import prunekit
-from prunekit import upstream
+from prunekit import probes, upstream
 from prunekit.families import find, generic, grids, patch_groups
 from prunekit.families.decoders import NotPlain, decoder, plain, token_params
 from prunekit.families.grids import square_grid
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import proof, twin
+from prunekit.verify.observed import observe
 
 
 def said(phrase):
@@ -69,7 +72,7 @@ def test_a_model_of_no_known_family():
 
     numbers = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text = LlamaForCausalLM(LlamaConfig(**numbers, num_attention_heads=2, num_key_value_heads=2))
-    with said("and it was not recognised as a plain LVLM: its base model has no `get_image_features`"):
+    with said("is no LVLM that can be pruned without one: it takes no images"):
         with prunekit.apply(text, FASTV):
             pass
 
@@ -154,7 +157,51 @@ def test_decoders_that_are_not_plain(change, reason):
     with pytest.raises(prunekit.Unsupported, match=f"the decoder LlamaModel is not supported: .*{re.escape(reason)}"):
         plain(own.model.language_model)
     assert reason in decoder(own.model.language_model)["opaque"]
-    with pytest.raises(prunekit.SpecError, match=re.escape(reason)), prunekit.apply(own, FASTV):
+    with pytest.raises(prunekit.PrunekitError, match=re.escape(reason)), prunekit.apply(own, FASTV):
+        pass
+
+
+def _encoder_decoder(text):
+    text.config.is_encoder_decoder = True
+
+
+def _encoder(text):
+    for layer in text.layers:
+        layer.self_attn.is_causal = False
+
+
+def _takes(*names):
+    """Let a decoder's forward take these arguments alone."""
+
+    def change(text):
+        forward = type(text).forward
+        left = [one for one in inspect.signature(forward).parameters.values() if one.name in ("self", *names)]
+        other = functools.wraps(forward)(lambda *args, **kwargs: forward(*args, **kwargs))
+        other.__signature__ = inspect.Signature(left)
+        text.__class__ = type("Other", (type(text),), {"forward": other})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_encoder_decoder, "LlamaModel is an encoder-decoder: its text attends to what an encoder made"),
+        (_encoder, "LlamaModel is an encoder: its tokens see those behind them"),
+        (_takes("input_ids"), "takes no inputs_embeds, among which features of images could stand"),
+        (_takes("inputs_embeds"), "takes no cache of transformers to decode from"),
+        (_takes("inputs_embeds", upstream.CACHE), "takes no position_ids, so that it cannot be told where"),
+    ],
+)
+def test_decoders_that_cannot_be_cut_at_all(change, reason):
+    """Where they are not plain; a plain one has its layers looked into."""
+    own = model_of()
+    text = own.model.language_model
+    _further_parts(text)
+    change(text)
+    with said(reason):
+        decoder(text)
+    with said(reason), prunekit.apply(own, FASTV):
         pass
 
 
@@ -166,7 +213,7 @@ def test_experts_without_a_number():
 
 
 def test_a_version_of_transformers_that_lacks_something(monkeypatch):
-    monkeypatch.setattr(upstream, "_problems", lambda: ("masking_utils: gone",))
+    monkeypatch.setattr(probes, "_problems", lambda: ("masking_utils: gone",))
     with said("Install a tested version, or a newer prunekit."), prunekit.apply(model_of(), FASTV):
         pass
 
@@ -175,33 +222,31 @@ def _not_plain(text):
     raise NotPlain(text, "it is closed")
 
 
-def _no_recipe(twin, parts):
-    raise prunekit.Unsupported("7 is not 8")
-
-
 class TestTheProof:
     """Of a model without a family file: on a tiny twin, before anything is pruned."""
 
     @pytest.fixture(autouse=True)
     def _fresh(self, monkeypatch):
         monkeypatch.setattr(prunekit.families, "families", lambda: ())
-        proof._prove.cache_clear()
+        proof._PROOFS.clear()
         yield
-        proof._prove.cache_clear()
+        proof._PROOFS.clear()
 
     def test_no_twin(self, monkeypatch):
-        def fails(config):
+        def fails(config, side):
             raise RuntimeError("7 is not 8")
 
         monkeypatch.setattr(twin, "shrunken", fails)
-        with said("no tiny twin of LlavaConfig can be made, so that nothing can be proved about it: "):
+        with said(
+            "no tiny twin of LlavaForConditionalGeneration can be made, so that nothing can be proved about it: "
+        ):
             proof.proved_parts(model_of())
 
     def test_a_twin_that_does_not_run(self, monkeypatch):
-        def fails(twin, inputs):
+        def fails(*_):
             raise RuntimeError("7 is not 8")
 
-        monkeypatch.setattr(proof, "_observe", fails)
+        monkeypatch.setattr(proof, "observe", fails)
         with said("the tiny twin of LlavaForConditionalGeneration does not run: RuntimeError: 7 is not 8"):
             proof.proved_parts(model_of())
 
@@ -209,8 +254,21 @@ class TestTheProof:
         own = model_of()
         parts = find(own)
         own.forward = lambda **_: 1 / 0
-        with said("runs on none of the inputs that prunekit can make ("):
-            twin.recipe_for(own, parts)
+        with said("runs on none of the inputs that prunekit can make for it"):
+            twin.fed(own, parts)
+
+    def test_a_model_that_was_changed(self):
+        own = tiny_model("llava", dtype=torch.float32)
+        text = own.model.language_model
+        text.layers[1].mlp = type("Another", (type(text.layers[1].mlp),), {})(text.config)
+        with said("mlp of layer 1 is a Another, which a model made from the config"):
+            proof.proved_parts(own)
+
+    def test_a_decoder_that_was_changed(self):
+        own = tiny_model("llava", dtype=torch.float32)
+        own.model.language_model.layers[1].gate = nn.Identity()
+        with said("made from the config alone is another one"):
+            proof.proved_parts(own)
 
     def test_a_twin_that_is_not_exact(self, monkeypatch):
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
@@ -219,13 +277,12 @@ class TestTheProof:
 
     def test_a_decoder_that_is_not_known_inside(self, monkeypatch):
         own = model_of()
-        own.model.language_model.layers[1].gate = nn.Identity()
         monkeypatch.setattr(prunekit.families.decoders, "plain", _not_plain)
         monkeypatch.setattr(proof, "_run", lambda name, *_: proof.Case(name, None, "off by 3"))
         with said("since it is closed, and its tiny twin shows that even this would not be exact"):
             proof.proved_parts(own)
-        proof._prove.cache_clear()
-        monkeypatch.setattr(proof, "recipe_for", _no_recipe)
+        proof._PROOFS.clear()
+        monkeypatch.setattr(twin, "guesses", lambda model, parts: iter(()))
         with said("since it is closed, and on a tiny twin no prompt runs, so that even this cannot be proved"):
             proof.proved_parts(own)
 
@@ -233,10 +290,11 @@ class TestTheProof:
         def watched(change):
             own = model_of()
             change(own.model.language_model)
-            return proof._observe(own, tiny_batch(own))
+            return observe(own, find(own), tiny_batch(own))
 
         def tuples(text):
             text.layers[-1].register_forward_hook(lambda _, given, result: (result, None))
+            text.norm.register_forward_pre_hook(lambda _, given: given[0][:1])
 
         def fewer(text):
             text.config.num_hidden_layers -= 1
@@ -250,16 +308,19 @@ class TestTheProof:
             (fewer, "its decoder called 5 layers of 6 in one forward"),
             (growing, "its decoder changes hidden states between all layers"),
         ):
-            with said(phrase):
-                watched(change)
+            assert watched(change).opaque.startswith(phrase)
 
 
 class TestCoords:
     """Where visual tokens are in their images; asked for by strategies that read `coords` or `frames`."""
 
     def test_of_a_model_without_a_family_file(self):
-        with said("where visual tokens are in their images is not known of a model without a family file"):
-            generic._no_coords({}, [16])
+        with said("where visual tokens are in their images is not known of this model"):
+            generic.no_coords({}, [16])
+
+    def test_of_frames_without_a_grid(self):
+        with said("where visual tokens are in the frames of a video is not known of a model without a family file"):
+            grids.by_arguments("video", tiny_model("llava", dtype=torch.float32).config)({}, [16])
 
     def test_of_a_picture_that_is_no_square(self):
         with said("17 visual tokens do not fill a square grid, so a strategy that asks for `coords`"):

@@ -6,7 +6,6 @@ that cache still answers in logical lengths, from which `generate` and M-RoPE mo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import cache as memoised
@@ -109,12 +108,7 @@ def _run(original: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
 
 
 def check(parts: Parts) -> None:
-    """Raise Unsupported for a decoder that cannot be told at which positions its tokens stand."""
-    if "position_ids" not in inspect.signature(type(parts.text).forward).parameters:
-        raise Unsupported(
-            f"the decoder {type(parts.text).__name__} takes no position_ids, so that tokens that remain cannot stand "
-            "where they stood"
-        )
+    """Raise Unsupported for kernels that would see another prompt."""
     if "flash" in parts.attention_implementation:
         raise Unsupported(
             "flash kernels read gaps in the positions of a shorter prompt as borders of packed sequences; load the "

@@ -69,6 +69,12 @@ class Call:
                 f"attention_mask is {tuple(mask.shape)}, but input_ids are {tuple(ids.shape)}; give one entry for each "
                 "token of the prompt"
             )
+        taken = {modality.pixels for modality in self.parts.modalities}
+        if "pixel_values_videos" not in taken and self.given.get("pixel_values_videos") is not None:
+            raise Unsupported(
+                f"videos of this model cannot be pruned, only {', '.join(one.name for one in self.parts.modalities)}s: "
+                "give these, or run it without a pipeline"
+            )
         if self.outputs or any(self.given.get(modality.pixels) is not None for modality in self.parts.modalities):
             return
         shown = torch.isin(ids, torch.tensor(self.parts.visual_ids, device=ids.device))

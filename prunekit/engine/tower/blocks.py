@@ -307,18 +307,22 @@ def _block_forward(number: int, original: Callable[..., Any]) -> Callable[..., A
 
 def _attention_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     names = list(inspect.signature(original).parameters)
+    pair = True  # whether it gives its weights, too, as it did when the block ran without its MLP
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal pair
         run = _RUN.get()
-        if run is None or (run.part != "mlp" and run.encoding.layout is None):
+        if run is None:
             return original(*args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
         hidden = arguments[names[0]]
         if run.part == "mlp":
-            return (torch.zeros_like(hidden), None) if hidden.ndim == 3 else torch.zeros_like(hidden)
-        if run.needs.takes_masks:
+            return (torch.zeros_like(hidden), None) if pair else torch.zeros_like(hidden)
+        if run.encoding.layout is not None and run.needs.takes_masks:
             arguments["attention_mask"] = run.mask(arguments.get("attention_mask"), hidden)
-        return original(**arguments)
+        result = original(**arguments)
+        pair = isinstance(result, tuple)
+        return result
 
     return forward
 
