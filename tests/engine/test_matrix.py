@@ -1,6 +1,6 @@
 """The exactness matrix: every cell equals the masked reference in prefill and eight decode steps, or is refused.
 
-`make test` runs one cell in eleven, `make test-full` all of them, and writes their table into docs/exactness.md.
+`make test` runs one cell in 19, `make test-full` all of them, and writes their table into docs/exactness.md.
 """
 
 from __future__ import annotations
