@@ -235,7 +235,7 @@ def test_crops_and_the_whole_image_stand_where_their_patches_do() -> None:
     """Molmo 2, by the patches that each token pools; the tiny crop is the image again, cut at two edges."""
     model = tiny_model("molmo2")
     inputs = tiny_batch(model, [("image",), ("image", "image")])
-    counts = [len(one) for one in encode(model, "image", inputs).pooler_output]
+    counts = [len(one) for one in encode(model, "image", inputs)]
     found = torch.cat(places(model, "image", inputs, counts))
     first = inputs["image_token_pooling"][:, 0]
     side = 6

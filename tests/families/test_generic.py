@@ -107,7 +107,7 @@ def test_coords_follow_from_the_config(family: str) -> None:
     inputs = tiny_batch(model, (("image",), ("image", "image")))
     pool = {"name": "pool", "stages": [{"use": "pool", "keep": 0.4}]}
     assert_equivalent(model, pool, inputs, steps=1)
-    counts = [len(one) for one in encode(model, "image", inputs).pooler_output]
+    counts = [len(one) for one in encode(model, "image", inputs)]
     found = proof.proved_parts(model).modalities[0].coords(inputs, counts)
     known = FILES[family].parts(model).modalities[0].coords(inputs, counts)
     for one, expected in zip(found, known, strict=True):
