@@ -26,6 +26,9 @@ LIMITS = (
     (re.compile(r"(n_group|num_group|topk_group|first_k_dense_replace)"), 1),
     (re.compile(r"(sliding_window|attention_chunk_size|keep_window_size)"), WINDOW),
     (re.compile(r"vocab_size_per_layer_input"), VOCABULARY),
+    (re.compile(r"linear_num_(key_)?heads"), 2),
+    (re.compile(r"linear_num_value_heads"), 4),
+    (re.compile(r"linear_(key_|value_)?head_dim"), 16),
 )
 SHARED_EXPERTS = re.compile(r"shared")
 INDICES = re.compile(r"ind(ex|ices)|deepstack|feature_layers?$|insert_layer")

@@ -42,8 +42,9 @@ def tiny_from_config(
     chosen = {"": attention, **dict.fromkeys(config.sub_configs, attention)} | {"vision_config": "eager"}
     model = make(config, attn_implementation=chosen if convolves else attention, experts_implementation="eager")
     _randomise(model, seed)
-    with torch.no_grad():
-        model.get_output_embeddings().weight[:FIRST_WORD] = 0
+    heads = [one.get_output_embeddings() for one in model.modules() if hasattr(one, "get_output_embeddings")]
+    with torch.no_grad():  # of the model itself, or of the language model inside of it
+        next(head for head in heads if head is not None).weight[:FIRST_WORD] = 0
     model.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=None)
     return model.eval().requires_grad_(False).to(dtype)
 
