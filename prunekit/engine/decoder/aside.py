@@ -74,8 +74,11 @@ def turns(here: Here) -> list[Tensor]:
     """The rotations of the complete sequence that the layer of `here` is given, one for each axis of position ids:
     float (B|1, S, R), in at least float32, cosines and then sines.
     """
-    _rotary(here.kwargs, "rotary")  # refuses a layer that takes its positions some other way
-    made = here.forward_pass.rotations.by_axis(here.kwargs["position_embeddings"])
+    rotations = here.forward_pass.rotations
+    # Behind the last layer no arguments are at hand: those that the first one got.
+    given = here.kwargs or {"position_embeddings": rotations.made[0].rotary}
+    _rotary(given, "rotary")  # refuses a layer that takes its positions some other way
+    made = rotations.by_axis(given["position_embeddings"])
     both = [torch.cat(_rotary({"position_embeddings": one}, "rotary"), dim=-1) for one in made]
     return [one if one.ndim == 3 else one[0] for one in both]  # some modules leave the axes, which are alike, apart
 
