@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from prunekit_evals import shapes
 
 import prunekit
 from prunekit import cost, families, plugins
@@ -54,19 +55,7 @@ DEAR: Mapping[str, str] = {}
 @cache
 def shape() -> ModelShape:
     """Its numbers, read off a model that holds no data."""
-    text = transformers.LlamaConfig(
-        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=4096,
-    )  # fmt: skip
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, patch_size=14,
-        image_size=336, projection_dim=768,
-    )  # fmt: skip
-    make: Any = transformers.LlavaConfig
-    config = make(
-        text_config=text, vision_config=vision, image_token_id=32000, image_seq_length=576, vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )  # fmt: skip
+    config = transformers.AutoConfig.from_pretrained(shapes.folder("llava-1.5-7b"))
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
     found: ModelShape = families.shape_of(model)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from prunekit_evals.smol.base import HEADS, KV_HEADS, MLP, WIDTH
+from prunekit_evals.studies.smol.base import HEADS, KV_HEADS, MLP, WIDTH
 from torch import Tensor, nn
 
 RANK = 16

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -62,9 +62,10 @@ class Decoding(ForwardPass):
 
     def _run_stored(self, call: LayerCall, rows: Tensor, store: RaggedLayer) -> Tensor:
         """Run a layer for the rows that it stores, while the others skip it: what `run_groups` does in this case."""
-        mine = LayerCall(self, call.number, call.original, call.hidden, call.kwargs, call.layout, (), rows, store)
-        simple = call.kwargs.get("attention_mask") is None and (call.layout is None or call.layout.plain)
-        changes = self._of_rows(call.kwargs, rows) if simple else self._changes(mine)
+        if call.kwargs.get("attention_mask") is None and (call.layout is None or call.layout.plain):
+            changes = self._of_rows(call.kwargs, rows)
+        else:
+            changes = self._changes(replace(call, who=(), rows=rows, cache=store))
         output = call.original(select_rows(call.hidden, rows), **{**call.kwargs, **changes, CACHE: store})
         states = output[0] if isinstance(output, tuple) else output
         return call.hidden.index_copy(0, rows.to(states.device), states)
