@@ -95,7 +95,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
 	@$(PIP) uninstall -y lmms-eval 2>/dev/null || true # its unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,train,test,dev]'
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,train,plot,test,dev]'
 	@echo "4/4  lmms-eval, without the dependencies that scoring images does not need"
 	@$(LOCKED) --no-deps lmms-eval
 	@touch $@

@@ -215,7 +215,8 @@ def _encoded(
         except (Unsupported, NotImplementedError):  # visual tokens that are no whole patches; pixels that are read
             pass
         else:
-            return given, (0, 0), given.visual
+            if given is not None:
+                return given, (0, 0), given.visual
     return None, *_counted(model, modality, arguments)
 
 

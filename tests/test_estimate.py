@@ -196,7 +196,7 @@ def test_a_tower_that_is_not_known_is_counted_on_the_meta_device_or_refused(name
     batch = tiny_batch(tiny_model(name, "eager", torch.float32), (("image",),))
     arguments = {key: value for key, value in batch.items() if key != "input_ids"}
     if name == "gemma4":  # it reads where its patches are
-        with pytest.raises(Unsupported, match=r"cannot be told without running it .*prunekit run"):
+        with pytest.raises(Unsupported, match=r"makes of its images cannot be told without running it .*prunekit run"):
             prompt_of(model, lambda **_: arguments, [(56, 56)], None, 8)
         return
     prompt = prompt_of(model, lambda **_: arguments, [(56, 56)], None, 8)

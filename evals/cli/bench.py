@@ -196,7 +196,7 @@ def _check_plot(path: Path) -> None:
     if path.suffix not in (".html", ".json"):
         raise InputError(f"--plot {path}: name a file that ends in .html or .json")
     if find_spec("altair") is None:
-        raise InputError("--plot needs Altair: pip install altair")
+        raise InputError('--plot needs Altair: pip install "prunekit[plot]"')
     if not path.absolute().parent.is_dir():
         raise InputError(f"--plot {path}: there is no such folder")
 

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 
 from prunekit.cost import Area, TowerInput
-from prunekit.errors import Unsupported
 from prunekit.families.base import Modality
 from prunekit.families.tower_parts import Tower
 
 
-def tower_input(tower: Tower, modality: Modality, arguments: Mapping[str, Any]) -> TowerInput:
-    """Of all images or videos of one prompt together.
+def tower_input(tower: Tower, modality: Modality, arguments: Mapping[str, Any]) -> TowerInput | None:
+    """Of all images or videos of one prompt together; None where the tower's sizes are not known.
 
-    Raises Unsupported where visual tokens are not made of whole patches, or the tower's sizes are not known.
+    Raises Unsupported where visual tokens are not made of whole patches.
     """
     pixels = arguments[modality.pixels]
     if tower.packed:
         return _packed(tower, modality, arguments)
     if tower.tokens is None or pixels.ndim < 4:
-        raise Unsupported(f"what the vision tower makes of {modality.pixels} {tuple(pixels.shape)} is not known")
+        return None
     return _by_row(tower, modality, arguments, pixels.shape[:-3].numel(), tower.tokens)
 
 

@@ -88,7 +88,6 @@ def test_the_map_and_the_table_by_hand():
 
 
 def test_the_chart():
-    pytest.importorskip("altair")
     chart = breakeven.chart(rows()).to_dict()
     assert [one["pruning"] for one in chart["data"]["values"]] == ["pays", "costs", "pays"]
 

@@ -325,7 +325,7 @@ def test_the_journal_is_no_place_for_other_pipelines(plan):
 
 def test_costs_of_an_answer_are_those_of_its_row(loaded):
     report = type("Report", (), {})()
-    report.samples, report.visual_tokens, report.kept_tokens = 4, (1, 1, 2, 2), (1, 1, 2, 2)
+    report.samples, report.visual_tokens, report.kept_tokens, report.unsound = 4, (1, 1, 2, 2), (1, 1, 2, 2), (2,)
     report.cost = type("Cost", (), dict.fromkeys(("kv_bytes", "dense_kv_bytes", "prefill_flops"), (5, 5, 6, 6)))
     report.cost.dense_prefill_flops = (7, 7, 8, 8)
     report.cost.tower_flops, report.cost.dense_tower_flops = (3, 3, 1, 1), None
@@ -334,6 +334,7 @@ def test_costs_of_an_answer_are_those_of_its_row(loaded):
     assert answering.whole_fraction(answering.facts_of(report, 2)) is None
     report.cost.dense_tower_flops = (9, 9, 3, 3)
     assert answering.whole_fraction(answering.facts_of(report, 2)) == pytest.approx((5 + 6 + 3 + 1) / (7 + 8 + 9 + 3))
+    assert [one.sound for one in answering.facts_of(report, 2)] == [True, False]
     assert answering.facts_of(None, 2) == [None, None]
 
 

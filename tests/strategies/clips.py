@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
+from zlib import crc32
 
+import pytest
 import torch
 from plain import Sample, shares
 from torch import Tensor
@@ -17,6 +19,7 @@ from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import tiny_prompts
 
 SEEDS = range(60)
+FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
@@ -104,22 +107,30 @@ def grid_of(frames: int, rows: int, columns: int) -> dict[str, Tensor]:
 model_of = cache(tiny_model)
 
 
-def on_videos(use: str, family: str, options: Mapping[str, Any] | None = None, keep: float | None = 0.4) -> type[Any]:
-    """The contract of token strategies on a family that takes videos, of which a row holds several, and an image.
+def on_videos(use: str, options: Mapping[str, Any] | None = None, keep: float | None = 0.4) -> dict[str, type[Any]]:
+    """The contract of token strategies on each family that takes videos, of which a row holds several, and an image.
 
-    keep: None for strategies that take none. What the contract says of counts is held on LLaVA, by `tests/contract`.
+    One family runs always, another one for each strategy; the rest are slow. keep: None for strategies that take none.
+    What the contract says of counts is held on LLaVA, by `tests/contract`.
     """
-
-    class OnVideos(TokenContract):
-        def model(self) -> Any:
-            return model_of(family)
-
-        def inputs(self, images: Sequence[int] = (1, 2), text: Sequence[int] = (9, 12)) -> Any:
-            rows: list[Any] = [("video",) * number for number in images]
-            return tiny_batch(self.model(), [*rows[:-1], (*rows[-1], "image")], text=text)
-
-        def row(self, inputs: Any, row: int) -> Any:
-            return tiny_prompts.row_of(inputs, row)
-
     members = {"use": use, "options": options or {}, "keep": {} if keep is None else {"keep": keep}}
-    return type(f"Test_{use}_{family}", (OnVideos,), members)
+    often = FAMILIES[crc32(use.encode()) % len(FAMILIES)]
+    marks = {family: {} if family == often else {"pytestmark": pytest.mark.slow} for family in FAMILIES}
+    names = {family: f"Test_{use}_{family}" for family in FAMILIES}
+    return {
+        name: type(name, (_OnVideos,), members | {"family": family} | marks[family]) for family, name in names.items()
+    }
+
+
+class _OnVideos(TokenContract):
+    family: ClassVar[str]
+
+    def model(self) -> Any:
+        return model_of(self.family)
+
+    def inputs(self, images: Sequence[int] = (1, 2), text: Sequence[int] = (9, 12)) -> Any:
+        rows: list[Any] = [("video",) * number for number in images]
+        return tiny_batch(self.model(), [*rows[:-1], (*rows[-1], "image")], text=text)
+
+    def row(self, inputs: Any, row: int) -> Any:
+        return tiny_prompts.row_of(inputs, row)

@@ -11,8 +11,7 @@ from selection_cost import share_of_prefill
 
 import prunekit
 
-FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-globals().update({f"Test_{family}": on_videos("dycoke", family, keep=None) for family in FAMILIES})
+globals().update(on_videos("dycoke", keep=None))
 
 
 def stage(**options):

@@ -17,10 +17,9 @@ import prunekit
 from prunekit.testing.tiny_families import tiny_batch
 from prunekit.verify.equivalence import assert_equivalent
 
-FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
 # Random frames are not alike: thresholds at which they are.
 LOOSE = {"temporal": -0.5, "segment": -1.0, "segments": 1}
-globals().update({f"Test_{family}": on_videos("flashvid", family, LOOSE) for family in FAMILIES})
+globals().update(on_videos("flashvid", LOOSE))
 
 
 def stage(**options):

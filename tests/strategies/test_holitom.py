@@ -17,9 +17,8 @@ import prunekit
 from prunekit.testing.tiny_families import tiny_batch
 from prunekit.verify.equivalence import assert_equivalent
 
-FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-globals().update({f"Test_{family}": on_videos("holitom", family, {"tau": 0.0}) for family in FAMILIES})
-Test_decoder = on_videos("holitom_decoder", "qwen2_5_vl")
+globals().update(on_videos("holitom", {"tau": 0.0}))
+globals().update(on_videos("holitom_decoder"))
 
 
 def stage(**options):

@@ -14,8 +14,7 @@ from selection_cost import share_of_prefill
 
 import prunekit
 
-FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
-globals().update({f"Test_{family}": on_videos("vidcom2", family) for family in FAMILIES})
+globals().update(on_videos("vidcom2"))
 
 
 def free(**options):

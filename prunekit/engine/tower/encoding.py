@@ -215,7 +215,6 @@ class Encoding:
         if not needs.blocks:
             record = TowerRecord({spec: [one.detach() for one in features] for spec in needs.carried})
             return self._completed(record, counts)
-        self._know_shape()
         patches = self.patches
         if patches.counts != counts:
             raise Unsupported(
@@ -256,17 +255,18 @@ class Encoding:
         return self.arguments if self.resized is None else self.resized.given
 
     def learn(self, output: Any) -> None:
-        """The tower's batch, where no block was overridden, from what an encoding method returned."""
+        """The tower's batch, where no block was overridden: from what was read of its attention, else from what an
+        encoding method returned, which some towers have joined to visual tokens already.
+        """
+        if self.shape is not None:
+            return
+        states = [torch.cat(parts, 1) for _, parts in self.attended.values()]
+        states += [] if self.pool_states is None else [self.pool_states]
         last = getattr(output, "last_hidden_state", None)
-        if self.shape is None and isinstance(last, Tensor) and last.ndim == 3:
+        if states:
+            self.shape = states[0].shape[0], states[0].shape[1]
+        elif self.needs.tower.embedding is not None and isinstance(last, Tensor) and last.ndim == 3:
             self.shape = last.shape[0], last.shape[1]
-
-    def _know_shape(self) -> None:
-        """The tower's batch, be it from what was read alone."""
-        if self.shape is None:
-            states = [torch.cat(parts, 1) for _, parts in self.attended.values()]
-            states += [] if self.pool_states is None else [self.pool_states]
-            self.shape = (states[0].shape[0], states[0].shape[1]) if states else None
 
     def _of_each(self, spec: EncoderSpec, features: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         if isinstance(spec, Features) and spec.projected:
