@@ -102,7 +102,7 @@ def _rename_widths(configs: Sequence[Any], text: Any, towers: Sequence[Any]) -> 
         if name := _width_name(tower):
             renamed.setdefault(getattr(tower, name), TOWER_WIDTH)
     for part in configs:
-        for name, value in list(vars(part).items()):
+        for name, value in _named(part):
             if "channels" in name and isinstance(value, (list, tuple)):
                 setattr(part, name, [renamed.get(one, one) for one in value])
             if isinstance(value, bool) or not isinstance(value, int) or name == "head_dim":
@@ -121,6 +121,12 @@ def _rename_widths(configs: Sequence[Any], text: Any, towers: Sequence[Any]) -> 
     for tower in towers:  # Qwen2-VL calls what its tower gives `hidden_size`
         if _width_name(tower) == "embed_dim" and hasattr(tower, "hidden_size"):
             tower.hidden_size = width
+
+
+def _named(config: Any) -> list[tuple[str, Any]]:
+    """What a config says, under the usual names: GPT's `n_embd` is its `hidden_size`."""
+    usual = {own: name for name, own in getattr(config, "attribute_map", {}).items()}
+    return [(usual.get(own, own), value) for own, value in vars(config).items()]
 
 
 def _renamed(value: int, renamed: Mapping[int, int]) -> int:
@@ -301,13 +307,12 @@ def _rename_tokens(config: Any) -> None:
 
     Those of sounds are apart, as no prompt holds any.
     """
-    usual = {own: name for name, own in getattr(config, "attribute_map", {}).items()}
-    for own, value in list(vars(config).items()):
-        name = usual.get(own, own).replace("_token_index", "_token_id")
+    for given, value in _named(config):
+        name = given.replace("_token_index", "_token_id")
         if name in TOKENS and (value is not None or name in ("image_token_id", "video_token_id")):
-            setattr(config, own, TOKENS[name])
+            setattr(config, given, TOKENS[name])
         elif re.search(r"token_id$|^im_\w+_id$", name) and isinstance(value, int):
             kind = SOUND if "audio" in name else BEGIN if "start" in name or "begin" in name else END
-            setattr(config, own, kind)
+            setattr(config, given, kind)
         elif name.endswith("token_ids") and isinstance(value, (list, tuple)):
-            setattr(config, own, [END + 1 + n % (SOUND - END - 1) for n in range(len(value))])
+            setattr(config, given, [END + 1 + n % (SOUND - END - 1) for n in range(len(value))])
