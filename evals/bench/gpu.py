@@ -30,6 +30,7 @@ import torch
 import transformers
 from prunekit_evals.bench.cpu import PAGE, into
 from prunekit_evals.bench.gpu_models import MODELS, Decoder, Model, build, inputs_of
+from prunekit_evals.bench.timing import settled
 
 import prunekit
 from prunekit.upstream import CACHE
@@ -149,6 +150,7 @@ def once(model: Any, stages: Stages | None, inputs: dict[str, Any], clock: Clock
     return before
 
 
+@settled()
 def measure(model: Any, name: str, decoder: Decoder, batch: int, rounds: int, clock: Clock, share: float) -> list[Row]:
     """Every pipeline on one model and batch size, interleaved, for at most `share` seconds (but one round)."""
     dtype = next(model.parameters()).dtype

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from prunekit_evals.bench.timing import settled
 from torch import Tensor
 
 import prunekit
@@ -51,6 +52,7 @@ def _fits(pipeline: str, shape: prunekit.ModelShape) -> bool:
         return False
 
 
+@settled()
 def launch_rows(rounds: int, pipelines: tuple[str, ...] | None = None) -> list[Launch]:
     """Every shipped pipeline that fits the model, or those named, against the dense model."""
     model, processor = loading.load("micro", device="cpu")

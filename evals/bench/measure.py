@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from prunekit_evals.bench.timing import PeakMemory
+from prunekit_evals.bench.timing import PeakMemory, settled
 from torch import Tensor
 
 import prunekit
@@ -175,6 +175,7 @@ def once(model: Any, pipeline: Pipeline | None, inputs: Inputs, times: Times, co
             times.cuts = tuple((event.site, len(event.kept[0])) for event in run.report.events)
 
 
+@settled()
 def measure(
     model: Any, pipelines: Mapping[str, Pipeline | None], inputs: Inputs, rounds: int, seconds: float
 ) -> dict[str, Times]:

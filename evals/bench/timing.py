@@ -8,8 +8,8 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,18 @@ class Time:
     wall: float
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within it, collecting garbage looks at what is made within it: modules and models would take a second a time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@settled()
 def interleaved(cases: Mapping[str, Case], rounds: int, label: str = "") -> dict[str, list[Time]]:
     """Time every case `rounds` times, in a new order each round, after one round that does not count.
 

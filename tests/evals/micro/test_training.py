@@ -292,6 +292,7 @@ def _steps(stage, progress):
     return [stage.loss(range(base, base + stage.scenes), progress)[1] for base in STEPS]
 
 
+@pytest.mark.slow  # minutes of training steps
 def test_each_stage_has_its_own_scaffold_and_none_at_the_end(monkeypatch):
     read, glance = Read(0, {}), Glance(0, {})
     assert all({"pointing", "naming"} <= set(m) and "glance" not in m for m in _steps(read, 0.3))
@@ -306,6 +307,7 @@ def test_each_stage_has_its_own_scaffold_and_none_at_the_end(monkeypatch):
     assert glance.loss(seeds, 0.85)[0].item() == late < early - 0.5
 
 
+@pytest.mark.slow
 def test_an_evaluation_leaves_no_states_to_the_next_step():
     stage = Glance(0, {})
     stage.evaluate(stage.scenes)

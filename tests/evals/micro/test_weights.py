@@ -67,6 +67,7 @@ def test_tokens_matter_inside_the_decoder():
     assert means["random"] + 0.08 < means["FastV"] < means["oracle"]
 
 
+@pytest.mark.slow  # every layer of every task
 def test_layers_matter():
     dense = np.mean([_share(task) for task in TASKS])
     costs = [dense - np.mean([_share(task, skip=(i,)) for task in TASKS]) for i in range(_judge().layers)]
