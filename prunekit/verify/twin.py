@@ -17,7 +17,7 @@ from prunekit.families.base import Parts
 from prunekit.verify.guesses import guesses, rows_of
 from prunekit.verify.precision import Float64Throughout
 from prunekit.verify.shrink import shrunken
-from prunekit.verify.tiny_models import tiny_from_config
+from prunekit.verify.tiny_models import FIRST_WORD, tiny_from_config
 from prunekit.verify.tiny_prompts import Recipe, TinyBatch, tiny_batch
 
 # Patches of a side of its images, in the order in which they are tried: merges by 2 and 4 divide 8, those by 3 divide
@@ -113,15 +113,27 @@ def fed(model: Any, parts: Parts) -> Twin:
         else:
             if bool(logits[:, -1].isfinite().all()):
                 return Twin(model, parts, inputs, guess.recipe, guess.kinds)
+    words = _words_alone(model)
     if parts.opaque is not None:
         raise Unsupported(
             f"the decoder {type(parts.text).__name__} can be cut at its input only, since {parts.opaque}, and on a "
-            "tiny twin no prompt runs, so that even this cannot be proved"
+            f"tiny twin no prompt runs{words}, so that even this cannot be proved"
         ) from first
     raise Unsupported(
         f"{type(model).__name__} runs on none of the inputs that prunekit can make for it, images of every form that "
-        "it knows among them, so that nothing can be proved about it"
+        f"it knows among them{words}, so that nothing can be proved about it"
     ) from first
+
+
+def _words_alone(model: Any) -> str:
+    """Whether a model fails on a prompt without images, too, and with what; empty where it runs."""
+    ids = torch.arange(FIRST_WORD, FIRST_WORD + 4)[None]
+    try:
+        with torch.no_grad(), Float64Throughout():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception as error:  # as above
+        return f", nor on words alone ({brief(error)})"
+    return ""
 
 
 def brief(error: Exception) -> str:

@@ -256,6 +256,12 @@ class TestTheProof:
         own.forward = lambda **_: 1 / 0
         with said("runs on none of the inputs that prunekit can make for it"):
             twin.fed(own, parts)
+        with said("nor on words alone (ZeroDivisionError: division by zero), so that nothing"):
+            twin.fed(own, parts)
+        plain = own.__class__.forward
+        own.forward = lambda **given: 1 / 0 if "pixel_values" in given else plain(own, **given)
+        with said("that it knows among them, so that nothing"):
+            twin.fed(own, parts)
 
     def test_a_model_that_was_changed(self):
         own = tiny_model("llava", dtype=torch.float32)

@@ -80,6 +80,6 @@ class Decoding(ForwardPass):
 
     def _changes(self, call: LayerCall) -> dict[str, Any]:
         """`call.changes()`: layers that share a layout and rows share what differs from the complete sequence's."""
-        of = call.layout, call.rows, *(call.kwargs.get(name) for name in _PER_TOKEN)
+        of = call.layout, call.rows, *map(call.kwargs.get, _PER_TOKEN)
         changes: dict[str, Any] = self.once(of, call.changes)
         return changes
