@@ -256,7 +256,7 @@ class TestTheProof:
         own.forward = lambda **_: 1 / 0
         with said("runs on none of the inputs that prunekit can make for it"):
             twin.fed(own, parts)
-        with said("nor on words alone (ZeroDivisionError: division by zero), so that nothing"):
+        with said("nor on words alone, so that nothing"):
             twin.fed(own, parts)
         plain = own.__class__.forward
         own.forward = lambda **given: 1 / 0 if "pixel_values" in given else plain(own, **given)
