@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator
 from html import escape
 from importlib import resources
 from string import Template
 from typing import TYPE_CHECKING
 
+from prunekit.trace.boxes import union
 from prunekit.trace.colours import JOIN, MARK, NIGHT, code, heat
 from prunekit.trace.fates import Fate, Scores, StageMap
 from prunekit.trace.figure import Column, Figure, Layer
@@ -85,7 +85,7 @@ def _column(figure: Figure, pictures: _Pictures, column: Column) -> str:
     for stage in column.stages:
         panels.append(_panel(stage.title, stage.caption, _maps(figure, pictures, stage, None)))
         if (scores := stage.scores) is not None:
-            numbers = f"lowest {scores.low:.3g}, median {scores.middle:.3g}, highest {scores.high:.3g}"
+            numbers = f"lowest {scores.low:.2g}, median {scores.middle:.2g}, highest {scores.high:.2g}"
             panels.append(_panel(f"scores of {stage.title}", numbers, _maps(figure, pictures, stage, scores), _ramp()))
     answer = "" if column.run.answer is None else f'<p class="answer">answer: {escape(column.run.answer)}</p>'
     head = f'<h2>{escape(report.pipeline)}</h2><p class="pale">{escape(saved)}</p>{answer}'
@@ -97,7 +97,7 @@ def _column(figure: Figure, pictures: _Pictures, column: Column) -> str:
 
 def _panel(title: str, caption: str, maps: str, ramp: str = "") -> str:
     words = f"<h3>{escape(title)}</h3>" + (f'<p class="pale">{escape(caption)}</p>' if caption else "")
-    return f'<figure class="panel"><figcaption>{words}{ramp}</figcaption><div class="maps">{maps}</div></figure>'
+    return f'<figure class="panel"><figcaption>{words}</figcaption><div class="maps">{maps}</div>{ramp}</figure>'
 
 
 def _ramp() -> str:
@@ -111,7 +111,7 @@ def _maps(figure: Figure, pictures: _Pictures, stage: StageMap | None, scores: S
     drawn = []
     for surface in surfaces:
         width, height = _extent(surface)
-        cells = "".join(_cells(surface, stage, scores, width, height))
+        cells = _cells(surface, stage, scores, width, height)
         label = escape(surface.title, quote=True)
         drawing = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{cells}</svg>'
         ground = f'<div class="map {pictures.name(surface)}" style="aspect-ratio:{width}/{height}">{drawing}</div>'
@@ -125,25 +125,41 @@ def _extent(surface: Surface) -> tuple[int, int]:
     return max(round(scale * surface.aspect), 1), max(round(scale), 1)
 
 
-def _cells(surface: Surface, stage: StageMap | None, scores: Scores | None, width: int, height: int) -> Iterator[str]:
-    """Of each token a box that says what became of it, and its mark."""
-    for cell in surface.cells:
-        left, top, right, bottom = (round(edge, 1) for edge in cell.box.scaled(width, height))
-        where = f'x="{left:g}" y="{top:g}" width="{right - left:g}" height="{bottom - top:g}"'
-        if stage is None:
-            yield f'<rect class="k" {where}><title>token {cell.token}</title></rect>'
-            continue
-        fate = stage.fates[cell.token]
-        told = escape(f"token {cell.token}: {_told(stage, cell.token, fate)}")
-        if scores is not None:
-            rank = scores.ranks.get(cell.token)
-            fill = "var(--unscored)" if rank is None else code(heat(rank))
-            framed = " f" if fate is Fate.KEPT else ""
-            yield f'<rect class="h{framed}" fill="{fill}" {where}><title>{told}</title></rect>'
-            continue
-        anchor = " a" if cell.token in stage.anchors else ""
-        yield f'<rect class="{CLASSES[fate]}{anchor}" {where}><title>{told}</title></rect>'
-        yield _mark(fate, left, top, right, bottom)
+def _cells(surface: Surface, stage: StageMap | None, scores: Scores | None, width: int, height: int) -> str:
+    """Of each token a box that says what became of it, and its mark; outlined ones last, on top."""
+    boxes = [(cell.token, tuple(round(edge, 1) for edge in cell.box.scaled(width, height))) for cell in surface.cells]
+    front: frozenset[int] = frozenset() if stage is None or scores is not None else stage.anchors
+    drawn = [_unseen(surface, width, height)]
+    for token, edges in sorted(boxes, key=lambda one: one[0] in front):
+        drawn.append(_cell(token, edges, stage, scores))
+    return "".join(drawn)
+
+
+def _unseen(surface: Surface, width: int, height: int) -> str:
+    """Pale, what no token shows of the image."""
+    box = union([cell.box for cell in surface.cells])
+    if max(box.left, box.top, 1 - box.right, 1 - box.bottom) < 0.01:
+        return ""
+    left, top, right, bottom = (round(edge, 1) for edge in box.scaled(width, height))
+    hole = f"M{left:g} {top:g}H{right:g}V{bottom:g}H{left:g}Z"
+    return f'<path class="u" fill-rule="evenodd" d="M0 0H{width}V{height}H0Z{hole}"/>'
+
+
+def _cell(token: int, edges: tuple[float, ...], stage: StageMap | None, scores: Scores | None) -> str:
+    left, top, right, bottom = edges
+    where = f'x="{left:g}" y="{top:g}" width="{right - left:g}" height="{bottom - top:g}"'
+    if stage is None:
+        return f'<rect class="k" {where}><title>token {token}</title></rect>'
+    fate = stage.fates[token]
+    told = escape(f"token {token}: {_told(stage, token, fate)}")
+    if scores is not None:
+        rank = scores.ranks.get(token)
+        fill = "var(--unscored)" if rank is None else code(heat(rank))
+        framed = " f" if fate is Fate.KEPT else ""
+        return f'<rect class="h{framed}" fill="{fill}" {where}><title>{told}</title></rect>'
+    anchor = " a" if token in stage.anchors else ""
+    rectangle = f'<rect class="{CLASSES[fate]}{anchor}" {where}><title>{told}</title></rect>'
+    return rectangle + _mark(fate, left, top, right, bottom)
 
 
 def _told(stage: StageMap, token: int, fate: Fate) -> str:

@@ -87,9 +87,9 @@ def _panel(figure: Figure, title: str, caption: str, stage: StageMap | None) -> 
 
 
 def _heat_panel(figure: Figure, stage: StageMap, scores: Scores) -> Piece:
-    numbers = f"lowest {scores.low:.3g}, median {scores.middle:.3g}, highest {scores.high:.3g}"
-    words = [text(f"scores of {stage.title}", PANEL, 13), _ramp(PANEL), text(numbers, PANEL, 12, PALE, most=2)]
-    return stack([*words, _surfaces(figure, stage, scores)], 4)
+    numbers = f"lowest {scores.low:.2g}, median {scores.middle:.2g}, highest {scores.high:.2g}"
+    words = [text(f"scores of {stage.title}", PANEL, 13), text(numbers, PANEL, 12, PALE, most=2)]
+    return stack([*words, _surfaces(figure, stage, scores), _ramp(PANEL)], 4)
 
 
 def _ramp(width: int) -> Piece:

@@ -52,7 +52,7 @@ def windows_of(
         made = [_pixels(prepare(paint(max(len(sizes) - 1, 1))), crops, holder) for paint in paints]
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):  # the processor does not take them
         return None
-    found = [_window(*three, len(sizes) - 1) for three in zip(*made, strict=True)]
+    found = [_window(black, white, places, len(sizes) - 1) for black, white, places in zip(*made, strict=True)]
     windows = [window for window in found if window is not None]
     return windows if len(windows) == len(found) else None
 
