@@ -106,7 +106,8 @@ class TestRefused:
         (tmp_path / "text").mkdir()
         (tmp_path / "text" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
         asked = ("--model", tmp_path / "text", "--image", image, "--prompt", "w9")
-        assert "error" in run(capsys, "fastv-k2-r25", *asked, code=2)[1]
+        said = run(capsys, "fastv-k2-r25", *asked, code=2)[1]
+        assert "is it a complete vision-language model of transformers?" in said
 
     def test_a_target_that_cannot_be_written(
         self, capsys: pytest.CaptureFixture[str], model: Path, image: Path

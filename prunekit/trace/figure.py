@@ -101,7 +101,9 @@ def figure_of(
     """
     if not runs:
         raise InputError("there is nothing to draw: give the trace of at least one run")
-    exhibits = exhibits_of(_inputs(runs, sample), pictures, prepare, holder)
+    if not (inputs := _inputs(runs, sample)):
+        raise InputError(f"there is nothing to draw: sample {sample} shows no image and no video")
+    exhibits = exhibits_of(inputs, pictures, prepare, holder)
     counts = Counter(one.tokens.kind for one in exhibits)
     numbers: Counter[str] = Counter()
     surfaces = []

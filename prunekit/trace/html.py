@@ -137,6 +137,8 @@ def _cells(surface: Surface, stage: StageMap | None, scores: Scores | None, widt
 
 def _unseen(surface: Surface, width: int, height: int) -> str:
     """Pale, what no token shows of the image."""
+    if not surface.cells:
+        return ""
     box = union([cell.box for cell in surface.cells])
     if max(box.left, box.top, 1 - box.right, 1 - box.bottom) < 0.01:
         return ""

@@ -111,12 +111,10 @@ def _surfaces(figure: Figure, stage: StageMap | None, scores: Scores | None) -> 
     cells = []
     for surface in surfaces:
         size = maps.size_of(surface, width, TALLEST // across)
-        heated = stage is not None and scores is not None
-        drawn = (
-            maps.heat_map(surface, scores, stage, size)
-            if heated and scores is not None and stage is not None
-            else maps.keep_map(surface, stage, size)
-        )
+        if stage is None or scores is None:
+            drawn = maps.keep_map(surface, stage, size)
+        else:
+            drawn = maps.heat_map(surface, scores, stage, size)
         named = [] if len(surfaces) == 1 else [text(surface.title, width, 10, PALE, most=1)]
         whole = stack([*named, drawn], 1)
         cells.append(row([whole, blank(width - whole.width, 1)], 0))

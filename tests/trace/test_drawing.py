@@ -242,6 +242,8 @@ class TestFigures:
             figure_of([])
         with pytest.raises(InputError, match=r"no sample 1: the batch has 1"):
             figure_of(made, sample=1)
+        with pytest.raises(InputError, match="sample 1 shows no image and no video"):
+            figure_of(runs("fastv", images=(1, 0)), sample=1)
         with pytest.raises(InputError, match="different prompts"):
             figure_of([*made, *runs("fastv", images=(2,))])
         with pytest.raises(InputError, match="shows 1 images and 0 videos, but 2 and 0 are given"):
