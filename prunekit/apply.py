@@ -23,6 +23,7 @@ def apply(
     *,
     processor: Any = None,
     shared: bool = False,
+    trace: bool = False,
 ) -> Iterator[Attached]:
     """Within the block, `model` really drops the tokens and skips the layers that `pipeline` says.
 
@@ -35,6 +36,8 @@ def apply(
     threads and tasks that it starts inside, and of whatever runs in its context (`asyncio.to_thread`); a call from
     elsewhere raises Unsupported while the block is open, and so does another block there. True: everybody's, as in a
     server that opens one block for all requests.
+    trace: also keep, of each decision, where dropped tokens went and by which scores, for the `trace` of what is
+    yielded, which `prunekit.trace` draws. It changes no number that the model computes.
     Yields an `Attached`, whose `report` tells what the newest prompt batch did. On leaving, also by an exception, the
     model is as it was, bit for bit. Inside another block on the same model, the stages of both act, as if one pipeline
     held them all; the outer block's own pipeline is back when the inner one is left. Raises SpecError for a pipeline
@@ -44,5 +47,5 @@ def apply(
     if isinstance(pipeline, Pipeline) and overrides:
         raise InputError("overrides change a pipeline as it is read: give them to prunekit.load, or the file to apply")
     built = pipeline if isinstance(pipeline, Pipeline) else build(pipeline, overrides)
-    with Attached(model, built, proved_parts(model), processor, shared=shared) as attached:
+    with Attached(model, built, proved_parts(model), processor, shared=shared, trace=trace) as attached:
         yield attached

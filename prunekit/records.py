@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,6 +96,57 @@ class RunReport:
             lines.append(f"  whole-prefill FLOPs, with vision tower and projector, {whole:.1%} of dense")
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """One image or video of a sample. kind: `image` or `video`.
+
+    ordinals: its tokens, as numbers among the sample's original visual tokens.
+    coords: for each of them crop or frame, row, column, rows and columns there, then row, column, rows and columns in
+    the grid of the complete image or frame; rows and columns are -1 on tokens that only separate. None: not known.
+    joined: the family says where crops stand in the complete image; else the last four only repeat those before.
+    unknown: why coords are not known; empty where they are.
+    """
+
+    kind: str
+    ordinals: tuple[int, ...]
+    coords: tuple[tuple[int, ...], ...] | None
+    joined: bool = False
+    unknown: str = ""
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """What one decision of a token stage did to one sample's visual tokens, by their numbers among the original ones.
+
+    event: the number of the decision among `RunReport.events`. entered: the tokens that reached it: those in `kept`, in
+    `merged` and in `dropped`, ascending. merged: for each token that went into others these, which were kept.
+    scores: of tokens that entered, those by which the strategy decided; None: it does not score.
+    """
+
+    event: int
+    entered: tuple[int, ...]
+    kept: tuple[int, ...]
+    merged: Mapping[int, tuple[int, ...]]
+    dropped: tuple[int, ...]
+    scores: Mapping[int, float] | None
+
+
+@dataclass(frozen=True)
+class SampleTrace:
+    """One sample: its images and videos in the order of the prompt, and its stages in the order of the data."""
+
+    inputs: tuple[VisualTokens, ...]
+    stages: tuple[StageTrace, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of every visual token of one prompt batch. report: of the same batch; samples: row by row."""
+
+    report: RunReport
+    samples: tuple[SampleTrace, ...]
 
 
 def plan_data(plan: LayerPlan) -> dict[str, Any]:

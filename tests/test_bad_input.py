@@ -442,7 +442,7 @@ class TestModels:
         ([], "required"),
         (["shwo"], "invalid choice: 'shwo' (choose from"),
         (["list", "strategy"], "invalid choice: 'strategy'"),
-        (["run", "x.yaml"], "required: --prompt, --model"),
+        (["run", "x.yaml"], "required: --model"),
         (["show", "x.yaml", "--text-tokens", "0"], "'0' is not a whole number of at least 1"),
         (["run", "x.yaml", "--model", "m", "--prompt", "p", "--max-new-tokens", "two"], "'two' is not a whole number"),
     ],

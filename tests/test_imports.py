@@ -22,7 +22,7 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
     "version", "errors", "ops", "registry", "upstream", "probes", "strategy", "cost", "records", "hookspecs", "loose",
-    "plugins", "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply",
+    "plugins", "spec", "families", "pipeline", "loading", "estimate", "engine", "verify", "training", "apply", "trace",
     "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
@@ -165,8 +165,8 @@ def test_no_module_imports_itself_through_others(package: str) -> None:
 
 
 ENGINE = (
-    "tracing", "overrides", "patches", "callers", "tokens", "attention", "cache", "prompt", "asking", "tower",
-    "decoder", "summary", "reporting", "observers", "attach",
+    "tracing", "overrides", "patches", "callers", "tokens", "attention", "cache", "prompt", "asking", "details",
+    "tower", "decoder", "summary", "reporting", "keep_maps", "observers", "attach",
 )  # fmt: skip
 
 

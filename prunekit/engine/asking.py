@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -44,12 +45,15 @@ class View(Protocol):
 class Given:
     """Inputs of hooks by name: of a batch, or of one sample without the batch axis. Knows which samples are unsound:
     the model itself computed NaN or infinity for them, so that what a strategy makes of that is not its fault.
+
+    traced: what strategies score is kept, as `scores`; None: nothing was.
     """
 
-    def __init__(self, get: Callable[[str], Any], valid: Tensor) -> None:
-        self._get, self._batched, self._device = get, valid.ndim > 1, valid.device
+    def __init__(self, get: Callable[[str], Any], valid: Tensor, traced: bool = False) -> None:
+        self._get, self._batched, self._device, self.traced = get, valid.ndim > 1, valid.device, traced
         self._rows = valid.shape[:1] if self._batched else valid.shape[:0]
         self._found: dict[str, Tensor] = {}
+        self.scores: Tensor | None = None
 
     def __call__(self, name: str) -> Any:
         value = self._get(name)
@@ -98,9 +102,22 @@ class Refusals:
             raise PluginError(next(one[1] for wrong, one in zip(conditions, self._listed, strict=True) if wrong))
 
 
-def decide(stage: Stage, view: View) -> tuple[Selection, Tensor]:
-    """What the stage keeps of the visual tokens in `view`, with shapes (B, V) as there, and which samples are unsound,
-    bool (B,): something that it was given of them, which the model computed, is NaN or infinite.
+@dataclass(frozen=True)
+class Answer:
+    """What a stage decided about the visual tokens of a `View`.
+
+    selection: with shapes (B, V) as there. unsound: bool (B,), samples of which something that the stage was given, and
+    the model computed, is NaN or infinite; None: that has been told already. scores: float (B, V), by which it decided,
+    meaningless on padding; None: the strategy does not score, or nobody wants to know.
+    """
+
+    selection: Selection
+    unsound: Tensor | None
+    scores: Tensor | None = None
+
+
+def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
+    """What the stage keeps of the visual tokens in `view`. traced: its scores are wanted, too.
 
     Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
     hook, for an answer that cannot be carried out; of unsound samples NaN is taken for the lowest score.
@@ -109,7 +126,7 @@ def decide(stage: Stage, view: View) -> tuple[Selection, Tensor]:
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
         if stage.per_sample:
             given = {
-                b: Given(partial(view.of_sample, b=b), view.valid[b, :length])
+                b: Given(partial(view.of_sample, b=b), view.valid[b, :length], traced)
                 for b, length in enumerate(view.counts)
                 if length
             }
@@ -118,11 +135,24 @@ def decide(stage: Stage, view: View) -> tuple[Selection, Tensor]:
             unsound = torch.zeros(len(view.counts), dtype=torch.bool, device=view.valid.device)
             for b, one in given.items():
                 unsound[b] = one.unsound
+            scored = _scores_together(view, given)
         else:
-            batch = Given(view.get, view.valid)
+            batch = Given(view.get, view.valid, traced)
             selection, unsound = _decide(stage, view.valid, batch, refusals), batch.unsound
+            scored = batch.scores
     refusals.settle()
-    return selection, unsound
+    return Answer(selection, unsound, scored)
+
+
+def _scores_together(view: View, given: Mapping[int, Given]) -> Tensor | None:
+    """Scores of single samples as float (B, V), NaN where a sample has none; None: no sample has."""
+    found = {b: one.scores for b, one in given.items() if one.scores is not None}
+    if not found:
+        return None
+    table = torch.full(view.valid.shape, torch.nan, device=view.valid.device, dtype=next(iter(found.values())).dtype)
+    for b, row in found.items():
+        table[b, : len(row)] = row
+    return table
 
 
 def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]:
@@ -142,6 +172,8 @@ def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Sele
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
         extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals, get)
+        if get.traced:
+            get.scores = extra["scores"].detach().clone()  # a hook may write to what it gets
     answer = call(stage, "select_tokens", get, extra)
     selection = answer if isinstance(answer, Selection) else Selection(answer)
     keep = checked(stage, "select_tokens", selection.keep, valid.shape)

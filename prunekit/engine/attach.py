@@ -20,9 +20,10 @@ from prunekit.engine.decoder.forward_pass import CURRENT, ForwardPass
 from prunekit.engine.decoder.prefill import Prefill
 from prunekit.engine.decoder.readings import Needs
 from prunekit.engine.decoder.state import BatchState
+from prunekit.engine.keep_maps import trace_of
 from prunekit.engine.observers import tell
 from prunekit.engine.overrides import Overrides
-from prunekit.engine.prompt import fit, generate
+from prunekit.engine.prompt import fit, generate, lengths
 from prunekit.engine.prompt.call import CALL, Call
 from prunekit.engine.prompt.visual_inputs import ENCODES, VisualInputs, counts_of, record_on
 from prunekit.engine.reporting import report_of
@@ -31,10 +32,10 @@ from prunekit.engine.tower import blocks
 from prunekit.engine.tower.needs import TowerNeeds
 from prunekit.engine.tower.record import TowerRecord
 from prunekit.engine.tracing import REASON, traced_step, untraced
-from prunekit.errors import PrunekitError, Unsupported
+from prunekit.errors import InputError, PrunekitError, Unsupported
 from prunekit.families.base import Modality, Parts
 from prunekit.pipeline.build import BoundPipeline, Pipeline, combine
-from prunekit.records import RunReport
+from prunekit.records import RunReport, Trace
 from prunekit.upstream import CACHE, Encoder, todays_names
 
 _ATTACHED = "__prunekit_attached__"
@@ -47,7 +48,7 @@ class Attached:
 
     parts: those of `model`, of a known family or proved. processor: the model's, for hooks that read the prompt as
     text; None: no hook can. observed: whether observers are told of its runs. shared: whether calls of all threads and
-    tasks are meant, not only those of the one that enters, and of what it starts inside.
+    tasks are meant, not only those of the one that enters, and of what it starts inside. trace: whether `trace` is.
     Raises SpecError for a pipeline that does not fit the model, Unsupported inside a block that is not the caller's.
     """
 
@@ -59,8 +60,10 @@ class Attached:
         processor: Any = None,
         observed: bool = True,
         shared: bool = False,
+        trace: bool = False,
     ) -> None:
         self.model, self.parts, self.processor, self.observed = model, parts, processor, observed
+        self.traced = trace
         self.callers = Callers(shared)
         self.outer: Attached | None = self.parts.base.__dict__.get(_ATTACHED)
         if self.outer is not None:
@@ -74,13 +77,12 @@ class Attached:
         self.needs = Needs.of(self.bound)
         self._kind: masks.Kind | None = masks.kind_of(self.parts.attention_implementation)
         self._check_positions()
-        windows = [getattr(parts.mixing(number), "sliding_window", None) for number in range(len(parts.layers))]
-        self._window: int | None = min((window for window in windows if window), default=None)
+        self._window = lengths.window_of(parts) if self._kind == "flat" else None
         self._newest: BatchState | None = None
         self._report: tuple[BatchState, int, RunReport] | None = None
         self._overrides = Overrides()
         self._detached = False
-        self._tower = TowerNeeds.of(self.bound, self.parts)
+        self._tower = TowerNeeds.of(self.bound, self.parts, trace)
 
     def __enter__(self) -> Self:
         self.attach()
@@ -101,6 +103,17 @@ class Attached:
         if self._report is None or self._report[:2] != (self._newest, self._newest.looks):
             self._report = self._newest, self._newest.looks, report_of(self._newest)
         return self._report[2]
+
+    @property
+    def trace(self) -> Trace | None:
+        """What became of every visual token of the newest prompt batch; None before the first. As `report`.
+
+        Raises InputError where no trace was asked for.
+        """
+        if not self.traced:
+            raise InputError("nothing was traced: ask for it before the model runs, with apply(..., trace=True)")
+        report = self.report
+        return None if report is None or self._newest is None else trace_of(self._newest, report)
 
     def attach(self) -> None:
         """Put the overrides in. Raises Unsupported where another thread has just put in others."""
@@ -183,28 +196,6 @@ class Attached:
             if outer is not None:
                 outer._put_in(outer.parts)
                 outer.parts.base.__dict__[_ATTACHED] = outer
-
-    def _check_length(self, tokens: int, cache: Any) -> None:
-        """Some layers count the tokens that they get, behind those of the cache, to which they already belong."""
-        least = self.parts.counts_to
-        if least is None or not self.active:
-            return
-        if 2 * tokens + (0 if cache is None else int(cache.get_seq_length())) >= least:
-            raise Unsupported(
-                f"the layers of {self.parts.family} count positions by themselves, which is exact for prompts of less "
-                f"than {least // 2} tokens, and of less than {least} with the answer; shorten the prompt"
-            )
-
-    def _check_window(self, tokens: int, cache: Any) -> None:
-        """Flash kernels count a sliding window in the tokens they get, not in those of the prompt."""
-        if self._kind != "flat" or self._window is None:
-            return
-        length = tokens + (0 if cache is None else cache.get_seq_length())
-        if length > self._window:
-            raise Unsupported(
-                f"{length} tokens are more than the sliding window of {self._window}, which flash attention would "
-                "count in kept tokens; load the model with attn_implementation='sdpa'"
-            )
 
     def _encode(self, modality: Modality) -> Callable[..., Any]:
         """Record what a method of the base model encodes (`generate` encodes before it calls the model)."""
@@ -305,9 +296,8 @@ class Attached:
             if state is not None:
                 state.refuse_other(self.pipeline.sha, self.parts)
                 call.refuse_new_inputs()
-            if self._window is not None or self.parts.counts_to is not None:
-                self._check_window(embeds.shape[1], cache)
-                self._check_length(embeds.shape[1], cache)
+            lengths.check_window(self._window, embeds.shape[1], cache)
+            lengths.check_counted(self.parts if self.active else None, embeds.shape[1], cache)
             if state is None:
                 state = self._begin(call, kwargs, wanted)
                 prefill = Prefill(state, embeds.shape[1], kind, needs=self.needs)
@@ -326,7 +316,7 @@ class Attached:
         """The state of a new prompt batch, from the arguments of the decoder's call. wanted: as in `BatchState`."""
         embeds, prompt = kwargs["inputs_embeds"], call.prompt()
         fit.check_counts(call, self.processor, sum(prompt.visual_counts))
-        state = BatchState(self.bound, self.parts, prompt, embeds.element_size(), self.processor)
+        state = BatchState(self.bound, self.parts, prompt, embeds.element_size(), self.processor, self.traced)
         state.wanted = wanted
         state.note_length(embeds.shape[1], kwargs.get("position_ids"))
         return state

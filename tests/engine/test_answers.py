@@ -170,7 +170,7 @@ def test_the_conditions_of_a_stage_are_read_back_at_once(monkeypatch):
     view.sizes = torch.ones(3, 4)
     rows = {"hidden": torch.rand(3, 4, 2), "valid": view.valid, "count": view.count}
     view.of_sample = lambda name, b: rows[name][b] if name == "count" else rows[name][b, : view.counts[b]]
-    assert decide(stage, view)[0].keep.sum(1).tolist() == [2, 1, 1]
+    assert decide(stage, view).selection.keep.sum(1).tolist() == [2, 1, 1]
     assert reads == [3], "one flag for each sample, in one read"
 
 

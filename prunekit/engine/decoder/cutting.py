@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from prunekit.engine.asking import decide
+from prunekit.engine.asking import Answer, decide
 from prunekit.engine.cache import ragged
 from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings
@@ -88,15 +88,11 @@ class Cutter:
             return hidden, None
         view = self._view(cut, hidden, here)
         tokens = view.tokens
-        routed = cut.stage.is_router
-        if routed:
-            selection = by_scores(view, state.scores[cut.stage.index])
-        else:
-            selection, unsound = decide(cut.stage, view)
-            state.see(f"{cut.stage.label} at '{cut.site}'", unsound)
+        answer = self._answer(cut, view)
+        selection = answer.selection
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
-        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count))
+        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count, answer.scores))
         if selection.weights is not None:
             self._check_merge(cut)
             hidden = _merge(hidden, view, selection, selection.weights)
@@ -105,6 +101,16 @@ class Cutter:
             state.layout = sized
             return hidden, self._narrow(sized, tokens, selection)
         return hidden, self._narrow(tokens.layout, tokens, selection)
+
+    def _answer(self, cut: Cut, view: View) -> Answer:
+        """What a token stage decides, or what follows from the scores that a router has given."""
+        state = self.state
+        if cut.stage.is_router:
+            return by_scores(view, state.scores[cut.stage.index])
+        answer = decide(cut.stage, view, state.traced)
+        if answer.unsound is not None:
+            state.see(f"{cut.stage.label} at '{cut.site}'", answer.unsound)
+        return answer
 
     def _check_merge(self, cut: Cut) -> None:
         """Raise Unsupported for a merge between attention and MLP that the rest of the layer would not follow."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekit.engine.asking import Given, call, checked, finite
+from prunekit.engine.asking import Answer, Given, call, checked, finite
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
 from prunekit.engine.tokens.layout import leftmost
@@ -93,12 +93,14 @@ def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]
     return plans
 
 
-def by_scores(view: View, scores: Tensor | None) -> Selection:
+def by_scores(view: View, scores: Tensor | None) -> Answer:
     """The `count` best visual tokens by a router's scores, float (B, S)."""
+    stage, state = view.place.stage, view.tokens.state
     if scores is None or view.count is None:
-        label = view.place.stage.label
-        raise PluginError(f"{label}: it has a token budget, but route returned no token scores")
-    return Selection(top_k_mask(scores.gather(1, view.tokens.positions), view.count, view.tokens.valid))
+        raise PluginError(f"{stage.label}: it has a token budget, but route returned no token scores")
+    of_visual = scores.gather(1, view.tokens.positions)
+    keep = top_k_mask(of_visual, view.count, view.tokens.valid)
+    return Answer(Selection(keep), None, of_visual.detach() if state.traced else None)
 
 
 def _ask(view: View, embeds: Tensor) -> tuple[Route, Tensor]:

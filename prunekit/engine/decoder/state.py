@@ -30,7 +30,8 @@ class Decision:
     """A stage's answer at one cut, kept on its device until somebody asks for a report.
 
     entered: visual tokens of each row that reached the cut. ordinals: int64 (B, V), their numbers among the original
-    visual tokens of their row. asked: how many to keep of each row, None for a stage that decides by itself.
+    visual tokens of their row. asked: how many to keep of each row, None for a stage that decides by itself. scores:
+    float (B, V), by which it decided, only where a trace is wanted; None: of none.
     """
 
     cut: Cut
@@ -38,6 +39,7 @@ class Decision:
     ordinals: Tensor
     selection: Selection
     asked: tuple[int, ...] | None
+    scores: Tensor | None = None
 
     def event(self) -> StageEvent:
         """The same as plain numbers; reads tensors back from their device."""
@@ -60,6 +62,7 @@ class BatchState:
 
     itemsize: bytes of one number of the hidden states, and so of the KV cache.
     processor: that of the model, for hooks that read the prompt as text; None: no hook does.
+    traced: whether decisions keep what a trace tells of them beside what stays.
     layout: the tokens that are alive; None: all. counts, lengths: visual and all tokens of each row that are alive.
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
@@ -75,6 +78,7 @@ class BatchState:
     prompt: Prompt
     itemsize: int
     processor: Any = None
+    traced: bool = False
     layout: Layout | None = None
     counts: tuple[int, ...] = field(init=False)
     lengths: tuple[int, ...] = field(init=False)

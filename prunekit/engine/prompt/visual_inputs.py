@@ -43,8 +43,16 @@ class VisualInputs:
     @cached_property
     def coords(self) -> list[Tensor]:
         """As `Modality.coords`, int64 (n, 9): the place in the whole is that in the crop where none is told apart."""
-        tables = self.modality.coords(self.arguments, self.counts)
-        return [one if one.shape[1] == 9 else torch.cat([one, one[:, 1:]], dim=1) for one in tables]
+        return [one if one.shape[1] == 9 else torch.cat([one, one[:, 1:]], dim=1) for one in self._tables]
+
+    @property
+    def joined(self) -> list[bool]:
+        """Of each, whether its family says where the crops stand in the whole."""
+        return [one.shape[1] == 9 for one in self._tables]
+
+    @cached_property
+    def _tables(self) -> list[Tensor]:
+        return self.modality.coords(self.arguments, self.counts)
 
     @cached_property
     def checksums(self) -> list[int] | None:

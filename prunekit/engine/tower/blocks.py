@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunekit.engine.asking import decide, factors
 from prunekit.engine.attention import tap
+from prunekit.engine.details import Detail
 from prunekit.engine.overrides import Overrides
 from prunekit.engine.tokens.layout import Layout, take
 from prunekit.engine.tokens.masks import bidirectional_mask
@@ -265,7 +266,8 @@ class TowerRun:
         if cut.keep is not None:
             asked = tuple(map(cut.keep.count, encoding.patches.made, encoding.counts))
         view = TowerView(encoding, cut, states, encoding.present, encoding.counts, asked)
-        selection, unsound = decide(cut.stage, view)
+        answer = decide(cut.stage, view, self.needs.traced)
+        selection = answer.selection
         if selection.crop:
             raise Unsupported(f"{cut.label}: crop=True is about the KV cache; there is none at '{cut.site}'")
         if selection.extras is not None:
@@ -284,7 +286,8 @@ class TowerRun:
             index = view.ordinals.to(values.device).view(*view.ordinals.shape, *[1] * (values.ndim - 2))
             states = patches.put(every.scatter(1, index.expand_as(values), values), keep, states)
         sizes = None if selection.sizes is None else _resized(encoding, view, selection)
-        encoding.decisions.append(Decision(cut, encoding.present, keep, asked, sizes, None, unsound))
+        told = Detail(view.ordinals, view.counts, selection, answer.scores) if self.needs.traced else None
+        encoding.decisions.append(Decision(cut, encoding.present, keep, asked, sizes, None, answer.unsound, told))
         encoding.drop(keep)
         return states
 

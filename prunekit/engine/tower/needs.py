@@ -27,6 +27,7 @@ class TowerNeeds:
     resizing: the stage that makes images smaller; None: there is none.
     reads: for each block what is read of its attention. states: blocks whose output is kept. carried: what goes along
     to the prompt. pools: the pooling head's input is kept. extras: the CLS tokens go through the projector.
+    traced: decisions keep what a trace tells of them beside what stays.
     """
 
     tower: Tower
@@ -37,9 +38,10 @@ class TowerNeeds:
     carried: tuple[EncoderSpec, ...]
     pools: bool
     extras: bool
+    traced: bool = False
 
     @classmethod
-    def of(cls, bound: BoundPipeline, parts: Parts) -> TowerNeeds | None:
+    def of(cls, bound: BoundPipeline, parts: Parts, traced: bool = False) -> TowerNeeds | None:
         """What `bound` wants of the tower of `parts`, if only its cost; None: nothing. What a tower cannot give, `bind`
         has refused.
         """
@@ -70,7 +72,7 @@ class TowerNeeds:
                 reads[spec.layer] = (*reads.get(spec.layer, ()), spec)
         carried = tuple(dict.fromkeys(spec for site, spec in specs if not site.in_tower))
         pools = any(isinstance(spec, EncoderRows) and spec.query == POOL for _, spec in specs)
-        return cls(tower, resizing, tuple(cuts), reads, frozenset(states), carried, pools, extras)
+        return cls(tower, resizing, tuple(cuts), reads, frozenset(states), carried, pools, extras, traced)
 
     def resolve(self, spec: EncoderSpec, site: Site) -> EncoderSpec:
         """`spec` with the number of its block; without one where it is of no block."""

@@ -104,7 +104,8 @@ class Resized:
             return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
         entered, keep, sizes = map(spread, (decision.entered, decision.keep, decision.sizes))
-        return replace(decision, entered=entered, keep=keep, sizes=sizes)
+        detail = decision.detail and decision.detail.among([one.nonzero()[:, 0] for one in self.anchors or ()])
+        return replace(decision, entered=entered, keep=keep, sizes=sizes, detail=detail)
 
 
 def size_of(image: Tensor) -> tuple[int, int]:

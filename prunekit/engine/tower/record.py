@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekit.cost import TowerWork
+from prunekit.engine.details import Detail
 from prunekit.engine.prompt.prompt import Prompt, VisualInput
 from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tower.effort import Effort
@@ -32,6 +33,7 @@ class Decision:
     a patch are in neither. asked: how many to keep of each, None for a stage that decides by itself. sizes: float
     (B, V) where the cut gave any. resized: height and width in pixels of each input, where it was made smaller.
     unsound: bool (B,), inputs of which something that the tower computed is not finite; None: nothing was asked.
+    detail: what a trace tells of it, by numbers among the visual tokens of each input; None: no trace is wanted.
     """
 
     cut: Cut
@@ -41,6 +43,7 @@ class Decision:
     sizes: Tensor | None
     resized: tuple[tuple[int, int], ...] | None = None
     unsound: Tensor | None = None
+    detail: Detail | None = None
 
 
 @dataclass(frozen=True)

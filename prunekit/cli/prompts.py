@@ -1,0 +1,100 @@
+"""Asking a model one thing: the options that say what, and what becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Images, RGB, and the question about them."""
+
+    images: tuple[Image, ...]
+    text: str
+
+
+def add_prompt(command: argparse.ArgumentParser) -> None:
+    """Options that say what is asked."""
+    command.add_argument("--image", action="append", default=[], type=Path, metavar="FILE", help="may be repeated")
+    command.add_argument("--prompt", metavar="TEXT", help="the question")
+    command.add_argument(
+        "--data", metavar="D", help="images and question of a registered source, or of a .jsonl file with images"
+    )
+    command.add_argument(
+        "--number", type=int, default=0, metavar="N", help="which of the prompts of --data, from 0; default: 0"
+    )
+
+
+def prompt_of(namespace: argparse.Namespace) -> Prompt:
+    """What the options say: --prompt and --image go before what --data has.
+
+    Raises InputError where nothing is asked, and for images and numbers that do not exist.
+    """
+    from prunekit.errors import InputError
+
+    images, text = [_open(path) for path in namespace.image], namespace.prompt
+    if namespace.data is not None:
+        from prunekit.training import data
+
+        source = data.source(namespace.data)
+        if not 0 <= namespace.number < len(source):
+            raise InputError(f"--number {namespace.number}: '{namespace.data}' has prompts 0 to {len(source) - 1}")
+        sample = source[namespace.number]
+        images, text = images or list(sample.images), sample.prompt if text is None else text
+    if text is None:
+        raise InputError("nothing is asked (ask something with --prompt, or take a prompt of --data)")
+    if not text.strip():
+        raise InputError("the prompt is empty (ask something with --prompt)")
+    return Prompt(tuple(images), text)
+
+
+def prepare(processor: Any, prompt: str, images: Sequence[Image]) -> Any:
+    """Model inputs for one question about `images`, in the words of the model's chat template.
+
+    Raises InputError when the model brings no chat template, or the prompt holds the model's image placeholder.
+    """
+    from prunekit.errors import InputError
+
+    if not getattr(processor, "chat_template", None):
+        raise InputError("the model brings no chat template, so its prompt format is not known")
+    placeholder = getattr(processor, "image_token", None)
+    if placeholder and placeholder in prompt:
+        raise InputError(f"the prompt holds '{placeholder}', which stands for an image (leave it out; use --image)")
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    begin = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    # A chat template that already wrote the first token must not get a second one.
+    special = not (begin and text.startswith(begin))
+    return processor(text=[text], images=list(images) or None, return_tensors="pt", add_special_tokens=special)
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tuple[str, float]:
+    """The greedy answer, and how many seconds it took."""
+    start = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    return text.strip(), time.perf_counter() - start
+
+
+def _open(path: Path) -> Image:
+    import PIL.Image
+
+    from prunekit.errors import InputError
+
+    try:
+        with PIL.Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise InputError(f"no such image: '{path}'") from error
+    except IsADirectoryError as error:
+        raise InputError(f"'{path}' is a directory; name an image file") from error
+    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"'{path}' is not a readable image: {error}") from error
