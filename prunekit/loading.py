@@ -189,6 +189,8 @@ def _call(name: str) -> Path:
     function = plugins.registry().get_model(name)
     try:
         return Path(function())
+    except PrunekitError as error:
+        raise InputError(f"model '{name}' is not available: {error}") from error
     except Exception as error:
         raise InputError(f"model '{name}' is not available: {type(error).__name__}: {error}") from error
 

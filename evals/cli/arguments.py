@@ -41,7 +41,8 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("--no-dense", action="store_true", help="leave the dense model out")
     command.add_argument(
         "--data-root", type=Path, metavar="DIR",
-        help="a folder with <organisation>/<dataset>/ as on the hub; default: the hub's local cache; for micro its own",
+        help="a folder with <organisation>/<dataset>/ as on the hub; default: the hub's local cache; "
+        "for bundled models the bundled benchmark",
     )  # fmt: skip
     answers = command.add_argument_group("how answers are made (all of it is recorded)")
     answers.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")

@@ -135,7 +135,7 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     names = [name.strip() for name in namespace.tasks.split(",") if name.strip()]
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
-    micro = namespace.model == tasks.MICRO or all(name.startswith(f"{tasks.MICRO}/") for name in names)
+    micro = namespace.model in tasks.BUNDLED or all(name.startswith(f"{tasks.MICRO}/") for name in names)
     named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
     arguments = vars(namespace)
     options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")

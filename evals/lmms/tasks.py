@@ -20,7 +20,8 @@ INSTALL = (
     "pip install 'prunekit[evals-min]' && pip install --no-deps 'lmms-eval>=0.7.3,<0.8'"
 )
 NAMED = re.compile(r"^(task|group|tag)\s*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
-MICRO = "micro"
+MICRO = "micro"  # how tasks of the bundled benchmark are labelled
+BUNDLED = (MICRO, "smol")  # models that learned from its scenes, and are asked it where no data is named
 STAMP = "prunekit-micro.json"
 HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
 PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about an image
@@ -39,8 +40,8 @@ class Named:
 class Data:
     """Where tasks take their data: a folder with `<organisation>/<dataset>/`, or None for the hub's cache.
 
-    identity: changes when the data does. micro: whether it is the bundled model's benchmark, whose results must not be
-    taken for those of the real one.
+    identity: changes when the data does. micro: whether it is the bundled benchmark, whose results must not be taken
+    for those of the real one.
     """
 
     root: Path | None
@@ -141,7 +142,7 @@ def whole_groups(groups: Sequence[str], limit: int) -> int:
 
 
 def micro_data(folder: Path, questions: int = 600) -> Data:
-    """The bundled model's benchmark, written into `folder` if it is not there."""
+    """The bundled benchmark, written into `folder` if it is not there."""
     from filelock import FileLock
     from prunekit_evals.micro import benchmark
 

@@ -14,8 +14,9 @@ from prunekit.pipeline.build import Pipeline
 
 # Modules of the two packages that have no part in an answer.
 APART = (
-    "testing/", "cli/", "micro/", "compare/", "studies/", "bench/cpu", "bench/drawn", "bench/gpu", "bench/llava_7b",
-    "bench/sections", "bench/selection", "bench/timing", "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
+    "testing/", "cli/", "micro/", "smol/", "compare/", "studies/", "bench/cpu", "bench/drawn", "bench/gpu",
+    "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing", "bench/workload", "lmms/quiet",
+    "lmms/registration", "plugin",
 )  # fmt: skip
 
 

@@ -13,22 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from prunekit_evals.studies.smol.base import HEADS, KV_HEADS, MLP, WIDTH
+from prunekit_evals.smol.adapters import KINDS
+from prunekit_evals.smol.base import HEADS, KV_HEADS, WIDTH
 from torch import Tensor, nn
 
 RANK = 16
 SCALE = 1.5  # of `B A`; keeps the useful learning rate near the tower's
 HEAD = WIDTH // HEADS
-KEYS = KV_HEADS * HEAD
 EPS, THETA = 1e-5, 100_000.0
 LONGEST = 1024  # positions of a training row at most
-# Kind -> the modules whose rows it stacks, its outputs and its inputs.
-KINDS: dict[str, tuple[tuple[str, ...], int, int]] = {
-    "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), WIDTH + 2 * KEYS, WIDTH),
-    "out": (("self_attn.o_proj",), WIDTH, WIDTH),
-    "up": (("mlp.gate_proj", "mlp.up_proj"), 2 * MLP, WIDTH),
-    "down": (("mlp.down_proj",), WIDTH, MLP),
-}
 Groups = tuple[tuple[int, int], ...]  # (rows, padded length) of the questions that follow an image, in order
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from prunekit_evals.micro.compose import TOKENS, Scene
 from prunekit_evals.micro.drop import kept
 from prunekit_evals.micro.selections import View, oracle
-from prunekit_evals.studies.smol.base import LAYERS
+from prunekit_evals.smol.base import LAYERS
 from prunekit_evals.studies.smol.decoder import Cut, Groups
 from prunekit_evals.studies.smol.model import Asked, Smol
 from prunekit_evals.studies.smol.probe import Probe

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from prunekit_evals.studies.smol import base
+from prunekit_evals.smol import base
 from prunekit_evals.studies.smol.decoder import SCALE, WHOLE, Cut, Decoder, Groups, Merged
 from prunekit_evals.studies.smol.see import SeeLoss
 from prunekit_evals.studies.smol.tower import Vision

@@ -16,7 +16,7 @@ from prunekit_evals.micro.compose import Scene
 from prunekit_evals.micro.lexicon import COLOR_NAMES, NOUNS, PLACES, SIGNS
 from prunekit_evals.micro.question import LETTERS, Question, choice, pick, some
 from prunekit_evals.micro.questions import CHOICE, FAMILIES, HOPS, OPEN, ask
-from prunekit_evals.studies.smol.base import END_ID
+from prunekit_evals.smol.base import END_ID
 from tokenizers import Tokenizer
 
 LEAD, TAIL = "Image:", "\nAnswer:"

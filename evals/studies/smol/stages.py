@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from prunekit_evals.micro.compose import IMAGE_SIZE, TOKENS
 from prunekit_evals.micro.drop import PATTERNS, kept
-from prunekit_evals.studies.smol.base import LAYERS
+from prunekit_evals.smol.base import LAYERS
 from prunekit_evals.studies.smol.decoder import WHOLE, Cut, Merged
 from prunekit_evals.studies.smol.feed import Batch, Feed
 from prunekit_evals.studies.smol.model import Asked, Smol

