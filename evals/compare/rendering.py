@@ -29,7 +29,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
     rows = table.rows
     filled = {
         "Pipeline": [row.pipeline for row in rows],
-        **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
+        **{short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
         "Average": [_estimate(row.average, True) for row in rows],
         "Δ dense": [_difference(row.to_dense) for row in rows],
         "Δ random": [_difference(row.to_random) for row in rows],
@@ -87,7 +87,7 @@ def _fitting(table: Table, width: int) -> tuple[dict[str, list[str]], list[str]]
 
     Markdown and JSON have all of them.
     """
-    tasks = {_short(label) for label in table.tasks}
+    tasks = {short(label) for label in table.tasks}
     few = {*tasks, "Whole", "Seeds", "KV", "Tokens"}
     steps: tuple[tuple[bool, set[str]], ...] = (
         (True, set()), (True, {"Whole"}), (True, {"Whole", "Seeds"}), (False, {"Whole", "Seeds"}),
@@ -119,7 +119,8 @@ def _joined(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
-def _short(label: str) -> str:
+def short(label: str) -> str:
+    """The head of a task's column."""
     prefix, slash, name = label.rpartition("/")
     return prefix + slash + SHORT.get(name, name)
 

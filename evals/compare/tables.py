@@ -128,7 +128,7 @@ def grouped(cells: Iterable[Cell]) -> list[list[Cell]]:
     """The cells of each table, oldest first: those of equal conditions; the newest conditions last."""
     groups: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.created):
-        groups.setdefault(repr(asdict(cell.conditions)), []).append(cell)
+        groups.setdefault(repr(cell.conditions), []).append(cell)
     return sorted(groups.values(), key=lambda group: group[-1].created)
 
 
