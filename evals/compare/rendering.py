@@ -74,10 +74,11 @@ def show(table: Table, console: Console) -> None:
 def markdown(table: Table) -> str:
     """The table as Markdown, with its conditions, notes and legend."""
     shown = columns(table)
-    out = [f"**{table.conditions.title()}**", "", _joined(list(shown)), _joined(["---", *["---:"] * (len(shown) - 1)])]
+    out = [f"**{_plain(table.conditions.title())}**", "", _joined(list(shown))]
+    out.append(_joined(["---", *["---:"] * (len(shown) - 1)]))
     out += [_joined(texts) for texts in zip(*shown.values(), strict=True)]
-    out += ["", *(f"{line[0].upper()}{line[1:]}.  " for line in table.verdicts)]
-    out += [f"Note: {note}.  " for note in table.notes]
+    out += ["", *(f"{_plain(line[0].upper() + line[1:])}.  " for line in table.verdicts)]
+    out += [f"Note: {_plain(note)}.  " for note in table.notes]
     return "\n".join([*out, f"_{_labels(table.tasks)}{LEGEND}_", ""])
 
 
@@ -116,7 +117,12 @@ def _labels(labels: Sequence[str]) -> str:
 
 
 def _joined(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    return "| " + " | ".join(_plain(text).replace("|", "\\|") for text in texts) + " |"
+
+
+def _plain(text: str) -> str:
+    """No markup: names and errors come from files."""
+    return text.replace("<", "&lt;").replace("\n", " ")
 
 
 def short(label: str) -> str:

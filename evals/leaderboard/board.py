@@ -9,6 +9,7 @@ from prunekit_evals.compare import pooling, tables
 from prunekit_evals.compare.pooling import Pooled
 from prunekit_evals.compare.tables import Row, Table
 from prunekit_evals.leaderboard import commands
+from prunekit_evals.leaderboard.commands import Run
 from prunekit_evals.run.results import Cell, Conditions
 
 # What every method has to beat, by the strategy that it is made of, and the shipped pipeline that adds it.
@@ -24,18 +25,7 @@ class Entry:
     baseline: str
     best: bool
     seeds: tuple[str, ...]
-    commands: tuple[str, ...]
-
-    @property
-    def yaml(self) -> str:
-        """Its pipeline in full: of several seeds the first."""
-        return self.cells[0].pipeline.resolved
-
-    @property
-    def file(self) -> str:
-        """What its command calls the pipeline, where that is a file to be written; empty for a shipped one."""
-        name = commands.source(self.cells[0].pipeline)
-        return name if name.endswith(".yaml") else ""
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,18 @@ def pareto(axis: Axis, views: Sequence[str]) -> dict[str, Any]:
     import altair
 
     view = altair.param(name="view", value=views[0])
-    cost, ahead = altair.datum[axis.key], altair.datum[f"{axis.key}_front"]
+    cost = altair.datum[axis.key]
     base = altair.Chart(altair.NamedData(name=DATA)).transform_filter((altair.datum.view == view) & (cost > 0))
     x, y = _near(altair.X, axis.key, axis.title), _near(altair.Y, "accuracy", "accuracy, %")
-    front = base.transform_filter(ahead)
+    front = base.transform_filter(altair.datum[f"{axis.key}_front"])
+    named = base.transform_filter(altair.datum[f"{axis.key}_name"])
     layers = [
         front.mark_line(interpolate="step-after", strokeDash=[4, 3], opacity=0.6, color="currentColor").encode(x, y),
         base.mark_rule(opacity=0.5).encode(x, _near(altair.Y, "low"), altair.Y2("high:Q"), color=_kind(altair.Color)),
         base.mark_point(filled=True, size=80, opacity=1).encode(
             x, y, color=_kind(altair.Color), shape=_kind(altair.Shape), tooltip=_tooltip(axis)
         ),
-        *(front.transform_filter(part).mark_text(align=align, dx=dx, dy=12, color="currentColor").encode(
+        *(named.transform_filter(part).mark_text(align=align, dx=dx, dy=12, color="currentColor").encode(
             x, y, text="pipeline:N"
         ) for part, align, dx in ((cost <= LABELS, "left", 6), (cost > LABELS, "right", -6))),
     ]  # fmt: skip

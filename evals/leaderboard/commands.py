@@ -1,10 +1,11 @@
-"""The command that makes a row again, read off what its cells record."""
+"""What makes a row again: commands and pipelines, read off what its cells record."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 from prunekit_evals.run.results import Cell, Conditions, PipelineId
@@ -16,14 +17,29 @@ from prunekit.errors import PrunekitError
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-def of_cells(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """One command for each pipeline behind these cells: for each seed, where a row has several."""
+@dataclass(frozen=True)
+class Run:
+    """One pipeline. file: what the command calls it, where it is to be written into a file; empty for a shipped one."""
+
+    command: str
+    file: str
+    yaml: str
+
+
+def of_cells(cells: Sequence[Cell]) -> tuple[Run, ...]:
+    """One run for each pipeline behind these cells: for each seed, where a row has several."""
     tasks: dict[str, list[str]] = {}
     pipelines: dict[str, PipelineId] = {}
     for cell in cells:
         pipelines.setdefault(cell.pipeline.sha, cell.pipeline)
         tasks.setdefault(cell.pipeline.sha, []).append(cell.label)
-    return tuple(command(source(one), cells[0].conditions, tasks[sha]) for sha, one in pipelines.items())
+    return tuple(_run(one, cells[0].conditions, tasks[sha]) for sha, one in pipelines.items())
+
+
+def _run(pipeline: PipelineId, conditions: Conditions, tasks: Sequence[str]) -> Run:
+    name = source(pipeline)
+    file = "" if _shipped(pipeline.name) == pipeline.resolved else name
+    return Run(command(name, conditions, tasks), file, pipeline.resolved)
 
 
 def command(pipeline: str, conditions: Conditions, tasks: Sequence[str]) -> str:

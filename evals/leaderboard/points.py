@@ -11,6 +11,7 @@ from prunekit_evals.leaderboard.board import Entry, Section
 
 AVERAGE = "average"
 OTHER = "method"
+NAME = (0.3, 0.06)  # the room that a name takes, as shares of a plot's width and height
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ def of_section(section: Section) -> list[dict[str, Any]]:
     for view in views(section):
         of_view = [point for entry in section.entries if (point := _point(entry, view, shown)) is not None]
         for axis in shown:
-            ahead = front([(point[axis.key], point["accuracy"]) for point in of_view if axis.key in point])
+            of_axis = {id(point): (point[axis.key], point["accuracy"]) for point in of_view if axis.key in point}
+            ahead = front(of_axis.values())
+            named = apart(ahead, of_axis.values())
             for point in of_view:
-                if axis.key in point:
-                    point[f"{axis.key}_front"] = (point[axis.key], point["accuracy"]) in ahead
+                point[f"{axis.key}_front"] = of_axis.get(id(point)) in ahead
+                point[f"{axis.key}_name"] = of_axis.get(id(point)) in named
+                named.discard(of_axis.get(id(point), (0.0, 0.0)))  # of equal points the first
         points += of_view
     return points
 
@@ -61,6 +65,17 @@ def front(points: Iterable[tuple[float, float]]) -> set[tuple[float, float]]:
             best = accuracy
             ahead.add((cost, accuracy))
     return ahead
+
+
+def apart(ahead: Iterable[tuple[float, float]], shown: Iterable[tuple[float, float]]) -> set[tuple[float, float]]:
+    """Of the front those whose names can stand in a plot of `shown` without covering each other, the best first."""
+    costs, accuracies = zip(*(list(shown) or [(0.0, 0.0)]), strict=True)
+    wide, high = NAME[0] * (max(costs) - min(costs)), NAME[1] * (max(accuracies) - min(accuracies))
+    named: set[tuple[float, float]] = set()
+    for cost, accuracy in sorted(ahead, key=lambda point: -point[1]):
+        if all(abs(cost - x) >= wide or abs(accuracy - y) >= high for x, y in named):
+            named.add((cost, accuracy))
+    return named
 
 
 def _point(entry: Entry, view: str, shown: Sequence[Axis]) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from prunekit_evals.compare import rendering
 from prunekit_evals.leaderboard.board import Board, Section
 
@@ -13,7 +15,13 @@ def markdown(board: Board) -> str:
 
 
 def _section(section: Section) -> str:
-    lacks = "".join(f"Note: no {one.baseline} row; make it: `{one.command}`  \n" for one in section.missing)
-    commands = "\n".join(command for entry in section.entries for command in entry.commands)
-    told = f"<details><summary>Commands</summary>\n\n```\n{commands}\n```\n\n</details>\n"
-    return "\n".join([rendering.markdown(section.table), lacks + told])
+    lacks = [f"Note: no {one.baseline} row; make it:\n\n{_fenced(one.command)}\n" for one in section.missing]
+    commands = "\n".join(run.command for entry in section.entries for run in entry.runs)
+    told = f"<details><summary>Commands</summary>\n\n{_fenced(commands)}\n\n</details>\n"
+    return "\n".join([rendering.markdown(section.table), *lacks, told])
+
+
+def _fenced(text: str) -> str:
+    """As it is, whatever it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shlex
+from pathlib import Path
 
 import pytest
 from board_cells import CONDITIONS, cell, complete, dense, under, written
@@ -186,8 +187,8 @@ def test_seeds_are_one_entry_with_a_command_for_each():
     (section,) = of(*seeded).sections
     (entry,) = section.entries
     assert (entry.seeds, entry.baseline, len(entry.cells)) == (("0", "1"), "random", 4)
-    assert [shlex.split(one)[2] for one in entry.commands] == ["r0.yaml", "r1.yaml"]
-    assert entry.file == "r0.yaml" and "seed: 0" in entry.yaml
+    assert [(shlex.split(one.command)[2], one.file) for one in entry.runs] == [("r0.yaml",) * 2, ("r1.yaml",) * 2]
+    assert ["seed: 0" in one.yaml for one in entry.runs] == [True, False]
 
 
 # What the plots show.
@@ -202,6 +203,12 @@ def test_the_front_is_what_nothing_cheaper_or_as_cheap_reaches():
             if not any(c <= one[0] and a >= one[1] and (c, a) != one for c, a in shown)
         }  # fmt: skip
         assert points.front(shown) == naive
+
+
+def test_names_of_the_front_do_not_cover_each_other():
+    close, far = [(0.0, 0.5), (1.0, 99.0), (2.0, 100.0)], [(100.0, 100.0)]
+    assert points.apart(close, close + far) == {(0.0, 0.5), (2.0, 100.0)}
+    assert points.apart([(5.0, 5.0)], [(5.0, 5.0)]) == {(5.0, 5.0)} and points.apart([], []) == set()
 
 
 def test_points_are_of_every_row_on_the_average_and_on_every_task():
@@ -232,6 +239,21 @@ def test_markdown_has_tables_commands_and_what_is_missing():
     said = text.markdown(of(*complete("pope"), dense(conditions=under(device="cuda"), created="2")))
     assert said.startswith("Tables of different conditions are not comparable.")
     assert said.count("| dense |") == 2 and "| ours |" in said
-    assert "Note: no random row; make it: `prunekit eval random-r25" in said
+    assert "Note: no random row; make it:\n\n```\nprunekit eval random-r25" in said
     assert said.count("prunekit eval ours.yaml") == 1
     assert CONDITIONS.title() in said
+    odd = text.markdown(of(cell("<b>|\n", conditions=under(system_prompt="````\n<i>"))))
+    assert "| &lt;b>\\|  |" in odd and "<b>" not in odd and "\n`````\nprunekit" in odd
+
+
+def test_the_committed_board_is_what_its_results_say():
+    """Else: make leaderboard."""
+    folder = Path(__file__).parents[2] / "docs" / "leaderboard"
+    found = reading.read([folder / "results"])
+    made = board.of_cells(found.cells)
+    assert found.skipped == () and len(made.sections) == 1 and made.sections[0].missing == ()
+    assert (folder / "board.md").read_text(encoding="utf-8") == text.markdown(made)
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert all(f">{row.pipeline}</summary>" in page for row in made.sections[0].table.rows)
+    assert all(one.stat().st_size < 200_000 for one in folder.glob("*.png"))
+    assert len(page.encode()) < 2_000_000 > sum(one.stat().st_size for one in folder.rglob("*.json"))

@@ -28,9 +28,9 @@
       const cheap = !(most >= 0) || (row.dataset.flops !== "" && Number(row.dataset.flops) <= most + 1e-9);
       row.hidden = !(row.classList.contains("baseline") || (named && cheap));
     }
-    const kept = rows.filter((row) => !row.hidden).length;
+    const counted = (some) => new Set(some.map((row) => row.dataset.row)).size; // a row stands in two tables
     const filtered = text !== "" || most >= 0;
-    form.querySelector("output").textContent = filtered ? `${kept} of ${rows.length} rows; baselines always stay` : "";
+    form.querySelector("output").textContent = filtered ? `${counted(rows.filter((row) => !row.hidden))} of ${counted(rows)} rows; baselines always stay` : "";
   };
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
