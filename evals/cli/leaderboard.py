@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     command = commands.add_parser(
         "leaderboard",
         help="results as a ranking in one page",
-        description="A ranking of results: accuracy against executed FLOPs and measured time, with intervals, each "
+        description="A ranking of results: accuracy against executed FLOPs and measured time, with intervals, each\n"
         "task, and behind every row its pipeline, its command and its record. The page needs no network.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -87,6 +87,7 @@ def write(made: Board, page: Path | None, markdown: Path | None) -> None:
 
 def _check(namespace: argparse.Namespace) -> None:
     """Raise InputError for what would fail after the work."""
+    import os
     from importlib.util import find_spec
 
     from prunekit_evals.cli import commands
@@ -104,6 +105,8 @@ def _check(namespace: argparse.Namespace) -> None:
             raise InputError(f"{option} {path}: that is a folder; name a file in it")
         if not path.absolute().parent.is_dir():
             raise InputError(f"{option} {path}: there is no folder '{path.parent}' (make it first)")
+        if not os.access(path.absolute().parent, os.W_OK):
+            raise InputError(f"{option} {path}: nothing can be written into '{path.parent}' (name another folder)")
     lacking = [name for name in ("altair", "jinja2", "vl_convert") if find_spec(name) is None]
     if namespace.out is not None and lacking:
         raise InputError(f"the page needs {', '.join(lacking)}: pip install 'prunekit[leaderboard]' (or leave -o out)")
