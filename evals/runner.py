@@ -16,7 +16,7 @@ from prunekit_evals.lmms.tasks import Built, Data, Named
 from prunekit_evals.run import results
 from prunekit_evals.run.answering import Loaded, Tally, device_type
 from prunekit_evals.run.generation import HonorUntil
-from prunekit_evals.run.identity import code_identity, versions
+from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 
 from prunekit import loading
@@ -239,7 +239,7 @@ class Runner:
 
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:
         seconds = tally.seconds / tally.computed if tally.computed else None
-        base = Timing(seconds, tally.computed, tally.journaled)
+        base = Timing(seconds, tally.computed, tally.journaled, machine=machine(self.loaded.device))
         wanted = self.plan.timing and not self.ids[pipeline.sha].dense
         taken = measure_prefill(self.loaded, pipeline, tally.first_prompts) if wanted else None
         if taken is None:

@@ -27,7 +27,9 @@ ORDER = (
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
-EVALS_ORDER = ("shapes", "run", "compare", "micro", "smol", "lmms", "bench", "runner", "cli", "plugin", "studies")
+EVALS_ORDER = (
+    "shapes", "run", "compare", "leaderboard", "micro", "smol", "lmms", "bench", "runner", "cli", "plugin", "studies",
+)  # fmt: skip
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}
 MAX_FILE, MAX_FUNCTION = 400, 45  # a file is judged by its subject; beyond this it surely has two

@@ -33,14 +33,14 @@ def evaluate(namespace: argparse.Namespace) -> int:
     """Run the cells that are missing and show the table. 1 when cells failed."""
     _ready(namespace)
     plan = _plan(namespace, load_all(namespace.pipelines, namespace.overrides, dense=not namespace.no_dense))
-    outcome = _go(plan)
+    outcome = go(plan)
     _report(outcome, plan, namespace.json)
     return 1 if outcome.failed else 0
 
 
 def compare(namespace: argparse.Namespace) -> int:
     """Show what is in a results folder."""
-    _need_scipy()
+    need_scipy()
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
@@ -50,9 +50,9 @@ def compare(namespace: argparse.Namespace) -> int:
     elif namespace.markdown:
         print("\n".join(rendering.markdown(one) for one in tables))
     else:
-        _need_rich()
+        need_rich()
         for one in tables:
-            rendering.show(one, _console())
+            rendering.show(one, console())
     return 0
 
 
@@ -62,7 +62,7 @@ def demo(namespace: argparse.Namespace) -> int:
     _ready(namespace)
     namespace.model, namespace.tasks, namespace.data_root = "micro", ",".join(DEMO_TASKS), None
     plan = _plan(namespace, load_all(DEMO_PIPELINES, (), dense=True))
-    outcome = _go(plan)
+    outcome = go(plan)
     _report(outcome, plan, namespace.json)
     if not namespace.json:
         say(_next(plan, time.monotonic() - begun))
@@ -104,8 +104,8 @@ def _ready(namespace: argparse.Namespace) -> None:
     from prunekit_evals.lmms import tasks
 
     tasks.check_installed()
-    _need_rich()
-    _need_scipy()
+    need_rich()
+    need_scipy()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
@@ -117,12 +117,13 @@ def _ready(namespace: argparse.Namespace) -> None:
         torch.set_num_threads(namespace.threads)
 
 
-def _need_rich() -> None:
+def need_rich() -> None:
+    """Raise InputError where tables cannot be shown."""
     if find_spec("rich") is None:
         raise InputError("tables and progress bars need rich: pip install 'prunekit[evals]' (or use --json)")
 
 
-def _need_scipy() -> None:
+def need_scipy() -> None:
     """Before hours of answers, not after them."""
     if find_spec("scipy") is None:
         raise InputError("intervals and tests need scipy: pip install 'prunekit[evals]'")
@@ -171,12 +172,13 @@ def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> A
     return tasks.micro_data(namespace.out / "data" / tasks.MICRO)
 
 
-def _go(plan: Plan) -> Outcome:
+def go(plan: Plan) -> Outcome:
+    """Run a plan under a progress bar."""
     from prunekit_evals import runner
     from prunekit_evals.cli import progress
 
     quiet.libraries()
-    with progress.Bar(_console(stderr=True)) as bar:
+    with progress.Bar(console(stderr=True)) as bar:
         return runner.Runner(plan, bar).run()
 
 
@@ -197,7 +199,7 @@ def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
         return
     for one in tables:
         if one.rows:
-            rendering.show(one, _console())
+            rendering.show(one, console())
     counts = f"{outcome.computed} cells computed, {outcome.skipped} were there"
     failed = f", {len(outcome.failed)} failed:" if outcome.failed else ""
     say(f"\n{counts}{failed}")
@@ -218,7 +220,8 @@ def _next(plan: Plan, seconds: float) -> str:
     return "\n".join([f"\nTook {seconds:.0f} s. Try next:", *listed])
 
 
-def _console(stderr: bool = False) -> Console:
+def console(stderr: bool = False) -> Console:
+    """Where tables and bars go."""
     from rich.console import Console
 
     console = Console(stderr=stderr)

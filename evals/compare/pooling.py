@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -30,10 +30,20 @@ class Pooled:
         return self.cells[0].pipeline.dense
 
     @property
+    def only(self) -> str:
+        """The strategy of all its stages; empty where there are several."""
+        used = {str(stage.get("use")) for stage in _read(self.cells[0]).get("stages") or []}
+        return used.pop() if len(used) == 1 else ""
+
+    @property
     def random(self) -> bool:
         """Whether it only prunes at random."""
-        stages = _read(self.cells[0]).get("stages") or []
-        return bool(stages) and all(stage.get("use") == RANDOM for stage in stages)
+        return self.only == RANDOM
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        """The seeds that it was run with, of all its stages."""
+        return tuple(dict.fromkeys(str(seed) for cell in self.cells for seed in _seeds(_read(cell))))
 
     @property
     def flops(self) -> float | None:
@@ -128,9 +138,15 @@ def _parsed(resolved: str) -> Mapping[str, Any]:
 
 
 def _seeded(data: Any) -> bool:
-    if isinstance(data, Mapping):
-        return SEED in data or any(map(_seeded, data.values()))
-    return isinstance(data, list) and any(map(_seeded, data))
+    return any(True for _ in _seeds(data))
+
+
+def _seeds(data: Any) -> Iterator[Any]:
+    inside = data.values() if isinstance(data, Mapping) else data if isinstance(data, list) else ()
+    if isinstance(data, Mapping) and SEED in data:
+        yield data[SEED]
+    for one in inside:
+        yield from _seeds(one)
 
 
 def _unseeded(data: Any) -> Any:

@@ -27,10 +27,9 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
     intervals: whether each task shows its own.
     """
     rows = table.rows
-    timed = any(row.prefill_ratio is not None for row in rows)
     filled = {
         "Pipeline": [row.pipeline for row in rows],
-        **{_short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
+        **{short(label): [_estimate(row.tasks.get(label), intervals) for row in rows] for label in table.tasks},
         "Average": [_estimate(row.average, True) for row in rows],
         "Δ dense": [_difference(row.to_dense) for row in rows],
         "Δ random": [_difference(row.to_random) for row in rows],
@@ -39,7 +38,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "FLOPs": [_percent(row.flops_fraction) for row in rows],
         "Whole": [_percent(row.whole_flops_fraction) for row in rows],
         "KV": [_percent(row.kv_fraction) for row in rows],
-        "Time": [_time(row) if timed else "" for row in rows],
+        **{_clock(table, machine): [_time(row, machine) for row in rows] for machine in table.machines},
     }
     return {name: texts for name, texts in filled.items() if any(texts)}
 
@@ -52,7 +51,7 @@ def show(table: Table, console: Console) -> None:
 
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left", title_style="bold")
     grid.title = table.conditions.title()
-    shown = _fitting(table, console.width)
+    shown, hidden = _fitting(table, console.width)
     for place, name in enumerate(shown):
         # `micro/` on a line of its own keeps the columns as narrow as their numbers.
         grid.add_column(name.replace("/", "/\n"), justify="right" if place else "left", no_wrap=True, vertical="bottom")
@@ -67,36 +66,43 @@ def show(table: Table, console: Console) -> None:
         console.print(Text(line))
     for note in table.notes:
         console.print(Text(f"note: {note}", style="yellow"))
+    if hidden:
+        console.print(Text(f"hidden, for lack of width: {', '.join(hidden)} (--markdown has all)", style="yellow"))
     console.print(Text(_labels(table.tasks) + LEGEND, style="dim"))
 
 
 def markdown(table: Table) -> str:
     """The table as Markdown, with its conditions, notes and legend."""
     shown = columns(table)
-    out = [f"**{table.conditions.title()}**", "", _joined(list(shown)), _joined(["---", *["---:"] * (len(shown) - 1)])]
+    out = [f"**{_plain(table.conditions.title())}**", "", _joined(list(shown))]
+    out.append(_joined(["---", *["---:"] * (len(shown) - 1)]))
     out += [_joined(texts) for texts in zip(*shown.values(), strict=True)]
-    out += ["", *(f"{line[0].upper()}{line[1:]}.  " for line in table.verdicts)]
-    out += [f"Note: {note}.  " for note in table.notes]
+    out += ["", *(f"{_plain(line[0].upper() + line[1:])}.  " for line in table.verdicts)]
+    out += [f"Note: {_plain(note)}.  " for note in table.notes]
     return "\n".join([*out, f"_{_labels(table.tasks)}{LEGEND}_", ""])
 
 
-def _fitting(table: Table, width: int) -> dict[str, list[str]]:
-    """The columns that fit: Whole and Seeds go, tasks lose their intervals, then KV goes, then the tasks.
+def _fitting(table: Table, width: int) -> tuple[dict[str, list[str]], list[str]]:
+    """The columns that fit, and the names of what does not: Whole and Seeds go, tasks lose their intervals, then KV
+    goes, then the tasks.
 
     Markdown and JSON have all of them.
     """
-    tasks = {_short(label) for label in table.tasks}
+    tasks = {short(label) for label in table.tasks}
     few = {*tasks, "Whole", "Seeds", "KV", "Tokens"}
     steps: tuple[tuple[bool, set[str]], ...] = (
         (True, set()), (True, {"Whole"}), (True, {"Whole", "Seeds"}), (False, {"Whole", "Seeds"}),
         (False, {"Whole", "Seeds", "KV"}), (False, {*tasks, "Seeds"}), (False, few), (False, {*few, "Δ random"}),
     )  # fmt: skip
-    shown: dict[str, list[str]] = {}
+    shown, hidden, everything = {}, [], columns(table)
     for intervals, without in steps:
         shown = {name: texts for name, texts in columns(table, intervals).items() if name not in without}
+        hidden = [name for name in everything if name not in shown]
+        if not intervals and tasks & shown.keys():
+            hidden.append("intervals of tasks")
         if _width(shown) <= width:
             break
-    return shown
+    return shown, hidden
 
 
 def _width(shown: dict[str, list[str]]) -> int:
@@ -111,10 +117,16 @@ def _labels(labels: Sequence[str]) -> str:
 
 
 def _joined(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+    return "| " + " | ".join(_plain(text).replace("|", "\\|") for text in texts) + " |"
 
 
-def _short(label: str) -> str:
+def _plain(text: str) -> str:
+    """No markup: names and errors come from files."""
+    return text.replace("<", "&lt;").replace("\n", " ")
+
+
+def short(label: str) -> str:
+    """The head of a task's column."""
     prefix, slash, name = label.rpartition("/")
     return prefix + slash + SHORT.get(name, name)
 
@@ -142,10 +154,15 @@ def _signed(value: float) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def _time(row: Row) -> str:
+def _clock(table: Table, machine: str) -> str:
+    """The head of a machine's times, which are in no column with another's."""
+    return "Time" if len(table.machines) == 1 else f"Time {table.machines.index(machine) + 1}"
+
+
+def _time(row: Row, machine: str) -> str:
     if row.dense:
         return "1×"  # by definition: it is what the others are measured against
-    return "" if row.prefill_ratio is None else f"{row.prefill_ratio:.2f}×"
+    return f"{row.times[machine]:.2f}×" if machine in row.times else ""
 
 
 def _percent(fraction: float | None) -> str:

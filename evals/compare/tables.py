@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,8 @@ class Row:
     tasks: label -> accuracy. average: unweighted over the tasks that all rows have. to_dense, to_random: against dense
     and against `random` at the same FLOPs, over those tasks; None where there is no such row. seeds: the average under
     each seed; empty with one. Fractions and ratios are means over tasks, of the dense model; None where not known.
+    times: machine -> ratio of prefill times measured on it. prefill_ratio: that of the table's one machine; None where
+    it has several, whose times are not comparable.
     """
 
     pipeline: str
@@ -44,6 +47,7 @@ class Row:
     seconds: float | None
     whole_flops_fraction: float | None = None
     seeds: tuple[float, ...] = ()
+    times: dict[str, float] = field(default_factory=dict)
 
     @property
     def difference(self) -> Estimate | None:
@@ -65,6 +69,7 @@ class Table:
 
     shared: tasks that every row has, which the averages are over. notes: what a reader should know. best: pruned rows
     that could each be the best. verdicts: which differences hold, in words. images: task -> images that it asks about.
+    machines: on which prefill times were measured.
     """
 
     conditions: Conditions
@@ -75,6 +80,7 @@ class Table:
     best: tuple[str, ...] = ()
     verdicts: tuple[str, ...] = ()
     images: dict[str, int] = field(default_factory=dict)
+    machines: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -87,6 +93,7 @@ class Table:
             "could_be_best": list(self.best),
             "verdicts": list(self.verdicts),
             "images": dict(self.images),
+            "machines": list(self.machines),
         }
 
 
@@ -97,10 +104,10 @@ def tables(folder: Path) -> tuple[Table, ...]:
     cells = list(results.cells(folder))
     if not cells:
         raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return tuple(_marked(table) for table in of_cells(cells))
+    return tuple(marked(table) for table in of_cells(cells))
 
 
-def _marked(table: Table) -> Table:
+def marked(table: Table) -> Table:
     """With a note where the bundled model has been replaced since."""
     told = table.conditions
     if told.model != MICRO:
@@ -114,11 +121,15 @@ def _marked(table: Table) -> Table:
 
 def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
     """Tables of these cells, the newest conditions last."""
+    return tuple(_table(group) for group in grouped(cells))
+
+
+def grouped(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells of each table, oldest first: those of equal conditions; the newest conditions last."""
     groups: dict[str, list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: cell.created):
-        groups.setdefault(repr(asdict(cell.conditions)), []).append(cell)
-    ordered = sorted(groups.values(), key=lambda group: group[-1].created)
-    return tuple(_table(group) for group in ordered)
+        groups.setdefault(repr(cell.conditions), []).append(cell)
+    return sorted(groups.values(), key=lambda group: group[-1].created)
 
 
 def _table(cells: Sequence[Cell]) -> Table:
@@ -131,8 +142,9 @@ def _table(cells: Sequence[Cell]) -> Table:
     images, without = pooling.images(rows)
     contenders = [Contender(row.name, row.dense, row.random, row.flops, row.scores) for row in rows]
     judged, best = judging.judge(contenders, shared, images)
-    ordered = tuple(sorted((_row(row, judged[row.name]) for row in rows), key=_order))
-    notes = [*_troubles(cells), *left_out]
+    machines = tuple(dict.fromkeys(machine for row in rows for machine in times(row)))
+    ordered = tuple(sorted((_row(row, judged[row.name], machines) for row in rows), key=_order))
+    notes = [*_troubles(cells), *left_out, *_machines(machines)]
     if older:
         notes.append(f"{older} cells of older versions of these pipelines are not shown")
     if scored and len(shared) < len(labels):
@@ -144,7 +156,25 @@ def _table(cells: Sequence[Cell]) -> Table:
         notes.append(f"results of {named} name no image for some questions: each of them counts as its own image")
     counted = {label: len(set(of.values())) for label, of in images.items()}
     verdicts = judging.sentences({row.pipeline: judged[row.pipeline] for row in ordered}, best)
-    return Table(cells[-1].conditions, labels, shared, ordered, tuple(dict.fromkeys(notes)), best, verdicts, counted)
+    told = tuple(dict.fromkeys(notes))
+    return Table(cells[-1].conditions, labels, shared, ordered, told, best, verdicts, counted, machines)
+
+
+def times(row: Pooled) -> dict[str, float]:
+    """Machine -> ratio of prefill times measured on it, mean over cells."""
+    ratios: dict[str, list[float]] = {}
+    for one in (cell.timing for cell in row.cells):
+        if one is not None and one.prefill_ratio is not None:
+            ratios.setdefault(one.machine, []).append(one.prefill_ratio)
+    return {machine: statistics.fmean(of_one) for machine, of_one in ratios.items()}
+
+
+def _machines(machines: Sequence[str]) -> list[str]:
+    """What the columns of times mean where there are several."""
+    if len(machines) < 2:
+        return []
+    named = (f"Time {number} on {machine or 'a machine without a name'}" for number, machine in enumerate(machines, 1))
+    return [f"times of different machines are not comparable: {'; '.join(named)}"]
 
 
 def _troubles(cells: Sequence[Cell]) -> list[str]:
@@ -162,8 +192,9 @@ def _order(row: Row) -> tuple[bool, float, float, str]:
     return not row.dense, -round(cost, 3), -(row.average.value if row.average else 0.0), row.pipeline
 
 
-def _row(row: Pooled, judged: Judged) -> Row:
-    first = row.cells[0]
+def _row(row: Pooled, judged: Judged, machines: Sequence[str]) -> Row:
+    """machines: of the whole table."""
+    first, ratios = row.cells[0], times(row)
     spared = [cell.saved for cell in row.cells if cell.saved is not None]
     timed = [cell.timing for cell in row.cells if cell.timing is not None]
     return Row(
@@ -178,8 +209,9 @@ def _row(row: Pooled, judged: Judged) -> Row:
         kept_tokens=mean(one.kept_tokens for one in spared),
         flops_fraction=row.flops,
         kv_fraction=mean(one.kv_fraction for one in spared),
-        prefill_ratio=mean(one.prefill_ratio for one in timed),
-        seconds=mean(one.seconds for one in timed),
+        prefill_ratio=ratios.get(machines[0]) if len(machines) == 1 else None,
+        seconds=mean(one.seconds for one in timed) if len(machines) < 2 else None,
         whole_flops_fraction=mean(one.whole_flops_fraction for one in spared),
         seeds=judged.seeds,
+        times=ratios,
     )

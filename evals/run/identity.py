@@ -1,4 +1,4 @@
-"""What a result depends on besides the pipeline: the code that ran, and the versions around it."""
+"""What a result depends on besides the pipeline: the code that ran, the versions around it, the machine below it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunekit.pipeline.build import Pipeline
 
+if TYPE_CHECKING:
+    import torch
+
 # Modules of the two packages that have no part in an answer.
 APART = (
-    "testing/", "cli/", "micro/", "smol/", "compare/", "studies/", "bench/cpu", "bench/drawn", "bench/gpu",
+    "testing/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu", "bench/drawn",
+    "bench/gpu",
     "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing", "bench/workload", "lmms/quiet",
     "lmms/registration", "plugin",
 )  # fmt: skip
@@ -42,6 +47,26 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return numbers
+
+
+def machine(device: torch.device) -> str:
+    """What times depend on: the GPU, or the processor and the threads that compute."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def _processor() -> str:
+    """The name of the processor: the kernel's, where the platform knows none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine()
 
 
 @cache

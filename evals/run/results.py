@@ -98,6 +98,7 @@ class Timing:
     seconds: of `generate`, a question; None when nothing was computed in this run.
     prefill_ms, dense_prefill_ms: medians for one batch of `prefill_batch` prompts, taken alternately in one run.
     prefill_ratio: the median of the ratios of neighbours; None when it was not measured, as for the dense model itself.
+    machine: what measured them; empty in results of older versions. Answers do not depend on it, times do.
     """
 
     seconds: float | None
@@ -108,6 +109,7 @@ class Timing:
     prefill_ratio: float | None = None
     prefill_batch: int = 0
     prefill_rounds: int = 0
+    machine: str = ""
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,23 @@ def test_the_whole_prefill_stands_beside_the_decoders():
     narrow = shown(only, max(map(len, full.splitlines()[:8])) - 3)
     head = next(line for line in narrow.splitlines() if "Pipeline" in line)
     assert "Whole" not in head and "KV" in head
+    assert "hidden, for lack of width: Whole (--markdown has all)" in narrow and "hidden" not in full
+    assert "Δ dense" in shown(only, 60) and "intervals" not in shown(only, 60)  # no tasks, so no intervals of tasks
+
+
+def test_times_of_two_machines_stand_in_two_columns():
+    """And which is which is said; no ratio is a mean of both."""
+    here, there = (dataclasses.replace(Timing(0.1, 100, 0, 5.0, 10.0, 0.5, 8, 5), machine=name) for name in "AB")
+    slow = dataclasses.replace(there, prefill_ratio=0.9)
+    ours = cell("p", "pope", 80, flops=0.5), cell("p", "gqa", 80, flops=0.5)
+    both = [dataclasses.replace(one, timing=timing) for one, timing in zip(ours, (here, slow), strict=True)]
+    dense = [cell("dense", task, 90) for task in ("pope", "gqa")]
+    untimed = [dataclasses.replace(one, timing=Timing(0.1, 100, 0)) for one in dense]
+    (only,) = tables.of_cells([*untimed, *both, dataclasses.replace(cell("q", "pope", 80, flops=0.4), timing=there)])
+    found = rendering.columns(only)
+    assert (found["Time 1"], found["Time 2"]) == (["1×", "0.50×", ""], ["1×", "0.90×", "0.50×"])
+    assert "Time" not in found and [row.prefill_ratio for row in only.rows] == [None] * 3
+    assert "times of different machines are not comparable: Time 1 on A; Time 2 on B" in only.notes
 
 
 def test_a_difference_of_nothing_has_no_sign():
