@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from prunekit.errors import Unsupported
 from prunekit.families.images import PIXELS, Images
 from prunekit.trace.boxes import Box
 
@@ -73,10 +72,10 @@ def _places(size: tuple[int, int], blue: int) -> Image:
 
 
 def _pixels(inputs: Mapping[str, Any], crops: Sequence[int], holder: Images | None) -> list[Tensor]:
-    """All crops, float (3, H, W) each. Raises Unsupported where they do not lie so."""
+    """All crops, float (3, H, W) each. Raises ValueError where they do not lie so."""
     made = _crops(inputs, crops, holder)
     if len(made) != sum(crops) or any(one.ndim != 3 or one.shape[0] != 3 for one in made):
-        raise Unsupported("the pixels of each crop cannot be told apart")
+        raise ValueError("the pixels of each crop cannot be told apart")
     return made
 
 
