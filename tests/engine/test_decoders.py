@@ -64,7 +64,8 @@ def test_a_decoder_is_exact_or_refused(kind):
     model = on_meta(llava(kind))
     assert found.error < 1e-9
     if found.status == "refused":
-        assert kind not in PROVED and not re.search(r"\n|Error\b", found.reason), found
+        # One error of the model's own may be the reason; a stack of them is none.
+        assert kind not in PROVED and not re.search(r"\n|Error\b.*Error\b", found.reason), found
         with pytest.raises(Unsupported, match=re.escape(found.reason[:80])), prunekit.apply(model, PRUNE):
             pass
         return
