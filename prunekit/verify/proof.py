@@ -46,7 +46,6 @@ CASES: Mapping[str, Stages] = {
     "attention skipped": ({"use": WITHOUT, "layers": UNREAD, "what": "attention"},),
     "MLP skipped": ({"use": WITHOUT, "layers": [2], "what": "mlp"},),
 }
-INSIDE = "tokens merged between attention and MLP of layer 1", ({"use": MERGED, "at": "1.mid", "keep": 0.5},)
 
 
 @dataclass(frozen=True)
@@ -147,10 +146,19 @@ def _prove(model: PreTrainedModel) -> Proof:
     cases = [_run(name, twin.model, parts, stages, twin.inputs, stock_run) for name, stages in _cases(parts)]
     if parts.opaque is not None or parts.mlp_norm is None:
         return Proof(replace(observed, cuts_inside=False), tuple(cases))
-    inside = _run(INSIDE[0], twin.model, parts, INSIDE[1], twin.inputs, stock_run)
+    name, stages = _inside(parts)
+    inside = _run(name, twin.model, parts, stages, twin.inputs, stock_run)
     if inside.fault is not None:
         return Proof(replace(observed, cuts_inside=False), tuple(cases))
     return Proof(observed, (*cases, inside))
+
+
+def _inside(parts: Parts) -> tuple[str, Stages]:
+    """A cut inside a layer: a merge, which asks more, unless the layer does more with what its MLP gives than add it,
+    where only dropping is allowed.
+    """
+    done, use = ("merged", MERGED) if parts.mlp_last else ("dropped", DRAWN)
+    return f"tokens {done} between attention and MLP of layer 1", ({"use": use, "at": "1.mid", "keep": 0.5},)
 
 
 def _stock_run(twin: Twin, parts: Parts) -> StockRun | None:

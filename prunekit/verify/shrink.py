@@ -105,7 +105,7 @@ def _rename_widths(configs: Sequence[Any], text: Any, towers: Sequence[Any]) -> 
         for name, value in _named(part):
             if "channels" in name and isinstance(value, (list, tuple)):
                 setattr(part, name, [renamed.get(one, one) for one in value])
-            if isinstance(value, bool) or not isinstance(value, int) or name == "head_dim":
+            if isinstance(value, bool) or not isinstance(value, int) or not value or name == "head_dim":
                 continue
             if part is not text and OUTPUT_WIDTH.fullmatch(name):
                 setattr(part, name, width)

@@ -145,7 +145,8 @@ def table(verdicts: list[Verdict], version: str) -> str:
 
 def short(reason: str) -> str:
     """A refusal without what it says of this model alone."""
-    reason = re.sub(r"^the decoder \w+ is not supported: ", "", reason)
+    reason = re.sub(r"^the decoder \w+ (is not supported: )?", lambda found: "" if found[1] else "it ", reason)
+    reason = re.sub(r"^(the tiny twin of )?LlavaForConditionalGeneration (?=runs|does)", "it ", reason)
     return re.sub(r"^\w+Config has experts", "it has experts", reason).replace("|", "/")
 
 

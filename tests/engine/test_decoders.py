@@ -73,7 +73,9 @@ def test_a_decoder_is_exact_or_refused(kind):
     assert (parts.mlp_norm is not None) == found.inside
     assert (kind in PROVED) == is_vouched_for(model)
     if parts.opaque is None:
-        assert (kind in PROVED) == (find(model).mlp_norm == parts.mlp_norm)
+        # The proof says no less of these types than is said without it. Those whose layers may hold a recurrent state,
+        # which older versions of transformers keep otherwise, are proved on each version, and stand in no list.
+        assert kind not in PROVED or find(model).mlp_norm == parts.mlp_norm
     else:
         assert kind not in PROVED
 
