@@ -195,6 +195,22 @@ def test_features_from_elsewhere(llava):
         llava(**inputs, mm_encoder_outputs={"image": encoded})
 
 
+@pytest.mark.parametrize("spec", [EncoderKeys(), EncoderKeys(of="cls")])
+@pytest.mark.parametrize("read", [True, False])
+def test_features_of_another_block(llava, spec, read):
+    """Its pipeline read something else of the tower, or nothing."""
+    inputs = inputs_of()
+    pixels = inputs.pop("pixel_values")
+    other = piped(strategy("encoder_attention" if read else "hidden"), at="encoder")
+    with prunekit.apply(llava, other):
+        encoded = llava.model.get_image_features(pixels, return_dict=True)
+    with (
+        prunekit.apply(llava, piped(strategy("encoder_keys", spec), at="encoder")),
+        refused("features were encoded outside of this prunekit.apply block", llava),
+    ):
+        llava(**inputs, mm_encoder_outputs={"image": encoded})
+
+
 def test_a_decision_about_a_cache_that_is_not_there(llava):
     def select_tokens(self, valid):
         return Selection(valid, crop=True)

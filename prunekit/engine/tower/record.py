@@ -92,7 +92,7 @@ def encoder_input(prompt: Prompt, tower: Tower | None, cut: Cut, name: str, ordi
     def make(spec: EncoderSpec) -> Tensor:
         key = resolved(spec, cut.site, len(tower.layers), tower.feature_block)
         if getattr(spec, "of", "patches") == "cls":
-            return _per_crop([[record.inputs[key][one.at] for one, record in row] for row in _by_row(prompt)])
+            return _per_crop([[_recorded(one, key) for one in row] for row in prompt.by_row])
         return blank(take(_of_visual(prompt, key), ordinals, 1), valid)
 
     return of_declared(cut.stage.inputs, name, make)
@@ -125,20 +125,32 @@ def _by_row(prompt: Prompt) -> list[list[tuple[VisualInput, TowerRecord]]]:
 def record_of(source: Any) -> TowerRecord:
     """What was recorded with `source`. Raises Unsupported for features that were encoded outside of the block."""
     if source.tower is None:
-        raise Unsupported(
-            f"these {source.modality.name} features were encoded outside of this prunekit.apply block, but its "
-            "pipeline cuts or reads the vision tower; give the pixels, or encode inside the block"
-        )
+        raise _elsewhere(source)
     record: TowerRecord = source.tower
     return record
+
+
+def _recorded(one: VisualInput, spec: EncoderSpec) -> Tensor:
+    """A recorded input of one image or video. Raises Unsupported for features of a block whose pipeline read others."""
+    inputs = record_of(one.source).inputs
+    if spec not in inputs:
+        raise _elsewhere(one.source)
+    return inputs[spec][one.at]
+
+
+def _elsewhere(source: Any) -> Unsupported:
+    return Unsupported(
+        f"these {source.modality.name} features were encoded outside of this prunekit.apply block, but its pipeline "
+        "cuts or reads the vision tower; give the pixels, or encode inside the block"
+    )
 
 
 def _of_visual(prompt: Prompt, spec: EncoderSpec) -> Tensor:
     """A recorded input of all original visual tokens of each row, float (B, V, ...); zeros on padding and text rows."""
     table: Tensor | None = None
-    for b, row in enumerate(_by_row(prompt)):
-        for one, record in row:
-            value = record.inputs[spec][one.at]
+    for b, row in enumerate(prompt.by_row):
+        for one in row:
+            value = _recorded(one, spec)
             if table is None:
                 table = value.new_zeros(*prompt.ids.shape, *value.shape[1:])
             table[b, one.positions.to(table.device)] = value.to(table)
