@@ -122,27 +122,22 @@ def _by_row(prompt: Prompt) -> list[list[tuple[VisualInput, TowerRecord]]]:
     return [[(one, record_of(one.source)) for one in row] for row in prompt.by_row]
 
 
-def record_of(source: Any) -> TowerRecord:
-    """What was recorded with `source`. Raises Unsupported for features that were encoded outside of the block."""
-    if source.tower is None:
-        raise _elsewhere(source)
-    record: TowerRecord = source.tower
+def record_of(source: Any, spec: EncoderSpec | None = None) -> TowerRecord:
+    """What was recorded with `source`, with `spec` among it. Raises Unsupported for features that were encoded outside
+    of the block, or in one whose pipeline read others of the tower.
+    """
+    record: TowerRecord | None = source.tower
+    if record is None or (spec is not None and spec not in record.inputs):
+        raise Unsupported(
+            f"these {source.modality.name} features were encoded outside of this prunekit.apply block, but its "
+            "pipeline cuts or reads the vision tower; give the pixels, or encode inside the block"
+        )
     return record
 
 
 def _recorded(one: VisualInput, spec: EncoderSpec) -> Tensor:
-    """A recorded input of one image or video. Raises Unsupported for features of a block whose pipeline read others."""
-    inputs = record_of(one.source).inputs
-    if spec not in inputs:
-        raise _elsewhere(one.source)
-    return inputs[spec][one.at]
-
-
-def _elsewhere(source: Any) -> Unsupported:
-    return Unsupported(
-        f"these {source.modality.name} features were encoded outside of this prunekit.apply block, but its pipeline "
-        "cuts or reads the vision tower; give the pixels, or encode inside the block"
-    )
+    """A recorded input of one image or video."""
+    return record_of(one.source, spec).inputs[spec][one.at]
 
 
 def _of_visual(prompt: Prompt, spec: EncoderSpec) -> Tensor:
