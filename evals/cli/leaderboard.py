@@ -120,21 +120,11 @@ def _nothing(namespace: argparse.Namespace, found: Found) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """At once: another process sees the old file or the whole new one."""
-    import os
-    import tempfile
+    from prunekit_evals.run import files
 
     from prunekit.errors import InputError
 
     try:
-        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=".board-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        files.write(path, text)
     except OSError as error:
         raise InputError(f"'{path}' cannot be written: {error.strerror} (name another file)") from error

@@ -5,11 +5,11 @@ vl-convert puts it together in seconds, and each time alike; so it is kept in th
 
 from __future__ import annotations
 
-import os
-import tempfile
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+
+from prunekit_evals.run import files
 
 PACKAGE = "vl-convert-python"
 
@@ -23,19 +23,10 @@ def bundle() -> str:
         return kept.read_text(encoding="utf-8")
     script = str(vl_convert.javascript_bundle())
     with suppress(OSError):  # a home that cannot be written to costs time and nothing else
-        _keep(kept, script)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        files.write(kept, script)
     return script
 
 
 def _kept() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "prunekit" / f"{PACKAGE}-{version(PACKAGE)}.js"
-
-
-def _keep(path: Path, script: str) -> None:
-    """At once: another process sees no half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(script)
-    os.replace(name, path)
+    return files.cache() / f"{PACKAGE}-{version(PACKAGE)}.js"

@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 # Modules of the two packages that have no part in an answer.
 APART = (
-    "testing/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu", "bench/drawn",
-    "bench/gpu",
-    "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing", "bench/workload", "lmms/quiet",
-    "lmms/registration", "plugin",
+    "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
+    "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
 )  # fmt: skip
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from prunekit_evals.run import files
 
 from prunekit.errors import InputError
 
@@ -191,18 +191,7 @@ def path_of(out: Path, cell: Cell) -> Path:
 def write(path: Path, cell: Cell) -> None:
     """Write a cell at once: another process sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".cell-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(cell.to_json(), file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    files.write(path, json.dumps(cell.to_json(), indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> Cell:

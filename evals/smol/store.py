@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from pathlib import Path
 
+from prunekit_evals.run.files import cache
 from prunekit_evals.smol import base
 
 from prunekit.errors import InputError
 
-__all__ = ["assembled", "cache", "identity"]
+__all__ = ["assembled", "identity"]
 
 FORMAT = 1  # raise it when the same parts are to be assembled into another folder than before
-
-
-def cache() -> Path:
-    """The folder of what prunekit derives: `PRUNEKIT_CACHE`, else `prunekit` below `XDG_CACHE_HOME` or `~/.cache`."""
-    if named := os.environ.get("PRUNEKIT_CACHE"):
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunekit"
 
 
 def identity() -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from prunekit_evals.run import results
+from prunekit_evals.run import files, results
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Question, Saved, Timing
 
 from prunekit.errors import InputError
@@ -50,7 +50,7 @@ def test_every_condition_makes_another_cell():
 def test_a_failed_write_leaves_the_old_cell(tmp_path, monkeypatch):
     path = results.path_of(tmp_path, CELL)
     results.write(path, CELL)
-    monkeypatch.setattr(results.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(files.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         results.write(path, dataclasses.replace(CELL, notes=("new",)))
     assert results.read(path) == CELL

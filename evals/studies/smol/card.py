@@ -7,11 +7,10 @@ FOLDER` first ships a run: these files and the weights are replaced by its own, 
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
+from prunekit_evals.bench.cpu import into
 from prunekit_evals.smol.assemble import PARTS, TRAINED
 from prunekit_evals.studies.smol import card_tables as tables
 from prunekit_evals.studies.smol.record import load
@@ -30,16 +29,6 @@ def blocks() -> dict[str, str]:
     }  # fmt: skip
 
 
-def written(page: str, named: Mapping[str, str]) -> str:
-    """The page with each block between its marks. Raises ValueError where it has no such marks."""
-    for name, text in named.items():
-        marks = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        if not marks.search(page):
-            raise ValueError(f"the page has no '<!-- {name} --> ... <!-- /{name} -->'")
-        page = marks.sub(lambda found, text=text: f"{found[1]}{text}\n{found[2]}", page)
-    return page
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, metavar="FOLDER", help="ship this training run, which was measured")
@@ -49,7 +38,7 @@ def main() -> None:
             parser.error(f"'{run}' lacks {' and '.join(lacking)}; name the --out folder of a whole run")
         for name, kept in OF_RUN.items():
             shutil.copyfile(run / name, kept)
-    PAGE.write_text(written(PAGE.read_text(), blocks()))
+    PAGE.write_text(into(PAGE.read_text(), blocks()))
     print(PAGE)
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from prunekit_evals.bench.cpu import into
 from prunekit_evals.micro.card_tables import percent
 from prunekit_evals.studies.smol import card, card_tables, record
 
@@ -17,7 +18,7 @@ def test_the_page_is_that_of_what_was_measured(measured):
     page, curve = card.PAGE.read_text(), card_tables.lines(card.CURVE)
     quick = {"accuracy": card_tables.accuracy(measured), "curve": card_tables.curve(curve),
              "stages": card_tables.stages(curve)}  # fmt: skip
-    assert card.written(page, quick) == page
+    assert into(page, quick) == page
     for name, mean in means(measured.since(measured.calibration)).items():
         if ": " in name:
             assert f"| {name.removeprefix('skip ').replace(': ', ' | ')} | {percent(mean)} |" in page
@@ -48,4 +49,4 @@ def test_differences_are_paired(measured):
 
 def test_a_page_without_marks_is_refused():
     with pytest.raises(ValueError, match="<!-- tokens -->"):
-        card.written("nothing", {"tokens": ""})
+        into("nothing", {"tokens": ""})

@@ -4,6 +4,7 @@ import errno
 import shutil
 
 import pytest
+from prunekit_evals.run import files
 from prunekit_evals.smol import __main__, assemble, base, model_path, store
 
 from prunekit import loading
@@ -36,12 +37,12 @@ def whole(gguf, folder):
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PRUNEKIT_CACHE", str(tmp_path / "one"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "two"))
-    assert store.cache() == tmp_path / "one"
+    assert files.cache() == tmp_path / "one"
     monkeypatch.delenv("PRUNEKIT_CACHE")
-    assert store.cache() == tmp_path / "two" / "prunekit"
+    assert files.cache() == tmp_path / "two" / "prunekit"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.cache() == tmp_path / ".cache" / "prunekit"
+    assert files.cache() == tmp_path / ".cache" / "prunekit"
 
 
 def test_it_is_made_once_and_found_again_without_the_package(cache, package, monkeypatch):
