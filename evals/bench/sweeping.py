@@ -5,7 +5,8 @@
 
 Both are programs of their own and compute on as many cores, on the bundled model with the bundled benchmark, in batches
 of as many questions, without timing prefills. Of the calls of lmms-eval a few cells are measured, drawn evenly, and
-taken for all; `--cells 0` measures none.
+taken for all; `--cells 0` measures none. Seconds are given by the clock, and of all processors together (Linux only):
+these mean something on a busy machine too.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
 TASKS = ("pope", "gqa", "mmbench_en_dev_static", "textvqa_val")
 
 
@@ -35,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--workers", type=int, default=2, help="of the sweep; calls of lmms-eval at once (2)")
     made.add_argument("--cells", type=int, default=4, help="calls of lmms-eval that are measured (4)")
     made.add_argument("--batch-size", type=int, default=8, help="(8)")
+    made.add_argument("--data", type=Path, help="where the bundled benchmark is, or shall be; default: made anew")
     return made
 
 
@@ -46,21 +50,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = Path(folder)
         from prunekit_evals.lmms.tasks import micro_data
 
-        data = micro_data(root / "out" / "data" / "micro")  # once for both, and in neither time
-        took = _sweep(root, names, tasks, arguments)
-        calls = _calls(root, Path(str(data.root)), names, tasks, arguments)
+        data = micro_data(arguments.data or root / "micro")  # once for both, and in neither time
+        sweep = _sweep(root, Path(str(data.root)), names, tasks, arguments)
+        calls = _calls(root, Path(str(data.root)), names, tasks, arguments) if arguments.cells else []
     cells = len(names) * len(tasks)
     told: dict[str, Any] = {
-        "cells": cells, "questions": arguments.questions, "workers": arguments.workers, "sweep_s": round(took, 1)
+        "cells": cells, "questions": arguments.questions, "workers": arguments.workers, "sweep": sweep.rounded(),
     }  # fmt: skip
     if calls:
-        each = sum(calls) / len(calls)
+        clock, work = (sum(getattr(one, of) for one in calls) / len(calls) * cells for of in ("clock", "work"))
         told |= {
-            "lmms_eval_call_s": [round(one, 1) for one in calls], "lmms_eval_all_s": round(each * cells, 1),
-            "ratio": round(each * cells / took, 2),
-        }  # fmt: skip
+            "lmms_eval_calls": [one.rounded() for one in calls],
+            "lmms_eval_all": Took(clock, work).rounded(),
+            "ratio": {"clock": round(clock / sweep.clock, 2), "work": round(work / max(sweep.work, 1e-9), 2)},
+        }
     print(json.dumps(told, indent=2))
     return 0
+
+
+@dataclass(frozen=True)
+class Took:
+    """Seconds by the clock, and of all processors together."""
+
+    clock: float
+    work: float
+
+    def rounded(self) -> dict[str, float]:
+        """For people."""
+        return {"clock_s": round(self.clock, 1), "work_s": round(self.work, 1)}
+
+
+def _timed(commands: Sequence[list[str]], folder: Path, log: Path, environment: Mapping[str, str]) -> Took:
+    """Run programs beside each other, to their ends. Raises SystemExit where one fails."""
+    begun, work = time.perf_counter(), dict[int, float]()
+    with log.open("wb") as file:
+        running = [
+            subprocess.Popen(one, cwd=folder, env=dict(environment), stdout=file, stderr=file) for one in commands
+        ]
+        while any(process.poll() is None for process in running):
+            for process in running:
+                work |= _work(process.pid)
+            time.sleep(0.2)
+    if any(process.returncode for process in running):
+        raise SystemExit(f"{commands[0]} failed:\n{log.read_text(errors='replace')[-2000:]}")
+    return Took(time.perf_counter() - begun, sum(work.values()))
+
+
+def _work(pid: int) -> dict[int, float]:
+    """Seconds of processors that a process and all below it have used so far, by their numbers."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        below = [(one / "children").read_text().split() for one in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return {}
+    found = {pid: (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")}
+    for child in (int(child) for some in below for child in some):
+        found |= _work(child)
+    return found
 
 
 def _pipelines(count: int) -> list[str]:
@@ -85,61 +131,52 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def _sweep(root: Path, names: Sequence[str], tasks: Sequence[str], arguments: argparse.Namespace) -> float:
+def _sweep(
+    root: Path, data: Path, names: Sequence[str], tasks: Sequence[str], arguments: argparse.Namespace
+) -> Took:
     file = root / "sweep.yaml"
-    file.write_text(
-        json.dumps(
-            {"models": "micro", "tasks": list(tasks), "pipelines": list(names), "limit": arguments.questions,
-             "batch_size": arguments.batch_size, "timing": False}
-        )
-    )  # fmt: skip
+    asked = {
+        "models": "micro", "tasks": list(tasks), "pipelines": list(names), "limit": arguments.questions,
+        "batch_size": arguments.batch_size, "timing": False, "data_root": str(data.resolve()),
+    }  # fmt: skip
+    file.write_text(json.dumps(asked))
     command = [
         sys.executable, "-m", "prunekit", "sweep", str(file), "--out", str(root / "out"), "--workers",
         str(arguments.workers), "--threads", "1", "--json",
     ]  # fmt: skip
-    begun = time.perf_counter()
-    done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the sweep failed: {done.stderr[-2000:]}")
-    return time.perf_counter() - begun
+    return _timed([command], root, root / "sweep.log", _environment())
 
 
 def _calls(
     root: Path, data: Path, names: Sequence[str], tasks: Sequence[str], arguments: argparse.Namespace
-) -> list[float]:
-    """Seconds for each measured cell; with several workers so many run at once, and each counts its part."""
+) -> list[Took]:
+    """Of each measured call, as many at once as there are workers, of which each counts its part of the clock."""
     cells = [(name, task) for name in names for task in tasks]
-    step = max(len(cells) // max(arguments.cells, 1), 1)
-    chosen = cells[::step][: arguments.cells]
-    took: list[float] = []
+    step = max(len(cells) // arguments.cells, 1)
+    chosen = cells[step // 2 :: step][: arguments.cells]
+    took: list[Took] = []
     for begin in range(0, len(chosen), arguments.workers):
         some = chosen[begin : begin + arguments.workers]
-        begun = time.perf_counter()
-        running = [_call(root, data, name, task, arguments) for name, task in some]
-        if any(process.wait() for process in running):
-            raise SystemExit(f"lmms-eval failed for one of {some}: see {root}")
-        took += [(time.perf_counter() - begun) / len(some)] * len(some)
+        commands = [_command(root, name, task, arguments) for name, task in some]
+        environment = {**_environment(), HARNESS_CACHE: str(root / "cache")}
+        both = _timed(commands, data, root / "lmms.log", environment)
+        took += [Took(both.clock / len(some), both.work / len(some))] * len(some)
     return took
 
 
-def _call(root: Path, data: Path, name: str, task: str, arguments: argparse.Namespace) -> subprocess.Popen[bytes]:
-    from prunekit_evals.lmms.tasks import HARNESS_CACHE
+def _command(root: Path, name: str, task: str, arguments: argparse.Namespace) -> list[str]:
     from prunekit_evals.micro import model_path
 
-    pipeline = root / f"{name}.yaml"
-    if not pipeline.is_file():
-        import prunekit
+    import prunekit
 
-        pipeline.write_text(prunekit.load(name).resolved)
-    command = [
+    pipeline = root / f"{name}.yaml"
+    pipeline.write_text(prunekit.load(name).resolved)
+    return [
         sys.executable, "-m", "lmms_eval", "--model", "prunekit", "--model_args",
         f"pretrained={model_path()},pipeline={pipeline},device=cpu", "--tasks", task, "--batch_size",
         str(arguments.batch_size), "--limit", str(arguments.questions), "--output_path", str(root / "lmms"),
         "--device", "cpu",
     ]  # fmt: skip
-    environment = {**_environment(), HARNESS_CACHE: str(root / "cache" / task)}
-    with (root / f"{name}-{task}.log").open("wb") as log:
-        return subprocess.Popen(command, cwd=data, env=environment, stdout=log, stderr=log)
 
 
 if __name__ == "__main__":

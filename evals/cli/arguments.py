@@ -35,19 +35,7 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="files or names; without any, dense alone")
     command.add_argument("--model", required=True, metavar="M", help="a short name such as micro, a folder or a hub id")
     command.add_argument("--tasks", required=True, metavar="T,T", help="names of lmms-eval, such as pope,mme,gqa")
-    command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="change one value of every pipeline, such as stages[0].keep=0.3, and call it so; may be repeated",
-    )  # fmt: skip
-    command.add_argument(
-        "--grid", action="append", default=[], metavar="KEY=V,V",
-        help="every pipeline with each of these values, as rows of their own, such as stages.0.keep=0.5,0.25; "
-        "may be repeated: every combination",
-    )  # fmt: skip
-    command.add_argument(
-        "--seeds", type=_positive, default=1, metavar="N",
-        help="so many seeds of every pipeline that draws at random, as one row; default: 1",
-    )  # fmt: skip
+    _variants(command)
     command.add_argument("--no-dense", action="store_true", help="leave the dense model out")
     command.add_argument(
         "--data-root", type=Path, metavar="DIR",
@@ -72,6 +60,23 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
     )
     _common(command, limit=None)
+
+
+def _variants(command: argparse.ArgumentParser) -> None:
+    """Options that make other pipelines of those that are named."""
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value of every pipeline, such as stages[0].keep=0.3, and call it so; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V,V",
+        help="every pipeline with each of these values, as rows of their own, such as stages.0.keep=0.5,0.25; "
+        "may be repeated: every combination",
+    )  # fmt: skip
+    command.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N",
+        help="so many seeds of every pipeline that draws at random, as one row; default: 1",
+    )  # fmt: skip
 
 
 def _compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

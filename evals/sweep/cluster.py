@@ -39,7 +39,6 @@ class RayPool:
         """
         if find_spec("ray") is None:
             raise InputError("--ray needs Ray: pip install 'prunekit[ray]' (without --ray this machine is used)")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # an actor without a GPU shall see none
         import ray
 
         self.ray, self.setup, self.kind = ray, setup, kind

@@ -27,6 +27,7 @@ def cluster(monkeypatch):
     """Two nodes with a core each."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv("PYTHONBREAKPOINT", "")  # Ray sets it, and this takes it back
     monkeypatch.setenv("RAY_health_check_initial_delay_ms", "500")
     monkeypatch.setenv("RAY_health_check_period_ms", "500")
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
