@@ -1,6 +1,6 @@
 """The `prunekit` program. Commands import what they need when they run, so that `--help` and `list` cost nothing.
 
-Exit codes: 0 done; 2 something to put right, said on stderr; 1 a defect of prunekit or a plugin; 130 interrupted.
+Exit codes: 0 done; 2 your input is wrong, as stderr says; 1 a defect of prunekit or a plugin; 130 interrupted.
 """
 
 from __future__ import annotations
