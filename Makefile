@@ -86,6 +86,7 @@ leaderboard: $(STAMP) ## score the shipped pipelines on the bundled model, and w
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.board $(BOARD_ARGS)
 
 release: $(STAMP) ## build dist/, check its metadata, and prune with the wheel in an empty environment; uploads nothing
+	@$(LOCKED) twine
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
