@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 
 from prunekit_evals import shapes
-from prunekit_evals.cli import arguments, bench, leaderboard, micro
+from prunekit_evals.cli import arguments, bench, leaderboard, micro, search
 
 from prunekit.hookspecs import hookimpl
 
 
 @hookimpl
 def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`prunekit eval`, `compare`, `demo`, `leaderboard`, `bench` and `micro`."""
+    """`prunekit eval`, `compare`, `demo`, `leaderboard`, `bench`, `search` and `micro`."""
     arguments.add(subparsers)
     leaderboard.add(subparsers)
     bench.add(subparsers)
+    search.add(subparsers)
     micro.add(subparsers)
 
 

@@ -7,11 +7,13 @@ import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from prunekit_evals.lmms import parts
 
 from prunekit.errors import InputError, UnknownName
 
@@ -41,12 +43,13 @@ class Data:
     """Where tasks take their data: a folder with `<organisation>/<dataset>/`, or None for the hub's cache.
 
     identity: changes when the data does. micro: whether it is the bundled benchmark, whose results must not be taken
-    for those of the real one.
+    for those of the real one. rows: of each task the questions that are asked, by number and in this order; None: all.
     """
 
     root: Path | None
     identity: str
     micro: bool
+    rows: Mapping[str, Sequence[int]] | None = None
 
     def label(self, task: str) -> str:
         """The name of a task in results."""
@@ -118,6 +121,8 @@ def build(named: Named, data: Data, limit: int | None, prompt_profile: str | Non
     _check_data(named.name, config, data)
     with _inside(data):
         task = _load(manager, named.name, "chat" if chat else "simple")
+    if data.rows is not None:
+        task = parts.select(task, data.rows[named.name])
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
     if count < len(docs) and PAIRED.match(named.name):

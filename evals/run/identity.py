@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 APART = (
     "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
     "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing",
-    "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin", "search/",
 )  # fmt: skip
 
 
