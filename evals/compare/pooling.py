@@ -13,7 +13,7 @@ import yaml
 from prunekit_evals.run.results import Cell
 
 SEED = "seed"  # the option whose value makes no other pipeline, only another draw of it
-RANDOM = "random"
+RANDOM, DOWNSAMPLE = "random", "downsample"
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,16 @@ def images(rows: Iterable[Pooled]) -> tuple[dict[str, dict[int, str]], tuple[str
         task: {number: found[task].get(number, f"#{number}") for number in sorted(numbers)}
         for task, numbers in asked.items()
     }, without
+
+
+def hard(rows: Iterable[Pooled]) -> dict[str, frozenset[int]]:
+    """Task -> the questions that a row gets wrong which shows smaller images and does nothing else."""
+    wrong: dict[str, set[int]] = {}
+    for row in rows:
+        for task, seeds in row.scores.items() if row.only == DOWNSAMPLE else ():
+            missed = (number for one in seeds for number, score in one.items() if score < 0.5)
+            wrong.setdefault(task, set()).update(missed)
+    return {task: frozenset(numbers) for task, numbers in wrong.items() if numbers}
 
 
 def family(cell: Cell) -> str:
