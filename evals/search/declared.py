@@ -85,6 +85,9 @@ def read(source: Source, overrides: Sequence[str] = ()) -> Declared:
     settings = _settings(values, composed, later)
     budget = read_budget(values.get("budget"), later)
     strategies = _strategies(values.get("strategies"), later)
+    for use, node in strategies.items():
+        for key, one in _values(node).items():
+            _domain(one, f"strategies.{use}.{key}", later)
     label = None if composed.label == "<dict>" else Where(composed.label, 1, 1)
     later += [Fault(label, key, "is missing", SHAPED) for key in ("budget", "strategies") if key not in values]
     faults += composed.resolution.judge(later)
@@ -104,13 +107,10 @@ def space_of(declared: Declared, shape: ModelShape) -> Space:
         except UnknownName as error:
             faults.append(Fault(node.key, f"strategies.{use}", error.message, error.hint))
             continue
-        nodes = node.data if isinstance(node.data, dict) else {}
-        before = len(faults)
-        domains = {key: _domain(one, f"strategies.{use}.{key}", faults) for key, one in nodes.items()}
+        domains = {key: _domain(one, f"strategies.{use}.{key}", faults) for key, one in _values(node).items()}
         given = {key: domain for key, domain in domains.items() if domain is not None}
         one = searched(use, registry.get_strategy(use), given, shape)
-        if len(faults) == before:
-            faults += _value_faults(use, one.values, given, node, shape)
+        faults += _value_faults(use, one.values, given, node, shape)
         found.append(one)
     if faults:
         raise SpecError(_sorted(faults))
@@ -147,7 +147,8 @@ def _strategies(node: Node | None, faults: list[Fault]) -> dict[str, Node]:
         return {}
     if not isinstance(node.data, dict | list) or not node.data:
         hint = "such as {divprune: {}, fastv: {at: [2, 4]}}, or a list of names"
-        faults.append(Fault(node.where, "strategies", f"must name strategies, not {node}", hint))
+        told = "is empty" if isinstance(node.data, dict | list) else f"must name strategies, not {node}"
+        faults.append(Fault(node.where, "strategies", told, hint))
         return {}
     if isinstance(node.data, list):
         named = [one for one in node.data if isinstance(one.data, str)]
@@ -160,6 +161,11 @@ def _strategies(node: Node | None, faults: list[Fault]) -> dict[str, Node]:
             hint = "such as {at: [2, 4]}; {} where nothing is to be said"
             faults.append(Fault(one.where, f"strategies.{use}", f"must be a mapping of values, not {one}", hint))
     return dict(node.data)
+
+
+def _values(node: Node) -> Mapping[str, Node]:
+    """Of a strategy what is said of its values; nothing of one that is only named."""
+    return node.data if isinstance(node.data, dict) else {}
 
 
 def _domain(node: Node, key: str, faults: list[Fault]) -> Domain | None:

@@ -11,6 +11,8 @@ from prunekit_evals.search.space import Choices, Range, Run, Searched, Sites, Sp
 import prunekit
 from prunekit.errors import InputError, Unsupported
 
+pytest.importorskip("optuna")
+
 LEVELS = 3
 
 
