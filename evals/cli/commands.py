@@ -44,7 +44,9 @@ def compare(namespace: argparse.Namespace) -> int:
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
-    tables = comparing.tables(namespace.folder)
+    tables, skipped = comparing.tables(namespace.folder)
+    for one in skipped:
+        say(f"skipped: {one}")
     if namespace.json:
         print(json.dumps([one.to_json() for one in tables], indent=2))
     elif namespace.markdown:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,16 @@ class Pooled:
     def flops(self) -> float | None:
         """Fraction of dense's prefill, mean over cells; None where not known."""
         return mean(cell.saved.flops_fraction for cell in self.cells if cell.saved is not None)
+
+
+def unsettled(cells: Sequence[Cell]) -> list[Cell]:
+    """Without failures of which there is a newer result, be it of other code or under other versions.
+
+    cells: oldest first.
+    """
+    told = [(cell.pipeline.name, cell.label, repr(replace(cell.conditions, versions={}))) for cell in cells]
+    done = {key: place for place, (key, cell) in enumerate(zip(told, cells, strict=True)) if cell.status == "done"}
+    return [cell for place, cell in enumerate(cells) if cell.status == "done" or done.get(told[place], -1) < place]
 
 
 def newest(cells: Sequence[Cell]) -> tuple[list[Cell], int]:

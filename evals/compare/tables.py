@@ -12,7 +12,8 @@ from prunekit_evals.compare import judging, pooling
 from prunekit_evals.compare.judging import Comparison, Contender, Judged
 from prunekit_evals.compare.pooling import Pooled, mean
 from prunekit_evals.compare.stats import Estimate
-from prunekit_evals.run import results
+from prunekit_evals.run import reading
+from prunekit_evals.run.reading import Skipped
 from prunekit_evals.run.results import Cell, Conditions
 
 from prunekit import loading
@@ -97,14 +98,17 @@ class Table:
         }
 
 
-def tables(folder: Path) -> tuple[Table, ...]:
-    """Tables of all cells under `folder`, the newest conditions last. Raises InputError when there are none."""
-    if not folder.is_dir():
-        raise InputError(f"no results folder '{folder}' (make one with `prunekit eval`, or name another)")
-    cells = list(results.cells(folder))
-    if not cells:
-        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return tuple(marked(table) for table in of_cells(cells))
+def tables(folder: Path) -> tuple[tuple[Table, ...], tuple[Skipped, ...]]:
+    """Tables of all cells under `folder`, the newest conditions last, and files that are no sound cells.
+
+    Raises InputError when there are no cells.
+    """
+    found = reading.read([folder])
+    if not found.cells:
+        lost = "".join(f"\n  {one}" for one in found.skipped)
+        skipped = f"; {len(found.skipped)} files skipped:{lost}" if lost else ""
+        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`){skipped}")
+    return tuple(marked(table) for table in of_cells(found.cells)), found.skipped
 
 
 def marked(table: Table) -> Table:
@@ -125,9 +129,12 @@ def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
 
 
 def grouped(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells of each table, oldest first: those of equal conditions; the newest conditions last."""
+    """The cells of each table, oldest first: those of equal conditions; the newest conditions last.
+
+    A failure stands there only while there is no newer result of that cell, under whichever versions.
+    """
     groups: dict[str, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.created):
+    for cell in pooling.unsettled(sorted(cells, key=lambda cell: cell.created)):
         groups.setdefault(repr(cell.conditions), []).append(cell)
     return sorted(groups.values(), key=lambda group: group[-1].created)
 

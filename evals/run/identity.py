@@ -21,6 +21,7 @@ APART = (
     "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
     "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing",
     "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
+    "run/annotated", "run/export", "run/reading",
 )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from prunekit.errors import InputError
 SCHEMA = 1
 KIND = "prunekit-cell"
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
+CELL_FILE = re.compile(r"\.[0-9a-f]{10}\.json$")
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,14 @@ class Cell:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Cell:
         """The cell that `to_json` made. Raises InputError for anything else, naming what is wrong."""
-        if data.get("kind") != KIND or data.get("schema") != SCHEMA:
-            raise InputError(f"not a cell of schema {SCHEMA}: kind {data.get('kind')!r}, schema {data.get('schema')!r}")
+        kind, schema = data.get("kind"), data.get("schema")
+        if kind != KIND or schema != SCHEMA:
+            newer = kind == KIND and isinstance(schema, int) and schema > SCHEMA
+            told = "; a newer prunekit wrote it" * newer
+            raise InputError(f"not a cell of schema {SCHEMA}: kind {kind!r}, schema {schema!r}{told}")
         rest = {name: value for name, value in data.items() if name not in ("kind", "schema")}
+        if unknown := sorted(rest.keys() - {one.name for one in fields(cls)}):
+            raise InputError(f"a cell with {', '.join(map(repr, unknown))}, which this version does not know")
         try:
             rest["pipeline"] = PipelineId(**rest["pipeline"])
             rest["conditions"] = Conditions(**rest["conditions"])
@@ -206,18 +212,3 @@ def read(path: Path) -> Cell:
         return Cell.from_json(data)
     except InputError as error:
         raise InputError(f"'{path}' is {error}") from error
-
-
-def cells(folder: Path) -> Iterator[Cell]:
-    """Every cell under `folder`; other JSON files are passed over. Raises InputError for a damaged cell."""
-    for path in sorted(folder.rglob("*.json")):
-        if CELL_FILE.search(path.name) and KIND in _head(path):
-            yield read(path)
-
-
-CELL_FILE = re.compile(r"\.[0-9a-f]{10}\.json$")
-
-
-def _head(path: Path) -> str:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(200)
