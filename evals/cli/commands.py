@@ -12,8 +12,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from prunekit_evals.lmms import quiet
+from prunekit_evals.run import files
+from prunekit_evals.run.files import CannotWrite
 
 import prunekit
+from prunekit.cli.prompts import is_text
 from prunekit.errors import Fault, InputError, SpecError
 from prunekit.pipeline.build import Pipeline
 
@@ -112,6 +115,8 @@ def _ready(namespace: argparse.Namespace) -> None:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
         )
+    if not is_text(vars(namespace).get("system_prompt", "")):
+        raise InputError("--system-prompt is not UTF-8 (convert it, for instance with iconv -t UTF-8)")
     quiet.before_imports(namespace.download)
     if namespace.threads:
         import torch
@@ -139,16 +144,23 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
     micro = namespace.model in tasks.BUNDLED or all(name.startswith(f"{tasks.MICRO}/") for name in names)
-    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
     arguments = vars(namespace)
+    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names], arguments.get("include_path"))
+    standard = [name for name in names if name not in {one.name for one in named if one.own}]
+    if namespace.subset_seed is not None and namespace.limit is None:
+        raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
     options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
+    data = _data(namespace, micro, standard) if standard else tasks.data_at(None)
+    files.folder(namespace.out)
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
         tasks=tuple(named),
-        data=_data(namespace, micro, names),
+        data=data,
         out=namespace.out,
         limit=namespace.limit,
+        subset_seed=namespace.subset_seed,
+        unanswered=namespace.unanswered,
         batch_size=namespace.batch_size,
         download=namespace.download,
         force=namespace.force,
@@ -181,7 +193,11 @@ def go(plan: Plan) -> Outcome:
 
     quiet.libraries()
     with progress.Bar(console(stderr=True)) as bar:
-        return runner.Runner(plan, bar).run()
+        try:
+            return runner.Runner(plan, bar).run()
+        except CannotWrite as error:
+            saved = f"{bar.saved} cells of this run are saved, and the answers to the next one so far"
+            raise InputError(f"{error}; {saved}: the same command goes on there") from error
 
 
 def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import yaml
 from prunekit_evals.run.results import Cell
+from prunekit_evals.run.seeds import SEED, seeds
 
-SEED = "seed"  # the option whose value makes no other pipeline, only another draw of it
 RANDOM = "random"
 
 
@@ -43,7 +43,7 @@ class Pooled:
     @property
     def seeds(self) -> tuple[str, ...]:
         """The seeds that it was run with, of all its stages."""
-        return tuple(dict.fromkeys(str(seed) for cell in self.cells for seed in _seeds(_read(cell))))
+        return tuple(dict.fromkeys(str(seed) for cell in self.cells for seed in seeds(_read(cell))))
 
     @property
     def flops(self) -> float | None:
@@ -148,15 +148,7 @@ def _parsed(resolved: str) -> Mapping[str, Any]:
 
 
 def _seeded(data: Any) -> bool:
-    return any(True for _ in _seeds(data))
-
-
-def _seeds(data: Any) -> Iterator[Any]:
-    inside = data.values() if isinstance(data, Mapping) else data if isinstance(data, list) else ()
-    if isinstance(data, Mapping) and SEED in data:
-        yield data[SEED]
-    for one in inside:
-        yield from _seeds(one)
+    return any(True for _ in seeds(data))
 
 
 def _unseeded(data: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from prunekit_evals.compare.stats import Estimate
 from prunekit_evals.run import reading
 from prunekit_evals.run.reading import Skipped
 from prunekit_evals.run.results import Cell, Conditions
+from prunekit_evals.run.unanswered import listed
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -186,11 +187,21 @@ def _machines(machines: Sequence[str]) -> list[str]:
 
 def _troubles(cells: Sequence[Cell]) -> list[str]:
     failed = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
-    return failed + [
-        f"{cell.pipeline.name} on {cell.label}: the model computed NaN or infinity for {cell.unsound} questions"
-        for cell in cells
-        if cell.unsound
-    ]
+    return failed + [f"{cell.pipeline.name} on {cell.label}: {said}" for cell in cells for said in _flags(cell)]
+
+
+def _flags(cell: Cell) -> Iterator[str]:
+    """What a reader of a result should know."""
+    if cell.unsound:
+        yield f"the model computed NaN or infinity for {cell.unsound} questions"
+    if lost := cell.unanswered:
+        many = "questions" if len(lost) > 1 else "question"
+        yield f"{len(lost)} {many} could not be answered, counted as wrong: {listed(lost)}"
+    if cell.empty:
+        yield f"{cell.empty} of {len(cell.questions)} answers are empty"
+    if cell.executed is not None and cell.executed.off_budget:
+        off = f"{cell.executed.off_budget} of {len(cell.questions)} questions"
+        yield f"stages kept another number of tokens than their budgets asked for, in {off}"
 
 
 def _order(row: Row) -> tuple[bool, float, float, str]:

@@ -196,7 +196,27 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
     )  # fmt: skip
     unsound = {sample // beams for sample in report.unsound}
     found = list(zip(*columns, strict=True))[::beams][:rows]
-    return [Facts(*row, sound=number not in unsound) for number, row in enumerate(found)]
+    decoder = [decoder_facts(report, sample) for sample in range(report.samples)][::beams]
+    return [
+        Facts(*row, sound=number not in unsound, **rest)
+        for number, (row, rest) in enumerate(zip(found, decoder[:rows], strict=True))
+    ]
+
+
+def decoder_facts(report: RunReport, sample: int) -> dict[str, Any]:
+    """What the decoder and its stages did with one prompt, as `Facts` has it."""
+    plan, layers = report.plans[sample], range(len(report.layer_tokens[sample]))
+    asked = [
+        (f"{event.stage} at {event.site}", event.asked[sample], len(event.kept[sample]))
+        for event in report.events
+        if event.asked is not None
+    ]
+    return {
+        "prompt_tokens": report.prompt_tokens[sample],
+        "layer_tokens": report.layer_tokens[sample],
+        "layers_run": sum(plan[layer].attends or plan[layer].feeds_mlp for layer in layers),
+        "missed": tuple(one for one in asked if one[1] != one[2]),
+    }
 
 
 def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str, tally: Tally) -> tuple[float, bool]:

@@ -36,7 +36,7 @@ def test_every_condition_makes_another_cell():
     changed = {
         "model": "other", "identity": "x", "data": "x", "limit": None, "batch_size": 1, "dtype": "float16",
         "device": "cuda", "attention": "eager", "max_new_tokens": 1, "system_prompt": "x", "honor_until": "all",
-        "prompt_profile": "qwen_vl", "versions": {"prunekit": "0.2.0"},
+        "prompt_profile": "qwen_vl", "versions": {"prunekit": "0.2.0"}, "subset_seed": 3,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Conditions)}
     others = [dataclasses.replace(CONDITIONS, **{key: value}) for key, value in changed.items()]
@@ -51,7 +51,7 @@ def test_a_failed_write_leaves_the_old_cell(tmp_path, monkeypatch):
     path = results.path_of(tmp_path, CELL)
     results.write(path, CELL)
     monkeypatch.setattr(files.os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(files.CannotWrite, match="cannot be written: disk full"):
         results.write(path, dataclasses.replace(CELL, notes=("new",)))
     assert results.read(path) == CELL
     assert [file.name for file in path.parent.iterdir()] == [path.name]
