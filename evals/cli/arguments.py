@@ -12,7 +12,7 @@ examples:
   prunekit eval fastv-k2-r25 random-r25 --model micro --tasks pope,gqa --limit 200
   prunekit eval fastv.yaml --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --download --batch-size 16
 A cell that is there already is not computed again; a run that was killed goes on where it was.
-Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 something to put right first.
+Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 your input is wrong.
 """
 
 

@@ -218,7 +218,7 @@ def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
     for one in tables:
         if one.rows:
             rendering.show(one, console())
-    counts = f"{outcome.computed} cells computed, {outcome.skipped} were there"
+    counts = f"{outcome.computed} results computed, {outcome.skipped} reused"
     failed = f", {len(outcome.failed)} failed:" if outcome.failed else ""
     say(f"\n{counts}{failed}")
     for cell in outcome.failed:

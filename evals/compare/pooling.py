@@ -13,7 +13,7 @@ import yaml
 from prunekit_evals.run.results import Cell
 from prunekit_evals.run.seeds import SEED, seeds
 
-RANDOM = "random"
+RANDOM, DOWNSAMPLE = "random", "downsample"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def pooled(cells: Iterable[Cell]) -> tuple[list[Pooled], list[str]]:
             count = f"{len(by_seed) - len(whole)} of {len(by_seed)} seeds of {name}"
             notes.append(f"{count} left out, for lack of tasks that others have")
         scores = {task: tuple(seed[task].scores for seed in whole) for task in whole[0]}
-        scored = {task: seeds for task, seeds in scores.items() if all(seeds)}
+        scored = {task: draws for task, draws in scores.items() if all(draws)}
         rows.append(Pooled(name, tuple(cell for seed in whole for cell in seed.values()), scored))
     return rows, notes
 
@@ -107,6 +107,16 @@ def images(rows: Iterable[Pooled]) -> tuple[dict[str, dict[int, str]], tuple[str
         task: {number: found[task].get(number, f"#{number}") for number in sorted(numbers)}
         for task, numbers in asked.items()
     }, without
+
+
+def hard(rows: Iterable[Pooled]) -> dict[str, frozenset[int]]:
+    """Task -> the questions that a row gets wrong which shows smaller images and does nothing else."""
+    wrong: dict[str, set[int]] = {}
+    for row in rows:
+        for task, draws in row.scores.items() if row.only == DOWNSAMPLE else ():
+            missed = (number for one in draws for number, score in one.items() if score < 0.5)
+            wrong.setdefault(task, set()).update(missed)
+    return {task: frozenset(numbers) for task, numbers in wrong.items() if numbers}
 
 
 def family(cell: Cell) -> str:

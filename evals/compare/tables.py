@@ -30,6 +30,8 @@ class Row:
     tasks: label -> accuracy. average: unweighted over the tasks that all rows have. to_dense, to_random: against dense
     and against `random` at the same FLOPs, over those tasks; None where there is no such row. seeds: the average under
     each seed; empty with one. Fractions and ratios are means over tasks, of the dense model; None where not known.
+    hard: accuracy on the questions that a row of `downsample` gets wrong, all tasks together; None where there are none
+    (https://arxiv.org/abs/2510.07143 calls them difficult: they are what tells methods apart).
     times: machine -> ratio of prefill times measured on it. prefill_ratio: that of the table's one machine; None where
     it has several, whose times are not comparable.
     """
@@ -49,6 +51,7 @@ class Row:
     seconds: float | None
     whole_flops_fraction: float | None = None
     seeds: tuple[float, ...] = ()
+    hard: Estimate | None = None
     times: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -71,7 +74,7 @@ class Table:
 
     shared: tasks that every row has, which the averages are over. notes: what a reader should know. best: pruned rows
     that could each be the best. verdicts: which differences hold, in words. images: task -> images that it asks about.
-    machines: on which prefill times were measured.
+    machines: on which prefill times were measured. hard: how many questions downsampling gets wrong.
     """
 
     conditions: Conditions
@@ -83,6 +86,7 @@ class Table:
     verdicts: tuple[str, ...] = ()
     images: dict[str, int] = field(default_factory=dict)
     machines: tuple[str, ...] = ()
+    hard: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -96,6 +100,7 @@ class Table:
             "verdicts": list(self.verdicts),
             "images": dict(self.images),
             "machines": list(self.machines),
+            "hard": self.hard,
         }
 
 
@@ -149,7 +154,8 @@ def _table(cells: Sequence[Cell]) -> Table:
     shared = tuple(label for label in labels if scored and all(label in has for has in scored))
     images, without = pooling.images(rows)
     contenders = [Contender(row.name, row.dense, row.random, row.flops, row.scores) for row in rows]
-    judged, best = judging.judge(contenders, shared, images)
+    hard = pooling.hard(rows)
+    judged, best = judging.judge(contenders, shared, images, hard)
     machines = tuple(dict.fromkeys(machine for row in rows for machine in times(row)))
     ordered = tuple(sorted((_row(row, judged[row.name], machines) for row in rows), key=_order))
     notes = [*_troubles(cells), *left_out, *_machines(machines)]
@@ -165,7 +171,8 @@ def _table(cells: Sequence[Cell]) -> Table:
     counted = {label: len(set(of.values())) for label, of in images.items()}
     verdicts = judging.sentences({row.pipeline: judged[row.pipeline] for row in ordered}, best)
     told = tuple(dict.fromkeys(notes))
-    return Table(cells[-1].conditions, labels, shared, ordered, told, best, verdicts, counted, machines)
+    asked = sum(map(len, hard.values()))
+    return Table(cells[-1].conditions, labels, shared, ordered, told, best, verdicts, counted, machines, asked)
 
 
 def times(row: Pooled) -> dict[str, float]:
@@ -231,5 +238,6 @@ def _row(row: Pooled, judged: Judged, machines: Sequence[str]) -> Row:
         seconds=mean(one.seconds for one in timed) if len(machines) < 2 else None,
         whole_flops_fraction=mean(one.whole_flops_fraction for one in spared),
         seeds=judged.seeds,
+        hard=judged.hard,
         times=ratios,
     )

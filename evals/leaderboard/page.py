@@ -17,6 +17,7 @@ from typing import Any
 from prunekit_evals.leaderboard import bundle, charts, columns, points
 from prunekit_evals.leaderboard.board import Board, Entry, Section, spelled
 from prunekit_evals.leaderboard.columns import Column
+from prunekit_evals.leaderboard.pictures import Picture
 from prunekit_evals.run.results import Cell
 
 from prunekit.version import VERSION
@@ -37,8 +38,8 @@ class Shown:
     conditions: Mapping[str, str]
 
 
-def html(board: Board) -> str:
-    """The page."""
+def html(board: Board, pictures: Mapping[str, Picture] | None = None) -> str:
+    """The page. pictures: name of a row -> its keep map; None: it shows none."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -50,7 +51,7 @@ def html(board: Board) -> str:
     return environment.get_template("board.html").render(
         board=board, sections=[_shown(section) for section in board.sections], version=VERSION,
         css=Markup(_text("board.css")), vega=Markup(vega), own=Markup(own), policy=_policy(vega, own),
-        receipt=receipt, cell_facts=cell_facts,
+        receipt=receipt, cell_facts=cell_facts, pictures=pictures or {},
     )  # fmt: skip
 
 

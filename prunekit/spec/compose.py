@@ -121,8 +121,8 @@ def _extended(
         path = base / cast("str", node.data)
         count[0] += 1
         if path.resolve() in chain:
-            circle = " -> ".join(str(one.name) for one in (*chain[chain.index(path.resolve()) :], path))
-            faults.append(Fault(node.where, key, f"extends itself in a circle: {circle}", "break the circle"))
+            cycle = " -> ".join(str(one.name) for one in (*chain[chain.index(path.resolve()) :], path))
+            faults.append(Fault(node.where, key, f"extends itself in a cycle: {cycle}", "break the cycle"))
         elif count[0] > MAX_FILES:
             faults.append(Fault(node.where, key, f"pulls in more than {MAX_FILES} files"))
             break

@@ -29,7 +29,7 @@ def test_eval_and_compare(checkpoint, data_root, pipeline_file, tmp_path, capsys
     assert call("eval", path, "--tasks", "pope,mme", *given) == 0
     said = capsys.readouterr()
     assert "micro/" in said.out and "fastv" in said.out and "dense" in said.out
-    assert "4 cells computed, 0 were there" in said.err
+    assert "4 results computed, 0 reused" in said.err
     assert call("eval", path, "--tasks", "pope,mme", *given, "--json") == 0
     said = capsys.readouterr()
     data = json.loads(said.out)

@@ -288,3 +288,21 @@ def test_all_right_and_all_wrong(dense, ours):
     assert change.value == (ours - dense) / 100 and -1 <= change.low <= change.value <= change.high <= 1
     assert change.low < change.high
     assert only.rows[1].to_dense.holds == (-1 if dense > ours else 0)
+
+
+def test_the_questions_that_downsampling_gets_wrong_are_asked_of_every_row():
+    small = json.dumps({"name": "small", "stages": [{"use": "downsample", "scale": 0.5}]})
+    cells = [cell("dense", "pope", 100), cell("ours", "pope", 90), cell("small", "pope", 60)]
+    cells += [cell("dense", "gqa", 90), cell("ours", "gqa", 85), cell("small", "gqa", 80)]
+    named = [one if one.pipeline.name != "small" else with_pipeline(one, small) for one in cells]
+    (only,) = tables.of_cells(named)
+    hard = {row.pipeline: row.hard.value for row in only.rows}
+    assert only.hard == 60 and hard == pytest.approx({"dense": 50 / 60, "ours": 35 / 60, "small": 0})
+    assert only.rows[0].hard.low < 50 / 60 < only.rows[0].hard.high
+    assert rendering.columns(only)["Hard"][0].startswith("83.3 ±")
+    (without,) = tables.of_cells(cells)
+    assert without.rows[0].hard is None and "Hard" not in rendering.columns(without)
+
+
+def with_pipeline(one, resolved):
+    return dataclasses.replace(one, pipeline=dataclasses.replace(one.pipeline, resolved=resolved))

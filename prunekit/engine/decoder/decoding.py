@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from operator import is_not
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +37,7 @@ class Decoding(ForwardPass):
 
     def __post_init__(self) -> None:
         self.withholds_positions = not self.gives_positions
+        self.before: tuple[tuple[object, ...], dict[str, Any]] = (), {}  # what a layer was given, and its changes
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs[CACHE]
@@ -51,7 +53,11 @@ class Decoding(ForwardPass):
                 if self.withholds_positions:
                     kwargs["position_ids"] = None
                 return original(hidden, **kwargs)
-            kwargs.update(self._changes(LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache)))
+            of = layout, *map(kwargs.get, _PER_TOKEN)
+            if not self.before[0] or any(map(is_not, of, self.before[0])):  # mostly it is what the last layer was given
+                call = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache)
+                self.before = of, self._changes(call)
+            kwargs.update(self.before[1])
             return original(hidden, **kwargs)
         call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
         if not isinstance(actions, tuple):
