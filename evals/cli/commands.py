@@ -150,8 +150,8 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     if namespace.subset_seed is not None and namespace.limit is None:
         raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
     options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
-    data = _data(namespace, micro, standard) if standard else tasks.data_at(None)
     files.folder(namespace.out)
+    data = _data(namespace, micro, standard) if standard else tasks.data_at(None)
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
