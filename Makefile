@@ -13,6 +13,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
 BOARD_ARGS ?=
+# The address of the public repository, to which the README on a package index leads.
+REPOSITORY ?=
 FAMILIES_ARGS ?=
 # Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
@@ -86,8 +88,8 @@ leaderboard: $(STAMP) ## score the shipped pipelines on the bundled model, and w
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.board $(BOARD_ARGS)
 
 release: $(STAMP) ## build dist/, check its metadata, and prune with the wheel in an empty environment; uploads nothing
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	@$(LOCKED) twine
+	$(BIN)/python tests/release.py $(REPOSITORY)
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python -m pytest -q -n 0 tests/test_wheel.py
 	$(BIN)/python tests/fresh_install.py

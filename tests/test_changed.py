@@ -57,7 +57,7 @@ def test_the_workflow_runs_the_check_of_any_machine() -> None:
 
 def test_changes_are_of_a_known_kind_and_can_be_written(tmp_path: Path) -> None:
     kinds = ("added", "changed", "fixed", "deprecated")
-    folder = ROOT / "docs" / "changes"
+    folder = ROOT / ".changes"
     files = [path for path in folder.iterdir() if path.name not in ("README.md", "template.md")]
     assert all(path.suffix == ".md" and path.stem.rpartition(".")[2] in kinds for path in files)
     words = [sys.executable, "-m", "towncrier", "build", "--draft", "--version", "9.9.9", "--config", "pyproject.toml"]

@@ -23,7 +23,7 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 ORDER = (
     "version", "errors", "ops", "registry", "upstream", "probes", "strategy", "cost", "records", "hookspecs", "loose",
     "plugins", "spec", "families", "pipeline", "loading", "image_files", "estimate", "engine", "verify", "training",
-    "apply", "trace", "testing", "cli",
+    "apply", "serving", "trace", "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.

@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import plugins
-from prunekit.cli import asked, calibrate, completion, cost, doctor, new, run, show, trace, train
+from prunekit.cli import asked, calibrate, completion, cost, doctor, export, new, run, show, trace, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     asked.add(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (listing, show, cost, run, trace, doctor, calibrate, train, new, completion):
+    for module in (listing, show, cost, run, trace, doctor, calibrate, train, export, new, completion):
         module.add(commands)
     for name in plugins.names():
         known, shown = dict(commands.choices), list(commands._choices_actions)

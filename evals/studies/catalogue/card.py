@@ -17,7 +17,7 @@ from prunekit_evals.bench import llava_7b
 from prunekit_evals.micro.card_tables import table
 from prunekit_evals.studies.catalogue import standing
 from prunekit_evals.studies.catalogue.measure import Measured
-from prunekit_evals.studies.catalogue.places import CARDS, REPRODUCE, ROOT
+from prunekit_evals.studies.catalogue.places import IMAGES, REPRODUCE, ROOT
 from prunekit_evals.studies.catalogue.reported import Reported
 from prunekit_evals.studies.catalogue.standing import cell
 
@@ -168,9 +168,14 @@ def _golden(file: Path) -> str:
 
 def _keep_map(name: str) -> Iterator[str]:
     """What it keeps of one image, where that was drawn."""
-    if (CARDS / "images" / f"{name}.png").is_file():
+    if (IMAGES / f"{name}.webp").is_file():
         yield "## What it keeps"
-        yield f"![the tokens that {name} keeps of one image](images/{name}.png)"
+        yield f"![what {name} keeps of one image, and the visual tokens that enter each layer](images/{name}.webp)"
+        yield (
+            "Of one scene of the bundled model, at a quarter of the tokens where it takes a budget: what is clear is "
+            "kept, a cross is dropped, two strokes are merged into an outlined token; below, the tokens that enter "
+            "each layer. [Your own](../trace.md)."
+        )
 
 
 def _papers(name: str, reported: Reported) -> str:
