@@ -11,6 +11,7 @@ EVAL_EXAMPLES = """\
 examples:
   prunekit eval fastv-k2-r25 random-r25 --model micro --tasks pope,gqa --limit 200
   prunekit eval fastv.yaml --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --download --batch-size 16
+  prunekit eval fastv-k2-r25 random-r25 --grid stages.0.keep=0.5,0.25,0.11 --seeds 3 --model micro --tasks pope
 A cell that is there already is not computed again; a run that was killed goes on where it was.
 Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 your input is wrong.
 """
@@ -34,10 +35,7 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="files or names; without any, dense alone")
     command.add_argument("--model", required=True, metavar="M", help="a short name such as micro, a folder or a hub id")
     command.add_argument("--tasks", required=True, metavar="T,T", help="names of lmms-eval, such as pope,mme,gqa")
-    command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="change one value of every pipeline, such as stages[0].keep=0.3; may be repeated",
-    )  # fmt: skip
+    _variants(command)
     command.add_argument("--no-dense", action="store_true", help="leave the dense model out")
     command.add_argument(
         "--data-root", type=Path, metavar="DIR",
@@ -65,6 +63,23 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
     )
     _common(command, limit=None)
+
+
+def _variants(command: argparse.ArgumentParser) -> None:
+    """Options that make other pipelines of those that are named."""
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value of every pipeline, such as stages[0].keep=0.3, and call it so; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V,V",
+        help="every pipeline with each of these values, as rows of their own, such as stages.0.keep=0.5,0.25; "
+        "may be repeated: every combination",
+    )  # fmt: skip
+    command.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N",
+        help="so many seeds of every pipeline that draws at random, as one row; default: 1",
+    )  # fmt: skip
 
 
 def _compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -66,12 +66,18 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     processor, settings = asked.loaded.processor, asked.settings
     if callable(rest[0]):
         to_messages, arguments, *where = rest
-        prompt = from_messages(to_messages(asked.doc(*where)), processor, settings.system_prompt)
+
+        def make() -> Prompt:
+            return from_messages(to_messages(asked.doc(*where)), processor, settings.system_prompt)
     else:
         arguments, to_visual, *where = rest
-        doc = asked.doc(*where)
-        own = holds(doc, placeholder(processor))
-        prompt = from_visuals(flat(to_visual(doc)), context, processor, settings.system_prompt, own=own)
+
+        def make() -> Prompt:
+            doc = asked.doc(*where)
+            own = holds(doc, placeholder(processor))
+            return from_visuals(flat(to_visual(doc)), context, processor, settings.system_prompt, own=own)
+
+    prompt = asked.loaded.kept.prompt((request.idx, str(context), *where), make)
     key = key_of(
         task=request.task_name,
         doc=request.doc_id,

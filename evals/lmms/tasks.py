@@ -193,6 +193,25 @@ def micro_data(folder: Path, questions: int = 600) -> Data:
     return data_at(folder)
 
 
+def data_for(model: str, names: Sequence[str], root: Path | None, out: Path) -> Data:
+    """Where tasks of these names take their data: `root`, else of a bundled model the bundled benchmark, written below
+    `out` once, else the hub's cache. Names may be written `micro/...`. Raises InputError where they do not fit.
+    """
+    named_so = [name for name in names if name.startswith(f"{MICRO}/")]
+    if root is not None or not (model in BUNDLED or len(named_so) == len(names)):
+        data = data_at(root)
+        if not data.micro and named_so:
+            raise InputError(f"tasks {', '.join(names)}: micro/... is the bundled benchmark; name all so, or none")
+        return data
+    from prunekit_evals.micro import benchmark
+
+    for name in names:
+        if name.removeprefix(f"{MICRO}/") not in benchmark.TASKS:
+            listed = ", ".join(benchmark.TASKS)
+            raise InputError(f"the bundled benchmark has no task '{name}' (it has {listed}; else give --data-root)")
+    return micro_data(out / "data" / MICRO)
+
+
 def _index() -> dict[str, Named]:
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from prunekit_evals.run.generation import Decoding
 from prunekit_evals.run.journal import Answer, Facts
+from prunekit_evals.run.kept import Kept
 from prunekit_evals.run.prompts import Prompt
 
 import prunekit
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
 class Loaded:
     """A model with its processor, held in one plain object so that the harness does not take the model away.
 
-    name: as the user wrote it. identity: see `model_identity`.
+    name: as the user wrote it. identity: see `model_identity`. kept: what several cells ask it alike.
     """
 
     name: str
     identity: str
     model: Any
     processor: Any
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -141,9 +143,14 @@ def left_padded(processor: Any) -> Any:
 
 def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     """Model inputs, left-padded, on the model's device. All prompts have images, or none has."""
+    inputs = loaded.kept.inputs(prompts, lambda: _processed(loaded, prompts))
+    return inputs.to(loaded.device, loaded.model.dtype)
+
+
+def _processed(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
     begin = loaded.processor.tokenizer.bos_token
-    inputs = loaded.processor(
+    return loaded.processor(
         text=[prompt.text for prompt in prompts],
         images=images,
         padding=True,
@@ -151,7 +158,6 @@ def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
         # A chat template that already wrote the first token must not get a second one.
         add_special_tokens=not (begin and prompts[0].text.startswith(begin)),
     )
-    return inputs.to(loaded.device, loaded.model.dtype)
 
 
 def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally) -> list[Answer]:

@@ -1,6 +1,7 @@
 """Whole runs over lmms-eval's own tasks: cells, skipping, failures, kills, caches."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from PIL import Image
 from prunekit_evals import runner
 from prunekit_evals.compare import tables
 from prunekit_evals.lmms import harness, tasks
-from prunekit_evals.run import answering, files, results, unanswered
+from prunekit_evals.run import answering, files, reading, results, unanswered
 from prunekit_evals.run.answering import Tally
 from prunekit_evals.run.journal import Answer, Facts, Journal
 from prunekit_evals.run.prompts import Prompt
@@ -472,3 +473,55 @@ def test_likelihoods_that_are_not_finite_are_counted(loaded):
     finally:
         del loaded.model.lm_head.forward
     assert tally.unsound == 1 and any(note.startswith("logits, samples 0: ") for note in tally.notes)
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it(plan):
+    planned = plan("pope", DENSE, FASTV, limit=4)
+    ours = Runner(planned, Quiet())
+    named, (dense, fastv) = planned.tasks[0], planned.pipelines
+    path = ours.path("pope", dense)
+    path.parent.mkdir(parents=True)
+    with path.with_suffix(".lock").open("w") as file:  # lmms-eval makes every FileLock of a process one
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert ours.cell(named, dense) is None
+        assert ours.cell(named, fastv).status == "done"
+    assert ours.cell(named, dense).status == "done"  # its holder is gone, and had not written it
+    assert not list(planned.out.rglob("*.lock"))
+
+
+def test_what_another_process_wrote_meanwhile_is_not_computed_again(plan):
+    """A result that it forced, or a failure: both are as new as any."""
+    go(plan("pope", DENSE, limit=4))
+    for force, status in ((True, "done"), (False, "failed")):
+        ours = Runner(plan("pope", DENSE, limit=4, force=force), Quiet())
+        named, (dense,) = ours.plan.tasks[0], ours.plan.pipelines
+        path = ours.path("pope", dense)
+        old = results.read(path)
+        if not force:
+            results.write(path, dataclasses.replace(old, status="failed"))
+        assert ours._there(named, dense) is None
+        again = dataclasses.replace(old, status=status, created="2001-01-01T00:00:00+00:00")
+        results.write(path, again)
+        outcome = ours.run()
+        assert (outcome.computed, outcome.skipped, outcome.cells) == (0, 1, (again,))
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_on_one_folder_share_the_work(plan, checkpoint, data_root, pipeline_file, tmp_path):
+    """Each cell is written once, by one of them; both end with the whole table."""
+    files = [pipeline_file(f"p{keep}", {"use": "fastv", "at": 2, "keep": keep / 16}) for keep in (4, 8, 12)]
+    command = [
+        "eval", *files, "--model", checkpoint, "--tasks", "pope,mme", "--data-root", data_root, "--out",
+        tmp_path / "out", "--no-timing", "--batch-size", "4", "--device", "cpu", "--threads", "1", "--json", "--limit",
+        "8",
+    ]  # fmt: skip
+    run = [sys.executable, "-c", SLOWLY, *map(str, command)]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=500) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    told = [json.loads(out) for out, _ in said]
+    assert sum(one["computed"] for one in told) == 8 and all(one["computed"] for one in told)
+    assert [one["computed"] + one["there_before"] for one in told] == [8, 8]
+    cells = reading.read([tmp_path / "out"]).cells
+    assert len(cells) == 8 and {cell.timing.computed for cell in cells} == {8}
+    assert not [path for suffix in ("lock", "journal.jsonl") for path in (tmp_path / "out").rglob(f"*.{suffix}")]
