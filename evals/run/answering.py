@@ -14,6 +14,7 @@ from prunekit_evals.run.generation import Decoding
 from prunekit_evals.run.journal import Answer, Facts
 from prunekit_evals.run.kept import Kept
 from prunekit_evals.run.prompts import Prompt
+from prunekit_evals.run.seen import with_features
 
 import prunekit
 from prunekit import loading
@@ -166,9 +167,12 @@ def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: D
     length = inputs["input_ids"].shape[1]
     pad = loaded.processor.tokenizer.pad_token_id
     with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
+        given, tower = dict(inputs), 0.0
+        if loaded.kept.room and not run.needs_pixels and not how.searches:
+            given, tower = with_features(loaded.model, given, prompts, loaded.kept.seen, lambda: clock(loaded))
         start = clock(loaded)
-        output = loaded.model.generate(**inputs, **dict(how.arguments), pad_token_id=pad)
-        tally.seconds += clock(loaded) - start
+        output = loaded.model.generate(**given, **dict(how.arguments), pad_token_id=pad)
+        tally.seconds += clock(loaded) - start + tower
         report = run.report
     if report is not None:
         tally.notes.update(report.notes)

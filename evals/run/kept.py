@@ -1,4 +1,5 @@
-"""What all pipelines are asked on one task alike: the prompts as they were read, and what the processor made of them.
+"""What all pipelines are asked on one task alike: the prompts as they were read, what the processor made of them, and
+what the vision tower saw for those pipelines that leave it alone.
 
 It is computed once for all cells of the task that one process computes, as far as there is room. Nothing of it depends
 on the pipeline, so that answers are the same with it and without.
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from prunekit_evals.run.prompts import Prompt
+from prunekit_evals.run.seen import Seen
 
 ROOM = 512 * 2**20  # bytes of one process
 
@@ -28,12 +30,13 @@ class Kept:
         self._task = ""
         self._prompts: dict[Hashable, Prompt] = {}
         self._inputs: dict[tuple[str, ...], Any] = {}
+        self._seen: dict[tuple[str, ...], Seen] = {}
 
     def begin(self, task: str) -> None:
         """Cells of this task follow: what is kept of another one goes."""
         if task != self._task:
             self._task, self._free = task, self.room
-            self._prompts, self._inputs = {}, {}
+            self._prompts, self._inputs, self._seen = {}, {}, {}
 
     def prompt(self, key: Hashable, make: Callable[[], Prompt]) -> Prompt:
         """The prompt of a request. key: tells it from the others of the task."""
@@ -56,6 +59,16 @@ class Kept:
             if self._admitted(sum(tensor.numel() * tensor.element_size() for tensor in tensors)):
                 self._inputs[key] = found
         return copy.copy(found)
+
+    def seen(self, prompts: Sequence[Prompt], make: Callable[[], Seen]) -> Seen:
+        """What the tower saw of the images of these prompts."""
+        key = tuple(prompt.digest() for prompt in prompts)
+        found = self._seen.get(key)
+        if found is None:
+            found = make()
+            if self._admitted(found.size):
+                self._seen[key] = found
+        return found
 
     def _admitted(self, size: int) -> bool:
         if size > self._free:

@@ -135,7 +135,8 @@ class Foretold:
 class Timing:
     """Measured wall times; answers that came from a journal are in none of them.
 
-    seconds: of `generate`, a question; None when nothing was computed in this run.
+    seconds: of `generate`, a question, with what the vision tower took for it, if only for another pipeline of the run;
+    None when nothing was computed in this run.
     prefill_ms, dense_prefill_ms: medians for one batch of `prefill_batch` prompts, taken alternately in one run.
     prefill_ratio: the median of the ratios of neighbours; None when it was not measured, as for the dense model itself.
     machine: what measured them; empty in results of older versions. Answers do not depend on it, times do.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,7 @@ from prunekit_evals.sweep.worker import Report, Setup, Worker
 from prunekit.errors import InputError
 
 LOCAL = "local"  # as an address: a cluster of this machine alone, which ends with the sweep
+REACH = 5.0  # seconds in which a cluster has to answer
 # What of the environment actors get: no keys to anything, which Ray would show.
 HANDED_ON = re.compile(
     r"PRUNEKIT_\w+|LMMS_EVAL_DATASETS_CACHE|XDG_CACHE_HOME|HF_(HOME|HUB_CACHE|DATASETS_CACHE|HUB_OFFLINE|DATASETS_OFFLINE)"
@@ -39,6 +41,7 @@ class RayPool:
         """
         if find_spec("ray") is None:
             raise InputError("--ray needs Ray: pip install 'prunekit[ray]' (without --ray this machine is used)")
+        _check_answers(address)
         import ray
 
         self.ray, self.setup, self.kind = ray, setup, kind
@@ -106,3 +109,14 @@ class RayPool:
             raise InputError(
                 f"--ray {address}: {reason} (start a cluster by `ray start --head`, or use --ray without an address)"
             ) from error
+
+
+def _check_answers(address: str) -> None:
+    """Raise InputError where nobody listens at `host:port`: Ray itself would go on trying for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host, int(port)), timeout=REACH).close()
+        except (OSError, OverflowError) as error:
+            hint = "`ray status` names the cluster that runs here"
+            raise InputError(f"--ray {address}: nothing answers there: {error} ({hint})") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sweeping
 from prunekit_evals.run import results
-from prunekit_evals.sweep import driver
+from prunekit_evals.sweep import driver, spec
 from prunekit_evals.sweep.driver import Died, Driver, Finished, Started
 from prunekit_evals.sweep.orders import Job
 from prunekit_evals.sweep.worker import Report
@@ -22,6 +22,7 @@ from prunekit_evals.sweep.worker import Report
 from prunekit.cli.main import main
 from prunekit.errors import PrunekitError
 
+REPRODUCE = Path(__file__).parents[2] / "docs" / "reproduce"
 JOBS = [Job(0, 0, number) for number in range(6)]
 
 
@@ -168,6 +169,22 @@ def test_a_dry_run_computes_nothing(checkpoint, data_root, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main(["sweep", str(path), "--ray", "127.0.0.1:1", "tasks=popee"]) == 2
     assert "unknown task 'popee'" in capsys.readouterr().err
+
+
+def test_every_sweep_of_the_cards_is_read_and_one_runs(data_root, tmp_path, capsys):
+    """Of the bundled model; that they are those of today's cards `tests/evals/test_catalogue.py` says."""
+    files = sorted(REPRODUCE.glob("*.yaml"))
+    assert len(files) > 50
+    for file in files:
+        read = spec.load(file)
+        assert [one.model for one in read.models] == ["micro"] and len(read.tasks) == 4 and read.options["limit"] == 40
+        assert read.pipelines[0].source.data["name"].data.startswith(file.stem)
+    words = ("limit=2", "tasks=[pope]", f"data_root={data_root}", "--workers", "1", "--threads", "1")
+    assert main(["sweep", str(REPRODUCE / "stride.yaml"), *words, "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {one["pipeline"] for one in found["cells"]} == {
+        "dense", *(f"{name}-{share}" for name in ("stride", "random") for share in (0.5, 0.25, 0.11)),
+    }  # fmt: skip
 
 
 @pytest.mark.slow

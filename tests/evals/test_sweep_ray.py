@@ -6,11 +6,13 @@ import time
 
 import pytest
 import sweeping
+from prunekit_evals.sweep.cluster import RayPool
 from prunekit_evals.sweep.driver import Driver
 from prunekit_evals.sweep.orders import Job
 from prunekit_evals.sweep.worker import Report, Setup
 
 from prunekit.cli.main import main
+from prunekit.errors import InputError
 
 ray = pytest.importorskip("ray")
 # Ray leaves sockets and files to the garbage collector, and starts processes that outlive it for a moment.
@@ -55,8 +57,6 @@ class Told:
 
 
 def test_a_node_that_is_killed_takes_nothing_with_it(cluster, tmp_path):
-    from prunekit_evals.sweep.cluster import RayPool
-
     class Slow:
         """Leaves a line in a file for each job; it is pickled with its code, so that actors need no other. None begins
         before both nodes have a worker.
@@ -104,6 +104,12 @@ def test_a_sweep_on_two_nodes_of_which_one_is_killed(cluster, checkpoint, data_r
     said = capsys.readouterr()
     assert "died" in said.err and json.loads(said.out)["computed"] >= 11
     sweeping.check_whole(out)
+
+
+def test_an_address_at_which_nobody_listens_is_refused_at_once():
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1", "127.0.0.1:99999"):
+        with pytest.raises(InputError, match=f"--ray {address}: nothing answers there"):
+            RayPool(Setup(()), address, None, 1)
 
 
 def test_without_ray_it_is_said_how_to_get_it(checkpoint, data_root, tmp_path, capsys, monkeypatch):
