@@ -162,7 +162,10 @@ def _plan(namespace: argparse.Namespace, declared: Declared, folder: Path) -> Pl
     from prunekit_evals.cli import commands
 
     told = {**asdict(declared.settings), "tasks": ",".join(declared.settings.tasks)}
-    rest = {"out": folder / "results", "limit": None, "force": False, "no_timing": namespace.no_timing}
+    rest = {
+        "out": folder / "results", "limit": None, "subset_seed": None, "unanswered": "wrong", "force": False,
+        "no_timing": namespace.no_timing,
+    }  # fmt: skip
     return commands.plan_of(argparse.Namespace(**told, **rest, download=namespace.download), ())
 
 

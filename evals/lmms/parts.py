@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,17 @@ def select(task: Any, numbers: Sequence[int]) -> Any:
 def images(task: Any, chat: bool) -> list[frozenset[str]]:
     """For each question the identities of its images, 16 hex digits of their pixels, or of a video's file.
 
-    chat: whether the task is asked in messages. Every image is read once: of ten thousand questions a minute.
+    chat: whether the task is asked in messages. Every image is read once: of ten thousand questions a minute. A
+    question whose images cannot be read has none; whoever asks it is told why.
     """
-    return [frozenset(map(_identity, _shown(task, doc, chat))) for doc in task.dataset[_split(task)]]
+    docs = task.dataset[_split(task)]
+    return [_of(task, docs, number, chat) for number in range(len(docs))]
+
+
+def _of(task: Any, docs: Any, number: int, chat: bool) -> frozenset[str]:
+    with suppress(Exception):
+        return frozenset(map(_identity, _shown(task, docs[number], chat)))
+    return frozenset()
 
 
 def _split(task: Any) -> str:

@@ -18,9 +18,11 @@ from prunekit_evals.lmms import harness, parts, quiet, scoring, tasks
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.lmms.tasks import Built
 from prunekit_evals.run import files
-from prunekit_evals.run.answering import Tally
+from prunekit_evals.run.answering import Loaded, Tally
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Facts, key_of
+from prunekit_evals.run.kept import ROOM, Kept
+from prunekit_evals.run.unanswered import listed
 from prunekit_evals.runner import Plan, Runner
 from prunekit_evals.search.split import Part, levels_of, rungs
 
@@ -111,6 +113,7 @@ class Calibration:
     advance: Callable[[int], None] = lambda questions: None
     levels: int = field(init=False)
     _rungs: Mapping[str, tuple[tuple[int, ...], ...]] = field(init=False)
+    _kept: dict[tuple[str, int], Kept] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Decide about the rungs."""
@@ -148,11 +151,12 @@ class Calibration:
         for task, added in self._rungs.items():
             part = self.questions.part(task, added[level])
             kind = PruneKitChat if part.chat else PruneKitSimple
-            model = kind.over(self.runner.loaded, pipeline, settings, str(_journal(path)))
+            model = kind.over(self._loaded(task, level), pipeline, settings, str(_journal(path)))
             model.progress = self.advance
+            model.unanswered.tolerant = True
             with model.journal:
                 samples = harness.evaluate(model, part, path.with_suffix(".files"))["samples"][task]
-            scores[task] = _scores(task, samples)
+            scores[task] = _scores(task, samples, model.unanswered.of(task))
             facts += model.tally.facts
             lengths += [one["input_tokens"] for sample in samples for one in sample["token_counts"] if one]
         saved = harness.saved(Tally(facts=facts))
@@ -163,9 +167,18 @@ class Calibration:
             saved.flops_fraction if saved else None,
         )
 
+    def _loaded(self, task: str, level: int) -> Loaded:
+        """The model, with a store of its own for each part: questions of parts have the same numbers."""
+        rooms = len(self._rungs) * self.levels
+        kept = self._kept.setdefault((task, level), Kept(ROOM // rooms))
+        return replace(self.runner.loaded, kept=kept)
 
-def _scores(task: str, samples: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
-    found = tuple(one.score for one in scoring.questions(task, samples) if one.score is not None)
+
+def _scores(task: str, samples: Sequence[Mapping[str, Any]], lost: Mapping[int, str]) -> tuple[float, ...]:
+    """lost: question -> why it could not be answered, which counts as wrong. Raises InputError where all are lost."""
+    if len(lost) == len(samples):
+        raise InputError(f"no question of '{task}' could be answered: {listed(lost)}")
+    found = tuple(one.score for one in scoring.questions(task, samples, None, lost) if one.score is not None)
     if not found:
         raise InputError(f"task '{task}' gives its questions no scores of their own, by which candidates are compared")
     return found

@@ -105,6 +105,11 @@ class Attached:
         return self._report[2]
 
     @property
+    def needs_pixels(self) -> bool:
+        """Whether stages cut or read the vision tower or resize images: features encoded before would not do."""
+        return self._tower is not None and self._tower.asks
+
+    @property
     def trace(self) -> Trace | None:
         """What became of every visual token of the newest prompt batch; None before the first. As `report`.
 

@@ -1,4 +1,4 @@
-"""Write the cards of all strategies into docs/strategies, and measure their rows on the bundled model.
+"""Write the cards of all strategies and the sweeps that repeat their rows, and measure these on the bundled model.
 
 make cards                                              # write the cards from code and from what was measured
 python -m prunekit_evals.studies.catalogue measure      # add the rows that are missing, and write the cards
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit_evals.studies.catalogue.places import CARDS, COMMAND, IMAGES, MEASURED
+from prunekit_evals.studies.catalogue.places import CARDS, COMMAND, IMAGES, MEASURED, REPRODUCE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, text in pages.written().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    for stale in set(CARDS.glob("*.md")) - set(pages.written()):
+    for stale in {*CARDS.glob("*.md"), *REPRODUCE.glob("*.yaml")} - set(pages.written()):
         stale.unlink()
     print(f"cards: {CARDS}")
     return 0

@@ -5,7 +5,7 @@ import json
 import pytest
 from prunekit_evals.cli import search as command
 from prunekit_evals.lmms import harness, parts, tasks
-from prunekit_evals.run import results
+from prunekit_evals.run import reading
 
 import prunekit
 from prunekit.cli.main import main
@@ -65,7 +65,11 @@ def test_a_whole_search(given, answered, tmp_path, capsys, monkeypatch):
             {number for image in data[side][task] for number in image} for side in ("calibration", "held_out")
         )
         assert len(one) >= 12 and len(other) >= 10 and not one & other
-    cells = list(results.cells(folder / "results"))
+    found = reading.read([folder / "results"])
+    cells = found.cells
+    assert not found.skipped
+    for cell in cells:  # by their numbers in the whole task
+        assert {one.number for one in cell.questions} == {n for image in data["held_out"][cell.task] for n in image}
     assert {cell.pipeline.name for cell in cells} >= {"dense", "random-flops-0.9", "search"}
     assert all(cell.status == "done" and len(cell.questions) == 10 and "+" in cell.conditions.data for cell in cells)
     pruned = [cell.saved.flops_fraction for cell in cells if not cell.pipeline.dense]
