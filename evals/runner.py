@@ -18,6 +18,7 @@ from prunekit_evals.run.answering import Loaded, Tally, device_type
 from prunekit_evals.run.generation import HonorUntil
 from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
+from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -47,6 +48,8 @@ class Plan:
     system_prompt: str = ""
     honor_until: HonorUntil = "stops"
     prompt_profile: str | None = None
+    max_frames: int = MAX_FRAMES
+    fps: float | None = None
     download: bool = False
     force: bool = False
     timing: bool = True
@@ -143,6 +146,8 @@ class Runner:
             honor_until=plan.honor_until,
             prompt_profile=plan.prompt_profile or "",
             versions=versions(),
+            max_frames=plan.max_frames,
+            fps=plan.fps,
         )
 
     def path(self, task: str, pipeline: Pipeline) -> Path:
@@ -217,7 +222,8 @@ class Runner:
         journal = self._journal(built.name, path)
         if plan.force:
             journal.unlink(missing_ok=True)
-        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until)
+        sampling = Sampling(plan.max_frames, plan.fps)
+        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until, sampling)
         kind = PruneKitChat if built.chat else PruneKitSimple
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance

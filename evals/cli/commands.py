@@ -139,7 +139,10 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     micro = namespace.model in tasks.BUNDLED or all(name.startswith(f"{tasks.MICRO}/") for name in names)
     named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
     arguments = vars(namespace)
-    options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
+    options = (
+        "dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "max_frames",
+        "fps",
+    )  # fmt: skip
     return Plan(
         model=namespace.model,
         pipelines=pipelines,

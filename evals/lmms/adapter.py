@@ -14,13 +14,14 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from prunekit_evals.lmms.requests import Question, Settings, flat, read
+from prunekit_evals.lmms.requests import Question, Settings, flat, naming, read
 from prunekit_evals.run import answering
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
-from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.run.generation import HonorUntil, decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
 from prunekit_evals.run.prompts import from_visuals
+from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 import prunekit
 from prunekit import families
@@ -48,6 +49,8 @@ class PruneKit(lmms):  # type: ignore[misc]
         max_new_tokens: int = 1024,
         system_prompt: str = "",
         honor_until: HonorUntil = "stops",
+        max_frames: int = MAX_FRAMES,
+        fps: float | str | None = None,
         journal: str = "",
         download: bool = False,
         **unknown: object,
@@ -55,7 +58,8 @@ class PruneKit(lmms):  # type: ignore[misc]
         """Load the model.
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
-        system_prompt: text, or a file with it. honor_until: see `generation.decoding`. journal: a file that keeps
+        system_prompt: text, or a file with it. honor_until: see `generation.decoding`. max_frames, fps: see
+        `videos.Sampling`. journal: a file that keeps
         answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
         Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
         """
@@ -68,7 +72,8 @@ class PruneKit(lmms):  # type: ignore[misc]
             raise Unsupported("device_map: this version prunes a model on one device; use device=cuda:0")
         text = self._resolve_system_prompt(str(system_prompt))
         size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-        settings = Settings(size, longest, text, honor_until)
+        sampling = Sampling(_count("max_frames", max_frames), None if fps in (None, "") else _number("fps", fps))
+        settings = Settings(size, longest, text, honor_until, sampling)
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
         loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, download)
@@ -178,7 +183,7 @@ class PruneKit(lmms):  # type: ignore[misc]
             doc = self.doc(*rest[1:]) if rest else {}
             visuals = flat(rest[0](doc)) if rest else []
             prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
-            self.tally.saw(request.task_name, request.doc_id, prompt)
+            self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
             said = continuation(doc) if callable(continuation) else continuation
             found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
             results.append(GenerationResult(cast(str, found)))
@@ -191,23 +196,24 @@ class PruneKit(lmms):  # type: ignore[misc]
 
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
-        waiting: dict[tuple[bool, Decoding], list[Question]] = {}
+        waiting: dict[tuple[Any, ...], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
             question = read(place, request, self, seen)
-            self.tally.saw(request.task_name, request.doc_id, question.prompt)
-            if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
-                self.tally.first_prompts.append(question.prompt)
+            with naming(request):
+                self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
             journaled = self.journal.get(question.key)
             if journaled is not None:
                 answers[place] = journaled
                 self.tally.add([journaled], journaled=True)
                 self.progress(1)
                 continue
-            batch = waiting.setdefault(question.kind, [])
+            with naming(request):
+                kind = question.kind  # decodes videos
+            batch = waiting.setdefault(kind, [])
             batch.append(question)
             if len(batch) == self.batch_size:
-                yield waiting.pop(question.kind)
+                yield waiting.pop(kind)
         yield from waiting.values()
 
     def doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
@@ -244,6 +250,13 @@ def _harness_call() -> dict[str, Any]:
             return frame.f_locals
         frame = frame.f_back
     return {}
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        raise InputError(f"{name} must be a number, not '{value}'") from None
 
 
 def _count(name: str, value: object) -> int:

@@ -76,10 +76,14 @@ class Tally:
     first_prompts: list[Prompt] = field(default_factory=list)
     images: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    def saw(self, task: str, number: int, prompt: Prompt) -> None:
-        """Remember which images a question is about."""
-        if prompt.image_id is not None:
-            self.images[task, number] = prompt.image_id
+    def saw(self, task: str, number: int, prompt: Prompt, batch: int) -> None:
+        """Remember what a question shows, and the first prompts, at most `batch`, that can be timed together."""
+        if prompt.image_id is None:
+            return
+        self.images[task, number] = prompt.image_id
+        first = self.first_prompts
+        if len(first) < batch and (not first or prompt.shape == first[0].shape):
+            first.append(prompt)
 
     def add(self, answers: Sequence[Answer], *, journaled: bool) -> None:
         """Count answers."""
@@ -140,18 +144,30 @@ def left_padded(processor: Any) -> Any:
 
 
 def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
-    """Model inputs, left-padded, on the model's device. All prompts have images, or none has."""
+    """Model inputs, left-padded, on the model's device, of prompts of one shape."""
     images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
+    clips = [clip.shown for prompt in prompts for clip in prompt.videos]
+    videos: dict[str, Any] = {
+        "videos": [frames for frames, _ in clips],
+        "video_metadata": [dict(origin) for _, origin in clips],
+        "do_sample_frames": False,  # they are chosen
+    }
     begin = loaded.processor.tokenizer.bos_token
     inputs = loaded.processor(
         text=[prompt.text for prompt in prompts],
         images=images,
+        **(videos if clips else {}),
         padding=True,
         return_tensors="pt",
         # A chat template that already wrote the first token must not get a second one.
         add_special_tokens=not (begin and prompts[0].text.startswith(begin)),
     )
-    return inputs.to(loaded.device, loaded.model.dtype)
+    # Other floats, such as seconds between frames, would lose digits that positions are counted by.
+    cast = {name for name, value in inputs.items() if name.startswith("pixel") and value.is_floating_point()}
+    return {
+        name: value.to(loaded.device, loaded.model.dtype if name in cast else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally) -> list[Answer]:

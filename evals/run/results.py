@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit_evals.run import files
+from prunekit_evals.run.videos import MAX_FRAMES
 
 from prunekit.errors import InputError
 
@@ -24,7 +25,8 @@ class Conditions:
     """What a result depends on besides pipeline and task. Only cells with equal conditions stand in one table.
 
     model: as the user wrote it; identity: of its weights. dtype: `checkpoint` leaves it to the checkpoint.
-    data: identity of the task data. limit: questions asked for, None for all. code: identity of the code that ran.
+    data: identity of the task data. limit: questions asked for, None for all. max_frames, fps: of
+    videos, see `videos.Sampling`. code: identity of the code that ran.
     """
 
     model: str
@@ -40,6 +42,8 @@ class Conditions:
     honor_until: str
     prompt_profile: str
     versions: Mapping[str, str]
+    max_frames: int = MAX_FRAMES
+    fps: float | None = None
 
     def title(self) -> str:
         """One line for the head of a table."""

@@ -297,9 +297,9 @@ def test_device_maps_and_misfits_are_refused(loaded):
         adapter(loaded, {"name": "far", "stages": [{"use": "fastv", "at": 40, "keep": 0.5}]})
 
 
-def test_prompts_know_pictures_only(loaded):
-    for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
-        with pytest.raises(Unsupported, match="images only"):
+def test_prompts_know_pictures_and_videos_only(loaded):
+    for part in ({"type": "audio", "url": "x.wav"}, {"type": "image", "url": "x.wav"}):
+        with pytest.raises(Unsupported, match="images and videos only"):
             from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
 
 
