@@ -7,20 +7,20 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from prunekit_evals.lmms.requests import Question, Settings, flat, naming, read
-from prunekit_evals.run import answering
+from prunekit_evals.lmms.requests import Question, Settings, choices, naming, read, rounds
+from prunekit_evals.run import likelihoods
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
 from prunekit_evals.run.generation import HonorUntil, decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
-from prunekit_evals.run.prompts import from_visuals
+from prunekit_evals.run.rounds import Rounds
 from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 import prunekit
@@ -177,22 +177,49 @@ class PruneKit(lmms):  # type: ignore[misc]
 
         A pair is wrapped, because lmms-eval turns a bare tuple into a string.
         """
-        results = []
-        for request in requests:
-            context, continuation, *rest = request.args
-            doc = self.doc(*rest[1:]) if rest else {}
-            visuals = flat(rest[0](doc)) if rest else []
-            prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
-            self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
-            said = continuation(doc) if callable(continuation) else continuation
-            found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
-            results.append(GenerationResult(cast(str, found)))
-            self.progress(1)
-        return results
+        found: dict[int, tuple[float, bool]] = {}
+        for request, choice in choices(requests, self):
+            with naming(request):
+                self.tally.saw(request.task_name, request.doc_id, choice.prompt, self.batch_size)
+                scored = likelihoods.losses(
+                    self.loaded, self.pipeline, choice.prompt, choice.said, self.batch_size, self.tally
+                )
+            found |= zip(choice.places, scored, strict=True)
+            self.progress(len(choice.said))
+        return [GenerationResult(cast(str, found[place])) for place in range(len(requests))]
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not supported by this version."""
-        raise Unsupported(f"task '{requests[0].task_name}' asks in several rounds, which this version does not support")
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """The answers of every round, for each request, which lmms-eval hands to the task as they are.
+
+        Rounds of one document depend on one another, so that documents are asked one by one.
+        """
+        answers = []
+        before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
+        for request in requests:
+            asking = rounds(request, self)
+            said: list[str] = []
+            with Rounds(self.loaded, self.pipeline, self.tally) as conversation:
+                question = next(asking, None)
+                while question is not None:
+                    prompt, arguments = question
+                    how = decoding(arguments, self.settings.max_new_tokens, self.settings.honor_until)
+                    with naming(request):
+                        self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
+                        one = conversation.ask(prompt, how)
+                    self.tally.add([one], journaled=False)
+                    said.append(one.text)
+                    question = _sent(asking, one.text)
+            answers.append(said)
+            self.progress(1)
+        self._log(*before)
+        return answers
+
+    def generate_visual_cot(self, requests: Sequence[Instance]) -> list[str]:
+        """Refused: it asks for pictures on the way to the answer."""
+        raise Unsupported(
+            f"task '{requests[0].task_name}' wants the model to draw pictures on the way to its answer; models that "
+            "are pruned here write text only"
+        )
 
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
@@ -228,6 +255,14 @@ class PruneKit(lmms):  # type: ignore[misc]
         count, took = tally.computed - computed, tally.seconds - seconds
         written = tally.new_tokens - tokens
         log_metrics(took, written, written / took if took else 0.0, {"total_requests": count, **means(facts)})
+
+
+def _sent(asking: Generator[Any, str, None], text: str) -> Any:
+    """What a generator gives for `text`, or None after its end."""
+    try:
+        return asking.send(text)
+    except StopIteration:
+        return None
 
 
 class PruneKitChat(PruneKit):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
 from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
@@ -46,6 +47,15 @@ class Question:
         return self.prompt.shape, self.how
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Continuations of one prompt that are compared. places: their numbers among the requests."""
+
+    prompt: Prompt
+    said: tuple[str, ...]
+    places: tuple[int, ...]
+
+
 class Asked(Protocol):
     """Who is asked."""
 
@@ -61,28 +71,84 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     Chat requests are `(context, to_messages, arguments, doc, task, split)`, simple ones `(context, arguments,
     to_visual, doc, task, split)`. lmms-eval hands simple ones to chat models in places, so the request itself decides.
     """
-    context, *rest = request.args
-    asking, settings = (asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling), asked.settings
     with naming(request):
-        if callable(rest[0]):
-            to_messages, arguments, *where = rest
-            prompt = from_messages(to_messages(asked.doc(*where)), *asking)
-        else:
-            arguments, to_visual, *where = rest
-            prompt = from_visuals(flat(to_visual(asked.doc(*where))), context, *asking)
+        prompt, arguments = prompt_of(request, asked)
         image = prompt.digest()
     key = key_of(
         task=request.task_name,
         doc=request.doc_id,
         idx=request.idx,
-        context=context,
+        context=request.args[0],
         prompt=image,
         arguments=json.loads(json.dumps(arguments, default=str)),
         identity=asked.identity,
     )
     times = seen[key] = seen.get(key, 0) + 1
-    how = decoding(arguments, settings.max_new_tokens, settings.honor_until)
+    how = decoding(arguments, asked.settings.max_new_tokens, asked.settings.honor_until)
     return Question(place, key if times == 1 else f"{key}#{times}", prompt, how)
+
+
+def prompt_of(request: Instance, asked: Asked) -> tuple[Prompt, dict[str, Any]]:
+    """The prompt of a `generate_until` request, and its task's generation arguments."""
+    context, *rest = request.args
+    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+    if callable(rest[0]):
+        to_messages, arguments, *where = rest
+        return from_messages(to_messages(asked.doc(*where)), *asking), arguments
+    arguments, to_visual, *where = rest
+    return from_visuals(flat(to_visual(asked.doc(*where))), context, *asking), arguments
+
+
+def choices(requests: Sequence[Instance], asked: Asked) -> Iterator[tuple[Instance, Choice]]:
+    """`loglikelihood` requests, those in a row about one prompt together, each with the first of its requests."""
+    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+    numbered = enumerate(requests)
+    for _, group in groupby(numbered, lambda one: (one[1].task_name, one[1].doc_id, one[1].args[0], len(one[1].args))):
+        places, together = zip(*group, strict=True)
+        first = together[0]
+        context, _, *rest = first.args
+        with naming(first):
+            doc = asked.doc(*rest[1:]) if rest else {}
+            prompt = from_visuals(flat(rest[0](doc)) if rest else [], context, *asking)
+            said = tuple(str(one.args[1](doc) if callable(one.args[1]) else one.args[1]) for one in together)
+        yield first, Choice(prompt, said, places)
+
+
+def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str, Any]], str, None]:
+    """The rounds of a `generate_until_multi_round` request; each is sent what the model answered to it.
+
+    Chat requests are as those of one round, and `to_messages` is called with the number of the round, the answers so
+    far and what the task said about the last one; simple ones are `(context, arguments, to_visual, to_text, doc, task,
+    split)`, where `to_text` is.     """
+    prompt, arguments, again = _first_round(request, asked)
+    answers: list[str] = []
+    about: Any = None
+    while prompt is not None:
+        answers.append((yield prompt, arguments))
+        with naming(request):
+            prompt, about = again(round_idx=len(answers), previous_output=list(answers), previous_round_info=about)
+
+
+def _first_round(request: Instance, asked: Asked) -> tuple[Prompt | None, dict[str, Any], Callable[..., Any]]:
+    """Its prompt, the generation arguments, and what gives the prompt of a later round, or None after the last."""
+    context, *rest = request.args
+    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+
+    def chat(**about: Any) -> tuple[Prompt | None, Any]:
+        told = rest[0](doc, **about)
+        if not isinstance(told, tuple) or len(told) != 4 or told[1]:
+            return None, None
+        return from_messages(told[0], *asking), told[3]
+
+    def simple(**about: Any) -> tuple[Prompt | None, Any]:
+        visuals, text, done, _, more = rest[2](doc, **about)
+        return (None, None) if done else (from_visuals(flat(visuals), text, *asking), more)
+
+    with naming(request):
+        doc = asked.doc(*rest[-3:])
+        if callable(rest[0]):
+            return from_messages(rest[0](doc), *asking), rest[1], chat
+        return from_visuals(flat(rest[1](doc)), context, *asking), rest[0], simple
 
 
 def flat(visuals: Any) -> list[Any]:

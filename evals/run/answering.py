@@ -19,7 +19,6 @@ from prunekit import loading
 from prunekit.errors import InputError
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
-from prunekit.upstream import CACHE
 
 if TYPE_CHECKING:
     from prunekit.records import RunReport
@@ -213,33 +212,6 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
     unsound = {sample // beams for sample in report.unsound}
     found = list(zip(*columns, strict=True))[::beams][:rows]
     return [Facts(*row, sound=number not in unsound) for number, row in enumerate(found)]
-
-
-def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str, tally: Tally) -> tuple[float, bool]:
-    """Mean negative log-likelihood of `continuation`, and whether greedy decoding would say it.
-
-    The prompt is prefilled under the pipeline and the continuation is fed after it, so that a stage that reads the
-    prompt's last token sees the same as when answering.
-    """
-    inputs = encode(loaded, [prompt])
-    ids = loaded.processor.tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = ids.to(loaded.device)
-    if ids.shape[1] == 0:
-        raise InputError(f"the continuation {continuation!r} has no tokens")
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
-        first = loaded.model(**inputs, use_cache=True, logits_to_keep=1)
-        logits = first.logits[:, -1:]
-        if ids.shape[1] > 1:
-            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :-1])], 1)
-            rest = loaded.model(input_ids=ids[:, :-1], attention_mask=mask, **{CACHE: first[CACHE]}, use_cache=True)
-            logits = torch.cat([logits, rest.logits], 1)
-        report = run.report
-    if report is not None:
-        tally.notes.update(report.notes)
-        tally.unsound += bool(report.unsound)
-    logs = logits.double().log_softmax(-1)
-    chosen = logs.gather(-1, ids[..., None])[..., 0]
-    return -float(chosen.mean()), bool((logits.argmax(-1) == ids).all())
 
 
 def clock(loaded: Loaded) -> float:

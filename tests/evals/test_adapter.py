@@ -241,12 +241,6 @@ def test_the_likeliest_continuation_has_the_smallest_loss(wordy):
     assert min(pairs)[0] == pairs[0][0]
 
 
-def test_several_rounds_are_refused(loaded):
-    request = Instance("generate_until_multi_round", ("",), 0, {"task": "toy", "doc_id": 0, "repeats": 1})
-    with pytest.raises(Unsupported, match="toy"):
-        adapter(loaded).generate_until_multi_round([request])
-
-
 def test_clean_keeps_the_model(loaded):
     rows = docs(2)
     made = adapter(loaded, rows=rows)

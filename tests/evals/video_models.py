@@ -114,7 +114,7 @@ def processor(family):
     import transformers as kit
 
     names = {
-        "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor",
+        "qwen3_5": "Qwen3VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor", "qwen3_vl": "Qwen3VLProcessor",
         "llava_onevision": "LlavaOnevisionProcessor", "internvl": "InternVLProcessor",
     }  # fmt: skip
     more = {"llava_onevision": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"}}
