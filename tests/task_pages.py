@@ -101,7 +101,7 @@ def _task(name: str, file: Path, root: Path, config: Mapping[str, Any]) -> Task:
         reasons.append("sound")
     if (config.get("dataset_kwargs") or {}).get("video") or re.search(r"video|\.mp4", shown):
         reasons.append("video")
-    if any(JUDGES.search(one) for one in _scoring(file.parent, config)):
+    if not name.endswith("_static") and any(JUDGES.search(one) for one in _scoring(file.parent, config)):
         reasons.append("judge")
     packages = sorted({package for module in modules for package in _packages(module)})
     reasons += ["package"] * bool(packages)

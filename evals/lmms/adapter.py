@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,7 @@ from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
 
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 
 
@@ -58,8 +59,8 @@ class PruneKit(lmms):  # type: ignore[misc]
         """Load the model.
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
-        system_prompt: text, or a file with it. honor_until: see `generation.decoding`. max_frames, fps: see
-        `videos.Sampling`. journal: a file that keeps
+        device_map: `auto`, or a mapping as JSON text, as transformers takes it. system_prompt: text, or a file with it.
+        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: a file that keeps
         answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
         Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
         """
@@ -68,15 +69,16 @@ class PruneKit(lmms):  # type: ignore[misc]
             raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
-        if device_map not in ("", "none"):
-            raise Unsupported("device_map: this version prunes a model on one device; use device=cuda:0")
+        where = _device_map(device_map, device)
         text = self._resolve_system_prompt(str(system_prompt))
         size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
         sampling = Sampling(_count("max_frames", max_frames), None if fps in (None, "") else _number("fps", fps))
         settings = Settings(size, longest, text, honor_until, sampling)
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
-        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, download)
+        loaded = Loaded.load(
+            str(pretrained), dtype or None, device or None, attn_implementation or None, download, where
+        )
         self.setup(loaded, built, settings, journal)
 
     @classmethod
@@ -285,6 +287,24 @@ def _harness_call() -> dict[str, Any]:
             return frame.f_locals
         frame = frame.f_back
     return {}
+
+
+def _device_map(text: str | Mapping[str, Any], device: str) -> str | Mapping[str, Any] | None:
+    """A device map as transformers takes it. Raises InputError for what is none, or stands beside what excludes it."""
+    if text in ("", "none"):
+        return None
+    if device:
+        raise InputError(f"device={device} and device_map exclude one another; a device map says where parts are")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("device_map is for one process; of several each has its own device (leave it out)")
+    if isinstance(text, str) and text.startswith("{"):
+        try:
+            text = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"device_map is no JSON mapping: {error}") from error
+    elif text not in MAPS:
+        raise InputError(f"device_map={text!r} is not one of {', '.join(MAPS)}, nor a mapping as JSON text")
+    return text
 
 
 def _number(name: str, value: object) -> float:

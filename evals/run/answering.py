@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from prunekit_evals.run.prompts import Prompt
 
 import prunekit
 from prunekit import loading
-from prunekit.errors import InputError
+from prunekit.errors import InputError, Unsupported
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 
@@ -39,10 +39,18 @@ class Loaded:
     @classmethod
     def load(
         cls, name: str, dtype: str | None = None, device: str | None = None, attn: str | None = None,
-        download: bool = False,
+        download: bool = False, device_map: str | Mapping[str, int | str] | None = None,
     ) -> Loaded:  # fmt: skip
-        """Load by name, as `prunekit.loading.load` does, with a left-padding tokenizer. Raises InputError."""
-        model, processor = loading.load(name, dtype, device or default_device(), attn, download)
+        """Load by name, as `prunekit.loading.load` does, with a left-padding tokenizer. Raises InputError, and
+        Unsupported for a device map over several accelerators.
+        """
+        model, processor = loading.load(name, dtype, device or default_device(), attn, download, device_map)
+        computing = {str(one) for one in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+        if len(computing) > 1:
+            raise Unsupported(
+                f"device_map spreads the model over {', '.join(sorted(computing))}, across which pruning is not "
+                "tested; keep it on one of them, with the rest on cpu or disk, or run one process for each (torchrun)"
+            )
         where = loading.resolve(name)
         return cls(name, model_identity(where) or "unknown", model, left_padded(processor))
 
@@ -53,8 +61,9 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return torch.device(self.model.device)
+        """Where the model computes; parts that a device map keeps elsewhere come there."""
+        hook = getattr(self.model, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or self.model.device)
 
 
 @dataclass
