@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ THERE = {
     "pytz", "requests", "sacrebleu", "scipy", "tenacity", "torch", "tqdm", "transformers", "yaml", "packaging", "av",
     "accelerate", "filelock", "pyarrow", "pydantic", "regex", "typing_extensions",
 }  # fmt: skip
-FUNCTION = "!function "
+FUNCTION, NOTHING = "!function ", re.compile(r"return( \[\]| None)?")
 REFUSED = {
     "draws": "its answers are pictures, films or masks; models that are pruned here write text",
     "sound": "it plays sounds; visual tokens are what is pruned",
@@ -135,21 +136,22 @@ def _text(module: Path) -> str:
 
 @cache
 def _tree(module: Path) -> ast.Module:
-    try:
+    with warnings.catch_warnings():  # strings with escapes that are none, which as errors would end the parsing
+        warnings.simplefilter("ignore")
         return ast.parse(_text(module))
-    except SyntaxError:
-        return ast.Module([], [])
 
 
 def _source(folder: Path, function: Any) -> str:
-    """The name and the text of a function that a config names; empty for none."""
+    """The name and the text of a function that a config names; empty for none, and for one that gives nothing."""
     if not isinstance(function, str) or not function.startswith(FUNCTION):
         return str(function or "")
     module, _, name = function.removeprefix(FUNCTION).rpartition(".")
     file = folder / f"{module}.py"
     nodes = _tree(file).body if file.is_file() else []
-    bodies = [ast.unparse(node) for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
-    return " ".join([name, *bodies])
+    found = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name]
+    if found and all(NOTHING.fullmatch(ast.unparse(node.body[-1])) and len(node.body) < 3 for node in found):
+        return ""
+    return " ".join([name, *map(ast.unparse, found)])
 
 
 def _scoring(folder: Path, config: Mapping[str, Any]) -> Iterator[str]:
