@@ -112,8 +112,8 @@ def data_at(root: Path | None) -> Data:
     if stamp.is_file():
         return Data(root, hashlib.sha256(stamp.read_bytes()).hexdigest()[:12], True)
     total = hashlib.sha256()
-    for file in sorted(root.glob("*/*/**/*")):
-        if file.is_file():
+    for file in sorted(root.rglob("*")):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
             about = file.stat()
             total.update(f"{file.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
     return Data(root, total.hexdigest()[:12], False)
@@ -133,7 +133,7 @@ def build(
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
     if not named.own:
         _check_data(named.name, config, data)
-    with _inside(data):
+    with _inside(data, _videos_of(named.name, config, data)):
         task = _load(manager, named.name, "chat" if chat else "simple")
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
@@ -273,6 +273,26 @@ def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
     raise InputError(f"task '{name}' needs '{data.root / wanted}', which is not there (there is: {listed})")
 
 
+def _videos_of(name: str, config: dict[str, Any], data: Data) -> Path | None:
+    """The folder to stand in for `HF_HOME`, in which tasks look for their videos: the data root where they are there.
+
+    None leaves it. Raises InputError where they are in neither and nothing may be fetched.
+    """
+    from huggingface_hub import constants
+
+    about = config.get("dataset_kwargs") or {}
+    folder = about.get("cache_dir")
+    if not about.get("video") or not folder:
+        return None
+    if data.root is not None and (data.root / folder).exists():
+        return data.root.resolve()
+    usual = Path(os.path.expanduser(os.getenv("HF_HOME", "~/.cache/huggingface"))) / folder
+    if not usual.exists() and constants.HF_HUB_OFFLINE:
+        places = ([] if data.root is None else [str(data.root / folder)]) + [str(usual)]
+        raise InputError(f"task '{name}' looks for its videos in {' or '.join(places)}, which is not there")
+    return None
+
+
 def _load(manager: Any, name: str, kind: str) -> Any:
     from tenacity import RetryError
 
@@ -288,11 +308,12 @@ def _load(manager: Any, name: str, kind: str) -> Any:
 
 
 @contextmanager
-def _inside(data: Data) -> Iterator[None]:
+def _inside(data: Data, home: Path | None = None) -> Iterator[None]:
     """Be in the data root while a task is built: dataset names such as `org/name` are then folders, not hub ids.
 
     The datasets library caches what it read under that name alone, so that another data root, or the same one with
     other files, would be answered with the rows of the first. Each version of the data gets a cache of its own.
+    home: where tasks find their videos, which they read off `HF_HOME` while they are built; None leaves it.
     """
     if data.root is None:
         yield
@@ -304,8 +325,11 @@ def _inside(data: Data) -> Iterator[None]:
     root = data.root.resolve()
     usual = Path(datasets.config.HF_DATASETS_CACHE)
     cache = root / ".cache" / data.identity if data.micro else usual / f"prunekit-{data.identity}"
-    before, variable = Path.cwd(), os.environ.get(HARNESS_CACHE)
+    before = Path.cwd()
+    variables = {name: os.environ.get(name) for name in (HARNESS_CACHE, "HF_HOME")}
     os.environ[HARNESS_CACHE] = str(cache)
+    if home is not None:
+        os.environ["HF_HOME"] = str(home)
     datasets.config.HF_DATASETS_CACHE = cache  # GQA's own code loads a second data set, without asking lmms-eval where
     forget()
     os.chdir(root)
@@ -315,6 +339,8 @@ def _inside(data: Data) -> Iterator[None]:
         os.chdir(before)
         forget()
         datasets.config.HF_DATASETS_CACHE = usual
-        os.environ.pop(HARNESS_CACHE)
-        if variable is not None:
-            os.environ[HARNESS_CACHE] = variable
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
