@@ -363,7 +363,7 @@ class Attached:
         if self.active:
             prefill.end(last, cache)
             if inside:
-                state.passing = passing(cache)
+                state.passing, state.alike = passing(cache), len(set(self.bound.shape.layer_kinds)) < 2
                 static.seal(cache)
             else:
                 around.finish(state, cache)
