@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from prunekit_evals.lmms.own import identity
-from prunekit_evals.run import files
+from prunekit_evals.run import files, videos
 
 from prunekit.errors import InputError, UnknownName
 
@@ -129,7 +129,8 @@ def build(
     not there.
     """
     manager = _manager(named, prompt_profile)
-    config = manager._get_config(named.name)
+    with _needing(named.name):
+        config = manager._get_config(named.name)
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
     if not named.own:
         _check_data(named.name, config, data)
@@ -276,11 +277,13 @@ def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
 def _videos_of(name: str, config: dict[str, Any], data: Data) -> Path | None:
     """The folder to stand in for `HF_HOME`, in which tasks look for their videos: the data root where they are there.
 
-    None leaves it. Raises InputError where they are in neither and nothing may be fetched.
+    None leaves it. Raises InputError where they are in neither and nothing may be fetched, and without PyAV.
     """
     from huggingface_hub import constants
 
     about = config.get("dataset_kwargs") or {}
+    if about.get("video"):
+        videos.check_installed()
     folder = about.get("cache_dir")
     if not about.get("video") or not folder:
         return None
@@ -305,6 +308,18 @@ def _load(manager: Any, name: str, kind: str) -> Any:
             f"the data of task '{name}' does not load: {reason} (name a folder with it by --data-root, or let the hub "
             "be asked by --download, after `hf auth login`)"
         ) from cause
+
+
+@contextmanager
+def _needing(name: str) -> Iterator[None]:
+    """Say which module a task's own code lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the code of task '{name}' needs the module '{error.name}', which is not installed (docs/tasks.md lists "
+            "what tasks need beside prunekit)"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.model_utils import load_video
-from prunekit_evals.lmms import harness, tasks
+from prunekit_evals.lmms import harness, scoring, tasks
 from prunekit_evals.lmms.adapter import PruneKitChat, PruneKitSimple
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.run import answering, videos
@@ -308,6 +308,8 @@ def test_the_standard_video_tasks(task, films, tmp_path, monkeypatch):
     assert f"{METRICS[task]},none" in found["results"][task]
     assert [(one.visual_tokens, one.kept_tokens) for one in made.tally.facts] == [(12, 6)] * 4
     assert len(set(made.tally.images.values())) == 2
+    scored = scoring.questions(task, found["samples"][task], {n: made.tally.images[task, n] for n in range(4)})
+    assert {one.score for one in scored} <= {0.0, 1.0} and len({one.group for one in scored}) == 2
     simple = PruneKitSimple.over(video_model("qwen2_5_vl"), prunekit.load(FASTV), Settings(1, sampling=Sampling(6)))
     simple.task_dict = {task: built.task.dataset}
     asked = Instance(
@@ -330,6 +332,16 @@ def test_videos_that_are_nowhere_are_named_before_anything_is_fetched(tmp_path, 
     (root / "elsewhere").rename(tmp_path / "home" / "mlvu")
     built = tasks.build(tasks.find(["mlvu_dev"])[0], tasks.data_at(root), None)
     assert built.task.doc_to_visual(built.task.dataset["test"][1]) == [str(tmp_path / "home" / "mlvu" / "film1.mp4")]
+
+
+def test_what_a_task_lacks_is_said_before_its_data_is_looked_for(tmp_path, films, monkeypatch):
+    data = tasks.data_at(video_root(tmp_path, "mlvu_dev", films))
+    monkeypatch.setattr(videos, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="PyAV, which is not installed"):
+        tasks.build(tasks.find(["mlvu_dev"])[0], data, None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(InputError, match="'videomme' needs the module 'cv2', which is not installed"):
+        tasks.build(tasks.find(["videomme"])[0], data, None)
 
 
 def test_videos_are_part_of_the_identity_of_data(tmp_path, films):
