@@ -23,6 +23,7 @@ from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.kept import ROOM, Kept
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 from prunekit_evals.run.unanswered import listed
+from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -57,6 +58,8 @@ class Plan:
     system_prompt: str = ""
     honor_until: HonorUntil = "stops"
     prompt_profile: str | None = None
+    max_frames: int = MAX_FRAMES
+    fps: float | None = None
     download: bool = False
     force: bool = False
     timing: bool = True
@@ -213,6 +216,8 @@ class Runner:
             prompt_profile=plan.prompt_profile or "",
             versions=versions(),
             subset_seed=plan.subset_seed if plan.limit is not None else None,
+            max_frames=plan.max_frames,
+            fps=plan.fps,
         )
 
     @cached_property
@@ -320,7 +325,8 @@ class Runner:
         journal = self._journal(built.name, path)
         if plan.force:
             journal.unlink(missing_ok=True)
-        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until)
+        sampling = Sampling(plan.max_frames, plan.fps)
+        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until, sampling)
         kind = PruneKitChat if built.chat else PruneKitSimple
         self.loaded.kept.begin(built.name)
         model = kind.over(self.loaded, pipeline, settings, str(journal))

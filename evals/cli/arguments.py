@@ -62,6 +62,11 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     answers.add_argument(
         "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
     )
+    answers.add_argument(
+        "--max-frames", type=_positive, default=32, metavar="N",
+        help="of a video, evenly spread; with --fps the most that are shown; default: 32",
+    )  # fmt: skip
+    answers.add_argument("--fps", type=_rate, metavar="F", help="frames of a video for each of its seconds")
     _common(command, limit=None)
 
 
@@ -152,6 +157,17 @@ def _natural(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    """A number above 0."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of frames a second above 0")
+    return rate
 
 
 def _positive(text: str) -> int:

@@ -185,7 +185,10 @@ def plan_of(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> P
     standard = [name for name in names if name not in {one.name for one in named if one.own}]
     if namespace.subset_seed is not None and namespace.limit is None:
         raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
-    options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
+    options = (
+        "dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "max_frames",
+        "fps",
+    )  # fmt: skip
     files.folder(namespace.out)
     data = tasks.data_at(None)
     if standard:

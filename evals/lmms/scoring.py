@@ -57,12 +57,15 @@ NOT_METRICS = frozenset(
 )
 
 
+SAID = ("pred", "parsed_pred", "pred_answer")  # what tasks call a prediction beside its `answer`
+
+
 def _number(value: Any) -> float | None:
     """A score, from a number, from `{"score": ...}`, or from a prediction beside its answer."""
     if isinstance(value, Mapping):
         if "score" in value:
             return _number(value["score"])
-        said = value.get("pred", value.get("parsed_pred"))
+        said = next((value[name] for name in SAID if name in value), None)
         if isinstance(said, str) and isinstance(value.get("answer"), str):
             return float(said.strip().lower() == value["answer"].strip().lower())
         return None

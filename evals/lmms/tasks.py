@@ -17,7 +17,7 @@ from typing import Any
 
 from prunekit_evals.lmms import parts
 from prunekit_evals.lmms.own import identity
-from prunekit_evals.run import files
+from prunekit_evals.run import files, videos
 
 from prunekit.errors import InputError, UnknownName
 
@@ -114,8 +114,8 @@ def data_at(root: Path | None) -> Data:
     if stamp.is_file():
         return Data(root, hashlib.sha256(stamp.read_bytes()).hexdigest()[:12], True)
     total = hashlib.sha256()
-    for file in sorted(root.glob("*/*/**/*")):
-        if file.is_file():
+    for file in sorted(root.rglob("*")):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
             about = file.stat()
             total.update(f"{file.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
     return Data(root, total.hexdigest()[:12], False)
@@ -131,11 +131,12 @@ def build(
     not there.
     """
     manager = _manager(named, prompt_profile)
-    config = manager._get_config(named.name)
+    with _needing(named.name):
+        config = manager._get_config(named.name)
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
     if not named.own:
         _check_data(named.name, config, data)
-    with _inside(data):
+    with _inside(data, _videos_of(named.name, config, data)):
         task = _load(manager, named.name, "chat" if chat else "simple")
     if data.rows is not None:
         rows = tuple(data.rows[named.name])
@@ -278,6 +279,28 @@ def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
     raise InputError(f"task '{name}' needs '{data.root / wanted}', which is not there (there is: {listed})")
 
 
+def _videos_of(name: str, config: dict[str, Any], data: Data) -> Path | None:
+    """The folder to stand in for `HF_HOME`, in which tasks look for their videos: the data root where they are there.
+
+    None leaves it. Raises InputError where they are in neither and nothing may be fetched, and without PyAV.
+    """
+    from huggingface_hub import constants
+
+    about = config.get("dataset_kwargs") or {}
+    if about.get("video"):
+        videos.check_installed()
+    folder = about.get("cache_dir")
+    if not about.get("video") or not folder:
+        return None
+    if data.root is not None and (data.root / folder).exists():
+        return data.root.resolve()
+    usual = Path(os.path.expanduser(os.getenv("HF_HOME", "~/.cache/huggingface"))) / folder
+    if not usual.exists() and constants.HF_HUB_OFFLINE:
+        places = ([] if data.root is None else [str(data.root / folder)]) + [str(usual)]
+        raise InputError(f"task '{name}' looks for its videos in {' or '.join(places)}, which is not there")
+    return None
+
+
 def _load(manager: Any, name: str, kind: str) -> Any:
     from tenacity import RetryError
 
@@ -293,11 +316,24 @@ def _load(manager: Any, name: str, kind: str) -> Any:
 
 
 @contextmanager
-def _inside(data: Data) -> Iterator[None]:
+def _needing(name: str) -> Iterator[None]:
+    """Say which module a task's own code lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the code of task '{name}' needs the module '{error.name}', which is not installed (docs/tasks.md lists "
+            "what tasks need beside prunekit)"
+        ) from error
+
+
+@contextmanager
+def _inside(data: Data, home: Path | None = None) -> Iterator[None]:
     """Be in the data root while a task is built: dataset names such as `org/name` are then folders, not hub ids.
 
     The datasets library caches what it read under that name alone, so that another data root, or the same one with
     other files, would be answered with the rows of the first. Each version of the data gets a cache of its own.
+    home: where tasks find their videos, which they read off `HF_HOME` while they are built; None leaves it.
     """
     if data.root is None:
         yield
@@ -309,8 +345,11 @@ def _inside(data: Data) -> Iterator[None]:
     root = data.root.resolve()
     usual = Path(datasets.config.HF_DATASETS_CACHE)
     cache = root / ".cache" / data.identity if data.micro else usual / f"prunekit-{data.identity}"
-    before, variable = Path.cwd(), os.environ.get(HARNESS_CACHE)
+    before = Path.cwd()
+    variables = {name: os.environ.get(name) for name in (HARNESS_CACHE, "HF_HOME")}
     os.environ[HARNESS_CACHE] = str(cache)
+    if home is not None:
+        os.environ["HF_HOME"] = str(home)
     datasets.config.HF_DATASETS_CACHE = cache  # GQA's own code loads a second data set, without asking lmms-eval where
     forget()
     os.chdir(root)
@@ -320,6 +359,8 @@ def _inside(data: Data) -> Iterator[None]:
         os.chdir(before)
         forget()
         datasets.config.HF_DATASETS_CACHE = usual
-        os.environ.pop(HARNESS_CACHE)
-        if variable is not None:
-            os.environ[HARNESS_CACHE] = variable
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit_evals.run import files
+from prunekit_evals.run.videos import MAX_FRAMES
 
 from prunekit.errors import InputError
 
@@ -26,7 +27,8 @@ class Conditions:
 
     model: as the user wrote it; identity: of its weights. dtype: `checkpoint` leaves it to the checkpoint.
     data: identity of the task data. limit: questions asked for, None for all. subset_seed: they were drawn with it;
-    None: they are the first ones. code: identity of the code that ran.
+    None: they are the first ones. max_frames, fps: of videos, see `videos.Sampling`. code: identity of the code that
+    ran.
     """
 
     model: str
@@ -43,6 +45,8 @@ class Conditions:
     prompt_profile: str
     versions: Mapping[str, str]
     subset_seed: int | None = None
+    max_frames: int = MAX_FRAMES
+    fps: float | None = None
 
     def title(self) -> str:
         """One line for the head of a table."""

@@ -1,10 +1,16 @@
 """The adapter against hand-made requests: layouts, batches, padding, journal, likelihoods, identity."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from PIL import Image
 from PIL.ExifTags import Base
+from prunekit_evals.lmms import tasks
 from prunekit_evals.lmms.adapter import PruneKit, PruneKitChat, PruneKitSimple
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.run import answering
@@ -243,12 +249,6 @@ def test_the_likeliest_continuation_has_the_smallest_loss(wordy):
     assert min(pairs)[0] == pairs[0][0]
 
 
-def test_several_rounds_are_refused(loaded):
-    request = Instance("generate_until_multi_round", ("",), 0, {"task": "toy", "doc_id": 0, "repeats": 1})
-    with pytest.raises(Unsupported, match="toy"):
-        adapter(loaded).generate_until_multi_round([request])
-
-
 def test_clean_keeps_the_model(loaded):
     rows = docs(2)
     made = adapter(loaded, rows=rows)
@@ -300,7 +300,7 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(arguments, messag
 @pytest.mark.parametrize(("said", "meant"), [("no", False), (False, False), (0, False), ("yes", True), (True, True)])
 def test_no_means_no(said, meant, monkeypatch):
     def load(*given):
-        raise InputError(f"download is {given[-1]}")
+        raise InputError(f"download is {given[4]}")
 
     monkeypatch.setattr(answering.Loaded, "load", load)
     with pytest.raises(InputError, match=f"download is {meant}"):
@@ -313,16 +313,109 @@ def test_a_system_prompt_that_is_not_utf_8_is_refused(tmp_path):
         PruneKitChat(pretrained="x", system_prompt=str(tmp_path / "prompt.txt"))
 
 
-def test_device_maps_and_misfits_are_refused(loaded):
-    with pytest.raises(Unsupported, match="device_map"):
-        PruneKitChat(pretrained="x", device_map="auto")
+def test_misfits_are_refused(loaded):
     with pytest.raises(SpecError, match="no layer 40"):
         adapter(loaded, {"name": "far", "stages": [{"use": "fastv", "at": 40, "keep": 0.5}]})
 
 
-def test_prompts_know_pictures_only(loaded):
-    for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
-        with pytest.raises(Unsupported, match="images only"):
+def test_wrong_device_maps_are_refused(monkeypatch):
+    for wrong, message in (
+        ({"device_map": "split"}, "not one of auto"),
+        ({"device_map": "{cpu}"}, "no JSON mapping"),
+        ({"device_map": "auto", "device": "cpu"}, "exclude one another"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PruneKitChat(pretrained="x", **wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="for one process"):
+        PruneKitChat(pretrained="x", device_map="auto")
+
+
+def test_parts_on_the_disk_answer_as_one_piece(loaded, checkpoint, tmp_path, monkeypatch):
+    places = ("model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens")
+    places += ("model.language_model.norm", "model.language_model.rotary_emb", "lm_head")
+    where = dict.fromkeys(places, "cpu")
+    where |= {f"model.language_model.layers.{n}": ("cpu", "disk")[n % 2] for n in range(4)}
+    about = {"pipeline": json.dumps(FASTV), "device_map": json.dumps(where), "batch_size": 3}
+    spread = PruneKitChat(pretrained=str(checkpoint), **about)
+    assert spread.loaded.model.hf_device_map["model.language_model.layers.1"] == "disk"
+    rows = docs(5)
+    spread.task_dict = {"toy": {"test": rows}}
+    asked = requests(rows, chat=True)
+    assert texts(spread.generate_until(asked)) == texts(adapter(loaded, rows=rows, batch_size=3).generate_until(asked))
+    assert spread.device == torch.device("cpu")
+    monkeypatch.setattr(spread.loaded.model, "hf_device_map", {"a": 0, "b": 1, "c": "cpu"})
+    monkeypatch.setattr(answering.loading, "load", lambda *_: (spread.loaded.model, None))
+    with pytest.raises(Unsupported, match="spreads the model over 0, 1, across which"):
+        answering.Loaded.load("x", device_map="auto")
+
+
+def test_each_process_takes_its_share(loaded, data_root, tmp_path, monkeypatch):
+    """Two ranks by the rule of lmms-eval: no question twice, none left out, and the answers of one process."""
+    built = tasks.build(tasks.find(["pope"])[0], tasks.data_at(data_root), None)
+
+    def answers(rank, world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        made = adapter(loaded, journal=tmp_path / f"{world}.jsonl", batch_size=4)
+        made.task_dict = {"pope": built.task.dataset}
+        built.task._instances = []
+        built.task.build_all_requests(limit=11, rank=rank, world_size=world)
+        said = texts(made.generate_until(built.task.instances))
+        made.clean()
+        assert (made.rank, made.world_size) == (rank, world)
+        return {request.doc_id: text for request, text in zip(built.task.instances, said, strict=True)}
+
+    whole, first, second = answers(0, 1), answers(0, 2), answers(1, 2)
+    assert not set(first) & set(second) and len(first) == 6
+    assert first | second == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl.rank0", "2.jsonl.rank1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_with_two_processes(checkpoint, data_root, tmp_path):
+    """Over gloo on the CPU: the scores and the answers of one process."""
+    found = {}
+    for world in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        command = [
+            sys.executable, *launch, "-m", "lmms_eval", "--model", "prunekit", "--tasks", "pope", "--batch_size", "4",
+            "--device", "cpu", "--model_args", f"pretrained={checkpoint},pipeline={json.dumps(FASTV)}", "--limit", "11",
+            "--output_path", str(tmp_path / str(world)), "--log_samples",
+        ]  # fmt: skip
+        own = {**os.environ, "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=data_root, env=own, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads(next((tmp_path / str(world)).rglob("*_results.json")).read_text())
+        lines = next((tmp_path / str(world)).rglob("*_samples_pope.jsonl")).read_text().splitlines()
+        samples = sorted((one["doc_id"], one["filtered_resps"]) for one in map(json.loads, lines))
+        found[world] = (results["results"]["pope"], samples)
+    assert found[1] == found[2] and len(found[1][1]) == 11
+
+
+def test_several_images_between_words(loaded):
+    """Where a message puts an image, the prompt shows it, and each is pruned."""
+    parts = [("text", "First "), ("image", picture(1)), ("text", " then "), ("image", picture(2)), ("text", ": same?")]
+    content = [{"type": kind, "text" if kind == "text" else "url": value} for kind, value in parts]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [{"type": "image", "url": picture(3)}, {"type": "text", "text": "And this?"}]},
+    ]
+    prompt = from_messages(turns, loaded.processor, "")
+    assert prompt.text == (
+        "USER: First <image>\n then <image>\n: same?\nASSISTANT: no\nUSER: <image>\nAnd this?\nASSISTANT:"
+    )
+    tally = answering.Tally()
+    fastv = {"stages": [{"use": "fastv", "at": 2, "keep": 0.25}]}
+    (said,) = answering.answer(loaded, prunekit.load(fastv), [prompt], decoding({}, 2), tally)
+    assert (said.facts.visual_tokens, said.facts.kept_tokens) == (48, 12)
+
+
+def test_prompts_know_pictures_and_videos_only(loaded):
+    for part in ({"type": "audio", "url": "x.wav"}, {"type": "image", "url": "x.wav"}):
+        with pytest.raises(Unsupported, match="images and videos only"):
             from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from prunekit_evals import runner
 from prunekit_evals.compare import tables
 from prunekit_evals.lmms import harness, tasks
-from prunekit_evals.run import answering, files, reading, results, unanswered
+from prunekit_evals.run import answering, files, likelihoods, reading, results, unanswered
 from prunekit_evals.run.answering import Tally
 from prunekit_evals.run.journal import Answer, Facts, Journal
 from prunekit_evals.run.prompts import Prompt
@@ -464,12 +464,12 @@ def test_a_journal_remembers_which_answers_were_unsound(tmp_path):
 
 def test_likelihoods_that_are_not_finite_are_counted(loaded):
     prompt, tally = Prompt("USER: <image>\nIs it? ASSISTANT:", (Image.new("RGB", (64, 64)),)), Tally()
-    answering.loss(loaded, prunekit.load(FASTV), prompt, " yes", tally)
+    likelihoods.losses(loaded, prunekit.load(FASTV), prompt, [" yes"], 1, tally)
     assert tally.unsound == 0
     head = loaded.model.lm_head.forward
     loaded.model.lm_head.forward = lambda states: head(states) * float("nan")
     try:
-        answering.loss(loaded, prunekit.load(FASTV), prompt, " yes", tally)
+        likelihoods.losses(loaded, prunekit.load(FASTV), prompt, [" yes"], 1, tally)
     finally:
         del loaded.model.lm_head.forward
     assert tally.unsound == 1 and any(note.startswith("logits, samples 0: ") for note in tally.notes)
