@@ -14,19 +14,23 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from PIL import ImageFile
 from prunekit_evals.lmms.requests import Question, Settings, flat, read
 from prunekit_evals.run import answering
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
 from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
-from prunekit_evals.run.prompts import from_visuals
+from prunekit_evals.run.placeholders import holds
+from prunekit_evals.run.prompts import from_visuals, placeholder
+from prunekit_evals.run.unanswered import Unanswered
 
 import prunekit
 from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
 
+UNANSWERED = Answer("", 0, 0)
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 
 
@@ -49,7 +53,7 @@ class PruneKit(lmms):  # type: ignore[misc]
         system_prompt: str = "",
         honor_until: HonorUntil = "stops",
         journal: str = "",
-        download: bool = False,
+        download: bool | str | int = False,
         **unknown: object,
     ) -> None:
         """Load the model.
@@ -66,13 +70,26 @@ class PruneKit(lmms):  # type: ignore[misc]
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
         if device_map not in ("", "none"):
             raise Unsupported("device_map: this version prunes a model on one device; use device=cuda:0")
-        text = self._resolve_system_prompt(str(system_prompt))
+        texts = {
+            "pretrained": pretrained, "pipeline": pipeline, "device": device, "dtype": dtype, "journal": journal,
+            "attn_implementation": attn_implementation, "system_prompt": system_prompt,
+        }  # fmt: skip
+        for name, value in texts.items():
+            _text(name, value)
+        fetch = _flag("download", download)
+        text = self._system_prompt(str(system_prompt))
         size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
         settings = Settings(size, longest, text, honor_until)
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
-        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, download)
+        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, fetch)
         self.setup(loaded, built, settings, journal)
+
+    def _system_prompt(self, given: str) -> str:
+        try:
+            return str(self._resolve_system_prompt(given))
+        except UnicodeDecodeError as error:
+            raise InputError(f"system_prompt: the file '{given}' is not UTF-8 (convert it)") from error
 
     @classmethod
     def over(cls, loaded: Loaded, pipeline: Pipeline, settings: Settings, journal: str = "") -> PruneKit:
@@ -89,6 +106,9 @@ class PruneKit(lmms):  # type: ignore[misc]
         pipeline.bind(families.shape_of(loaded.model))
         self.journal = Journal(journal_file(journal, self._rank, self._world_size))
         self.tally = Tally()
+        self.unanswered = Unanswered()
+        # lmms-eval lets PIL fill truncated images up with grey; `prunekit run` refuses them, and so does this.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.batch_sizes = {"generate_until": settings.batch_size}
         self.progress: Callable[[int], None] = lambda answered: None
         self._code = code_identity(pipeline)
@@ -158,13 +178,13 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers: dict[int, Answer] = {}
         before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
         for batch in self._batches(requests, answers):
-            answered = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
+            batch, answered = self._answered(batch)
             self.tally.add(answered, journaled=False)
             self.journal.add((one.key, each) for one, each in zip(batch, answered, strict=True))
             answers |= {one.place: each for one, each in zip(batch, answered, strict=True)}
             self.progress(len(batch))
         self._log(*before)
-        results = (answers[place] for place in range(len(requests)))
+        results = (answers.get(place, UNANSWERED) for place in range(len(requests)))
         return [GenerationResult(each.text, TokenCounts(each.input_tokens, each.output_tokens)) for each in results]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -177,7 +197,8 @@ class PruneKit(lmms):  # type: ignore[misc]
             context, continuation, *rest = request.args
             doc = self.doc(*rest[1:]) if rest else {}
             visuals = flat(rest[0](doc)) if rest else []
-            prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
+            own = holds(doc, placeholder(self.loaded.processor))
+            prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt, own=own)
             self.tally.saw(request.task_name, request.doc_id, prompt)
             said = continuation(doc) if callable(continuation) else continuation
             found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
@@ -189,12 +210,43 @@ class PruneKit(lmms):  # type: ignore[misc]
         """Not supported by this version."""
         raise Unsupported(f"task '{requests[0].task_name}' asks in several rounds, which this version does not support")
 
+    def _answered(self, batch: list[Question]) -> tuple[list[Question], list[Answer]]:
+        """Those of a batch that can be answered, with their answers: all together, or each alone where that fails."""
+        asked = [one.prompt for one in batch]
+        try:
+            answered = answer(self.loaded, self.pipeline, asked, batch[0].how, self.tally)
+        except Exception as error:
+            if not self.unanswered.tolerant:
+                raise
+            if len(batch) == 1:
+                self._give_up(batch[0].task, batch[0].number, error)
+                return [], []
+            alone = [self._answered([one]) for one in batch]
+            return [one for some, _ in alone for one in some], [one for _, some in alone for one in some]
+        self.unanswered.interrupt()
+        return batch, answered
+
+    def _give_up(self, task: str, number: int, error: Exception) -> None:
+        """Count a question as one that cannot be answered."""
+        self.unanswered.add(task, number, error)
+        self.progress(1)
+
+    def _read(self, place: int, request: Instance, seen: dict[str, int]) -> Question | None:
+        """The question of a request; None where it cannot be asked, as with a damaged image."""
+        try:
+            return read(place, request, self, seen)
+        except Exception as error:
+            self._give_up(request.task_name, request.doc_id, error)
+            return None
+
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
         waiting: dict[tuple[bool, Decoding], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
-            question = read(place, request, self, seen)
+            question = self._read(place, request, seen)
+            if question is None:
+                continue
             self.tally.saw(request.task_name, request.doc_id, question.prompt)
             if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
                 self.tally.first_prompts.append(question.prompt)
@@ -244,6 +296,19 @@ def _harness_call() -> dict[str, Any]:
             return frame.f_locals
         frame = frame.f_back
     return {}
+
+
+def _text(name: str, value: object) -> None:
+    """Raise InputError for what lmms-eval read as true or false."""
+    if isinstance(value, bool):
+        raise InputError(f"{name} must be text, not '{value}'")
+
+
+def _flag(name: str, value: object) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise InputError(f"{name} must be true or false, not '{value}'")
+    return words[str(value).lower()]
 
 
 def _count(name: str, value: object) -> int:

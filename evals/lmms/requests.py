@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
 from prunekit_evals.run.journal import key_of
-from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals
+from prunekit_evals.run.placeholders import holds
+from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals, placeholder
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance
@@ -28,9 +29,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Question:
-    """One request, ready to be answered. `place` is its number among the requests, `key` its name in the journal."""
+    """One request, ready to be answered. `place` is its number among the requests, `key` its name in the journal.
+
+    task, number: which document of which task it is about.
+    """
 
     place: int
+    task: str
+    number: int
     key: str
     prompt: Prompt
     how: Decoding
@@ -60,10 +66,18 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     processor, settings = asked.loaded.processor, asked.settings
     if callable(rest[0]):
         to_messages, arguments, *where = rest
-        prompt = from_messages(to_messages(asked.doc(*where)), processor, settings.system_prompt)
+
+        def make() -> Prompt:
+            return from_messages(to_messages(asked.doc(*where)), processor, settings.system_prompt)
     else:
         arguments, to_visual, *where = rest
-        prompt = from_visuals(flat(to_visual(asked.doc(*where))), context, processor, settings.system_prompt)
+
+        def make() -> Prompt:
+            doc = asked.doc(*where)
+            own = holds(doc, placeholder(processor))
+            return from_visuals(flat(to_visual(doc)), context, processor, settings.system_prompt, own=own)
+
+    prompt = asked.loaded.kept.prompt((request.idx, str(context), *where), make)
     key = key_of(
         task=request.task_name,
         doc=request.doc_id,
@@ -75,7 +89,7 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     )
     times = seen[key] = seen.get(key, 0) + 1
     how = decoding(arguments, settings.max_new_tokens, settings.honor_until)
-    return Question(place, key if times == 1 else f"{key}#{times}", prompt, how)
+    return Question(place, request.task_name, request.doc_id, key if times == 1 else f"{key}#{times}", prompt, how)
 
 
 def flat(visuals: Any) -> list[Any]:

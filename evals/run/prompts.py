@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit_evals.run.placeholders import texts_only
+
 from prunekit.errors import InputError, Unsupported
+from prunekit.image_files import read_image, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,8 +44,8 @@ class Prompt:
 def from_messages(asked: Sequence[Mapping[str, Any]], processor: Any, system_prompt: str) -> Prompt:
     """The prompt of a chat request: messages whose content lists `text` and `image` parts (the image under `url`).
 
-    A system prompt takes the place of the task's own. Raises Unsupported for video and audio, InputError for a model
-    without a chat template.
+    A system prompt takes the place of the task's own. A placeholder in a text is text. Raises Unsupported for video
+    and audio, InputError for a model without a chat template.
     """
     images: list[Image] = []
     messages: list[Message] = []
@@ -53,13 +56,17 @@ def from_messages(asked: Sequence[Mapping[str, Any]], processor: Any, system_pro
     if system_prompt:
         system = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
         messages = [system, *(message for message in messages if message["role"] != "system")]
-    return Prompt(render(processor, messages), tuple(images))
+    return Prompt(render(processor, texts_only(messages, processor)), tuple(images))
 
 
-def from_visuals(visuals: Sequence[Any], context: str, processor: Any, system_prompt: str) -> Prompt:
-    """The prompt of a simple request. Images stand first, unless the text holds one placeholder for each of them."""
-    placeholder = getattr(processor, "image_token", None) or "<image>"
-    pieces = context.split(placeholder)
+def from_visuals(
+    visuals: Sequence[Any], context: str, processor: Any, system_prompt: str, own: bool = False
+) -> Prompt:
+    """The prompt of a simple request. Images stand first, unless the task wrote one placeholder for each of them.
+
+    own: whether the data itself has the placeholder; it is text then.
+    """
+    pieces = [context] if own else context.split(placeholder(processor))
     parts: list[Message] = [{"type": "image", "url": visual} for visual in visuals]
     if parts and len(pieces) == len(parts) + 1:
         texts = [{"type": "text", "text": piece} for piece in pieces]
@@ -68,6 +75,11 @@ def from_visuals(visuals: Sequence[Any], context: str, processor: Any, system_pr
     else:
         parts.append({"type": "text", "text": context})
     return from_messages([{"role": "user", "content": parts}], processor, system_prompt)
+
+
+def placeholder(processor: Any) -> str:
+    """What stands for an image in the text of a simple request."""
+    return getattr(processor, "image_token", None) or "<image>"
 
 
 def render(processor: Any, messages: Sequence[Message]) -> str:
@@ -91,8 +103,7 @@ def _image(source: Any) -> Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return upright(source)
     if isinstance(source, str | Path) and Path(source).suffix.lower() in IMAGE_SUFFIXES:
-        with Image.open(source) as image:
-            return image.convert("RGB")
+        return read_image(source)
     raise Unsupported(f"the task shows {str(source)[:60]!r}; this version prunes images only")
