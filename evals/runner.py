@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+import yaml
 from prunekit_evals.bench.prefill import measure_prefill
 from prunekit_evals.lmms import harness, quiet, scoring, tasks
 from prunekit_evals.lmms.tasks import Built, Data, Named
-from prunekit_evals.run import claims, results
+from prunekit_evals.run import claims, receipts, results, seeds, unanswered
 from prunekit_evals.run.answering import Loaded, Tally, device_type
+from prunekit_evals.run.files import CannotWrite
 from prunekit_evals.run.generation import HonorUntil
 from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.kept import ROOM, Kept
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
+from prunekit_evals.run.unanswered import listed
+from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -32,7 +36,9 @@ HELD = 0.5  # seconds until a cell that another process computes is looked for a
 
 @dataclass(frozen=True)
 class Plan:
-    """What to evaluate. data: where task data is. limit: questions a task, None for all. force: also what is there.
+    """What to evaluate. data: where task data is. limit: questions a task, None for all. subset_seed: drawn
+    with it, not the first. force: also what is there.
+    unanswered: whether questions that cannot be answered count as wrong, or fail their cell at its end.
 
     Raises InputError for two pipelines of one name, which results and tables could not tell apart.
     """
@@ -43,6 +49,7 @@ class Plan:
     data: Data
     out: Path
     limit: int | None = None
+    subset_seed: int | None = None
     batch_size: int = 8
     dtype: str | None = None
     device: str | None = None
@@ -51,9 +58,12 @@ class Plan:
     system_prompt: str = ""
     honor_until: HonorUntil = "stops"
     prompt_profile: str | None = None
+    max_frames: int = MAX_FRAMES
+    fps: float | None = None
     download: bool = False
     force: bool = False
     timing: bool = True
+    unanswered: Literal["wrong", "fail"] = "wrong"
 
     def __post_init__(self) -> None:
         by_name: dict[str, Pipeline] = {}
@@ -205,11 +215,23 @@ class Runner:
             honor_until=plan.honor_until,
             prompt_profile=plan.prompt_profile or "",
             versions=versions(),
+            subset_seed=plan.subset_seed if plan.limit is not None else None,
+            max_frames=plan.max_frames,
+            fps=plan.fps,
         )
+
+    @cached_property
+    def data(self) -> dict[str, Data]:
+        """By task where it takes its data: what the plan says, but those of the user's own."""
+        return {named.name: tasks.data_of(named, self.plan.data) for named in self.plan.tasks}
+
+    def conditions_of(self, task: str) -> Conditions:
+        """The conditions of its cells."""
+        return replace(self.conditions, data=self.data[task].identity)
 
     def path(self, task: str, pipeline: Pipeline) -> Path:
         """The file of a cell."""
-        return results.cell_path(self.plan.out, self.conditions, self.ids[pipeline.sha], task)
+        return results.cell_path(self.plan.out, self.conditions_of(task), self.ids[pipeline.sha], task)
 
     def _all(self) -> Iterator[tuple[Named, Pipeline]]:
         return ((named, pipeline) for named in self.plan.tasks for pipeline in self.plan.pipelines)
@@ -222,13 +244,15 @@ class Runner:
             return None
         with suppress(InputError):  # a damaged cell is computed again
             cell = results.read(path)
-            return cell if cell.status == "done" or now != before else None
+            strict = self.plan.unanswered == "fail" and cell.unanswered
+            return cell if (cell.status == "done" and not strict) or now != before else None
         return None
 
     def _pipeline_id(self, pipeline: Pipeline) -> PipelineId:
         bound = pipeline.bind(self.shape)
         dense = not bound.acts
-        return PipelineId(pipeline.name, pipeline.sha, dense, pipeline.resolved, code_identity(pipeline))
+        drawn = tuple(seeds.seeds(yaml.safe_load(pipeline.resolved)))
+        return PipelineId(pipeline.name, pipeline.sha, dense, pipeline.resolved, code_identity(pipeline), drawn)
 
     def _made(self, named: Named, pipeline: Pipeline) -> Cell:
         """A new cell, written. A task that cannot be built is one reason why it failed."""
@@ -238,6 +262,8 @@ class Runner:
             built = self._build(named)
             self.progress.cell(pipeline.name, cell.label, built.questions)
             return self._finish(self._compute(cell, built, pipeline))
+        except CannotWrite:
+            raise
         except Exception as error:
             return self._finish(cell, error)
 
@@ -247,7 +273,8 @@ class Runner:
             plan = self.plan
             try:
                 with quiet.harness():
-                    self._task = named, tasks.build(named, plan.data, plan.limit, plan.prompt_profile)
+                    data = self.data[named.name]
+                    self._task = named, tasks.build(named, data, plan.limit, plan.prompt_profile, plan.subset_seed)
             except Exception as error:
                 self._task = named, error
         built = self._task[1]
@@ -256,20 +283,20 @@ class Runner:
         return built
 
     def _empty(self, named: Named, pipeline: Pipeline) -> Cell:
-        which = self.ids[pipeline.sha]
+        which, conditions = self.ids[pipeline.sha], self.conditions_of(named.name)
         return Cell(
-            id=results.cell_id(self.conditions, which, named.name),
+            id=results.cell_id(conditions, which, named.name),
             status="failed",
             task=named.name,
-            label=self.plan.data.label(named.name),
+            label=self.data[named.name].label(named.name),
             pipeline=which,
-            conditions=self.conditions,
+            conditions=conditions,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def _finish(self, cell: Cell, error: Exception | None = None) -> Cell:
         if error is not None:
-            cell = replace(cell, error=harness.reason(error))
+            cell = replace(cell, error=unanswered.reason(error))
         path = results.path_of(self.plan.out, cell)
         results.write(path, cell)
         if cell.status == "done":
@@ -298,15 +325,21 @@ class Runner:
         journal = self._journal(built.name, path)
         if plan.force:
             journal.unlink(missing_ok=True)
-        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until)
+        sampling = Sampling(plan.max_frames, plan.fps)
+        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until, sampling)
         kind = PruneKitChat if built.chat else PruneKitSimple
         self.loaded.kept.begin(built.name)
         model = kind.over(self.loaded, pipeline, settings, str(journal))
         model.progress = self.progress.advance
+        model.unanswered.tolerant = True
         with model.journal:
             evaluated = harness.evaluate(model, built, path.with_suffix(".files"))
         images = {number: image for (task, number), image in model.tally.images.items() if task == built.name}
-        done = scoring.questions(built.name, evaluated["samples"][built.name], images)
+        lost = model.unanswered.of(built.name)
+        done = scoring.questions(built.name, evaluated["samples"][built.name], images, lost)
+        self._judge(lost, len(done))
+        if built.numbers is not None:
+            done = tuple(replace(one, number=built.numbers[one.number]) for one in done)
         return replace(
             cell,
             status="done",
@@ -315,9 +348,20 @@ class Runner:
             questions=done,
             saved=harness.saved(model.tally),
             timing=self._timing(model.tally, pipeline),
-            notes=tuple(sorted(model.tally.notes)),
+            notes=(*sorted(model.tally.notes), *receipts.missed(model.tally.facts)),
             unsound=model.tally.unsound,
+            empty=sum(not (one.answer.strip() or one.error) for one in done),
+            executed=receipts.executed(model.tally.facts),
+            foretold=receipts.foretold(model.tally.facts, pipeline, self.shape),
         )
+
+    def _judge(self, lost: Mapping[int, str], asked: int) -> None:
+        """Raise InputError where questions that could not be answered fail the cell."""
+        if len(lost) == asked:
+            raise InputError(f"no question could be answered: {listed(lost)}")
+        if lost and self.plan.unanswered == "fail":
+            count = f"{len(lost)} of {asked} questions could not be answered"
+            raise InputError(f"{count}: {listed(lost)} (--unanswered wrong counts them as wrong)")
 
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:
         seconds = tally.seconds / tally.computed if tally.computed else None

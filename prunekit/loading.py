@@ -57,11 +57,14 @@ def load(
     device: torch.device | str | None = None,
     attn: str | None = None,
     download: bool = False,
+    device_map: str | Mapping[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model in evaluation mode, with its processor.
 
     dtype: None takes float32 on the CPU and the checkpoint's own elsewhere. device: None takes a GPU if there is one.
     attn: transformers' `attn_implementation`; None takes its default. download: whether a hub may be asked.
+    device_map: transformers' own, in the place of `device`: which parts are kept on which device; accelerate brings
+    those on `cpu` or `disk` to where they compute.
     Images are always prepared by the PIL backend, so that scores do not depend on what else is installed.
     Raises InputError when the model is not there, is not a vision-language model, lacks weights or has more than its
     config knows, or for an unknown dtype or device.
@@ -72,7 +75,9 @@ def load(
     path = resolve(name)
     target = device_of(device)
     kind = dtype_of(dtype) if dtype is not None else ("auto" if target.type != "cpu" else dtype_of("float32"))
-    extra = {"attn_implementation": attn} if attn else {}
+    extra: dict[str, Any] = {"attn_implementation": attn} if attn else {}
+    if device_map is not None:
+        extra["device_map"] = device_map
     _check_present(name, path)
     with _explained(path, download):
         local: dict[str, Any] = {"local_files_only": not download}
@@ -81,7 +86,7 @@ def load(
             path, dtype=kind, output_loading_info=True, **local, **extra
         )
     _check_weights(path, loaded)
-    return model.to(target).eval(), processor
+    return (model if device_map is not None else model.to(target)).eval(), processor
 
 
 def _check_present(name: str | Path, path: Path | str) -> None:

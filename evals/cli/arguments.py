@@ -42,6 +42,9 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         help="a folder with <organisation>/<dataset>/ as on the hub; default: the hub's local cache; "
         "for bundled models the bundled benchmark",
     )  # fmt: skip
+    command.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own: YAML files of lmms-eval"
+    )
     answers = command.add_argument_group("how answers are made (all of it is recorded)")
     answers.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
     answers.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
@@ -59,6 +62,11 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     answers.add_argument(
         "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
     )
+    answers.add_argument(
+        "--max-frames", type=_positive, default=32, metavar="N",
+        help="of a video, evenly spread; with --fps the most that are shown; default: 32",
+    )  # fmt: skip
+    answers.add_argument("--fps", type=_rate, metavar="F", help="frames of a video for each of its seconds")
     _common(command, limit=None)
 
 
@@ -111,6 +119,14 @@ def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
         "--limit", type=_positive, default=limit, metavar="N",
         help=f"questions a task; default: {'all' if limit is None else limit} (never splits a pair of MME)",
     )  # fmt: skip
+    command.add_argument(
+        "--subset-seed", type=_natural, metavar="N", help="draw the questions of --limit at random, not the first ones"
+    )
+    command.add_argument(
+        "--unanswered", choices=("wrong", "fail"), default="wrong",
+        help="questions that cannot be answered, such as one with a damaged image, are named and count as wrong "
+        "(default), or fail their cell at its end",
+    )  # fmt: skip
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
     command.add_argument("--force", action="store_true", help="compute again what is there")
     command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
@@ -134,6 +150,24 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
         return int(getattr(commands, name)(namespace))
 
     return run
+
+
+def _natural(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    """A number above 0."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of frames a second above 0")
+    return rate
 
 
 def _positive(text: str) -> int:

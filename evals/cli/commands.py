@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit_evals.lmms import quiet
+from prunekit_evals.run import files
+from prunekit_evals.run.files import CannotWrite
 from prunekit_evals.run.variants import Variation, drawn, expand, read_grid
 
 import prunekit
+from prunekit.cli.prompts import is_text
 from prunekit.errors import Fault, InputError, SpecError
 from prunekit.pipeline.build import Pipeline
 
@@ -33,12 +36,12 @@ DEMO_TASKS = ("pope", "gqa", "mmbench_en_dev_static")
 
 def evaluate(namespace: argparse.Namespace) -> int:
     """Run the cells that are missing and show the table. 1 when cells failed."""
-    _ready(namespace)
+    ready(namespace)
     variation = Variation(tuple(namespace.overrides), read_grid(namespace.grid), namespace.seeds)
     pipelines = load_all(namespace.pipelines, variation, dense=not namespace.no_dense)
     if variation.seeds > 1 and not any(map(drawn, pipelines)):
         say(f"--seeds {variation.seeds}: none of these pipelines draws at random, so each runs once")
-    plan = _plan(namespace, pipelines)
+    plan = plan_of(namespace, pipelines)
     outcome = go(plan)
     report(outcome, plan.out, namespace.json)
     return 1 if outcome.failed else 0
@@ -50,7 +53,9 @@ def compare(namespace: argparse.Namespace) -> int:
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
-    tables = comparing.tables(namespace.folder)
+    tables, skipped = comparing.tables(namespace.folder)
+    for one in skipped:
+        say(f"skipped: {one}")
     if namespace.json:
         print(json.dumps([one.to_json() for one in tables], indent=2))
     elif namespace.markdown:
@@ -65,9 +70,9 @@ def compare(namespace: argparse.Namespace) -> int:
 def demo(namespace: argparse.Namespace) -> int:
     """The main job on the bundled model."""
     begun = time.monotonic()
-    _ready(namespace)
+    ready(namespace)
     namespace.model, namespace.tasks, namespace.data_root = "micro", ",".join(DEMO_TASKS), None
-    plan = _plan(namespace, load_all(DEMO_PIPELINES, Variation(), dense=True))
+    plan = plan_of(namespace, load_all(DEMO_PIPELINES, Variation(), dense=True))
     outcome = go(plan)
     report(outcome, plan.out, namespace.json)
     if not namespace.json:
@@ -135,7 +140,8 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _ready(namespace: argparse.Namespace) -> None:
+def ready(namespace: argparse.Namespace) -> None:
+    """Before anything heavy is imported. Raises InputError for what is not installed, and for several processes."""
     from prunekit_evals.lmms import tasks
 
     tasks.check_installed()
@@ -145,6 +151,8 @@ def _ready(namespace: argparse.Namespace) -> None:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
         )
+    if not is_text(vars(namespace).get("system_prompt", "")):
+        raise InputError("--system-prompt is not UTF-8 (convert it, for instance with iconv -t UTF-8)")
     quiet.before_imports(namespace.download)
     if namespace.threads:
         import torch
@@ -164,23 +172,36 @@ def need_scipy() -> None:
         raise InputError("intervals and tests need scipy: pip install 'prunekit[evals]'")
 
 
-def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:
+def plan_of(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:
+    """What the options ask for. Raises InputError for tasks and data that are not there."""
     from prunekit_evals.lmms import tasks
     from prunekit_evals.runner import Plan
 
     names = [name.strip() for name in namespace.tasks.split(",") if name.strip()]
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
-    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
     arguments = vars(namespace)
-    options = ("dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile")
+    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names], arguments.get("include_path"))
+    standard = [name for name in names if name not in {one.name for one in named if one.own}]
+    if namespace.subset_seed is not None and namespace.limit is None:
+        raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
+    options = (
+        "dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "max_frames",
+        "fps",
+    )  # fmt: skip
+    files.folder(namespace.out)
+    data = tasks.data_at(None)
+    if standard:
+        data = tasks.data_for(namespace.model, standard, namespace.data_root, namespace.out)
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
         tasks=tuple(named),
-        data=tasks.data_for(namespace.model, names, namespace.data_root, namespace.out),
+        data=data,
         out=namespace.out,
         limit=namespace.limit,
+        subset_seed=namespace.subset_seed,
+        unanswered=namespace.unanswered,
         batch_size=namespace.batch_size,
         download=namespace.download,
         force=namespace.force,
@@ -196,7 +217,11 @@ def go(plan: Plan) -> Outcome:
 
     quiet.libraries()
     with progress.Bar(console(stderr=True)) as bar:
-        return runner.Runner(plan, bar).run()
+        try:
+            return runner.Runner(plan, bar).run()
+        except CannotWrite as error:
+            saved = f"{bar.saved} cells of this run are saved, and the answers to the next one so far"
+            raise InputError(f"{error}; {saved}: the same command goes on there") from error
 
 
 def _next(plan: Plan, seconds: float) -> str:

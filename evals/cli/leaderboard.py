@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from prunekit_evals.leaderboard.board import Board
     from prunekit_evals.leaderboard.pictures import Picture
-    from prunekit_evals.leaderboard.reading import Found
+    from prunekit_evals.run.reading import Found
 
 EXAMPLES = """\
 examples:
@@ -47,7 +47,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def run(namespace: argparse.Namespace) -> int:
     """Read, rank, show, write."""
     from prunekit_evals.cli import commands
-    from prunekit_evals.leaderboard import board, pictures, reading
+    from prunekit_evals.leaderboard import board, pictures
+    from prunekit_evals.run import reading
 
     from prunekit.errors import InputError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from prunekit_evals.compare import judging, pooling
 from prunekit_evals.compare.judging import Comparison, Contender, Judged
 from prunekit_evals.compare.pooling import Pooled, mean
 from prunekit_evals.compare.stats import Estimate
-from prunekit_evals.run import results
+from prunekit_evals.run import reading
+from prunekit_evals.run.reading import Skipped
 from prunekit_evals.run.results import Cell, Conditions
+from prunekit_evals.run.unanswered import listed
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -102,14 +104,17 @@ class Table:
         }
 
 
-def tables(folder: Path) -> tuple[Table, ...]:
-    """Tables of all cells under `folder`, the newest conditions last. Raises InputError when there are none."""
-    if not folder.is_dir():
-        raise InputError(f"no results folder '{folder}' (make one with `prunekit eval`, or name another)")
-    cells = list(results.cells(folder))
-    if not cells:
-        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return tuple(marked(table) for table in of_cells(cells))
+def tables(folder: Path) -> tuple[tuple[Table, ...], tuple[Skipped, ...]]:
+    """Tables of all cells under `folder`, the newest conditions last, and files that are no sound cells.
+
+    Raises InputError when there are no cells.
+    """
+    found = reading.read([folder])
+    if not found.cells:
+        lost = "".join(f"\n  {one}" for one in found.skipped)
+        skipped = f"; {len(found.skipped)} files skipped:{lost}" if lost else ""
+        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`){skipped}")
+    return tuple(marked(table) for table in of_cells(found.cells)), found.skipped
 
 
 def marked(table: Table) -> Table:
@@ -130,9 +135,12 @@ def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
 
 
 def grouped(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells of each table, oldest first: those of equal conditions; the newest conditions last."""
+    """The cells of each table, oldest first: those of equal conditions; the newest conditions last.
+
+    A failure stands there only while there is no newer result of that cell, under whichever versions.
+    """
     groups: dict[str, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.created):
+    for cell in pooling.unsettled(sorted(cells, key=lambda cell: cell.created)):
         groups.setdefault(repr(cell.conditions), []).append(cell)
     return sorted(groups.values(), key=lambda group: group[-1].created)
 
@@ -186,11 +194,21 @@ def _machines(machines: Sequence[str]) -> list[str]:
 
 def _troubles(cells: Sequence[Cell]) -> list[str]:
     failed = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
-    return failed + [
-        f"{cell.pipeline.name} on {cell.label}: the model computed NaN or infinity for {cell.unsound} questions"
-        for cell in cells
-        if cell.unsound
-    ]
+    return failed + [f"{cell.pipeline.name} on {cell.label}: {said}" for cell in cells for said in _flags(cell)]
+
+
+def _flags(cell: Cell) -> Iterator[str]:
+    """What a reader of a result should know."""
+    if cell.unsound:
+        yield f"the model computed NaN or infinity for {cell.unsound} questions"
+    if lost := cell.unanswered:
+        many = "questions" if len(lost) > 1 else "question"
+        yield f"{len(lost)} {many} could not be answered, counted as wrong: {listed(lost)}"
+    if cell.empty:
+        yield f"{cell.empty} of {len(cell.questions)} answers are empty"
+    if cell.executed is not None and cell.executed.off_budget:
+        off = f"{cell.executed.off_budget} of {len(cell.questions)} questions"
+        yield f"stages kept another number of tokens than their budgets asked for, in {off}"
 
 
 def _order(row: Row) -> tuple[bool, float, float, str]:

@@ -47,6 +47,8 @@ def command(pipeline: str, conditions: Conditions, tasks: Sequence[str]) -> str:
     words = ["prunekit", "eval", pipeline, "--model", conditions.model, "--tasks", ",".join(dict.fromkeys(tasks))]
     if conditions.limit is not None:
         words += ["--limit", str(conditions.limit)]
+    if conditions.subset_seed is not None:
+        words += ["--subset-seed", str(conditions.subset_seed)]
     words += ["--batch-size", str(conditions.batch_size), "--device", conditions.device]
     usual = {
         "--dtype": (conditions.dtype, "checkpoint"), "--attn": (conditions.attention, "default"),

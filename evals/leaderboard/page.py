@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 from prunekit_evals.leaderboard import bundle, charts, columns, points
@@ -93,8 +94,22 @@ def cell_facts(cell: Cell) -> dict[str, str]:
         "questions": str(len(cell.questions)),
         "metrics of the task": ", ".join(metrics),
         "prefill ms": f"{timing.prefill_ms:.3g} of {timing.dense_prefill_ms:.3g}" if timing and measured else "",
-        "not finite": str(cell.unsound) if cell.unsound else "",
+        "tokens entering layers": _entering(cell),
+        "flags": ", ".join(f"{count} {name}" for name, count in _flags(cell).items() if count),
     }  # fmt: skip
+
+
+def _flags(cell: Cell) -> dict[str, int]:
+    return {
+        "unanswered": len(cell.unanswered), "empty": cell.empty, "not finite": cell.unsound,
+        "off budget": cell.executed.off_budget if cell.executed else 0,
+    }  # fmt: skip
+
+
+def _entering(cell: Cell) -> str:
+    """`180 ×2, 72 ×6`: equal neighbours together; empty where it was not recorded."""
+    entered = cell.executed.layer_tokens if cell.executed else ()
+    return ", ".join(f"{tokens:.4g} ×{len(list(run))}" for tokens, run in groupby(entered))
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prunekit_evals.leaderboard.reading import Skipped
+from prunekit_evals.run.reading import Skipped
 
 from prunekit.errors import InputError
 

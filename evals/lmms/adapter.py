@@ -7,26 +7,31 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from prunekit_evals.lmms.requests import Question, Settings, flat, read
-from prunekit_evals.run import answering
+from PIL import ImageFile
+from prunekit_evals.lmms import model_args
+from prunekit_evals.lmms.requests import Question, Settings, choice_of, naming, of_one_prompt, read, rounds
+from prunekit_evals.run import likelihoods
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
-from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.run.generation import HonorUntil, decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
-from prunekit_evals.run.prompts import from_visuals
+from prunekit_evals.run.rounds import Rounds
+from prunekit_evals.run.unanswered import Unanswered
+from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 import prunekit
 from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
 
+UNANSWERED = Answer("", 0, 0)
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 
 
@@ -48,14 +53,17 @@ class PruneKit(lmms):  # type: ignore[misc]
         max_new_tokens: int = 1024,
         system_prompt: str = "",
         honor_until: HonorUntil = "stops",
+        max_frames: int = MAX_FRAMES,
+        fps: float | str | None = None,
         journal: str = "",
-        download: bool = False,
+        download: bool | str | int = False,
         **unknown: object,
     ) -> None:
         """Load the model.
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
-        system_prompt: text, or a file with it. honor_until: see `generation.decoding`. journal: a file that keeps
+        device_map: `auto`, or a mapping as JSON text, as transformers takes it. system_prompt: text, or a file with it.
+        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: a file that keeps
         answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
         Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
         """
@@ -64,15 +72,28 @@ class PruneKit(lmms):  # type: ignore[misc]
             raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
-        if device_map not in ("", "none"):
-            raise Unsupported("device_map: this version prunes a model on one device; use device=cuda:0")
-        text = self._resolve_system_prompt(str(system_prompt))
-        size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-        settings = Settings(size, longest, text, honor_until)
+        texts = {
+            "pretrained": pretrained, "pipeline": pipeline, "device": device, "dtype": dtype, "journal": journal,
+            "attn_implementation": attn_implementation, "system_prompt": system_prompt,
+        }  # fmt: skip
+        for name, value in texts.items():
+            model_args.text(name, value)
+        fetch, where = model_args.flag("download", download), model_args.device_map(device_map, device)
+        text = self._system_prompt(str(system_prompt))
+        size, longest = model_args.count("batch_size", batch_size), model_args.count("max_new_tokens", max_new_tokens)
+        rate = None if fps in (None, "") else model_args.number("fps", fps)
+        sampling = Sampling(model_args.count("max_frames", max_frames), rate)
+        settings = Settings(size, longest, text, honor_until, sampling)
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
-        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, download)
+        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, fetch, where)
         self.setup(loaded, built, settings, journal)
+
+    def _system_prompt(self, given: str) -> str:
+        try:
+            return str(self._resolve_system_prompt(given))
+        except UnicodeDecodeError as error:
+            raise InputError(f"system_prompt: the file '{given}' is not UTF-8 (convert it)") from error
 
     @classmethod
     def over(cls, loaded: Loaded, pipeline: Pipeline, settings: Settings, journal: str = "") -> PruneKit:
@@ -89,6 +110,9 @@ class PruneKit(lmms):  # type: ignore[misc]
         pipeline.bind(families.shape_of(loaded.model))
         self.journal = Journal(journal_file(journal, self._rank, self._world_size))
         self.tally = Tally()
+        self.unanswered = Unanswered()
+        # lmms-eval lets PIL fill truncated images up with grey; `prunekit run` refuses them, and so does this.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.batch_sizes = {"generate_until": settings.batch_size}
         self.progress: Callable[[int], None] = lambda answered: None
         self._code = code_identity(pipeline)
@@ -158,13 +182,13 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers: dict[int, Answer] = {}
         before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
         for batch in self._batches(requests, answers):
-            answered = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
+            batch, answered = self._answered(batch)
             self.tally.add(answered, journaled=False)
             self.journal.add((one.key, each) for one, each in zip(batch, answered, strict=True))
             answers |= {one.place: each for one, each in zip(batch, answered, strict=True)}
             self.progress(len(batch))
         self._log(*before)
-        results = (answers[place] for place in range(len(requests)))
+        results = (answers.get(place, UNANSWERED) for place in range(len(requests)))
         return [GenerationResult(each.text, TokenCounts(each.input_tokens, each.output_tokens)) for each in results]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -172,42 +196,126 @@ class PruneKit(lmms):  # type: ignore[misc]
 
         A pair is wrapped, because lmms-eval turns a bare tuple into a string.
         """
-        results = []
-        for request in requests:
-            context, continuation, *rest = request.args
-            doc = self.doc(*rest[1:]) if rest else {}
-            visuals = flat(rest[0](doc)) if rest else []
-            prompt = from_visuals(visuals, context, self.loaded.processor, self.settings.system_prompt)
-            self.tally.saw(request.task_name, request.doc_id, prompt)
-            said = continuation(doc) if callable(continuation) else continuation
-            found = answering.loss(self.loaded, self.pipeline, prompt, str(said), self.tally)
-            results.append(GenerationResult(cast(str, found)))
-            self.progress(1)
-        return results
+        found: dict[int, tuple[float, bool]] = {}
+        for places, together in of_one_prompt(requests):
+            found |= zip(places, self._losses(together), strict=True)
+            self.progress(len(places))
+        return [GenerationResult(cast(str, found[place])) for place in range(len(requests))]
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not supported by this version."""
-        raise Unsupported(f"task '{requests[0].task_name}' asks in several rounds, which this version does not support")
+    def _losses(self, together: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Of continuations of one prompt; all are infinite where it cannot be asked."""
+        request = together[0]
+        try:
+            with naming(request):
+                prompt, said = choice_of(together, self)
+                self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
+                scored = likelihoods.losses(self.loaded, self.pipeline, prompt, said, self.batch_size, self.tally)
+        except Exception as error:
+            self.unanswered.add(request.task_name, request.doc_id, error)
+            return [(float("inf"), False)] * len(together)
+        self.unanswered.interrupt()
+        return scored
+
+    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
+        """The answers of every round, for each request, which lmms-eval hands to the task as they are.
+
+        Rounds of one document depend on one another, so that documents are asked one by one.
+        """
+        answers = []
+        before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
+        for request in requests:
+            said: list[str] = []
+            try:
+                self._converse(request, said)
+            except Exception as error:
+                self.unanswered.add(request.task_name, request.doc_id, error)
+                said = said or [""]
+            else:
+                self.unanswered.interrupt()
+            answers.append(said)
+            self.progress(1)
+        self._log(*before)
+        return answers
+
+    def _converse(self, request: Instance, said: list[str]) -> None:
+        """Ask every round of a request; `said` gets the answers."""
+        asking = rounds(request, self)
+        with Rounds(self.loaded, self.pipeline, self.tally) as conversation:
+            question = next(asking, None)
+            while question is not None:
+                prompt, arguments = question
+                how = decoding(arguments, self.settings.max_new_tokens, self.settings.honor_until)
+                with naming(request):
+                    self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
+                    one = conversation.ask(prompt, how)
+                self.tally.add([one], journaled=False)
+                said.append(one.text)
+                question = _sent(asking, one.text)
+
+    def generate_visual_cot(self, requests: Sequence[Instance]) -> list[str]:
+        """Refused: it asks for pictures on the way to the answer."""
+        raise Unsupported(
+            f"task '{requests[0].task_name}' wants the model to draw pictures on the way to its answer; models that "
+            "are pruned here write text only"
+        )
+
+    def _answered(self, batch: list[Question]) -> tuple[list[Question], list[Answer]]:
+        """Those of a batch that can be answered, with their answers: all together, or each alone where that fails."""
+        asked = [one.prompt for one in batch]
+        try:
+            answered = answer(self.loaded, self.pipeline, asked, batch[0].how, self.tally)
+        except Exception as error:
+            if not self.unanswered.tolerant:
+                raise
+            if len(batch) == 1:
+                self._give_up(batch[0].task, batch[0].number, error)
+                return [], []
+            alone = [self._answered([one]) for one in batch]
+            return [one for some, _ in alone for one in some], [one for _, some in alone for one in some]
+        self.unanswered.interrupt()
+        return batch, answered
+
+    def _give_up(self, task: str, number: int, error: Exception) -> None:
+        """Count a question as one that cannot be answered."""
+        self.unanswered.add(task, number, error)
+        self.progress(1)
+
+    def _asked(
+        self, place: int, request: Instance, seen: dict[str, int], answers: dict[int, Answer]
+    ) -> tuple[Question, tuple[Any, ...]] | None:
+        """The question of a request and its kind; None where the journal knows the answer, which goes into `answers`.
+
+        Raises what keeps it from being asked, such as a damaged image.
+        """
+        question = read(place, request, self, seen)
+        with naming(request):
+            self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
+            journaled = self.journal.get(question.key)
+            if journaled is None:
+                return question, question.kind  # decodes videos
+        answers[place] = journaled
+        self.tally.add([journaled], journaled=True)
+        self.unanswered.interrupt()
+        self.progress(1)
+        return None
 
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
-        waiting: dict[tuple[bool, Decoding], list[Question]] = {}
+        waiting: dict[tuple[Any, ...], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
-            question = read(place, request, self, seen)
-            self.tally.saw(request.task_name, request.doc_id, question.prompt)
-            if len(self.tally.first_prompts) < self.batch_size and question.prompt.images:
-                self.tally.first_prompts.append(question.prompt)
-            journaled = self.journal.get(question.key)
-            if journaled is not None:
-                answers[place] = journaled
-                self.tally.add([journaled], journaled=True)
-                self.progress(1)
+            try:
+                asked = self._asked(place, request, seen, answers)
+            except Exception as error:
+                self._give_up(request.task_name, request.doc_id, error)
                 continue
-            batch = waiting.setdefault(question.kind, [])
+            if asked is None:
+                continue
+            question, kind = asked
+            batch = waiting.setdefault(kind, [])
             batch.append(question)
             if len(batch) == self.batch_size:
-                yield waiting.pop(question.kind)
+                yield waiting.pop(kind)
         yield from waiting.values()
 
     def doc(self, doc_id: int, task: str, split: str) -> dict[str, Any]:
@@ -222,6 +330,14 @@ class PruneKit(lmms):  # type: ignore[misc]
         count, took = tally.computed - computed, tally.seconds - seconds
         written = tally.new_tokens - tokens
         log_metrics(took, written, written / took if took else 0.0, {"total_requests": count, **means(facts)})
+
+
+def _sent(asking: Generator[Any, str, None], text: str) -> Any:
+    """What a generator gives for `text`, or None after its end."""
+    try:
+        return asking.send(text)
+    except StopIteration:
+        return None
 
 
 class PruneKitChat(PruneKit):
@@ -244,13 +360,3 @@ def _harness_call() -> dict[str, Any]:
             return frame.f_locals
         frame = frame.f_back
     return {}
-
-
-def _count(name: str, value: object) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not '{value}' (it is part of a result)")
-    return number

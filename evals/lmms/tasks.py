@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from prunekit_evals.lmms import parts
+from prunekit_evals.lmms.own import identity
+from prunekit_evals.run import files, videos
 
 from prunekit.errors import InputError, UnknownName
 
@@ -29,11 +35,12 @@ PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions abou
 
 @dataclass(frozen=True)
 class Named:
-    """A task's place in lmms-eval. `kind` is `task`, `group` or `tag`; `file` its YAML."""
+    """A task's place in lmms-eval. `kind` is `task`, `group` or `tag`; `file` its YAML; `own`: it is the user's."""
 
     name: str
     kind: str
     file: Path
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,13 @@ class Data:
     """Where tasks take their data: a folder with `<organisation>/<dataset>/`, or None for the hub's cache.
 
     identity: changes when the data does. micro: whether it is the bundled benchmark, whose results must not be taken
-    for those of the real one.
+    for those of the real one. rows: of each task the questions that are asked, by number and in this order; None: all.
     """
 
     root: Path | None
     identity: str
     micro: bool
+    rows: Mapping[str, Sequence[int]] | None = None
 
     def label(self, task: str) -> str:
         """The name of a task in results."""
@@ -55,7 +63,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Built:
-    """A task ready to be asked. limit: questions to ask, None for all; `chat` whether it is asked in messages."""
+    """A task ready to be asked. limit: questions to ask, None for all; `chat` whether it is asked in messages.
+
+    numbers: what the questions are numbered in the data, where they were drawn; None: as they are asked.
+    """
 
     name: str
     task: Any
@@ -63,6 +74,7 @@ class Built:
     chat: bool
     questions: int
     limit: int | None
+    numbers: tuple[int, ...] | None = None
 
 
 def check_installed() -> None:
@@ -71,10 +83,17 @@ def check_installed() -> None:
         raise InputError(INSTALL)
 
 
-def find(names: Sequence[str]) -> list[Named]:
-    """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group."""
+def find(names: Sequence[str], include: Path | None = None) -> list[Named]:
+    """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group.
+
+    include: a folder with the user's own tasks, none of which may have a name that lmms-eval has.
+    """
     check_installed()
     index = _index()
+    if include is not None:
+        own = _read_index(include.resolve(), own=True)
+        _check_own(include, own, index)
+        index |= own
     named = []
     for name in dict.fromkeys(names):
         if name not in index:
@@ -95,41 +114,69 @@ def data_at(root: Path | None) -> Data:
     if stamp.is_file():
         return Data(root, hashlib.sha256(stamp.read_bytes()).hexdigest()[:12], True)
     total = hashlib.sha256()
-    for file in sorted(root.glob("*/*/**/*")):
-        if file.is_file():
+    for file in sorted(root.rglob("*")):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
             about = file.stat()
             total.update(f"{file.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
     return Data(root, total.hexdigest()[:12], False)
 
 
-def build(named: Named, data: Data, limit: int | None, prompt_profile: str | None = None) -> Built:
+def build(
+    named: Named, data: Data, limit: int | None, prompt_profile: str | None = None, subset_seed: int | None = None
+) -> Built:
     """Build one task object, with its data loaded.
 
-    prompt_profile: the model name whose prompts the task's file may bring, such as `qwen_vl`. Raises InputError when
-    the data is not there.
+    data: as `data_of` gives it. prompt_profile: the model name whose prompts the task's file may bring, such as
+    `qwen_vl`. subset_seed: draw the questions of the limit; None: the first ones. Raises InputError when the data is
+    not there.
     """
-    from lmms_eval.tasks import TaskManager
-
-    # The whole index takes seconds to read; one folder takes none.
-    folder = [str(named.file.parent)]
-    manager = TaskManager("ERROR", include_path=folder, include_defaults=False, model_name=prompt_profile)
-    config = manager._get_config(named.name)
+    manager = _manager(named, prompt_profile)
+    with _needing(named.name):
+        config = manager._get_config(named.name)
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
-    _check_data(named.name, config, data)
-    with _inside(data):
+    if not named.own:
+        _check_data(named.name, config, data)
+    with _inside(data, _videos_of(named.name, config, data)):
         task = _load(manager, named.name, "chat" if chat else "simple")
+    if data.rows is not None:
+        rows = tuple(data.rows[named.name])
+        return Built(named.name, parts.select(task, rows), manager, chat, len(rows), None, rows)
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
-    if count < len(docs) and PAIRED.match(named.name):
-        count = whole_groups(docs["question_id"], count)
+    if count == len(docs):
+        return Built(named.name, task, manager, chat, count, None)
+    groups = docs["question_id"] if PAIRED.match(named.name) else range(len(docs))
+    if subset_seed is not None:
+        numbers = drawn(groups, count, subset_seed)
+        _choose(task, numbers)
+        return Built(named.name, task, manager, chat, len(numbers), None, numbers)
+    count = whole_groups(groups, count)
     return Built(named.name, task, manager, chat, count, None if count == len(docs) else count)
 
 
-def whole_groups(groups: Sequence[str], limit: int) -> int:
+def drawn(groups: Sequence[Any], limit: int, seed: int) -> tuple[int, ...]:
+    """The fewest questions, at least `limit`, that random whole groups have, in the order of the data."""
+    order = list(dict.fromkeys(groups))
+    random.Random(seed).shuffle(order)
+    rank = {group: place for place, group in enumerate(order)}
+    sizes = Counter(groups)
+    wanted = next(n for n, total in enumerate(accumulate(sizes[group] for group in order), 1) if total >= limit)
+    return tuple(number for number, group in enumerate(groups) if rank[group] < wanted)
+
+
+def _choose(task: Any, numbers: Sequence[int]) -> None:
+    """Leave only these questions in a task."""
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    both = [task.dataset] if task.dataset_no_image is task.dataset else [task.dataset, task.dataset_no_image]
+    for dataset in both:
+        dataset[split] = dataset[split].select(numbers)
+
+
+def whole_groups(groups: Sequence[Any], limit: int) -> int:
     """The smallest number of leading questions, at least `limit`, that splits no group."""
     remaining = Counter(groups)
     open_groups = 0
-    begun: set[str] = set()
+    begun: set[Any] = set()
     for place, group in enumerate(groups):
         if group not in begun:
             begun.add(group)
@@ -146,8 +193,8 @@ def micro_data(folder: Path, questions: int = 600) -> Data:
     from filelock import FileLock
     from prunekit_evals.micro import benchmark
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    files.folder(folder)
+    with files.saving(folder), FileLock(folder / ".lock"):
         benchmark.write(folder, questions_per_task=questions)
     return data_at(folder)
 
@@ -175,15 +222,52 @@ def _index() -> dict[str, Named]:
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(INSTALL)
+    return _read_index(Path(spec.submodule_search_locations[0]) / "tasks")
+
+
+def _read_index(root: Path, own: bool = False) -> dict[str, Named]:
     index: dict[str, Named] = {}
-    for folder, _, files in os.walk(Path(spec.submodule_search_locations[0]) / "tasks"):
-        for file in sorted(files):
+    for folder, _, within in os.walk(root):
+        for file in sorted(within):
             if file.endswith(".yaml"):
                 path = Path(folder, file)
                 for kind, name in NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
                     if name not in index or index[name].kind == "tag":
-                        index[name] = Named(name, kind, path)
+                        index[name] = Named(name, kind, path, own)
     return index
+
+
+def _check_own(folder: Path, own: dict[str, Named], index: dict[str, Named]) -> None:
+    """Raise InputError for a folder of tasks that cannot be used."""
+    if not folder.is_dir():
+        raise InputError(f"--include-path '{folder}' is not a folder; it holds YAML files of lmms-eval")
+    if not own:
+        raise InputError(f"--include-path '{folder}': no file `*.yaml` in it says `task: NAME`")
+    for name in own.keys() & index.keys():
+        if own[name].kind != "tag":
+            raise InputError(f"'{own[name].file}': lmms-eval has '{name}' itself (give your task another name)")
+
+
+def data_of(named: Named, data: Data) -> Data:
+    """Where a task takes its data: `data`, but one of the user's own what its file says. Raises InputError for a file
+    that lmms-eval cannot read.
+    """
+    if not named.own:
+        return data
+    try:
+        config = _manager(named)._get_config(named.name)
+        return Data(named.file.parent, f"own-{identity(named.file, config)}", False)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"'{named.file}' is no task of lmms-eval: {type(error).__name__}: {said}") from error
+
+
+def _manager(named: Named, prompt_profile: str | None = None) -> Any:
+    from lmms_eval.tasks import TaskManager
+
+    # The whole index takes seconds to read; one folder takes none.
+    folder = [str(named.file.parent)]
+    return TaskManager("ERROR", include_path=folder, include_defaults=False, model_name=prompt_profile)
 
 
 def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
@@ -193,6 +277,28 @@ def _check_data(name: str, config: dict[str, Any], data: Data) -> None:
     present = sorted(path.relative_to(data.root).as_posix() for path in data.root.glob("*/*") if path.is_dir())
     listed = ", ".join(present) or "nothing"
     raise InputError(f"task '{name}' needs '{data.root / wanted}', which is not there (there is: {listed})")
+
+
+def _videos_of(name: str, config: dict[str, Any], data: Data) -> Path | None:
+    """The folder to stand in for `HF_HOME`, in which tasks look for their videos: the data root where they are there.
+
+    None leaves it. Raises InputError where they are in neither and nothing may be fetched, and without PyAV.
+    """
+    from huggingface_hub import constants
+
+    about = config.get("dataset_kwargs") or {}
+    if about.get("video"):
+        videos.check_installed()
+    folder = about.get("cache_dir")
+    if not about.get("video") or not folder:
+        return None
+    if data.root is not None and (data.root / folder).exists():
+        return data.root.resolve()
+    usual = Path(os.path.expanduser(os.getenv("HF_HOME", "~/.cache/huggingface"))) / folder
+    if not usual.exists() and constants.HF_HUB_OFFLINE:
+        places = ([] if data.root is None else [str(data.root / folder)]) + [str(usual)]
+        raise InputError(f"task '{name}' looks for its videos in {' or '.join(places)}, which is not there")
+    return None
 
 
 def _load(manager: Any, name: str, kind: str) -> Any:
@@ -210,11 +316,24 @@ def _load(manager: Any, name: str, kind: str) -> Any:
 
 
 @contextmanager
-def _inside(data: Data) -> Iterator[None]:
+def _needing(name: str) -> Iterator[None]:
+    """Say which module a task's own code lacks."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the code of task '{name}' needs the module '{error.name}', which is not installed (docs/tasks.md lists "
+            "what tasks need beside prunekit)"
+        ) from error
+
+
+@contextmanager
+def _inside(data: Data, home: Path | None = None) -> Iterator[None]:
     """Be in the data root while a task is built: dataset names such as `org/name` are then folders, not hub ids.
 
     The datasets library caches what it read under that name alone, so that another data root, or the same one with
     other files, would be answered with the rows of the first. Each version of the data gets a cache of its own.
+    home: where tasks find their videos, which they read off `HF_HOME` while they are built; None leaves it.
     """
     if data.root is None:
         yield
@@ -226,8 +345,11 @@ def _inside(data: Data) -> Iterator[None]:
     root = data.root.resolve()
     usual = Path(datasets.config.HF_DATASETS_CACHE)
     cache = root / ".cache" / data.identity if data.micro else usual / f"prunekit-{data.identity}"
-    before, variable = Path.cwd(), os.environ.get(HARNESS_CACHE)
+    before = Path.cwd()
+    variables = {name: os.environ.get(name) for name in (HARNESS_CACHE, "HF_HOME")}
     os.environ[HARNESS_CACHE] = str(cache)
+    if home is not None:
+        os.environ["HF_HOME"] = str(home)
     datasets.config.HF_DATASETS_CACHE = cache  # GQA's own code loads a second data set, without asking lmms-eval where
     forget()
     os.chdir(root)
@@ -237,6 +359,8 @@ def _inside(data: Data) -> Iterator[None]:
         os.chdir(before)
         forget()
         datasets.config.HF_DATASETS_CACHE = usual
-        os.environ.pop(HARNESS_CACHE)
-        if variable is not None:
-            os.environ[HARNESS_CACHE] = variable
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +18,9 @@ from prunekit_evals.run.seen import with_features
 
 import prunekit
 from prunekit import loading
-from prunekit.errors import InputError
+from prunekit.errors import InputError, Unsupported
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
-from prunekit.upstream import CACHE
 
 if TYPE_CHECKING:
     from prunekit.records import RunReport
@@ -43,10 +42,18 @@ class Loaded:
     @classmethod
     def load(
         cls, name: str, dtype: str | None = None, device: str | None = None, attn: str | None = None,
-        download: bool = False,
+        download: bool = False, device_map: str | Mapping[str, int | str] | None = None,
     ) -> Loaded:  # fmt: skip
-        """Load by name, as `prunekit.loading.load` does, with a left-padding tokenizer. Raises InputError."""
-        model, processor = loading.load(name, dtype, device or default_device(), attn, download)
+        """Load by name, as `prunekit.loading.load` does, with a left-padding tokenizer. Raises InputError, and
+        Unsupported for a device map over several accelerators.
+        """
+        model, processor = loading.load(name, dtype, device or default_device(), attn, download, device_map)
+        computing = {str(one) for one in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+        if len(computing) > 1:
+            raise Unsupported(
+                f"device_map spreads the model over {', '.join(sorted(computing))}, across which pruning is not "
+                "tested; keep it on one of them, with the rest on cpu or disk, or run one process for each (torchrun)"
+            )
         where = loading.resolve(name)
         return cls(name, model_identity(where) or "unknown", model, left_padded(processor))
 
@@ -57,8 +64,9 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return torch.device(self.model.device)
+        """Where the model computes; parts that a device map keeps elsewhere come there."""
+        hook = getattr(self.model, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or self.model.device)
 
 
 @dataclass
@@ -79,10 +87,14 @@ class Tally:
     first_prompts: list[Prompt] = field(default_factory=list)
     images: dict[tuple[str, int], str] = field(default_factory=dict)
 
-    def saw(self, task: str, number: int, prompt: Prompt) -> None:
-        """Remember which images a question is about."""
-        if prompt.image_id is not None:
-            self.images[task, number] = prompt.image_id
+    def saw(self, task: str, number: int, prompt: Prompt, batch: int) -> None:
+        """Remember what a question shows, and the first prompts, at most `batch`, that can be timed together."""
+        if prompt.image_id is None:
+            return
+        self.images[task, number] = prompt.image_id
+        first = self.first_prompts
+        if len(first) < batch and (not first or prompt.shape == first[0].shape):
+            first.append(prompt)
 
     def add(self, answers: Sequence[Answer], *, journaled: bool) -> None:
         """Count answers."""
@@ -143,17 +155,29 @@ def left_padded(processor: Any) -> Any:
 
 
 def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
-    """Model inputs, left-padded, on the model's device. All prompts have images, or none has."""
+    """Model inputs, left-padded, on the model's device, of prompts of one shape."""
     inputs = loaded.kept.inputs(prompts, lambda: _processed(loaded, prompts))
-    return inputs.to(loaded.device, loaded.model.dtype)
+    # Other floats, such as seconds between frames, would lose digits that positions are counted by.
+    cast = {name for name, value in inputs.items() if name.startswith("pixel") and value.is_floating_point()}
+    return {
+        name: value.to(loaded.device, loaded.model.dtype if name in cast else value.dtype)
+        for name, value in inputs.items()
+    }
 
 
 def _processed(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
+    clips = [clip.shown for prompt in prompts for clip in prompt.videos]
+    videos: dict[str, Any] = {
+        "videos": [frames for frames, _ in clips],
+        "video_metadata": [dict(origin) for _, origin in clips],
+        "do_sample_frames": False,  # they are chosen
+    }
     begin = loaded.processor.tokenizer.bos_token
     return loaded.processor(
         text=[prompt.text for prompt in prompts],
         images=images,
+        **(videos if clips else {}),
         padding=True,
         return_tensors="pt",
         # A chat template that already wrote the first token must not get a second one.
@@ -206,34 +230,27 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
     )  # fmt: skip
     unsound = {sample // beams for sample in report.unsound}
     found = list(zip(*columns, strict=True))[::beams][:rows]
-    return [Facts(*row, sound=number not in unsound) for number, row in enumerate(found)]
+    decoder = [decoder_facts(report, sample) for sample in range(report.samples)][::beams]
+    return [
+        Facts(*row, sound=number not in unsound, **rest)
+        for number, (row, rest) in enumerate(zip(found, decoder[:rows], strict=True))
+    ]
 
 
-def loss(loaded: Loaded, pipeline: Pipeline, prompt: Prompt, continuation: str, tally: Tally) -> tuple[float, bool]:
-    """Mean negative log-likelihood of `continuation`, and whether greedy decoding would say it.
-
-    The prompt is prefilled under the pipeline and the continuation is fed after it, so that a stage that reads the
-    prompt's last token sees the same as when answering.
-    """
-    inputs = encode(loaded, [prompt])
-    ids = loaded.processor.tokenizer(continuation, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    ids = ids.to(loaded.device)
-    if ids.shape[1] == 0:
-        raise InputError(f"the continuation {continuation!r} has no tokens")
-    with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
-        first = loaded.model(**inputs, use_cache=True, logits_to_keep=1)
-        logits = first.logits[:, -1:]
-        if ids.shape[1] > 1:
-            mask = torch.cat([inputs["attention_mask"], torch.ones_like(ids[:, :-1])], 1)
-            rest = loaded.model(input_ids=ids[:, :-1], attention_mask=mask, **{CACHE: first[CACHE]}, use_cache=True)
-            logits = torch.cat([logits, rest.logits], 1)
-        report = run.report
-    if report is not None:
-        tally.notes.update(report.notes)
-        tally.unsound += bool(report.unsound)
-    logs = logits.double().log_softmax(-1)
-    chosen = logs.gather(-1, ids[..., None])[..., 0]
-    return -float(chosen.mean()), bool((logits.argmax(-1) == ids).all())
+def decoder_facts(report: RunReport, sample: int) -> dict[str, Any]:
+    """What the decoder and its stages did with one prompt, as `Facts` has it."""
+    plan, layers = report.plans[sample], range(len(report.layer_tokens[sample]))
+    asked = [
+        (f"{event.stage} at {event.site}", event.asked[sample], len(event.kept[sample]))
+        for event in report.events
+        if event.asked is not None
+    ]
+    return {
+        "prompt_tokens": report.prompt_tokens[sample],
+        "layer_tokens": report.layer_tokens[sample],
+        "layers_run": sum(plan[layer].attends or plan[layer].feeds_mlp for layer in layers),
+        "missed": tuple(one for one in asked if one[1] != one[2]),
+    }
 
 
 def clock(loaded: Loaded) -> float:

@@ -7,24 +7,25 @@ that exist, which it takes away where their process is dead.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from prunekit_evals.run import files
 
 
 @contextmanager
 def claim(cell: Path) -> Iterator[bool]:
     """Hold the claim on a cell, by its file; False, at once, while another process holds it.
 
-    The lock file goes once the cell is there: who waits for it looks for the cell first.
+    The lock file goes once the cell is there: who waits for it looks for the cell first. Raises `files.CannotWrite`.
     """
-    cell.parent.mkdir(parents=True, exist_ok=True)
     path = lock_of(cell)
     lock = FileLock(path)
-    try:
+    with files.saving(path), suppress(Timeout):  # which is an OSError, too
+        cell.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
+    if not lock.is_locked:
         yield False
         return
     try:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 APART = (
     "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
     "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/sweeping", "bench/timing",
-    "bench/workload", "lmms/quiet", "lmms/registration", "plugin", "run/claims", "run/variants", "sweep/",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin", "run/annotated", "run/claims", "run/export",
+    "run/reading", "run/variants", "search/", "sweep/",
 )  # fmt: skip
 
 

@@ -40,10 +40,14 @@ class Kept:
 
     def prompt(self, key: Hashable, make: Callable[[], Prompt]) -> Prompt:
         """The prompt of a request. key: tells it from the others of the task."""
+        if not self.room:
+            return make()
         found = self._prompts.get(key)
         if found is None:
             found = make()
-            if self._admitted(sum(image.width * image.height * len(image.getbands()) for image in found.images)):
+            size = sum(image.width * image.height * len(image.getbands()) for image in found.images)
+            # Videos are decoded when they are asked for, and would be held beyond the room.
+            if not found.videos and self._admitted(size):
                 self._prompts[key] = found
         return found
 

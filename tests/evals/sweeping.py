@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from prunekit_evals.run import results
+from prunekit_evals.run import reading, results
 
 PIPELINES = ("random-r25", "stride-r11", "fastv-k2-r25")
 TASKS = ("pope", "mme", "scienceqa_img")
@@ -37,12 +37,12 @@ def is_cell(path):
 
 def answers(out):
     """What was answered, by task and pipeline."""
-    return {(cell.task, cell.pipeline.name): cell.questions for cell in results.cells(out)}
+    return {(cell.task, cell.pipeline.name): cell.questions for cell in reading.read([out]).cells}
 
 
 def check_whole(out):
     """Every cell once, done, with nothing left beside it."""
-    cells = list(results.cells(out))
+    cells = reading.read([out]).cells
     assert len(cells) == len({cell.id for cell in cells}) == len(TASKS) * (len(PIPELINES) + 1)
     assert {cell.status for cell in cells} == {"done"}
     assert all(cell.timing.computed + cell.timing.journaled == len(cell.questions) for cell in cells)

@@ -1,13 +1,21 @@
 """The adapter against hand-made requests: layouts, batches, padding, journal, likelihoods, identity."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from PIL import Image
+from PIL.ExifTags import Base
+from prunekit_evals.lmms import tasks
 from prunekit_evals.lmms.adapter import PruneKit, PruneKitChat, PruneKitSimple
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.run import answering
 from prunekit_evals.run.generation import decoding
+from prunekit_evals.run.placeholders import as_text, placeholders
 from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals
 
 import prunekit
@@ -241,12 +249,6 @@ def test_the_likeliest_continuation_has_the_smallest_loss(wordy):
     assert min(pairs)[0] == pairs[0][0]
 
 
-def test_several_rounds_are_refused(loaded):
-    request = Instance("generate_until_multi_round", ("",), 0, {"task": "toy", "doc_id": 0, "repeats": 1})
-    with pytest.raises(Unsupported, match="toy"):
-        adapter(loaded).generate_until_multi_round([request])
-
-
 def test_clean_keeps_the_model(loaded):
     rows = docs(2)
     made = adapter(loaded, rows=rows)
@@ -282,6 +284,11 @@ def test_the_batch_size_is_on_record(loaded):
         ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
         ({"pretrained": "x", "max_new_tokens": 0}, "max_new_tokens"),
         ({"pretrained": "x", "honor_until": "maybe"}, "honor_until"),
+        ({"pretrained": "x", "download": "maybe"}, "download must be true or false, not 'maybe'"),
+        ({"pretrained": "x", "download": 2}, "download must be true or false"),
+        ({"pretrained": "x", "journal": True}, "journal must be text, not 'True'"),
+        ({"pretrained": True}, "pretrained must be text"),
+        ({"pretrained": "x", "max_new_tokens": 1.5}, "max_new_tokens"),
         ({"pretrained": "./nowhere/at/all"}, "no such model folder"),
     ],
 )
@@ -290,16 +297,125 @@ def test_wrong_arguments_are_refused_before_anything_is_loaded(arguments, messag
         PruneKitChat(**arguments)
 
 
-def test_device_maps_and_misfits_are_refused(loaded):
-    with pytest.raises(Unsupported, match="device_map"):
-        PruneKitChat(pretrained="x", device_map="auto")
+@pytest.mark.parametrize(("said", "meant"), [("no", False), (False, False), (0, False), ("yes", True), (True, True)])
+def test_no_means_no(said, meant, monkeypatch):
+    def load(*given):
+        raise InputError(f"download is {given[4]}")
+
+    monkeypatch.setattr(answering.Loaded, "load", load)
+    with pytest.raises(InputError, match=f"download is {meant}"):
+        PruneKitChat(pretrained="x", download=said)
+
+
+def test_a_system_prompt_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"Be br\xefef.")
+    with pytest.raises(InputError, match=r"system_prompt: the file '.*prompt\.txt' is not UTF-8"):
+        PruneKitChat(pretrained="x", system_prompt=str(tmp_path / "prompt.txt"))
+
+
+def test_misfits_are_refused(loaded):
     with pytest.raises(SpecError, match="no layer 40"):
         adapter(loaded, {"name": "far", "stages": [{"use": "fastv", "at": 40, "keep": 0.5}]})
 
 
-def test_prompts_know_pictures_only(loaded):
-    for part in ({"type": "video", "url": "x.mp4"}, {"type": "image", "url": "x.mp4"}):
-        with pytest.raises(Unsupported, match="images only"):
+def test_wrong_device_maps_are_refused(monkeypatch):
+    for wrong, message in (
+        ({"device_map": "split"}, "not one of auto"),
+        ({"device_map": "{cpu}"}, "no JSON mapping"),
+        ({"device_map": "auto", "device": "cpu"}, "exclude one another"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PruneKitChat(pretrained="x", **wrong)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="for one process"):
+        PruneKitChat(pretrained="x", device_map="auto")
+
+
+def test_parts_on_the_disk_answer_as_one_piece(loaded, checkpoint, tmp_path, monkeypatch):
+    places = ("model.vision_tower", "model.multi_modal_projector", "model.language_model.embed_tokens")
+    places += ("model.language_model.norm", "model.language_model.rotary_emb", "lm_head")
+    where = dict.fromkeys(places, "cpu")
+    where |= {f"model.language_model.layers.{n}": ("cpu", "disk")[n % 2] for n in range(4)}
+    about = {"pipeline": json.dumps(FASTV), "device_map": json.dumps(where), "batch_size": 3}
+    spread = PruneKitChat(pretrained=str(checkpoint), **about)
+    assert spread.loaded.model.hf_device_map["model.language_model.layers.1"] == "disk"
+    rows = docs(5)
+    spread.task_dict = {"toy": {"test": rows}}
+    asked = requests(rows, chat=True)
+    assert texts(spread.generate_until(asked)) == texts(adapter(loaded, rows=rows, batch_size=3).generate_until(asked))
+    assert spread.device == torch.device("cpu")
+    monkeypatch.setattr(spread.loaded.model, "hf_device_map", {"a": 0, "b": 1, "c": "cpu"})
+    monkeypatch.setattr(answering.loading, "load", lambda *_: (spread.loaded.model, None))
+    with pytest.raises(Unsupported, match="spreads the model over 0, 1, across which"):
+        answering.Loaded.load("x", device_map="auto")
+
+
+def test_each_process_takes_its_share(loaded, data_root, tmp_path, monkeypatch):
+    """Two ranks by the rule of lmms-eval: no question twice, none left out, and the answers of one process."""
+    built = tasks.build(tasks.find(["pope"])[0], tasks.data_at(data_root), None)
+
+    def answers(rank, world):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        made = adapter(loaded, journal=tmp_path / f"{world}.jsonl", batch_size=4)
+        made.task_dict = {"pope": built.task.dataset}
+        built.task._instances = []
+        built.task.build_all_requests(limit=11, rank=rank, world_size=world)
+        said = texts(made.generate_until(built.task.instances))
+        made.clean()
+        assert (made.rank, made.world_size) == (rank, world)
+        return {request.doc_id: text for request, text in zip(built.task.instances, said, strict=True)}
+
+    whole, first, second = answers(0, 1), answers(0, 2), answers(1, 2)
+    assert not set(first) & set(second) and len(first) == 6
+    assert first | second == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl.rank0", "2.jsonl.rank1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_with_two_processes(checkpoint, data_root, tmp_path):
+    """Over gloo on the CPU: the scores and the answers of one process."""
+    found = {}
+    for world in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if world == 2 else []
+        command = [
+            sys.executable, *launch, "-m", "lmms_eval", "--model", "prunekit", "--tasks", "pope", "--batch_size", "4",
+            "--device", "cpu", "--model_args", f"pretrained={checkpoint},pipeline={json.dumps(FASTV)}", "--limit", "11",
+            "--output_path", str(tmp_path / str(world)), "--log_samples",
+        ]  # fmt: skip
+        own = {**os.environ, "LMMS_EVAL_DATASETS_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=data_root, env=own, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results = json.loads(next((tmp_path / str(world)).rglob("*_results.json")).read_text())
+        lines = next((tmp_path / str(world)).rglob("*_samples_pope.jsonl")).read_text().splitlines()
+        samples = sorted((one["doc_id"], one["filtered_resps"]) for one in map(json.loads, lines))
+        found[world] = (results["results"]["pope"], samples)
+    assert found[1] == found[2] and len(found[1][1]) == 11
+
+
+def test_several_images_between_words(loaded):
+    """Where a message puts an image, the prompt shows it, and each is pruned."""
+    parts = [("text", "First "), ("image", picture(1)), ("text", " then "), ("image", picture(2)), ("text", ": same?")]
+    content = [{"type": kind, "text" if kind == "text" else "url": value} for kind, value in parts]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": [{"type": "image", "url": picture(3)}, {"type": "text", "text": "And this?"}]},
+    ]
+    prompt = from_messages(turns, loaded.processor, "")
+    assert prompt.text == (
+        "USER: First <image>\n then <image>\n: same?\nASSISTANT: no\nUSER: <image>\nAnd this?\nASSISTANT:"
+    )
+    tally = answering.Tally()
+    fastv = {"stages": [{"use": "fastv", "at": 2, "keep": 0.25}]}
+    (said,) = answering.answer(loaded, prunekit.load(fastv), [prompt], decoding({}, 2), tally)
+    assert (said.facts.visual_tokens, said.facts.kept_tokens) == (48, 12)
+
+
+def test_prompts_know_pictures_and_videos_only(loaded):
+    for part in ({"type": "audio", "url": "x.wav"}, {"type": "image", "url": "x.wav"}):
+        with pytest.raises(Unsupported, match="images and videos only"):
             from_messages([{"role": "user", "content": [part]}], loaded.processor, "")
 
 
@@ -310,6 +426,91 @@ def test_placeholders_in_the_text_say_where_pictures_stand(loaded):
     assert inside.text == "USER: First <image>\n then <image>\n: same?\nASSISTANT:"
     assert before.text == "USER: <image>\n<image>\nSame?\nASSISTANT:"
     assert len(inside.images) == len(before.images) == 2
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("count", [1, 2], ids=["as many as images", "more than images"])
+def test_placeholders_in_a_question_are_text_on_both_routes(wordy, chat, count):
+    plain, tagged = docs(1)[0], docs(1)[0]
+    tagged["q"] = f"What does {'<image> and ' * (count - 1)}<image> mean?"
+    made = adapter(wordy, rows=[plain, tagged], batch_size=2, kind=PruneKitChat if chat else PruneKitSimple)
+    asked = requests([plain, tagged], chat)
+    assert len(texts(made.generate_until(asked))) == 2
+    assert [one.visual_tokens for one in made.tally.facts] == [16, 16]
+    (batch,) = made._batches(asked, {})
+    assert batch[1].prompt.text == f"USER: <image>\n{tagged['q'].replace('<image>', '< image>')}\nASSISTANT:"
+
+
+def test_every_placeholder_of_a_processor_is_known():
+    class Processor:
+        def __init__(self):
+            self.image_token, self.video_token, self.boi_token = "<|image_pad|>", "<|video_pad|>", "<img>"
+            self.chat_template, self.image_token_id, self.note_token = "<x>", 7, "a"
+
+    assert placeholders(Processor()) == ("<|image_pad|>", "<|video_pad|>", "<img>")
+    assert as_text("a <img> <img src=b> <|video_pad|>", Processor()) == "a < img> <img src=b> < |video_pad|>"
+
+
+def test_images_stand_upright_and_truncated_ones_are_refused(wordy, tmp_path):
+    lying = Image.new("RGB", (30, 60), "red")
+    exif = lying.getexif()
+    exif[Base.Orientation] = 6
+    lying.save(tmp_path / "lying.jpg", exif=exif)
+    with Image.open(tmp_path / "lying.jpg") as opened:
+        content = [{"type": "image", "url": one} for one in (opened, str(tmp_path / "lying.jpg"))]
+        prompt = from_messages([{"role": "user", "content": content}], wordy.processor, "")
+    assert [one.size for one in prompt.images] == [(60, 30)] * 2
+    picture(3).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    adapter(wordy)  # lmms-eval has told PIL to fill such images up
+    with Image.open(tmp_path / "cut.png") as opened:
+        for source in (str(tmp_path / "cut.png"), opened):
+            with pytest.raises((InputError, OSError), match="truncated"):
+                from_messages([{"role": "user", "content": [{"type": "image", "url": source}]}], wordy.processor, "")
+
+
+def broken(rows, *numbers):
+    """The requests of these rows; of some the images cannot be read."""
+    asked = requests(rows, chat=True)
+    for number in numbers:
+        context, _, *rest = asked[number].args
+        asked[number].arguments = (context, lambda doc: (_ for _ in ()).throw(OSError("image is truncated")), *rest)
+    return asked
+
+
+def test_documents_that_cannot_be_answered_are_recorded_and_the_others_answered(wordy, monkeypatch):
+    rows = docs(7)
+    rows[5]["q"] = "POISON"
+    whole = texts(adapter(wordy, rows=rows, batch_size=3).generate_until(requests(rows, chat=True)))
+    usual = answering.encode
+
+    def encode(loaded, prompts):
+        if any("POISON" in prompt.text for prompt in prompts):
+            raise RuntimeError("no kernel\nfor this")
+        return usual(loaded, prompts)
+
+    monkeypatch.setattr(answering, "encode", encode)
+    made = adapter(wordy, rows=rows, batch_size=3)
+    made.unanswered.tolerant, told = True, []
+    made.progress = told.append
+    answered = texts(made.generate_until(broken(rows, 0, 3)))
+    assert answered == ["", whole[1], whole[2], "", whole[4], "", whole[6]]
+    assert made.unanswered.of("toy") == {
+        0: "OSError: image is truncated", 3: "OSError: image is truncated", 5: "RuntimeError: no kernel for this",
+    }  # fmt: skip
+    assert (made.tally.computed, sum(told)) == (4, 7)
+    strict = adapter(wordy, rows=rows, batch_size=3)  # as lmms-eval's own command line has it
+    with pytest.raises(OSError, match="truncated"):
+        strict.generate_until(broken(rows, 0))
+
+
+def test_many_failures_in_a_row_are_no_accident_of_documents(wordy):
+    rows = docs(20)
+    made = adapter(wordy, rows=rows)
+    made.unanswered.tolerant = True
+    with pytest.raises(OSError, match="truncated"):
+        made.generate_until(broken(rows, *range(2, 18)))
+    assert len(made.unanswered.reasons) == 15
 
 
 def test_a_system_prompt_takes_the_place_of_the_task_s_own(loaded):

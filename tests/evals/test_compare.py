@@ -167,10 +167,28 @@ def test_from_a_folder(tmp_path):
         tables.tables(tmp_path)
     for one in (cell("dense", "pope", 90), cell("p", "pope", 80)):
         results.write(results.path_of(tmp_path, one), one)
-    (only,) = tables.tables(tmp_path)
+    (tmp_path / "pope.0123456789.json").write_text("{")
+    (only,), (skipped,) = tables.tables(tmp_path)
+    assert str(skipped).startswith(f"{tmp_path}/pope.0123456789.json: not a result")
     data = json.loads(json.dumps(only.to_json()))
     assert [row["pipeline"] for row in data["rows"]] == ["dense", "p"]
     assert data["rows"][1]["tasks"]["micro/pope"]["value"] == 0.8
+
+
+def test_a_failure_is_shown_only_while_no_newer_result_of_that_cell_exists():
+    under = [dataclasses.replace(CONDITIONS, versions={"prunekit": version}) for version in ("0.1.0", "0.2.0")]
+    failed = cell("p", "pope", 0, status="failed", created="2", conditions=under[0])
+    assert any("p on micro/pope failed: broke" in note for one in tables.of_cells([failed]) for note in one.notes)
+    for other in (
+        cell("p", "gqa", 80, created="3"), cell("q", "pope", 80, created="3"), cell("p", "pope", 80, created="1"),
+        cell("p", "pope", 80, created="3", conditions=dataclasses.replace(CONDITIONS, batch_size=1)),
+    ):  # fmt: skip
+        made = tables.of_cells([failed, other])
+        assert any("failed" in note for one in made for note in one.notes), other
+    for newer in under:
+        made = tables.of_cells([failed, cell("p", "pope", 80, created="3", conditions=newer)])
+        assert [len(one.rows) for one in made] == [1]
+        assert not any("failed" in note for one in made for note in one.notes)
 
 
 def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path):
@@ -183,7 +201,8 @@ def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path)
     for created, conditions in enumerate((CONDITIONS, now, other)):
         one = cell("dense", "pope", 90, created=str(created), conditions=conditions)
         results.write(results.path_of(tmp_path, one), one)
-    stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in tables.tables(tmp_path)]
+    found, _ = tables.tables(tmp_path)
+    stale = [any(note.startswith("stale: micro was abc and is ") for note in one.notes) for one in found]
     assert stale == [True, False, False]
 
 

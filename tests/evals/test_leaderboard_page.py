@@ -12,6 +12,7 @@ from board_cells import cell, complete, dense, under
 from PIL import Image
 from prunekit_evals.compare import clustered
 from prunekit_evals.leaderboard import board, bundle, charts, page, pictures, points
+from prunekit_evals.run.results import Executed
 
 from prunekit.errors import InputError
 
@@ -245,3 +246,12 @@ def test_keep_maps_stand_by_the_rows_that_they_show(light, tmp_path):
     assert [one.above("figure").attributes["data-find"] for one in shown] == ["theirs", "ours"]
     with pytest.raises(InputError, match="prunekit trace"):
         pictures.read(tmp_path / "nowhere")
+
+
+def test_a_cell_says_what_it_executed_and_what_went_wrong():
+    told = page.cell_facts(cell("p"))
+    assert (told["tokens entering layers"], told["flags"]) == ("", "")
+    executed = Executed((180.0, 180.0, 72.5), 3.0, off_budget=4)
+    told = page.cell_facts(dataclasses.replace(cell("p"), executed=executed, empty=2, unsound=1))
+    assert told["tokens entering layers"] == "180 ×2, 72.5 ×1"
+    assert told["flags"] == "2 empty, 1 not finite, 4 off budget"

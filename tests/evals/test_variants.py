@@ -85,7 +85,7 @@ def test_rows_of_a_grid_stand_beside_each_other(checkpoint, data_root, pipeline_
     )  # fmt: skip
     assert main([str(word) for word in words]) == 0
     capsys.readouterr()
-    (table,) = tables.tables(tmp_path / "out")
+    (table,), _ = tables.tables(tmp_path / "out")
     assert {row.pipeline: len(row.seeds) for row in table.rows} == {"dense": 0, "some-keep-0.5": 2, "some": 2}
     assert sorted(path.name for path in (tmp_path / "out").glob("*/*")) == [
         "dense", "some", "some-keep-0.5", "some-keep-0.5-s1", "some-s1",

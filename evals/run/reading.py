@@ -1,4 +1,4 @@
-"""From results folders to the cells of a board; what is no sound cell is left out by name."""
+"""From results folders to sound cells; what is none is left out by name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import yaml
-from prunekit_evals.leaderboard.annotated import check
 from prunekit_evals.run import results
+from prunekit_evals.run.annotated import check
 from prunekit_evals.run.results import CELL_FILE, Cell
 
 from prunekit.errors import InputError
@@ -19,7 +19,7 @@ OTHERS = (".journal.jsonl", ".lock")  # what a run leaves beside its cells, as i
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not on the board, and why."""
+    """A file that is left out, and why."""
 
     path: Path
     why: str
