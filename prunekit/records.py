@@ -37,12 +37,12 @@ class StageEvent:
 class RunReport:
     """What the prefill of one prompt batch did. Counts are without padding; one entry per sample.
 
-    layer_tokens[b][l]: tokens of sample b that entered layer l (also where it was skipped).
-    mlp_tokens[b][l]: tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
-    kv_tokens[b][l]: KV entries that layer l holds for sample b when the prefill is over.
+    layer_tokens: `[b][l]`, tokens of sample b that entered layer l (also where it was skipped).
+    mlp_tokens: `[b][l]`, tokens that went through its MLP; fewer where a stage cuts inside the layer, 0 without it.
+    kv_tokens: `[b][l]`, KV entries that layer l holds for sample b when the prefill is over.
     kept_tokens: visual tokens that remain after the last stage.
     plans: what became of the decoder layers, in prefill and decoding. positions: `keep` or `renumber`.
-    tower_tokens[b][l]: tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
+    tower_tokens: `[b][l]`, tokens of sample b that entered block l of the vision tower, CLS tokens and padding of crops
     among them; empty where no stage cuts in the tower.
     unsound: the samples for which the model computed NaN or infinity where prunekit looked: in what stages were given
     to choose by, and in logits; `notes` say where.

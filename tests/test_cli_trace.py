@@ -35,10 +35,15 @@ def test_files_of_each_kind_and_pipelines_side_by_side(
     capsys: pytest.CaptureFixture[str], model: Path, image: Path, tmp_path: Path
 ) -> None:
     targets = [tmp_path / f"keep.{ending}" for ending in ("json", "png", "html")]
-    options = [word for path in targets for word in ("-o", path)]
+    small = tmp_path / "small"
+    options = [word for path in targets for word in ("-o", path)] + ["--thumbnails", small]
     asked = ("--model", model, "--image", image, "--image", image, "--prompt", "w9 w12", "--max-new-tokens", 2)
     out, err = run(capsys, "fastv-k2-r25", "pool-r25", *asked, *options)
-    assert err == "" and out.splitlines() == [f"wrote {path}" for path in targets]
+    thumbnails = [small / "fastv-k2-r25.webp", small / "pool-r25.webp"]
+    assert err == "" and out.splitlines() == [f"wrote {path}" for path in [*targets, *thumbnails]]
+    for path in thumbnails:
+        with Image.open(path) as drawn:
+            assert drawn.width == 2 * 60 + 4 and drawn.height < 130  # two images, and the layers
     data = json.loads(targets[0].read_text())
     assert [one["name"] for one in data["pipelines"]] == ["fastv-k2-r25", "pool-r25"]
     assert [len(one["tokens"]) for one in data["inputs"]] == [16, 16] and data["prompt"] == "w9 w12"

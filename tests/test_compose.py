@@ -212,7 +212,7 @@ class TestInterpolation:
             ("${os.system:ls}", "needs the resolver 'os.system', which does not exist"),
             ("${vars.keep", "is not an interpolation: "),
             ("${}", "is not an interpolation: "),
-            ("${.v}", "leads back to itself, in a circle"),
+            ("${.v}", "leads back to itself, in a cycle"),
             ("${.}", "is not an interpolation: "),
             ("${vars.keep}" * 33, "is too long: a text with ${...} has at most 1000 characters and 32 ${...}"),
             ("${vars.keep}" + "x" * MAX_TEXT, "is too long"),
@@ -238,7 +238,7 @@ class TestInterpolation:
         text = "vars: {a: '${vars.b}', b: '${vars.a}', c: '${nope}', d: '${vars.c}', e: 99999999999999999999}\n"
         found = faults_of(text + "stages: [{use: x, keep: '${vars.d}', at: '${vars.e}', keep_layers: '${vars.c}'}]\n")
         assert [fault.split(": ")[1] for fault in found] == ["vars.e", "vars.c", "vars.a", "vars.b"]
-        assert all("leads back to itself, in a circle (break the circle)" in fault for fault in found[2:])
+        assert all("leads back to itself, in a cycle (break the cycle)" in fault for fault in found[2:])
 
     def test_keys_are_not_resolved(self) -> None:
         (fault,) = faults_of("stages: [{use: x, m: {'${vars.a}': 1}}]\n")

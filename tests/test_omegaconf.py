@@ -222,8 +222,8 @@ class TestSecondFaults:
 @pytest.mark.parametrize(
     ("layers", "hint"),
     [
-        ("24-28", "write every number: [24, ..., 28]"),
-        ("24..28", "write every number: [24, ..., 28]"),
+        ("24-28", "write every number: [24, 25, 26, 27, 28]"),
+        ("24..28", "write every number: [24, 25, 26, 27, 28]"),
         ("24", "write [24]"),
         ("two", ""),
         ("'24'", ""),

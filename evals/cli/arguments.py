@@ -11,8 +11,9 @@ EVAL_EXAMPLES = """\
 examples:
   prunekit eval fastv-k2-r25 random-r25 --model micro --tasks pope,gqa --limit 200
   prunekit eval fastv.yaml --model llava-hf/llava-1.5-7b-hf --tasks pope,mme --download --batch-size 16
+  prunekit eval fastv-k2-r25 random-r25 --grid stages.0.keep=0.5,0.25,0.11 --seeds 3 --model micro --tasks pope
 A cell that is there already is not computed again; a run that was killed goes on where it was.
-Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 something to put right first.
+Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 your input is wrong.
 """
 
 
@@ -34,16 +35,16 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument("pipelines", nargs="*", metavar="PIPELINE", help="files or names; without any, dense alone")
     command.add_argument("--model", required=True, metavar="M", help="a short name such as micro, a folder or a hub id")
     command.add_argument("--tasks", required=True, metavar="T,T", help="names of lmms-eval, such as pope,mme,gqa")
-    command.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="change one value of every pipeline, such as stages[0].keep=0.3; may be repeated",
-    )  # fmt: skip
+    _variants(command)
     command.add_argument("--no-dense", action="store_true", help="leave the dense model out")
     command.add_argument(
         "--data-root", type=Path, metavar="DIR",
         help="a folder with <organisation>/<dataset>/ as on the hub; default: the hub's local cache; "
         "for bundled models the bundled benchmark",
     )  # fmt: skip
+    command.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own: YAML files of lmms-eval"
+    )
     answers = command.add_argument_group("how answers are made (all of it is recorded)")
     answers.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
     answers.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
@@ -67,6 +68,23 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     )  # fmt: skip
     answers.add_argument("--fps", type=_rate, metavar="F", help="frames of a video for each of its seconds")
     _common(command, limit=None)
+
+
+def _variants(command: argparse.ArgumentParser) -> None:
+    """Options that make other pipelines of those that are named."""
+    command.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="change one value of every pipeline, such as stages[0].keep=0.3, and call it so; may be repeated",
+    )  # fmt: skip
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V,V",
+        help="every pipeline with each of these values, as rows of their own, such as stages.0.keep=0.5,0.25; "
+        "may be repeated: every combination",
+    )  # fmt: skip
+    command.add_argument(
+        "--seeds", type=_positive, default=1, metavar="N",
+        help="so many seeds of every pipeline that draws at random, as one row; default: 1",
+    )  # fmt: skip
 
 
 def _compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -101,6 +119,14 @@ def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
         "--limit", type=_positive, default=limit, metavar="N",
         help=f"questions a task; default: {'all' if limit is None else limit} (never splits a pair of MME)",
     )  # fmt: skip
+    command.add_argument(
+        "--subset-seed", type=_natural, metavar="N", help="draw the questions of --limit at random, not the first ones"
+    )
+    command.add_argument(
+        "--unanswered", choices=("wrong", "fail"), default="wrong",
+        help="questions that cannot be answered, such as one with a damaged image, are named and count as wrong "
+        "(default), or fail their cell at its end",
+    )  # fmt: skip
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
     command.add_argument("--force", action="store_true", help="compute again what is there")
     command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
@@ -124,6 +150,13 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
         return int(getattr(commands, name)(namespace))
 
     return run
+
+
+def _natural(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
 
 
 def _rate(text: str) -> float:

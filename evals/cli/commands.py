@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prunekit_evals.lmms import quiet
+from prunekit_evals.run import files
+from prunekit_evals.run.files import CannotWrite
+from prunekit_evals.run.variants import Variation, drawn, expand, read_grid
 
 import prunekit
+from prunekit.cli.prompts import is_text
 from prunekit.errors import Fault, InputError, SpecError
 from prunekit.pipeline.build import Pipeline
 
@@ -32,9 +37,13 @@ DEMO_TASKS = ("pope", "gqa", "mmbench_en_dev_static")
 def evaluate(namespace: argparse.Namespace) -> int:
     """Run the cells that are missing and show the table. 1 when cells failed."""
     _ready(namespace)
-    plan = _plan(namespace, load_all(namespace.pipelines, namespace.overrides, dense=not namespace.no_dense))
+    variation = Variation(tuple(namespace.overrides), read_grid(namespace.grid), namespace.seeds)
+    pipelines = load_all(namespace.pipelines, variation, dense=not namespace.no_dense)
+    if variation.seeds > 1 and not any(map(drawn, pipelines)):
+        say(f"--seeds {variation.seeds}: none of these pipelines draws at random, so each runs once")
+    plan = _plan(namespace, pipelines)
     outcome = go(plan)
-    _report(outcome, plan, namespace.json)
+    report(outcome, plan.out, namespace.json)
     return 1 if outcome.failed else 0
 
 
@@ -44,7 +53,9 @@ def compare(namespace: argparse.Namespace) -> int:
     from prunekit_evals.compare import rendering
     from prunekit_evals.compare import tables as comparing
 
-    tables = comparing.tables(namespace.folder)
+    tables, skipped = comparing.tables(namespace.folder)
+    for one in skipped:
+        say(f"skipped: {one}")
     if namespace.json:
         print(json.dumps([one.to_json() for one in tables], indent=2))
     elif namespace.markdown:
@@ -61,23 +72,25 @@ def demo(namespace: argparse.Namespace) -> int:
     begun = time.monotonic()
     _ready(namespace)
     namespace.model, namespace.tasks, namespace.data_root = "micro", ",".join(DEMO_TASKS), None
-    plan = _plan(namespace, load_all(DEMO_PIPELINES, (), dense=True))
+    plan = _plan(namespace, load_all(DEMO_PIPELINES, Variation(), dense=True))
     outcome = go(plan)
-    _report(outcome, plan, namespace.json)
+    report(outcome, plan.out, namespace.json)
     if not namespace.json:
         say(_next(plan, time.monotonic() - begun))
     return 1 if outcome.failed else 0
 
 
-def load_all(sources: Sequence[str], overrides: Sequence[str], dense: bool) -> tuple[Pipeline, ...]:
-    """Every pipeline once, dense first if wanted. Raises SpecError with all files' faults; InputError when there is
-    none, or for another pipeline that calls itself dense.
+def load_all(sources: Sequence[str], variation: Variation, dense: bool) -> tuple[Pipeline, ...]:
+    """Every variant of every pipeline once, dense first if wanted.
+
+    Raises SpecError with all files' faults; InputError when there is none, or for another pipeline that calls itself
+    dense.
     """
     loaded: list[Pipeline] = []
     faults: list[Fault] = []
     for source in sources:
         try:
-            loaded.append(prunekit.load(source, overrides))
+            loaded += [one.pipeline for one in expand(source, variation)]
         except SpecError as error:
             faults += error.faults
     if faults:
@@ -95,6 +108,33 @@ def load_all(sources: Sequence[str], overrides: Sequence[str], dense: bool) -> t
     return tuple(by_sha.values())
 
 
+def report(outcome: Outcome, out: Path, as_json: bool) -> None:
+    """Tables on stdout, or one JSON document; then what was computed and what failed, on stderr."""
+    from prunekit_evals.compare import rendering
+    from prunekit_evals.compare import tables as comparing
+    from prunekit_evals.run import results
+
+    tables = comparing.of_cells(outcome.cells)
+    if as_json:
+        cells = [
+            {"task": cell.label, "pipeline": cell.pipeline.name, "sha": cell.pipeline.sha, "status": cell.status,
+             "error": cell.error, "metrics": dict(cell.metrics), "file": str(results.path_of(out, cell))}
+            for cell in outcome.cells
+        ]  # fmt: skip
+        summary = {"computed": outcome.computed, "there_before": outcome.skipped, "failed": len(outcome.failed)}
+        print(json.dumps({**summary, "cells": cells, "tables": [one.to_json() for one in tables]}, indent=2))
+        return
+    for one in tables:
+        if one.rows:
+            rendering.show(one, console())
+    counts = f"{outcome.computed} results computed, {outcome.skipped} reused"
+    failed = f", {len(outcome.failed)} failed:" if outcome.failed else ""
+    say(f"\n{counts}{failed}")
+    for cell in outcome.failed:
+        say(f"  {cell.label} {cell.pipeline.name}: {cell.error}")
+    say(f"results: {out}/ (again: prunekit compare {out})")
+
+
 def say(text: str) -> None:
     """A message for a person."""
     sys.stderr.write(text + "\n")
@@ -110,6 +150,8 @@ def _ready(namespace: argparse.Namespace) -> None:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
         )
+    if not is_text(vars(namespace).get("system_prompt", "")):
+        raise InputError("--system-prompt is not UTF-8 (convert it, for instance with iconv -t UTF-8)")
     quiet.before_imports(namespace.download)
     if namespace.threads:
         import torch
@@ -136,43 +178,34 @@ def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Pla
     names = [name.strip() for name in namespace.tasks.split(",") if name.strip()]
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
-    micro = namespace.model in tasks.BUNDLED or all(name.startswith(f"{tasks.MICRO}/") for name in names)
-    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names])
     arguments = vars(namespace)
+    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names], arguments.get("include_path"))
+    standard = [name for name in names if name not in {one.name for one in named if one.own}]
+    if namespace.subset_seed is not None and namespace.limit is None:
+        raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
     options = (
         "dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "max_frames",
         "fps",
     )  # fmt: skip
+    files.folder(namespace.out)
+    data = tasks.data_at(None)
+    if standard:
+        data = tasks.data_for(namespace.model, standard, namespace.data_root, namespace.out)
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
         tasks=tuple(named),
-        data=_data(namespace, micro, names),
+        data=data,
         out=namespace.out,
         limit=namespace.limit,
+        subset_seed=namespace.subset_seed,
+        unanswered=namespace.unanswered,
         batch_size=namespace.batch_size,
         download=namespace.download,
         force=namespace.force,
         timing=not namespace.no_timing,
         **{name: arguments[name] for name in options if name in arguments},
     )
-
-
-def _data(namespace: argparse.Namespace, micro: bool, names: Sequence[str]) -> Any:
-    from prunekit_evals.lmms import tasks
-
-    if namespace.data_root is not None or not micro:
-        data = tasks.data_at(namespace.data_root)
-        if not data.micro and any(name.startswith(f"{tasks.MICRO}/") for name in names):
-            raise InputError(f"tasks {', '.join(names)}: micro/... is the bundled benchmark; name all so, or none")
-        return data
-    from prunekit_evals.micro import benchmark
-
-    for name in names:
-        if name.removeprefix(f"{tasks.MICRO}/") not in benchmark.TASKS:
-            listed = ", ".join(benchmark.TASKS)
-            raise InputError(f"the bundled benchmark has no task '{name}' (it has {listed}; else give --data-root)")
-    return tasks.micro_data(namespace.out / "data" / tasks.MICRO)
 
 
 def go(plan: Plan) -> Outcome:
@@ -182,33 +215,11 @@ def go(plan: Plan) -> Outcome:
 
     quiet.libraries()
     with progress.Bar(console(stderr=True)) as bar:
-        return runner.Runner(plan, bar).run()
-
-
-def _report(outcome: Outcome, plan: Plan, as_json: bool) -> None:
-    from prunekit_evals.compare import rendering
-    from prunekit_evals.compare import tables as comparing
-    from prunekit_evals.run import results
-
-    tables = comparing.of_cells(outcome.cells)
-    if as_json:
-        cells = [
-            {"task": cell.label, "pipeline": cell.pipeline.name, "sha": cell.pipeline.sha, "status": cell.status,
-             "error": cell.error, "metrics": dict(cell.metrics), "file": str(results.path_of(plan.out, cell))}
-            for cell in outcome.cells
-        ]  # fmt: skip
-        summary = {"computed": outcome.computed, "there_before": outcome.skipped, "failed": len(outcome.failed)}
-        print(json.dumps({**summary, "cells": cells, "tables": [one.to_json() for one in tables]}, indent=2))
-        return
-    for one in tables:
-        if one.rows:
-            rendering.show(one, console())
-    counts = f"{outcome.computed} cells computed, {outcome.skipped} were there"
-    failed = f", {len(outcome.failed)} failed:" if outcome.failed else ""
-    say(f"\n{counts}{failed}")
-    for cell in outcome.failed:
-        say(f"  {cell.label} {cell.pipeline.name}: {cell.error}")
-    say(f"results: {plan.out}/ (again: prunekit compare {plan.out})")
+        try:
+            return runner.Runner(plan, bar).run()
+        except CannotWrite as error:
+            saved = f"{bar.saved} cells of this run are saved, and the answers to the next one so far"
+            raise InputError(f"{error}; {saved}: the same command goes on there") from error
 
 
 def _next(plan: Plan, seconds: float) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from prunekit_evals.leaderboard.board import Board
-    from prunekit_evals.leaderboard.reading import Found
+    from prunekit_evals.leaderboard.pictures import Picture
+    from prunekit_evals.run.reading import Found
 
 EXAMPLES = """\
 examples:
@@ -34,25 +37,31 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     command.add_argument("-o", "--out", type=Path, metavar="FILE", help="write the page: a name that ends in .html")
     command.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables: a name that ends in .md")
+    command.add_argument(
+        "--keep-maps", type=Path, metavar="DIR",
+        help="show these pictures on the page: `prunekit trace NAME... --thumbnails DIR` makes one of each pipeline",
+    )  # fmt: skip
     command.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:
     """Read, rank, show, write."""
     from prunekit_evals.cli import commands
-    from prunekit_evals.leaderboard import board, reading
+    from prunekit_evals.leaderboard import board, pictures
+    from prunekit_evals.run import reading
 
     from prunekit.errors import InputError
 
     _check(namespace)
+    maps = pictures.read(namespace.keep_maps) if namespace.keep_maps else pictures.Pictures()
     found = reading.read(namespace.results)
-    for one in found.skipped:
+    for one in (*found.skipped, *maps.skipped):
         commands.say(f"skipped: {one}")
     made = board.of_cells(found.cells)
     if not made.sections:
         raise InputError(_nothing(namespace, found))
     show(made)
-    write(made, namespace.out, namespace.markdown)
+    write(made, namespace.out, namespace.markdown, maps.of)
     if found.skipped:
         commands.say(f"{made.cells} cells on the board, {len(found.skipped)} files skipped (named above)")
     return 0
@@ -69,7 +78,7 @@ def show(made: Board) -> None:
             print(f"note: {missing}")
 
 
-def write(made: Board, page: Path | None, markdown: Path | None) -> None:
+def write(made: Board, page: Path | None, markdown: Path | None, maps: Mapping[str, Picture] | None = None) -> None:
     """The files that were asked for. Raises InputError where one cannot be written."""
     from prunekit_evals.cli import commands
     from prunekit_evals.leaderboard import page as pages
@@ -78,7 +87,7 @@ def write(made: Board, page: Path | None, markdown: Path | None) -> None:
     if markdown is not None:
         _write(markdown, text.markdown(made))
     if page is not None:
-        html = pages.html(made)
+        html = pages.html(made, maps)
         _write(page, html)
         size = len(html.encode())
         large = f"; more than {pages.LIMIT / 1e6:.0f} MB: rank fewer folders at once" if size > pages.LIMIT else ""

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 
 from prunekit_evals.run.results import Cell
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+DAY = 86_400.0
 
 
 class Bar:
-    """A bar over all cells and one over the questions of the cell in work. A context manager."""
+    """A bar over all cells and one over the questions of the cell in work. A context manager.
+
+    saved: cells that this run has written.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console,
-            transient=True,
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console, transient=True, speed_estimate_period=DAY,
         )  # fmt: skip
         self._all: TaskID | None = None
         self._one: TaskID | None = None
-        self._cells = 0
+        self._cells = self.saved = 0
+        self._begun = time.monotonic()
 
     def __enter__(self) -> Bar:
         self._bars.start()
@@ -33,7 +48,7 @@ class Bar:
 
     def begin(self, cells: int) -> None:
         """So many cells are to be computed."""
-        self._cells = cells
+        self._cells, self._begun = cells, time.monotonic()
         if cells:
             self._all = self._bars.add_task("cells", total=cells)
 
@@ -52,10 +67,17 @@ class Bar:
         self._drop()
         if self._all is not None:
             self._bars.advance(self._all)
+        self.saved += 1
         if cell.status == "failed":
             self.console.print(f"failed: {cell.label} {cell.pipeline.name}: {cell.error}", markup=False, style="red")
         elif not self.console.is_terminal:
-            self.console.print(f"done: {cell.label} {cell.pipeline.name}", markup=False)
+            self.console.print(f"done: {cell.label} {cell.pipeline.name} ({self._left()})", markup=False)
+
+    def _left(self) -> str:
+        """`3 of 12, about 4 min left`, if all cells take what those so far did."""
+        took = (time.monotonic() - self._begun) / self.saved * (self._cells - self.saved)
+        about = f"{took:.0f} s" if took < 100 else f"{took / 60:.0f} min" if took < 6000 else f"{took / 3600:.1f} h"
+        return f"{self.saved} of {self._cells}" + (f", about {about} left" if self.saved < self._cells else "")
 
     def _drop(self) -> None:
         if self._one is not None:

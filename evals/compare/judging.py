@@ -62,21 +62,29 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Judged:
-    """The figures of one row. seeds: its average under each seed, where it has several."""
+    """The figures of one row. seeds: its average under each seed, where it has several.
+
+    hard: accuracy on the questions that downsampling gets wrong, all tasks together; None where there are none.
+    """
 
     tasks: dict[str, Estimate]
     average: Estimate | None
     to_dense: Comparison | None
     to_random: Comparison | None
     seeds: tuple[float, ...] = ()
+    hard: Estimate | None = None
 
 
 def judge(
-    rows: Sequence[Contender], shared: Sequence[str], images: Mapping[str, Mapping[int, str]]
+    rows: Sequence[Contender],
+    shared: Sequence[str],
+    images: Mapping[str, Mapping[int, str]],
+    hard: Mapping[str, frozenset[int]] | None = None,
 ) -> tuple[dict[str, Judged], tuple[str, ...]]:
     """The figures of each row by name, and the pruned rows that could each be the best.
 
     shared: tasks for averages and differences. images: task -> question -> image, of all questions with a score.
+    hard: task -> questions that downsampling gets wrong; None: they are not known.
     """
     book = _Book(images, [row.scores for row in rows])
     for row in rows:
@@ -84,6 +92,8 @@ def judge(
             book.add(("task", row.name, task), book.mean(row, [task]))
         if shared:
             book.add(("average", row.name), book.mean(row, shared))
+        if mix := book.of_hard(row, hard or {}):
+            book.add(("hard", row.name), mix)
     pairs = [(kind, row, other) for row in rows if shared for kind, other in _others(row, rows)]
     pairs = [pair for pair in pairs if book.pair(*pair, shared)]
     drawn = book.drawn()
@@ -148,6 +158,7 @@ def _judged(
         compared.get(("dense", row.name)),
         compared.get(("random", row.name)),
         book.of_seeds(row, shared) if shared else (),
+        book.estimate(drawn, ("hard", row.name)) if ("hard", row.name) in book.figures else None,
     )
 
 
@@ -193,6 +204,26 @@ class _Book:
             for level, scores in enumerate(seeds):
                 numbers = frozenset(scores) if among is None else among[task]
                 mix[self._column(row, task, level, numbers)] = 1 / (len(tasks) * len(seeds))
+        return mix
+
+    def of_hard(self, row: Contender, hard: Mapping[str, frozenset[int]]) -> dict[int, float]:
+        """Column -> weight of the mean over these questions; empty where the row has none of them.
+
+        They stand for one task, of which each question counts once: a task of its own may have a single one.
+        """
+        asked = [(task, number) for task in hard for number in sorted(hard[task])]
+        images = {name: place for place, name in enumerate(dict.fromkeys((t, self.image[t][n]) for t, n in asked))}
+        places = [images[task, self.image[task][number]] for task, number in asked]
+        levels = min((len(row.scores[task]) for task in hard if task in row.scores), default=0)
+        mix: dict[int, float] = {}
+        for level in range(levels):
+            scores = [row.scores[task][level].get(number) if task in row.scores else None for task, number in asked]
+            sums = np.bincount(places, [score or 0.0 for score in scores], len(images))
+            counts = np.bincount(places, [float(score is not None) for score in scores], len(images))
+            if counts.any():
+                mix[len(self.columns)] = 1 / levels
+                seed = Seed(row.name, level, levels) if levels > 1 else None
+                self.columns.append(Column("hard", sums, counts, seed))
         return mix
 
     def pair(self, kind: str, row: Contender, other: Contender, shared: Sequence[str]) -> bool:

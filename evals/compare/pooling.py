@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import yaml
 from prunekit_evals.run.results import Cell
+from prunekit_evals.run.seeds import SEED, seeds
 
-SEED = "seed"  # the option whose value makes no other pipeline, only another draw of it
-RANDOM = "random"
+RANDOM, DOWNSAMPLE = "random", "downsample"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,22 @@ class Pooled:
     @property
     def seeds(self) -> tuple[str, ...]:
         """The seeds that it was run with, of all its stages."""
-        return tuple(dict.fromkeys(str(seed) for cell in self.cells for seed in _seeds(_read(cell))))
+        return tuple(dict.fromkeys(str(seed) for cell in self.cells for seed in seeds(_read(cell))))
 
     @property
     def flops(self) -> float | None:
         """Fraction of dense's prefill, mean over cells; None where not known."""
         return mean(cell.saved.flops_fraction for cell in self.cells if cell.saved is not None)
+
+
+def unsettled(cells: Sequence[Cell]) -> list[Cell]:
+    """Without failures of which there is a newer result, be it of other code or under other versions.
+
+    cells: oldest first.
+    """
+    told = [(cell.pipeline.name, cell.label, repr(replace(cell.conditions, versions={}))) for cell in cells]
+    done = {key: place for place, (key, cell) in enumerate(zip(told, cells, strict=True)) if cell.status == "done"}
+    return [cell for place, cell in enumerate(cells) if cell.status == "done" or done.get(told[place], -1) < place]
 
 
 def newest(cells: Sequence[Cell]) -> tuple[list[Cell], int]:
@@ -79,7 +89,7 @@ def pooled(cells: Iterable[Cell]) -> tuple[list[Pooled], list[str]]:
             count = f"{len(by_seed) - len(whole)} of {len(by_seed)} seeds of {name}"
             notes.append(f"{count} left out, for lack of tasks that others have")
         scores = {task: tuple(seed[task].scores for seed in whole) for task in whole[0]}
-        scored = {task: seeds for task, seeds in scores.items() if all(seeds)}
+        scored = {task: draws for task, draws in scores.items() if all(draws)}
         rows.append(Pooled(name, tuple(cell for seed in whole for cell in seed.values()), scored))
     return rows, notes
 
@@ -97,6 +107,16 @@ def images(rows: Iterable[Pooled]) -> tuple[dict[str, dict[int, str]], tuple[str
         task: {number: found[task].get(number, f"#{number}") for number in sorted(numbers)}
         for task, numbers in asked.items()
     }, without
+
+
+def hard(rows: Iterable[Pooled]) -> dict[str, frozenset[int]]:
+    """Task -> the questions that a row gets wrong which shows smaller images and does nothing else."""
+    wrong: dict[str, set[int]] = {}
+    for row in rows:
+        for task, draws in row.scores.items() if row.only == DOWNSAMPLE else ():
+            missed = (number for one in draws for number, score in one.items() if score < 0.5)
+            wrong.setdefault(task, set()).update(missed)
+    return {task: frozenset(numbers) for task, numbers in wrong.items() if numbers}
 
 
 def family(cell: Cell) -> str:
@@ -138,15 +158,7 @@ def _parsed(resolved: str) -> Mapping[str, Any]:
 
 
 def _seeded(data: Any) -> bool:
-    return any(True for _ in _seeds(data))
-
-
-def _seeds(data: Any) -> Iterator[Any]:
-    inside = data.values() if isinstance(data, Mapping) else data if isinstance(data, list) else ()
-    if isinstance(data, Mapping) and SEED in data:
-        yield data[SEED]
-    for one in inside:
-        yield from _seeds(one)
+    return any(True for _ in seeds(data))
 
 
 def _unseeded(data: Any) -> Any:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 SHORT = {"mmbench_en_dev_static": "mmbench", "scienceqa_img": "scienceqa", "textvqa_val": "textvqa"}
 LEGEND = (
     "Accuracy in %, ± half of its 95 % interval, which draws images anew and not questions. Δ dense, Δ random: paired "
-    "difference to dense and to random at the same FLOPs, * where it holds after correction. Tokens: visual "
+    "difference to dense and to random at the same FLOPs, * where it holds after correction. Hard: accuracy on the "
+    "questions that downsampling gets wrong. Tokens: visual "
     "tokens left after the last stage. FLOPs, KV: of the language model's prefill, % of dense. Whole: FLOPs of the "
     "whole prefill, with vision tower and projector. Time: of the same, over dense's, measured alternately."
 )
@@ -33,6 +34,7 @@ def columns(table: Table, intervals: bool = True) -> dict[str, list[str]]:
         "Average": [_estimate(row.average, True) for row in rows],
         "Δ dense": [_difference(row.to_dense) for row in rows],
         "Δ random": [_difference(row.to_random) for row in rows],
+        "Hard": [_hard(row) for row in rows],
         "Seeds": [_seeds(row) for row in rows],
         "Tokens": ["" if row.kept_tokens is None else f"{row.kept_tokens:.4g}" for row in rows],
         "FLOPs": [_percent(row.flops_fraction) for row in rows],
@@ -83,16 +85,17 @@ def markdown(table: Table) -> str:
 
 
 def _fitting(table: Table, width: int) -> tuple[dict[str, list[str]], list[str]]:
-    """The columns that fit, and the names of what does not: Whole and Seeds go, tasks lose their intervals, then KV
-    goes, then the tasks.
+    """The columns that fit, and the names of what does not: Whole, Hard and Seeds go, tasks lose their intervals, then
+    KV goes, then the tasks.
 
     Markdown and JSON have all of them.
     """
     tasks = {short(label) for label in table.tasks}
-    few = {*tasks, "Whole", "Seeds", "KV", "Tokens"}
+    some = {"Hard", "Whole", "Seeds"}
+    few = {*tasks, *some, "KV", "Tokens"}
     steps: tuple[tuple[bool, set[str]], ...] = (
-        (True, set()), (True, {"Whole"}), (True, {"Whole", "Seeds"}), (False, {"Whole", "Seeds"}),
-        (False, {"Whole", "Seeds", "KV"}), (False, {*tasks, "Seeds"}), (False, few), (False, {*few, "Δ random"}),
+        (True, set()), (True, {"Whole"}), (True, {"Whole", "Hard"}), (True, some), (False, some),
+        (False, {*some, "KV"}), (False, {*tasks, "Hard", "Seeds"}), (False, few), (False, {*few, "Δ random"}),
     )  # fmt: skip
     shown, hidden, everything = {}, [], columns(table)
     for intervals, without in steps:
@@ -147,6 +150,10 @@ def _difference(compared: Comparison | None) -> str:
 def _seeds(row: Row) -> str:
     """How many, and between which averages they lie."""
     return f"{len(row.seeds)}: {100 * min(row.seeds):.1f}–{100 * max(row.seeds):.1f}" if row.seeds else ""
+
+
+def _hard(row: Row) -> str:
+    return "" if row.hard is None else _estimate(row.hard, True)
 
 
 def _signed(value: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from prunekit_evals.compare import judging, pooling
 from prunekit_evals.compare.judging import Comparison, Contender, Judged
 from prunekit_evals.compare.pooling import Pooled, mean
 from prunekit_evals.compare.stats import Estimate
-from prunekit_evals.run import results
+from prunekit_evals.run import reading
+from prunekit_evals.run.reading import Skipped
 from prunekit_evals.run.results import Cell, Conditions
+from prunekit_evals.run.unanswered import listed
 
 from prunekit import loading
 from prunekit.errors import InputError
@@ -28,6 +30,8 @@ class Row:
     tasks: label -> accuracy. average: unweighted over the tasks that all rows have. to_dense, to_random: against dense
     and against `random` at the same FLOPs, over those tasks; None where there is no such row. seeds: the average under
     each seed; empty with one. Fractions and ratios are means over tasks, of the dense model; None where not known.
+    hard: accuracy on the questions that a row of `downsample` gets wrong, all tasks together; None where there are none
+    (https://arxiv.org/abs/2510.07143 calls them difficult: they are what tells methods apart).
     times: machine -> ratio of prefill times measured on it. prefill_ratio: that of the table's one machine; None where
     it has several, whose times are not comparable.
     """
@@ -47,6 +51,7 @@ class Row:
     seconds: float | None
     whole_flops_fraction: float | None = None
     seeds: tuple[float, ...] = ()
+    hard: Estimate | None = None
     times: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -69,7 +74,7 @@ class Table:
 
     shared: tasks that every row has, which the averages are over. notes: what a reader should know. best: pruned rows
     that could each be the best. verdicts: which differences hold, in words. images: task -> images that it asks about.
-    machines: on which prefill times were measured.
+    machines: on which prefill times were measured. hard: how many questions downsampling gets wrong.
     """
 
     conditions: Conditions
@@ -81,6 +86,7 @@ class Table:
     verdicts: tuple[str, ...] = ()
     images: dict[str, int] = field(default_factory=dict)
     machines: tuple[str, ...] = ()
+    hard: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -94,17 +100,21 @@ class Table:
             "verdicts": list(self.verdicts),
             "images": dict(self.images),
             "machines": list(self.machines),
+            "hard": self.hard,
         }
 
 
-def tables(folder: Path) -> tuple[Table, ...]:
-    """Tables of all cells under `folder`, the newest conditions last. Raises InputError when there are none."""
-    if not folder.is_dir():
-        raise InputError(f"no results folder '{folder}' (make one with `prunekit eval`, or name another)")
-    cells = list(results.cells(folder))
-    if not cells:
-        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`)")
-    return tuple(marked(table) for table in of_cells(cells))
+def tables(folder: Path) -> tuple[tuple[Table, ...], tuple[Skipped, ...]]:
+    """Tables of all cells under `folder`, the newest conditions last, and files that are no sound cells.
+
+    Raises InputError when there are no cells.
+    """
+    found = reading.read([folder])
+    if not found.cells:
+        lost = "".join(f"\n  {one}" for one in found.skipped)
+        skipped = f"; {len(found.skipped)} files skipped:{lost}" if lost else ""
+        raise InputError(f"no results under '{folder}' (make some with `prunekit eval`){skipped}")
+    return tuple(marked(table) for table in of_cells(found.cells)), found.skipped
 
 
 def marked(table: Table) -> Table:
@@ -125,9 +135,12 @@ def of_cells(cells: Iterable[Cell]) -> tuple[Table, ...]:
 
 
 def grouped(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells of each table, oldest first: those of equal conditions; the newest conditions last."""
+    """The cells of each table, oldest first: those of equal conditions; the newest conditions last.
+
+    A failure stands there only while there is no newer result of that cell, under whichever versions.
+    """
     groups: dict[str, list[Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.created):
+    for cell in pooling.unsettled(sorted(cells, key=lambda cell: cell.created)):
         groups.setdefault(repr(cell.conditions), []).append(cell)
     return sorted(groups.values(), key=lambda group: group[-1].created)
 
@@ -141,7 +154,8 @@ def _table(cells: Sequence[Cell]) -> Table:
     shared = tuple(label for label in labels if scored and all(label in has for has in scored))
     images, without = pooling.images(rows)
     contenders = [Contender(row.name, row.dense, row.random, row.flops, row.scores) for row in rows]
-    judged, best = judging.judge(contenders, shared, images)
+    hard = pooling.hard(rows)
+    judged, best = judging.judge(contenders, shared, images, hard)
     machines = tuple(dict.fromkeys(machine for row in rows for machine in times(row)))
     ordered = tuple(sorted((_row(row, judged[row.name], machines) for row in rows), key=_order))
     notes = [*_troubles(cells), *left_out, *_machines(machines)]
@@ -157,7 +171,8 @@ def _table(cells: Sequence[Cell]) -> Table:
     counted = {label: len(set(of.values())) for label, of in images.items()}
     verdicts = judging.sentences({row.pipeline: judged[row.pipeline] for row in ordered}, best)
     told = tuple(dict.fromkeys(notes))
-    return Table(cells[-1].conditions, labels, shared, ordered, told, best, verdicts, counted, machines)
+    asked = sum(map(len, hard.values()))
+    return Table(cells[-1].conditions, labels, shared, ordered, told, best, verdicts, counted, machines, asked)
 
 
 def times(row: Pooled) -> dict[str, float]:
@@ -179,11 +194,21 @@ def _machines(machines: Sequence[str]) -> list[str]:
 
 def _troubles(cells: Sequence[Cell]) -> list[str]:
     failed = [f"{cell.pipeline.name} on {cell.label} failed: {cell.error}" for cell in cells if cell.status == "failed"]
-    return failed + [
-        f"{cell.pipeline.name} on {cell.label}: the model computed NaN or infinity for {cell.unsound} questions"
-        for cell in cells
-        if cell.unsound
-    ]
+    return failed + [f"{cell.pipeline.name} on {cell.label}: {said}" for cell in cells for said in _flags(cell)]
+
+
+def _flags(cell: Cell) -> Iterator[str]:
+    """What a reader of a result should know."""
+    if cell.unsound:
+        yield f"the model computed NaN or infinity for {cell.unsound} questions"
+    if lost := cell.unanswered:
+        many = "questions" if len(lost) > 1 else "question"
+        yield f"{len(lost)} {many} could not be answered, counted as wrong: {listed(lost)}"
+    if cell.empty:
+        yield f"{cell.empty} of {len(cell.questions)} answers are empty"
+    if cell.executed is not None and cell.executed.off_budget:
+        off = f"{cell.executed.off_budget} of {len(cell.questions)} questions"
+        yield f"stages kept another number of tokens than their budgets asked for, in {off}"
 
 
 def _order(row: Row) -> tuple[bool, float, float, str]:
@@ -213,5 +238,6 @@ def _row(row: Pooled, judged: Judged, machines: Sequence[str]) -> Row:
         seconds=mean(one.seconds for one in timed) if len(machines) < 2 else None,
         whole_flops_fraction=mean(one.whole_flops_fraction for one in spared),
         seeds=judged.seeds,
+        hard=judged.hard,
         times=ratios,
     )

@@ -14,6 +14,7 @@ MEANINGS = {
     "Average": "accuracy in %, unweighted over the tasks that all rows have, ± half of its 95 % interval",
     "Δ dense": "paired difference to dense on the same questions; * where it holds after Holm's correction",
     "Δ random": "the same to random at the same FLOPs",
+    "Hard": "accuracy on the questions that a downsample row gets wrong, all tasks together",
     "Seeds": "how many seeds, and between which averages they lie",
     "Tokens": "visual tokens left after the last stage",
     "FLOPs": "of the language model's prefill, % of dense, counted exactly",
@@ -61,7 +62,8 @@ def tasks(table: Table) -> tuple[Column, ...]:
 
 def _column(table: Table, name: str, texts: list[str]) -> Column:
     machine = _machine(table, name)
-    meaning = MEANINGS.get(name) or "time of the whole prefill over dense's, measured alternately" + (
+    hard = f" ({table.hard} of them)" if name == "Hard" else ""
+    meaning = MEANINGS.get(name, "") + hard or "time of the whole prefill over dense's, measured alternately" + (
         f", on {machine}; not comparable with other columns of times" if len(table.machines) > 1 else ""
     )
     values: Callable[[Row], float | str | None] = KEYS.get(name) or (lambda row: _time(row, machine))
@@ -74,6 +76,7 @@ KEYS: dict[str, Callable[[Row], float | str | None]] = {
     "Average": lambda row: row.average and row.average.value,
     "Δ dense": lambda row: row.to_dense and row.to_dense.difference.value,
     "Δ random": lambda row: row.to_random and row.to_random.difference.value,
+    "Hard": lambda row: row.hard and row.hard.value,
     "Seeds": lambda row: len(row.seeds) or None,
     "Tokens": lambda row: row.kept_tokens,
     "FLOPs": lambda row: row.flops_fraction,

@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from typing import Any
 
 from prunekit_evals.leaderboard import bundle, charts, columns, points
 from prunekit_evals.leaderboard.board import Board, Entry, Section, spelled
 from prunekit_evals.leaderboard.columns import Column
+from prunekit_evals.leaderboard.pictures import Picture
 from prunekit_evals.run.results import Cell
 
 from prunekit.version import VERSION
@@ -37,8 +39,8 @@ class Shown:
     conditions: Mapping[str, str]
 
 
-def html(board: Board) -> str:
-    """The page."""
+def html(board: Board, pictures: Mapping[str, Picture] | None = None) -> str:
+    """The page. pictures: name of a row -> its keep map; None: it shows none."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -50,7 +52,7 @@ def html(board: Board) -> str:
     return environment.get_template("board.html").render(
         board=board, sections=[_shown(section) for section in board.sections], version=VERSION,
         css=Markup(_text("board.css")), vega=Markup(vega), own=Markup(own), policy=_policy(vega, own),
-        receipt=receipt, cell_facts=cell_facts,
+        receipt=receipt, cell_facts=cell_facts, pictures=pictures or {},
     )  # fmt: skip
 
 
@@ -92,8 +94,22 @@ def cell_facts(cell: Cell) -> dict[str, str]:
         "questions": str(len(cell.questions)),
         "metrics of the task": ", ".join(metrics),
         "prefill ms": f"{timing.prefill_ms:.3g} of {timing.dense_prefill_ms:.3g}" if timing and measured else "",
-        "not finite": str(cell.unsound) if cell.unsound else "",
+        "tokens entering layers": _entering(cell),
+        "flags": ", ".join(f"{count} {name}" for name, count in _flags(cell).items() if count),
     }  # fmt: skip
+
+
+def _flags(cell: Cell) -> dict[str, int]:
+    return {
+        "unanswered": len(cell.unanswered), "empty": cell.empty, "not finite": cell.unsound,
+        "off budget": cell.executed.off_budget if cell.executed else 0,
+    }  # fmt: skip
+
+
+def _entering(cell: Cell) -> str:
+    """`180 ×2, 72 ×6`: equal neighbours together; empty where it was not recorded."""
+    entered = cell.executed.layer_tokens if cell.executed else ()
+    return ", ".join(f"{tokens:.4g} ×{len(list(run))}" for tokens, run in groupby(entered))
 
 
 @cache

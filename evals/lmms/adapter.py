@@ -14,13 +14,15 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from prunekit_evals.lmms.requests import Question, Settings, choices, naming, read, rounds
+from PIL import ImageFile
+from prunekit_evals.lmms.requests import Question, Settings, choices, naming, read, rounds, settled
 from prunekit_evals.run import likelihoods
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
 from prunekit_evals.run.generation import HonorUntil, decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
 from prunekit_evals.run.rounds import Rounds
+from prunekit_evals.run.unanswered import Unanswered
 from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 import prunekit
@@ -28,6 +30,7 @@ from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
 
+UNANSWERED = Answer("", 0, 0)
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 
@@ -53,7 +56,7 @@ class PruneKit(lmms):  # type: ignore[misc]
         max_frames: int = MAX_FRAMES,
         fps: float | str | None = None,
         journal: str = "",
-        download: bool = False,
+        download: bool | str | int = False,
         **unknown: object,
     ) -> None:
         """Load the model.
@@ -64,22 +67,29 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
         Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
         """
-        names = tuple(inspect.signature(PruneKit.__init__).parameters)
-        for name in unknown:
-            raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
+        _known(unknown)
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
         where = _device_map(device_map, device)
-        text = self._resolve_system_prompt(str(system_prompt))
+        _texts(
+            pretrained=pretrained, pipeline=pipeline, device=device, dtype=dtype, journal=journal,
+            attn_implementation=attn_implementation, system_prompt=system_prompt,
+        )  # fmt: skip
+        fetch = _flag("download", download)
+        text = self._system_prompt(str(system_prompt))
         size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-        sampling = Sampling(_count("max_frames", max_frames), None if fps in (None, "") else _number("fps", fps))
-        settings = Settings(size, longest, text, honor_until, sampling)
+        settings = Settings(size, longest, text, honor_until, _sampling(max_frames, fps))
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
-        loaded = Loaded.load(
-            str(pretrained), dtype or None, device or None, attn_implementation or None, download, where
-        )
+        attn = attn_implementation or None
+        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn, fetch, where)
         self.setup(loaded, built, settings, journal)
+
+    def _system_prompt(self, given: str) -> str:
+        try:
+            return str(self._resolve_system_prompt(given))
+        except UnicodeDecodeError as error:
+            raise InputError(f"system_prompt: the file '{given}' is not UTF-8 (convert it)") from error
 
     @classmethod
     def over(cls, loaded: Loaded, pipeline: Pipeline, settings: Settings, journal: str = "") -> PruneKit:
@@ -96,6 +106,9 @@ class PruneKit(lmms):  # type: ignore[misc]
         pipeline.bind(families.shape_of(loaded.model))
         self.journal = Journal(journal_file(journal, self._rank, self._world_size))
         self.tally = Tally()
+        self.unanswered = Unanswered()
+        # lmms-eval lets PIL fill truncated images up with grey; `prunekit run` refuses them, and so does this.
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         self.batch_sizes = {"generate_until": settings.batch_size}
         self.progress: Callable[[int], None] = lambda answered: None
         self._code = code_identity(pipeline)
@@ -165,13 +178,13 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers: dict[int, Answer] = {}
         before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
         for batch in self._batches(requests, answers):
-            answered = answer(self.loaded, self.pipeline, [one.prompt for one in batch], batch[0].how, self.tally)
+            batch, answered = self._answered(batch)
             self.tally.add(answered, journaled=False)
             self.journal.add((one.key, each) for one, each in zip(batch, answered, strict=True))
             answers |= {one.place: each for one, each in zip(batch, answered, strict=True)}
             self.progress(len(batch))
         self._log(*before)
-        results = (answers[place] for place in range(len(requests)))
+        results = (answers.get(place, UNANSWERED) for place in range(len(requests)))
         return [GenerationResult(each.text, TokenCounts(each.input_tokens, each.output_tokens)) for each in results]
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
@@ -223,22 +236,59 @@ class PruneKit(lmms):  # type: ignore[misc]
             "are pruned here write text only"
         )
 
+    def _answered(self, batch: list[Question]) -> tuple[list[Question], list[Answer]]:
+        """Those of a batch that can be answered, with their answers: all together, or each alone where that fails."""
+        asked = [one.prompt for one in batch]
+        try:
+            answered = answer(self.loaded, self.pipeline, asked, batch[0].how, self.tally)
+        except Exception as error:
+            if not self.unanswered.tolerant:
+                raise
+            if len(batch) == 1:
+                self._give_up(batch[0].task, batch[0].number, error)
+                return [], []
+            alone = [self._answered([one]) for one in batch]
+            return [one for some, _ in alone for one in some], [one for _, some in alone for one in some]
+        self.unanswered.interrupt()
+        return batch, answered
+
+    def _give_up(self, task: str, number: int, error: Exception) -> None:
+        """Count a question as one that cannot be answered, or raise its error, and name it."""
+        if isinstance(error, InputError) and not self.unanswered.tolerant:
+            raise InputError(f"document {number} of task '{task}': {error}") from error
+        self.unanswered.add(task, number, error)
+        self.progress(1)
+
+    def _read(self, place: int, request: Instance, seen: dict[str, int]) -> Question | None:
+        """The question of a request; None where it cannot be asked, as with a damaged image."""
+        try:
+            with settled():
+                question = read(place, request, self, seen)
+                self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
+            return question
+        except Exception as error:
+            self._give_up(request.task_name, request.doc_id, error)
+            return None
+
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
         waiting: dict[tuple[Any, ...], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
-            question = read(place, request, self, seen)
-            with naming(request):
-                self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
+            question = self._read(place, request, seen)
+            if question is None:
+                continue
             journaled = self.journal.get(question.key)
             if journaled is not None:
                 answers[place] = journaled
                 self.tally.add([journaled], journaled=True)
                 self.progress(1)
                 continue
-            with naming(request):
+            try:
                 kind = question.kind  # decodes videos
+            except Exception as error:
+                self._give_up(question.task, question.number, error)
+                continue
             batch = waiting.setdefault(kind, [])
             batch.append(question)
             if len(batch) == self.batch_size:
@@ -289,6 +339,26 @@ def _harness_call() -> dict[str, Any]:
     return {}
 
 
+def _known(unknown: Mapping[str, object]) -> None:
+    names = tuple(inspect.signature(PruneKit.__init__).parameters)
+    for name in unknown:
+        raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
+
+
+def _texts(**given: object) -> None:
+    """Raise InputError for what lmms-eval read as true or false."""
+    for name, value in given.items():
+        if isinstance(value, bool):
+            raise InputError(f"{name} must be text, not '{value}'")
+
+
+def _flag(name: str, value: object) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if str(value).lower() not in words:
+        raise InputError(f"{name} must be true or false, not '{value}'")
+    return words[str(value).lower()]
+
+
 def _device_map(text: str | Mapping[str, Any], device: str) -> str | Mapping[str, Any] | None:
     """A device map as transformers takes it. Raises InputError for what is none, or stands beside what excludes it."""
     if text in ("", "none"):
@@ -307,11 +377,12 @@ def _device_map(text: str | Mapping[str, Any], device: str) -> str | Mapping[str
     return text
 
 
-def _number(name: str, value: object) -> float:
+def _sampling(max_frames: object, fps: object) -> Sampling:
     try:
-        return float(str(value))
+        rate = None if fps in (None, "") else float(str(fps))
     except ValueError:
-        raise InputError(f"{name} must be a number, not '{value}'") from None
+        raise InputError(f"fps must be a number, not '{fps}'") from None
+    return Sampling(_count("max_frames", max_frames), rate)
 
 
 def _count(name: str, value: object) -> int:

@@ -69,13 +69,3 @@ def saved(tally: Tally) -> Saved | None:
         kv_fraction=kv / dense_kv,
         whole_flops_fraction=whole_fraction(facts),
     )
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line; lmms-eval's retries hide it one level down."""
-    attempt = getattr(error, "last_attempt", None)
-    cause = attempt.exception() if attempt is not None else None
-    if isinstance(cause, Exception):
-        return reason(cause)
-    text = " ".join(str(error).split())[:500]
-    return text if isinstance(error, PrunekitError) else f"{type(error).__name__}: {text}"

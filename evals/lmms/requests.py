@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
 from prunekit_evals.run.journal import key_of
-from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals
+from prunekit_evals.run.placeholders import holds
+from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals, placeholder
 from prunekit_evals.run.videos import Sampling
 
 from prunekit.errors import InputError
@@ -34,9 +35,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Question:
-    """One request, ready to be answered. `place` is its number among the requests, `key` its name in the journal."""
+    """One request, ready to be answered. `place` is its number among the requests, `key` its name in the journal.
+
+    task, number: which document of which task it is about.
+    """
 
     place: int
+    task: str
+    number: int
     key: str
     prompt: Prompt
     how: Decoding
@@ -71,37 +77,43 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     Chat requests are `(context, to_messages, arguments, doc, task, split)`, simple ones `(context, arguments,
     to_visual, doc, task, split)`. lmms-eval hands simple ones to chat models in places, so the request itself decides.
     """
-    with naming(request):
-        prompt, arguments = prompt_of(request, asked)
-        image = prompt.digest()
+    context, *rest = request.args
+    arguments, where = rest[1] if callable(rest[0]) else rest[0], rest[2:]
+    prompt = asked.loaded.kept.prompt((request.idx, str(context), *where), lambda: _prompt(request, asked))
     key = key_of(
         task=request.task_name,
         doc=request.doc_id,
         idx=request.idx,
-        context=request.args[0],
-        prompt=image,
+        context=context,
+        prompt=prompt.digest(),
         arguments=json.loads(json.dumps(arguments, default=str)),
         identity=asked.identity,
     )
     times = seen[key] = seen.get(key, 0) + 1
     how = decoding(arguments, asked.settings.max_new_tokens, asked.settings.honor_until)
-    return Question(place, key if times == 1 else f"{key}#{times}", prompt, how)
+    return Question(place, request.task_name, request.doc_id, key if times == 1 else f"{key}#{times}", prompt, how)
 
 
-def prompt_of(request: Instance, asked: Asked) -> tuple[Prompt, dict[str, Any]]:
-    """The prompt of a `generate_until` request, and its task's generation arguments."""
+def _prompt(request: Instance, asked: Asked) -> Prompt:
+    """The prompt of a `generate_until` request."""
     context, *rest = request.args
-    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+    doc = asked.doc(*rest[2:])
     if callable(rest[0]):
-        to_messages, arguments, *where = rest
-        return from_messages(to_messages(asked.doc(*where)), *asking), arguments
-    arguments, to_visual, *where = rest
-    return from_visuals(flat(to_visual(asked.doc(*where))), context, *asking), arguments
+        return from_messages(rest[0](doc), *_asking(asked))
+    return _simple(doc, rest[1](doc), context, asked)
+
+
+def _asking(asked: Asked) -> tuple[Any, str, Sampling]:
+    return asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+
+
+def _simple(doc: Any, visuals: Any, context: str, asked: Asked) -> Prompt:
+    own = holds(doc, placeholder(asked.loaded.processor))
+    return from_visuals(flat(visuals), context, *_asking(asked), own=own)
 
 
 def choices(requests: Sequence[Instance], asked: Asked) -> Iterator[tuple[Instance, Choice]]:
     """`loglikelihood` requests, those in a row about one prompt together, each with the first of its requests."""
-    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
     numbered = enumerate(requests)
     for _, group in groupby(numbered, lambda one: (one[1].task_name, one[1].doc_id, one[1].args[0], len(one[1].args))):
         places, together = zip(*group, strict=True)
@@ -109,7 +121,7 @@ def choices(requests: Sequence[Instance], asked: Asked) -> Iterator[tuple[Instan
         context, _, *rest = first.args
         with naming(first):
             doc = asked.doc(*rest[1:]) if rest else {}
-            prompt = from_visuals(flat(rest[0](doc)) if rest else [], context, *asking)
+            prompt = _simple(doc, rest[0](doc) if rest else [], context, asked)
             said = tuple(str(one.args[1](doc) if callable(one.args[1]) else one.args[1]) for one in together)
         yield first, Choice(prompt, said, places)
 
@@ -119,7 +131,8 @@ def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str,
 
     Chat requests are as those of one round, and `to_messages` is called with the number of the round, the answers so
     far and what the task said about the last one; simple ones are `(context, arguments, to_visual, to_text, doc, task,
-    split)`, where `to_text` is.     """
+    split)`, where `to_text` is.
+    """
     prompt, arguments, again = _first_round(request, asked)
     answers: list[str] = []
     about: Any = None
@@ -132,23 +145,22 @@ def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str,
 def _first_round(request: Instance, asked: Asked) -> tuple[Prompt | None, dict[str, Any], Callable[..., Any]]:
     """Its prompt, the generation arguments, and what gives the prompt of a later round, or None after the last."""
     context, *rest = request.args
-    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
 
     def chat(**about: Any) -> tuple[Prompt | None, Any]:
         told = rest[0](doc, **about)
         if not isinstance(told, tuple) or len(told) != 4 or told[1]:
             return None, None
-        return from_messages(told[0], *asking), told[3]
+        return from_messages(told[0], *_asking(asked)), told[3]
 
     def simple(**about: Any) -> tuple[Prompt | None, Any]:
         visuals, text, done, _, more = rest[2](doc, **about)
-        return (None, None) if done else (from_visuals(flat(visuals), text, *asking), more)
+        return (None, None) if done else (_simple(doc, visuals, text, asked), more)
 
     with naming(request):
         doc = asked.doc(*rest[-3:])
         if callable(rest[0]):
-            return from_messages(rest[0](doc), *asking), rest[1], chat
-        return from_visuals(flat(rest[1](doc)), context, *asking), rest[0], simple
+            return from_messages(rest[0](doc), *_asking(asked)), rest[1], chat
+        return _simple(doc, rest[1](doc), context, asked), rest[0], simple
 
 
 def flat(visuals: Any) -> list[Any]:
@@ -159,12 +171,19 @@ def flat(visuals: Any) -> list[Any]:
 
 
 @contextmanager
-def naming(request: Instance) -> Iterator[None]:
-    """Say which document an InputError is about; where a task's code would end the process, raise one instead."""
-    where = f"document {request.doc_id} of task '{request.task_name}'"
+def settled() -> Iterator[None]:
+    """Where a task's code would end the process, as for a video that is not there, raise an InputError instead."""
     try:
         yield
+    except SystemExit as error:
+        raise InputError(str(error)) from error
+
+
+@contextmanager
+def naming(request: Instance) -> Iterator[None]:
+    """Say which document an InputError is about, whatever would end the process included."""
+    try:
+        with settled():
+            yield
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    except SystemExit as error:  # tasks do this for videos that are not there
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"document {request.doc_id} of task '{request.task_name}': {error}") from error

@@ -6,6 +6,7 @@ clear score, there is none, and only its aggregate is shown.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,17 @@ PRIMARY = {"pope": "pope_accuracy", "mmbench_en_dev_static": "gpt_eval_score"}
 
 
 def questions(
-    task: str, samples: Sequence[Mapping[str, Any]], images: Mapping[int, str] | None = None
+    task: str,
+    samples: Sequence[Mapping[str, Any]],
+    images: Mapping[int, str] | None = None,
+    unanswered: Mapping[int, str] | None = None,
 ) -> tuple[Question, ...]:
     """The questions of one task, by number, with their answers, scores and images.
 
-    samples: as `simple_evaluate` logs them. images: question -> identity of its images, where known.
+    samples: as `simple_evaluate` logs them. images: question -> identity of its images, where known. unanswered:
+    question -> why it could not be answered: it is wrong, whatever the task makes of an empty answer.
     """
+    lost = unanswered or {}
     known = images or {}
     ordered = sorted(samples, key=lambda sample: int(sample["doc_id"]))
     mmbench = _mmbench(ordered) if task.startswith("mmbench") else None
@@ -31,7 +37,11 @@ def questions(
         score = mmbench.get(number) if mmbench is not None else _score(task, sample)
         # Several filters log a question several times; the last word is that of the last filter, as in the table.
         group = known.get(number) or _group(sample)
-        by_number[number] = Question(number, _text(sample.get("filtered_resps")), score, group)
+        asked = (_document(sample), _asked(sample), _told(sample.get("target")))
+        said = _text(sample.get("filtered_resps"))
+        if number in lost:
+            said, score = "", None if score is None else 0.0
+        by_number[number] = Question(number, said, score, group, *asked, lost.get(number, ""))
     return tuple(by_number.values())
 
 
@@ -92,6 +102,31 @@ def _group(sample: Mapping[str, Any]) -> str | None:
         if isinstance(sample.get(name), Mapping):
             return str(sample[name].get("question_id"))
     return None
+
+
+# What data sets call the name of a row.
+DOCUMENT = ("question_id", "questionId", "qid", "id", "uid", "index", "data_id", "sample_id")
+
+
+def _document(sample: Mapping[str, Any]) -> str:
+    """The data's own name for a question; empty where it has none."""
+    doc = sample.get("doc")
+    names = [doc[name] for name in DOCUMENT if doc.get(name) is not None] if isinstance(doc, Mapping) else []
+    return next((str(name) for name in names if isinstance(name, str | int)), "")
+
+
+def _asked(sample: Mapping[str, Any]) -> str:
+    """The text of the request, as the task's code made it."""
+    arguments = sample.get("arguments")
+    while isinstance(arguments, list | tuple) and arguments:
+        arguments = arguments[0]
+    return arguments if isinstance(arguments, str) else ""
+
+
+def _told(target: Any) -> str:
+    if target is None or isinstance(target, str):
+        return target or ""
+    return json.dumps(target, ensure_ascii=False, default=str)
 
 
 def _text(responses: Any) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from prunekit_evals.run import videos
+from prunekit_evals.lmms.own import identity
+from prunekit_evals.run import files, videos
 
 from prunekit.errors import InputError, UnknownName
 
@@ -31,11 +34,12 @@ PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions abou
 
 @dataclass(frozen=True)
 class Named:
-    """A task's place in lmms-eval. `kind` is `task`, `group` or `tag`; `file` its YAML."""
+    """A task's place in lmms-eval. `kind` is `task`, `group` or `tag`; `file` its YAML; `own`: it is the user's."""
 
     name: str
     kind: str
     file: Path
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,10 @@ class Data:
 
 @dataclass(frozen=True)
 class Built:
-    """A task ready to be asked. limit: questions to ask, None for all; `chat` whether it is asked in messages."""
+    """A task ready to be asked. limit: questions to ask, None for all; `chat` whether it is asked in messages.
+
+    numbers: what the questions are numbered in the data, where they were drawn; None: as they are asked.
+    """
 
     name: str
     task: Any
@@ -65,6 +72,7 @@ class Built:
     chat: bool
     questions: int
     limit: int | None
+    numbers: tuple[int, ...] | None = None
 
 
 def check_installed() -> None:
@@ -73,10 +81,17 @@ def check_installed() -> None:
         raise InputError(INSTALL)
 
 
-def find(names: Sequence[str]) -> list[Named]:
-    """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group."""
+def find(names: Sequence[str], include: Path | None = None) -> list[Named]:
+    """The tasks of these names, found without importing lmms-eval. Raises UnknownName, or InputError for a group.
+
+    include: a folder with the user's own tasks, none of which may have a name that lmms-eval has.
+    """
     check_installed()
     index = _index()
+    if include is not None:
+        own = _read_index(include.resolve(), own=True)
+        _check_own(include, own, index)
+        index |= own
     named = []
     for name in dict.fromkeys(names):
         if name not in index:
@@ -104,35 +119,59 @@ def data_at(root: Path | None) -> Data:
     return Data(root, total.hexdigest()[:12], False)
 
 
-def build(named: Named, data: Data, limit: int | None, prompt_profile: str | None = None) -> Built:
+def build(
+    named: Named, data: Data, limit: int | None, prompt_profile: str | None = None, subset_seed: int | None = None
+) -> Built:
     """Build one task object, with its data loaded.
 
-    prompt_profile: the model name whose prompts the task's file may bring, such as `qwen_vl`. Raises InputError when
-    the data is not there.
+    data: as `data_of` gives it. prompt_profile: the model name whose prompts the task's file may bring, such as
+    `qwen_vl`. subset_seed: draw the questions of the limit; None: the first ones. Raises InputError when the data is
+    not there.
     """
-    from lmms_eval.tasks import TaskManager
-
-    # The whole index takes seconds to read; one folder takes none.
-    folder = [str(named.file.parent)]
-    manager = TaskManager("ERROR", include_path=folder, include_defaults=False, model_name=prompt_profile)
+    manager = _manager(named, prompt_profile)
     with _needing(named.name):
         config = manager._get_config(named.name)
     chat = config.get("output_type", "generate_until") not in ("loglikelihood", "multiple_choice")
-    _check_data(named.name, config, data)
+    if not named.own:
+        _check_data(named.name, config, data)
     with _inside(data, _videos_of(named.name, config, data)):
         task = _load(manager, named.name, "chat" if chat else "simple")
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
-    if count < len(docs) and PAIRED.match(named.name):
-        count = whole_groups(docs["question_id"], count)
+    if count == len(docs):
+        return Built(named.name, task, manager, chat, count, None)
+    groups = docs["question_id"] if PAIRED.match(named.name) else range(len(docs))
+    if subset_seed is not None:
+        numbers = drawn(groups, count, subset_seed)
+        _choose(task, numbers)
+        return Built(named.name, task, manager, chat, len(numbers), None, numbers)
+    count = whole_groups(groups, count)
     return Built(named.name, task, manager, chat, count, None if count == len(docs) else count)
 
 
-def whole_groups(groups: Sequence[str], limit: int) -> int:
+def drawn(groups: Sequence[Any], limit: int, seed: int) -> tuple[int, ...]:
+    """The fewest questions, at least `limit`, that random whole groups have, in the order of the data."""
+    order = list(dict.fromkeys(groups))
+    random.Random(seed).shuffle(order)
+    rank = {group: place for place, group in enumerate(order)}
+    sizes = Counter(groups)
+    wanted = next(n for n, total in enumerate(accumulate(sizes[group] for group in order), 1) if total >= limit)
+    return tuple(number for number, group in enumerate(groups) if rank[group] < wanted)
+
+
+def _choose(task: Any, numbers: Sequence[int]) -> None:
+    """Leave only these questions in a task."""
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    both = [task.dataset] if task.dataset_no_image is task.dataset else [task.dataset, task.dataset_no_image]
+    for dataset in both:
+        dataset[split] = dataset[split].select(numbers)
+
+
+def whole_groups(groups: Sequence[Any], limit: int) -> int:
     """The smallest number of leading questions, at least `limit`, that splits no group."""
     remaining = Counter(groups)
     open_groups = 0
-    begun: set[str] = set()
+    begun: set[Any] = set()
     for place, group in enumerate(groups):
         if group not in begun:
             begun.add(group)
@@ -149,25 +188,81 @@ def micro_data(folder: Path, questions: int = 600) -> Data:
     from filelock import FileLock
     from prunekit_evals.micro import benchmark
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
+    files.folder(folder)
+    with files.saving(folder), FileLock(folder / ".lock"):
         benchmark.write(folder, questions_per_task=questions)
     return data_at(folder)
+
+
+def data_for(model: str, names: Sequence[str], root: Path | None, out: Path) -> Data:
+    """Where tasks of these names take their data: `root`, else of a bundled model the bundled benchmark, written below
+    `out` once, else the hub's cache. Names may be written `micro/...`. Raises InputError where they do not fit.
+    """
+    named_so = [name for name in names if name.startswith(f"{MICRO}/")]
+    if root is not None or not (model in BUNDLED or len(named_so) == len(names)):
+        data = data_at(root)
+        if not data.micro and named_so:
+            raise InputError(f"tasks {', '.join(names)}: micro/... is the bundled benchmark; name all so, or none")
+        return data
+    from prunekit_evals.micro import benchmark
+
+    for name in names:
+        if name.removeprefix(f"{MICRO}/") not in benchmark.TASKS:
+            listed = ", ".join(benchmark.TASKS)
+            raise InputError(f"the bundled benchmark has no task '{name}' (it has {listed}; else give --data-root)")
+    return micro_data(out / "data" / MICRO)
 
 
 def _index() -> dict[str, Named]:
     spec = importlib.util.find_spec("lmms_eval")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(INSTALL)
+    return _read_index(Path(spec.submodule_search_locations[0]) / "tasks")
+
+
+def _read_index(root: Path, own: bool = False) -> dict[str, Named]:
     index: dict[str, Named] = {}
-    for folder, _, files in os.walk(Path(spec.submodule_search_locations[0]) / "tasks"):
-        for file in sorted(files):
+    for folder, _, within in os.walk(root):
+        for file in sorted(within):
             if file.endswith(".yaml"):
                 path = Path(folder, file)
                 for kind, name in NAMED.findall(path.read_text(encoding="utf-8", errors="replace")):
                     if name not in index or index[name].kind == "tag":
-                        index[name] = Named(name, kind, path)
+                        index[name] = Named(name, kind, path, own)
     return index
+
+
+def _check_own(folder: Path, own: dict[str, Named], index: dict[str, Named]) -> None:
+    """Raise InputError for a folder of tasks that cannot be used."""
+    if not folder.is_dir():
+        raise InputError(f"--include-path '{folder}' is not a folder; it holds YAML files of lmms-eval")
+    if not own:
+        raise InputError(f"--include-path '{folder}': no file `*.yaml` in it says `task: NAME`")
+    for name in own.keys() & index.keys():
+        if own[name].kind != "tag":
+            raise InputError(f"'{own[name].file}': lmms-eval has '{name}' itself (give your task another name)")
+
+
+def data_of(named: Named, data: Data) -> Data:
+    """Where a task takes its data: `data`, but one of the user's own what its file says. Raises InputError for a file
+    that lmms-eval cannot read.
+    """
+    if not named.own:
+        return data
+    try:
+        config = _manager(named)._get_config(named.name)
+        return Data(named.file.parent, f"own-{identity(named.file, config)}", False)
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise InputError(f"'{named.file}' is no task of lmms-eval: {type(error).__name__}: {said}") from error
+
+
+def _manager(named: Named, prompt_profile: str | None = None) -> Any:
+    from lmms_eval.tasks import TaskManager
+
+    # The whole index takes seconds to read; one folder takes none.
+    folder = [str(named.file.parent)]
+    return TaskManager("ERROR", include_path=folder, include_defaults=False, model_name=prompt_profile)
 
 
 def _check_data(name: str, config: dict[str, Any], data: Data) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from prunekit_evals.run.generation import Decoding
 from prunekit_evals.run.journal import Answer, Facts
+from prunekit_evals.run.kept import Kept
 from prunekit_evals.run.prompts import Prompt
+from prunekit_evals.run.seen import with_features
 
 import prunekit
 from prunekit import loading
@@ -28,13 +30,14 @@ if TYPE_CHECKING:
 class Loaded:
     """A model with its processor, held in one plain object so that the harness does not take the model away.
 
-    name: as the user wrote it. identity: see `model_identity`.
+    name: as the user wrote it. identity: see `model_identity`. kept: what several cells ask it alike.
     """
 
     name: str
     identity: str
     model: Any
     processor: Any
+    kept: Kept = field(default_factory=Kept, compare=False, repr=False)
 
     @classmethod
     def load(
@@ -153,23 +156,7 @@ def left_padded(processor: Any) -> Any:
 
 def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     """Model inputs, left-padded, on the model's device, of prompts of one shape."""
-    images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
-    clips = [clip.shown for prompt in prompts for clip in prompt.videos]
-    videos: dict[str, Any] = {
-        "videos": [frames for frames, _ in clips],
-        "video_metadata": [dict(origin) for _, origin in clips],
-        "do_sample_frames": False,  # they are chosen
-    }
-    begin = loaded.processor.tokenizer.bos_token
-    inputs = loaded.processor(
-        text=[prompt.text for prompt in prompts],
-        images=images,
-        **(videos if clips else {}),
-        padding=True,
-        return_tensors="pt",
-        # A chat template that already wrote the first token must not get a second one.
-        add_special_tokens=not (begin and prompts[0].text.startswith(begin)),
-    )
+    inputs = loaded.kept.inputs(prompts, lambda: _processed(loaded, prompts))
     # Other floats, such as seconds between frames, would lose digits that positions are counted by.
     cast = {name for name, value in inputs.items() if name.startswith("pixel") and value.is_floating_point()}
     return {
@@ -178,15 +165,38 @@ def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     }
 
 
+def _processed(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
+    images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
+    clips = [clip.shown for prompt in prompts for clip in prompt.videos]
+    videos: dict[str, Any] = {
+        "videos": [frames for frames, _ in clips],
+        "video_metadata": [dict(origin) for _, origin in clips],
+        "do_sample_frames": False,  # they are chosen
+    }
+    begin = loaded.processor.tokenizer.bos_token
+    return loaded.processor(
+        text=[prompt.text for prompt in prompts],
+        images=images,
+        **(videos if clips else {}),
+        padding=True,
+        return_tensors="pt",
+        # A chat template that already wrote the first token must not get a second one.
+        add_special_tokens=not (begin and prompts[0].text.startswith(begin)),
+    )
+
+
 def answer(loaded: Loaded, pipeline: Pipeline, prompts: Sequence[Prompt], how: Decoding, tally: Tally) -> list[Answer]:
     """Answer a batch. Whatever the model raises is raised: an error is not an empty answer."""
     inputs = encode(loaded, prompts)
     length = inputs["input_ids"].shape[1]
     pad = loaded.processor.tokenizer.pad_token_id
     with torch.inference_mode(), prunekit.apply(loaded.model, pipeline, processor=loaded.processor) as run:
+        given, tower = dict(inputs), 0.0
+        if loaded.kept.room and not run.needs_pixels and not how.searches:
+            given, tower = with_features(loaded.model, given, prompts, loaded.kept.seen, lambda: clock(loaded))
         start = clock(loaded)
-        output = loaded.model.generate(**inputs, **dict(how.arguments), pad_token_id=pad)
-        tally.seconds += clock(loaded) - start
+        output = loaded.model.generate(**given, **dict(how.arguments), pad_token_id=pad)
+        tally.seconds += clock(loaded) - start + tower
         report = run.report
     if report is not None:
         tally.notes.update(report.notes)
@@ -220,7 +230,27 @@ def facts_of(report: RunReport | None, rows: int) -> list[Facts | None]:
     )  # fmt: skip
     unsound = {sample // beams for sample in report.unsound}
     found = list(zip(*columns, strict=True))[::beams][:rows]
-    return [Facts(*row, sound=number not in unsound) for number, row in enumerate(found)]
+    decoder = [decoder_facts(report, sample) for sample in range(report.samples)][::beams]
+    return [
+        Facts(*row, sound=number not in unsound, **rest)
+        for number, (row, rest) in enumerate(zip(found, decoder[:rows], strict=True))
+    ]
+
+
+def decoder_facts(report: RunReport, sample: int) -> dict[str, Any]:
+    """What the decoder and its stages did with one prompt, as `Facts` has it."""
+    plan, layers = report.plans[sample], range(len(report.layer_tokens[sample]))
+    asked = [
+        (f"{event.stage} at {event.site}", event.asked[sample], len(event.kept[sample]))
+        for event in report.events
+        if event.asked is not None
+    ]
+    return {
+        "prompt_tokens": report.prompt_tokens[sample],
+        "layer_tokens": report.layer_tokens[sample],
+        "layers_run": sum(plan[layer].attends or plan[layer].feeds_mlp for layer in layers),
+        "missed": tuple(one for one in asked if one[1] != one[2]),
+    }
 
 
 def clock(loaded: Loaded) -> float:

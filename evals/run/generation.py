@@ -24,6 +24,11 @@ class Decoding:
     arguments: tuple[tuple[str, Any], ...]
     stops: tuple[str, ...]
 
+    @property
+    def searches(self) -> bool:
+        """Whether it is a beam search, which repeats what a prompt brings for every beam."""
+        return (dict(self.arguments).get("num_beams") or 1) > 1
+
     def cut(self, text: str) -> str:
         """`text` up to the first stop string."""
         ends = [place for stop in self.stops if (place := text.find(stop)) >= 0]

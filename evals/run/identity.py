@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 # Modules of the two packages that have no part in an answer.
 APART = (
     "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
-    "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/timing",
-    "bench/workload", "lmms/quiet", "lmms/registration", "plugin",
+    "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/sweeping", "bench/timing",
+    "bench/workload", "lmms/quiet", "lmms/registration", "plugin", "run/annotated", "run/claims", "run/export",
+    "run/reading", "run/variants", "sweep/",
 )  # fmt: skip
 
 

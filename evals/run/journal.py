@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from prunekit.errors import InputError
+from prunekit_evals.run import files
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Facts:
 
     tower_flops, dense_tower_flops: of the vision tower and the projector; None where they are not known.
     sound: False where the model computed NaN or infinity for it, as `RunReport.unsound` says.
+    prompt_tokens: all of the prompt. layer_tokens: that entered each decoder layer. layers_run: layers that computed
+    something of it. missed: decisions that kept another number than the budget asked for: the stage with its site, the
+    number asked for, the number kept.
     """
 
     visual_tokens: int
@@ -35,6 +38,10 @@ class Facts:
     tower_flops: int | None = None
     dense_tower_flops: int | None = None
     sound: bool = True
+    prompt_tokens: int = 0
+    layer_tokens: Sequence[int] = ()
+    layers_run: int = 0
+    missed: Sequence[tuple[str, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Journal:
     """Answers by key, kept in a file. A context manager that may be used again; `Journal(None)` remembers nothing."""
 
     def __init__(self, path: Path | None) -> None:
-        """Read what is there. Raises InputError when `path` cannot be a journal."""
+        """Read what is there. Raises `files.CannotWrite` when `path` cannot be a journal."""
         self.path = path
         self._known: dict[str, Answer] = {}
         self._file: TextIO | None = None
@@ -70,7 +77,7 @@ class Journal:
                 if text and not text.endswith("\n"):
                     file.write(b"\n")  # so that the torn line does not swallow the next one
         except OSError as error:
-            raise InputError(f"journal '{path}' cannot be used: {error.strerror}") from error
+            raise files.CannotWrite(f"journal '{path}' cannot be used: {error.strerror}") from error
         for line in text.splitlines():
             self._remember(line)
 
@@ -90,16 +97,17 @@ class Journal:
         return self._known.get(key)
 
     def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
-        """Write answers through to the disk; after this call they survive a kill."""
+        """Write answers through to the disk; after this call they survive a kill. Raises `files.CannotWrite`."""
         if self.path is None:
             return
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        for key, answer in answers:
-            self._known[key] = answer
-            self._file.write(json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with files.saving(self.path):
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            for key, answer in answers:
+                self._known[key] = answer
+                self._file.write(json.dumps({"key": key, **asdict(answer)}, ensure_ascii=False) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; the answers stay known."""
@@ -110,9 +118,14 @@ class Journal:
     def _remember(self, line: str) -> None:
         try:
             data = json.loads(line)
-            facts: Mapping[str, Any] | None = data["facts"]
-            self._known[data["key"]] = Answer(
-                data["text"], data["input_tokens"], data["output_tokens"], Facts(**facts) if facts else None
-            )
+            facts = Facts(**_tuples(data["facts"])) if data["facts"] else None
+            self._known[data["key"]] = Answer(data["text"], data["input_tokens"], data["output_tokens"], facts)
         except (ValueError, KeyError, TypeError):
             return  # torn by a kill, or not ours: the question is simply answered again
+
+
+def _tuples(data: Any) -> Any:
+    """JSON's lists as the tuples that they were, at any depth."""
+    if isinstance(data, Mapping):
+        return {key: _tuples(value) for key, value in data.items()}
+    return tuple(map(_tuples, data)) if isinstance(data, list) else data

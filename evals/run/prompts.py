@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit_evals.run.placeholders import texts_only
 from prunekit_evals.run.videos import Clip, Sampling
 
 from prunekit.errors import InputError, Unsupported
+from prunekit.image_files import read_image, upright
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -64,8 +66,9 @@ def from_messages(
     """The prompt of a chat request: messages whose content lists `text`, `image` and `video` parts (under `url`).
 
     A system prompt takes the place of the task's own. sampling: which frames of videos are shown; None: the default.
-    A model that takes no videos gets their frames as images. Raises Unsupported for audio, InputError for a model
-    without a chat template or one that leaves videos out, and for a video that cannot be decoded.
+    A model that takes no videos gets their frames as images. A placeholder in a text is text. Raises Unsupported for
+    audio, InputError for a model without a chat template or one that leaves videos out, and for a video that cannot be
+    decoded.
     """
     images: list[Image] = []
     videos: list[Clip] = []
@@ -78,7 +81,7 @@ def from_messages(
     if system_prompt:
         system = {"role": "system", "content": [{"type": "text", "text": system_prompt}]}
         messages = [system, *(message for message in messages if message["role"] != "system")]
-    text = render(processor, messages)
+    text = render(processor, texts_only(messages, processor))
     if videos and text.count(processor.video_token) != len(videos):
         raise InputError(f"the model's chat template does not write {processor.video_token!r} once for each video")
     return Prompt(text, tuple(images), tuple(videos))
@@ -90,11 +93,18 @@ def takes_videos(processor: Any) -> bool:
 
 
 def from_visuals(
-    visuals: Sequence[Any], context: str, processor: Any, system_prompt: str, sampling: Sampling | None = None
+    visuals: Sequence[Any],
+    context: str,
+    processor: Any,
+    system_prompt: str,
+    sampling: Sampling | None = None,
+    own: bool = False,
 ) -> Prompt:
-    """The prompt of a simple request. What it shows stands first, unless the text has an image placeholder for each."""
-    placeholder = getattr(processor, "image_token", None) or "<image>"
-    pieces = context.split(placeholder)
+    """The prompt of a simple request. What it shows stands first, unless the task wrote an image placeholder for each.
+
+    own: whether the data itself has the placeholder; it is text then.
+    """
+    pieces = [context] if own else context.split(placeholder(processor))
     parts: list[Message] = [{"type": _kind(visual), "url": visual} for visual in visuals]
     if parts and len(pieces) == len(parts) + 1:
         texts = [{"type": "text", "text": piece} for piece in pieces]
@@ -103,6 +113,11 @@ def from_visuals(
     else:
         parts.append({"type": "text", "text": context})
     return from_messages([{"role": "user", "content": parts}], processor, system_prompt, sampling)
+
+
+def placeholder(processor: Any) -> str:
+    """What stands for an image in the text of a simple request."""
+    return getattr(processor, "image_token", None) or "<image>"
 
 
 def render(processor: Any, messages: Sequence[Message]) -> str:
@@ -159,8 +174,7 @@ def _image(source: Any) -> Image:
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return upright(source)
     if isinstance(source, str | Path):
-        with Image.open(source) as image:
-            return image.convert("RGB")
+        return read_image(source)
     raise Unsupported(f"the task shows {type(source).__name__} as an image; give a picture of PIL or a file")

@@ -26,9 +26,14 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Read a model's config, say which parts were recognised and what is not supported, and prune a "
         "tiny twin of it (same classes, shrunken numbers, random weights) against the masked reference. "
         "Loads no weights. Exit code 1 if the model is refused or the proof fails.",
-        epilog="example: prunekit doctor micro --json",
+        epilog="examples:\n  prunekit doctor micro --json\n  prunekit doctor llava-1.5-7b --serving fastv-k2-r25",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("model", help="a short name such as micro, a model folder or a hub id")
+    command.add_argument(
+        "--serving", action="append", default=[], metavar="PIPELINE",
+        help="say of each stage of this pipeline what a serving engine could do with it, and nothing else; repeatable",
+    )  # fmt: skip
     command.add_argument("--no-proof", action="store_true", help="only what is recognised; takes no seconds")
     command.add_argument(
         "--download", action="store_true", help="a config that is not here may be fetched from the hub"
@@ -38,9 +43,11 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 
 
 def run(namespace: argparse.Namespace) -> int:
-    """Examine one model."""
+    """Examine one model, or pipelines on it."""
     from prunekit import loading
 
+    if namespace.serving:
+        return _serving(namespace)
     data = examine(loading.load_skeleton(namespace.model, namespace.download), not namespace.no_proof)
     data = {"model": namespace.model, **data}
     if namespace.json:
@@ -49,6 +56,24 @@ def run(namespace: argparse.Namespace) -> int:
         for line in lines(data):
             print(line)
     return 0 if data["ok"] else 1
+
+
+def _serving(namespace: argparse.Namespace) -> int:
+    from prunekit import loading
+    from prunekit.pipeline.build import build
+    from prunekit.serving import of_stage
+
+    shape = loading.load_shape(namespace.model, namespace.download)
+    bound = [build(source).bind(shape) for source in namespace.serving]
+    advice = {one.name: [of_stage(stage, one) for stage in one.stages] for one in bound}
+    if namespace.json:
+        print(json.dumps({name: [one.to_json() for one in stages] for name, stages in advice.items()}, indent=2))
+        return 0
+    for name, stages in advice.items():
+        print(name)
+        for one in stages:
+            print(f"  {one}")
+    return 0
 
 
 def examine(model: PreTrainedModel, proof: bool = True) -> dict[str, Any]:

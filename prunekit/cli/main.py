@@ -1,6 +1,6 @@
 """The `prunekit` program. Commands import what they need when they run, so that `--help` and `list` cost nothing.
 
-Exit codes: 0 done; 2 something to put right, said on stderr; 1 a defect of prunekit or a plugin; 130 interrupted.
+Exit codes: 0 done; 2 your input is wrong, as stderr says; 1 a defect of prunekit or a plugin; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from io import TextIOWrapper
 from typing import Any, TextIO
 
 from prunekit import plugins
-from prunekit.cli import asked, calibrate, cost, doctor, new, run, show, trace, train
+from prunekit.cli import asked, calibrate, completion, cost, doctor, export, new, run, show, trace, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
 from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     asked.add(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (listing, show, cost, run, trace, doctor, calibrate, train, new):
+    for module in (listing, show, cost, run, trace, doctor, calibrate, train, export, new, completion):
         module.add(commands)
     for name in plugins.names():
         known, shown = dict(commands.choices), list(commands._choices_actions)
@@ -84,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
         if "--debug" not in command._option_string_actions:
             command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         asked.add_misplaced(command)
+    commands.choices["completion"].set_defaults(whole=top)
     return top
 
 

@@ -39,8 +39,9 @@ def prompt_of(namespace: argparse.Namespace) -> Prompt:
     Raises InputError where nothing is asked, and for images and numbers that do not exist.
     """
     from prunekit.errors import InputError
+    from prunekit.image_files import read_image
 
-    images, text = [_open(path) for path in namespace.image], namespace.prompt
+    images, text = [read_image(path) for path in namespace.image], namespace.prompt
     if namespace.data is not None:
         from prunekit.training import data
 
@@ -53,7 +54,14 @@ def prompt_of(namespace: argparse.Namespace) -> Prompt:
         raise InputError("nothing is asked (ask something with --prompt, or take a prompt of --data)")
     if not text.strip():
         raise InputError("the prompt is empty (ask something with --prompt)")
+    if not is_text(text):
+        raise InputError("the prompt is not UTF-8 (convert it, for instance with iconv -t UTF-8)")
     return Prompt(tuple(images), text)
+
+
+def is_text(argument: str) -> bool:
+    """Whether an argument of the command line was valid UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in argument)
 
 
 def prepare(processor: Any, prompt: str, images: Sequence[Image]) -> Any:
@@ -82,19 +90,3 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> tupl
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     return text.strip(), time.perf_counter() - start
-
-
-def _open(path: Path) -> Image:
-    import PIL.Image
-
-    from prunekit.errors import InputError
-
-    try:
-        with PIL.Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise InputError(f"no such image: '{path}'") from error
-    except IsADirectoryError as error:
-        raise InputError(f"'{path}' is a directory; name an image file") from error
-    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"'{path}' is not a readable image: {error}") from error

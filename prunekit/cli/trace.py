@@ -33,6 +33,10 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "-o", "--out", action="append", default=[], type=Path, metavar="FILE",
         help="a .json, .png or .html file to write; may be repeated; none: what was kept in words",
     )  # fmt: skip
+    command.add_argument(
+        "--thumbnails", type=Path, metavar="DIR",
+        help="write a small picture of each pipeline, named like it, as `prunekit leaderboard --keep-maps` takes them",
+    )  # fmt: skip
     command.add_argument("--max-new-tokens", type=positive, default=16, metavar="N", help="length of the answer")
     add_loading(command)
     command.set_defaults(run=run)
@@ -43,7 +47,7 @@ def run(namespace: argparse.Namespace) -> int:
     from prunekit import loading
     from prunekit.errors import InputError
     from prunekit.pipeline.build import build
-    from prunekit.trace import save, saving
+    from prunekit.trace import save, save_thumbnails, saving
     from prunekit.trace.data import data_of
 
     if not namespace.pipelines:
@@ -60,6 +64,8 @@ def run(namespace: argparse.Namespace) -> int:
     model, processor = load(namespace)
     figure = traced(model, processor, pipelines, prompt, namespace.model, namespace.max_new_tokens)
     written = [save(figure, path) for path in namespace.out]
+    if namespace.thumbnails is not None:
+        written += save_thumbnails(figure, namespace.thumbnails)
     if namespace.json:
         print(json.dumps(data_of(figure), indent=2))
     elif written:

@@ -105,6 +105,11 @@ class Attached:
         return self._report[2]
 
     @property
+    def needs_pixels(self) -> bool:
+        """Whether stages cut or read the vision tower or resize images: features encoded before would not do."""
+        return self._tower is not None and self._tower.asks
+
+    @property
     def trace(self) -> Trace | None:
         """What became of every visual token of the newest prompt batch; None before the first. As `report`.
 
@@ -358,7 +363,7 @@ class Attached:
         if self.active:
             prefill.end(last, cache)
             if inside:
-                state.passing = passing(cache)
+                state.passing, state.alike = passing(cache), len(set(self.bound.shape.layer_kinds)) < 2
                 static.seal(cache)
             else:
                 around.finish(state, cache)

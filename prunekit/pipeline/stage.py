@@ -21,6 +21,12 @@ from prunekit.strategy.declare import Declaration, implements
 from prunekit.strategy.options import BUDGETS, STAGE_KEYS
 from prunekit.strategy.sites import ENCODER, Keep, Site, Sites
 
+# Libraries whose methods people look for here, and why they are no stages.
+ELSEWHERE = {
+    "kvpress": "kvpress 0.5 needs transformers below 5.3, and its presses prune the KV cache of language models: run "
+    "it by itself, or write what you want of it as a strategy at `prefill_end`",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
@@ -260,7 +266,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     try:
         entry = registry.strategy_entry(spec.use)
     except UnknownName as error:
-        faults.append(draft.fault("use", error.message, error.hint))
+        faults.append(draft.fault("use", error.message, ELSEWHERE.get(spec.use, error.hint)))
         return None
     cls = registry.get_strategy(spec.use)
     if declare.declaration_of(cls) is None:

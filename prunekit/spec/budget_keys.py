@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from prunekit.errors import Fault, Where, did_you_mean
 from prunekit.spec.places import Node
+from prunekit.strategy import meant
 from prunekit.strategy.sites import Keep
 
 DROP_ALL = "dropping all has strategies of its own: see `prunekit list strategies`"
@@ -160,14 +161,14 @@ def _fraction(node: Node, key: str, base: Literal["original", "current"], faults
 def _tokens(node: Node, key: str, base: object, faults: list[Fault]) -> Keep | None:
     if _is(node, int) and cast("int", node.data) >= 1:
         return Keep(tokens=cast("int", node.data))
-    hint = DROP_ALL if node.data == 0 and _is(node, int) else ""
+    hint = DROP_ALL if node.data == 0 and _is(node, int) else meant.whole(node.data)
     faults.append(Fault(node.where, key, f"must be a whole number of tokens, at least 1, not {node}", hint))
     return None
 
 
 def _fraction_hint(node: Node) -> str:
     if not _is(node, (int, float)):
-        return ""
+        return meant.fraction(node.data) if isinstance(node.data, str) else ""
     if node.data == 0:
         return DROP_ALL
     if cast("float", node.data) > 1:

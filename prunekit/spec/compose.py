@@ -23,7 +23,20 @@ from prunekit.spec.python_data import from_data, is_config
 MAX_FILES = 64
 _OVERRIDE = re.compile(r"(?P<path>[A-Za-z_]\w*(?:\.\w+|\[\d{1,6}\])*)=(?P<value>.*)", re.DOTALL)
 
-Source = str | PathLike[str] | Mapping[str, Any] | Sequence[Any]
+# A tree is what stands in another file.
+Source = str | PathLike[str] | Mapping[str, Any] | Sequence[Any] | Node
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is composed, as messages call it. needs: the key that it cannot be without. examples: where to find some."""
+
+    noun: str = "pipeline"
+    needs: str = "stages"
+    examples: str = "see `prunekit list pipelines`"
+
+
+PIPELINE = Kind()
 
 
 @dataclass(frozen=True)
@@ -40,13 +53,15 @@ class Composed:
     resolution: Resolution = field(default_factory=Resolution)
 
 
-def compose(source: Source, overrides: Sequence[str], removable: frozenset[str], faults: list[Fault]) -> Composed:
+def compose(
+    source: Source, overrides: Sequence[str], removable: frozenset[str], faults: list[Fault], kind: Kind = PIPELINE
+) -> Composed:
     """Read `source`, merge what it extends under it, apply the overrides, resolve `${...}`. Adds faults to `faults`.
 
     removable: keys that an override takes out by setting them to null. Raises SpecError for overrides that are no list
     of text.
     """
-    read = _read(source, faults)
+    read = _read(source, faults, kind)
     tree = Node(read.values or {})
     for number, text in enumerate(_texts(overrides), start=1):
         if read.values is not None:
@@ -63,9 +78,13 @@ def compose(source: Source, overrides: Sequence[str], removable: frozenset[str],
     return dataclasses.replace(read, values=None if read.values is None else values, resolution=resolution)
 
 
-def _read(source: Source, faults: list[Fault]) -> Composed:
+def _read(source: Source, faults: list[Fault], kind: Kind) -> Composed:
     """The source with what it extends."""
     data: Any = source
+    if isinstance(data, Node):
+        label = data.where.file if data.where else "<dict>"
+        tree = _written_again(data)
+        return Composed(label, "inline", _extended(tree, data.folder, (), [0], faults, kind))
     if dataclasses.is_dataclass(data):
         from omegaconf import OmegaConf
 
@@ -76,58 +95,67 @@ def _read(source: Source, faults: list[Fault]) -> Composed:
         tree = from_data(data, "", faults)
         if is_config(data) and isinstance(tree.data, dict):
             tree.data.pop("vars", None)  # resolved where they belong: an override of one would change nothing
-        return Composed("<dict>", "inline", _extended(tree, Path(), (), [0], faults))
+        return Composed("<dict>", "inline", _extended(tree, Path(), (), [0], faults, kind))
     if isinstance(data, str) and ("\n" in data or ": " in data or data.lstrip().startswith("{")):
-        return Composed("<inline>", "inline", _top(data, "<inline>", Path(), (), [0], faults))
+        return Composed("<inline>", "inline", _top(data, "<inline>", Path(), (), [0], faults, kind))
     if not isinstance(data, str | PathLike):
-        message = f"a pipeline is a path, a dict or YAML text, not {type(data).__name__}"
-        faults.append(Fault(None, "", message, "a list of stages goes under `stages`"))
+        message = f"a {kind.noun} is a path, a dict or YAML text, not {type(data).__name__}"
+        faults.append(Fault(None, "", message, f"a list of {kind.needs} goes under `{kind.needs}`"))
         return Composed("<dict>", "inline", None)
     path = Path(data)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-_") or "pipeline"
-    return Composed(str(path), name[:100], _file(path, Fault(None, "", ""), (), [0], faults))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip(".-_") or kind.noun
+    return Composed(str(path), name[:100], _file(path, Fault(None, "", ""), (), [0], faults, kind))
+
+
+def _written_again(node: Node) -> Node:
+    """A copy of a tree in which `${...}` is resolved, as a file would have it: overrides change the copy."""
+    if isinstance(node.data, dict):
+        return dataclasses.replace(node, data={key: _written_again(one) for key, one in node.data.items()})
+    if isinstance(node.data, list):
+        return dataclasses.replace(node, data=[_written_again(one) for one in node.data])
+    return dataclasses.replace(node, data=places.escape(node.data)) if isinstance(node.data, str) else node
 
 
 def _file(
-    path: Path, at: Fault, chain: tuple[Path, ...], count: list[int], faults: list[Fault]
+    path: Path, at: Fault, chain: tuple[Path, ...], count: list[int], faults: list[Fault], kind: Kind
 ) -> dict[str, Node] | None:
     text = places.read_file(path, at, faults)
     if text is None:
         return None
-    return _top(text, str(path), path.parent, (*chain, path.resolve()), count, faults)
+    return _top(text, str(path), path.parent, (*chain, path.resolve()), count, faults, kind)
 
 
 def _top(
-    text: str, label: str, base: Path, chain: tuple[Path, ...], count: list[int], faults: list[Fault]
+    text: str, label: str, base: Path, chain: tuple[Path, ...], count: list[int], faults: list[Fault], kind: Kind
 ) -> dict[str, Node] | None:
     before = len(faults)
     tree = places.parse(text, label, faults)
     if tree is None or tree.data is None:
         if len(faults) == before:
-            faults.append(Fault(Where(label, 1, 1), "", "is empty", "a pipeline needs at least `stages:`"))
+            faults.append(Fault(Where(label, 1, 1), "", "is empty", f"a {kind.noun} needs at least `{kind.needs}:`"))
         return None
-    return _extended(tree, base, chain, count, faults)
+    return _extended(tree, base, chain, count, faults, kind)
 
 
 def _extended(
-    tree: Node, base: Path, chain: tuple[Path, ...], count: list[int], faults: list[Fault]
+    tree: Node, base: Path, chain: tuple[Path, ...], count: list[int], faults: list[Fault], kind: Kind
 ) -> dict[str, Node] | None:
     """The keys of one file merged over those of the files that it extends, left to right. A name is not inherited."""
     if not isinstance(tree.data, dict):
-        faults.append(Fault(tree.where, "", "must be a mapping with `stages:`", "see `prunekit list pipelines`"))
+        faults.append(Fault(tree.where, "", f"must be a mapping with `{kind.needs}:`", kind.examples))
         return None
     merged = Node({})
-    for key, node in _parents(tree.data.get("extends"), faults):
+    for key, node in _parents(tree.data.get("extends"), faults, kind):
         path = base / cast("str", node.data)
         count[0] += 1
         if path.resolve() in chain:
-            circle = " -> ".join(str(one.name) for one in (*chain[chain.index(path.resolve()) :], path))
-            faults.append(Fault(node.where, key, f"extends itself in a circle: {circle}", "break the circle"))
+            cycle = " -> ".join(str(one.name) for one in (*chain[chain.index(path.resolve()) :], path))
+            faults.append(Fault(node.where, key, f"extends itself in a cycle: {cycle}", "break the cycle"))
         elif count[0] > MAX_FILES:
             faults.append(Fault(node.where, key, f"pulls in more than {MAX_FILES} files"))
             break
         else:
-            parent = _file(path, Fault(node.where, key, ""), chain, count, faults) or {}
+            parent = _file(path, Fault(node.where, key, ""), chain, count, faults, kind) or {}
             inherited = {one: value for one, value in parent.items() if one != "name"}
             merged = merge(merged, Node(inherited), "", faults)
     own = {key: node for key, node in tree.data.items() if key != "extends"}
@@ -157,7 +185,7 @@ def merge(base: Node, own: Node, path: str, faults: list[Fault]) -> Node:
     return own
 
 
-def _parents(node: Node | None, faults: list[Fault]) -> list[tuple[str, Node]]:
+def _parents(node: Node | None, faults: list[Fault], kind: Kind) -> list[tuple[str, Node]]:
     if node is None:
         return []
     listed = isinstance(node.data, list)
@@ -167,7 +195,7 @@ def _parents(node: Node | None, faults: list[Fault]) -> list[tuple[str, Node]]:
     for key, one in pairs:
         if (key, one) not in good:
             hint = "files are read before ${...} is resolved" if "${" in str(one) else ""
-            faults.append(Fault(one.where, key, f"must be the path of a pipeline file, not {one}", hint))
+            faults.append(Fault(one.where, key, f"must be the path of a {kind.noun} file, not {one}", hint))
     return good
 
 

@@ -105,7 +105,7 @@ class _Resolver:
             before = len(self.waiting)
             self.waiting = [(steps, node) for steps, node in self.waiting if not self._settled(steps, node)]
             if len(self.waiting) == before:
-                message, hint = "leads back to itself, in a circle", "break the circle"
+                message, hint = "leads back to itself, in a cycle", "break the cycle"
                 break
         else:
             message, hint = f"leads through more than {MAX_CHAIN} other texts", "refer to the value itself"
@@ -197,7 +197,7 @@ class _Resolver:
         from omegaconf.errors import GrammarParseError
 
         if isinstance(error, RecursionError) or "RecursionError" in reason or "Recursive" in reason:
-            return "leads back to itself, in a circle, or is nested too deep", "refer to the value itself"
+            return "leads back to itself, in a cycle, or is nested too deep", "refer to the value itself"
         if isinstance(error, GrammarParseError):
             return f"is not an interpolation: {reason}", f"close each ${{ with }}; {LITERAL}"
         if match := re.search(r"Environment variable '(.+)' not found", reason):

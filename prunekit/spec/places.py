@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from prunekit.errors import Fault, Where
+from prunekit.spec import broken
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -112,25 +113,16 @@ def parse(text: str, file: str, faults: list[Fault]) -> Node | None:
         faults.append(Fault(place, "", f"character {ord(text[error.position]):#06x} cannot stand in a YAML file"))
         return None
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        unfinished = (error.context or "").endswith("simple key")  # which begins where the context does
+        mark = (unfinished and error.context_mark) or error.problem_mark or error.context_mark
         place = Where(file, mark.line + 1, mark.column + 1) if mark else Where(file, 1, 1)
         parts = " ".join(part for part in (error.context, error.problem) if part)
-        faults.append(Fault(place, "", f"not YAML: {parts}", _yaml_hint(parts, text, place)))
+        faults.append(Fault(place, "", f"not YAML: {parts}", broken.hint(parts, text, place)))
         return None
     except (ValueError, OverflowError) as error:  # PyYAML lets both out of bad escapes and directives
         faults.append(Fault(Where(file, 1, 1), "", f"not YAML: {error}"))
         return None
     return _convert(root, file, "", faults) if root else None
-
-
-def _yaml_hint(problem: str, text: str, place: Where) -> str:
-    """What to do about a YAML error, where that can be said."""
-    if "'\\t'" in problem:
-        return "indent with blanks"
-    line = text.splitlines()[place.line - 1 : place.line]
-    if line and line[0][max(0, place.col - 2) : place.col] == "${":
-        return "between { and } or [ and ] put quotes around a value with ${...}"
-    return ""
 
 
 class _Reader(yaml.SafeLoader):

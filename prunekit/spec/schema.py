@@ -14,6 +14,7 @@ from prunekit.spec.budget_keys import Budget, read_budget, read_keeps, read_laye
 from prunekit.spec.compose import Source, compose
 from prunekit.spec.interpolation import Resolution
 from prunekit.spec.places import Node
+from prunekit.strategy import meant
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import Keep, Site
 
@@ -173,7 +174,7 @@ def _site(node: Node, key: str, faults: list[Fault]) -> Site | None:
     try:
         return Site.parse(data)
     except ValueError as error:
-        near = did_you_mean(str(data), NAMED_SITES).strip()
+        near = meant.site(data) or did_you_mean(str(data), NAMED_SITES).strip()
         faults.append(Fault(node.where, key, str(error), near))
         return None
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from prunekit.errors import PluginError, did_you_mean
+from prunekit.strategy import meant
 
 # Keys that every stage of a pipeline file may have, whatever its strategy; no option has such a name.
 STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
@@ -21,7 +21,6 @@ BUDGETS = ("keep", "keep_tokens", "keep_of")
 WORDS = {
     int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "nothing", Path: "a path",
 }  # fmt: skip
-RANGE = re.compile(r"(\d{1,6})\s*(?:-|\.\.|:)\s*(\d{1,6})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +142,8 @@ def _fit_list(kind: Any, origin: Any, args: Sequence[Any], value: Any, key: str,
 
 def _listing(kind: Any, value: Any, key: str, run: _Check) -> str:
     """How to write as a list what stands where a list is needed: one entry, or a range of numbers."""
-    if kind is int and isinstance(value, str) and (ends := RANGE.fullmatch(value)):
-        first, last = int(ends[1]), int(ends[2])
-        return f"write every number: [{first}, ..., {last}]"
+    if kind is int and isinstance(value, str) and (every := meant.numbers(value)):
+        return every
     attempt = _Check([], run.folders)
     _fit(kind, value, key, attempt)
     return "" if attempt.problems else f"write [{_yaml(value)}]"
@@ -162,8 +160,10 @@ def _wrong(kind: Any, value: Any, key: str, run: _Check, hint: str = "") -> None
 def _quoting(kind: Any, value: Any) -> str:
     if kind is bool and isinstance(value, str) and value.casefold() in ("yes", "no", "on", "off"):
         return "write true or false"
+    if kind is int and (hint := meant.whole(value) or (meant.numbers(value, True) if isinstance(value, str) else "")):
+        return hint
     if isinstance(value, str) and kind in (int, float, bool):
-        return "remove the quotes" if value[:1].isdigit() else ""
+        return meant.fraction(value) if kind is float else "remove the quotes" if value[:1].isdigit() else ""
     return "put it in quotes" if kind is str and isinstance(value, int | float) else ""
 
 

@@ -8,5 +8,6 @@ save(figure, "keep.png")
 
 from prunekit.trace.figure import Figure, Run, figure_of
 from prunekit.trace.saving import KINDS, save
+from prunekit.trace.thumbnail import save_thumbnails
 
-__all__ = ["KINDS", "Figure", "Run", "figure_of", "save"]
+__all__ = ["KINDS", "Figure", "Run", "figure_of", "save", "save_thumbnails"]

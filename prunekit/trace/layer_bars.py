@@ -30,7 +30,14 @@ def summary(layers: Sequence[Layer]) -> str:
 
 
 def bars(layers: Sequence[Layer], original: int, width: int) -> Piece:
-    """original: visual tokens of the sample, which fill the height."""
+    """With words. original: visual tokens of the sample, which fill the height."""
+    words = [text(summary(layers), width, 12, most=3)]
+    under = text(f"visual tokens entering layers 0 to {len(layers) - 1}", width, 12, PALE)
+    return stack([*words, plain(layers, original, width), under], 4)
+
+
+def plain(layers: Sequence[Layer], original: int, width: int) -> Piece:
+    """The bars alone."""
     step = width / max(len(layers), 1)
     gap = 2 if step >= 6 else 1 if step >= 3 else 0
 
@@ -49,6 +56,4 @@ def bars(layers: Sequence[Layer], original: int, width: int) -> Piece:
             draw.rectangle((left, min(top, bottom - 8), right, bottom), outline=SKIPPED, width=1)
             draw.line([(left, bottom), (right, min(top, bottom - 8))], fill=SKIPPED)
 
-    words = [text(summary(layers), width, 12, most=3)]
-    under = text(f"visual tokens entering layers 0 to {len(layers) - 1}", width, 12, PALE)
-    return stack([*words, Piece(width, HEIGHT + 2, paint), under], 4)
+    return Piece(width, HEIGHT + 2, paint)

@@ -13,6 +13,7 @@ import torch
 
 from prunekit import plugins
 from prunekit.errors import InputError, UnknownName
+from prunekit.image_files import read_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,17 +70,8 @@ class JsonLines:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Sample:
-        import PIL.Image
-
         paths, prompt = self.rows[index]
-        images = []
-        for path in paths:
-            try:
-                with PIL.Image.open(path) as image:
-                    images.append(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError) as error:
-                raise InputError(f"'{path}', named in '{self.path}', is not a readable image: {error}") from error
-        return Sample(tuple(images), prompt)
+        return Sample(tuple(read_image(path, f", named in '{self.path}'") for path in paths), prompt)
 
 
 def source(name: str) -> Source:

@@ -142,6 +142,45 @@ def data_root(tmp_path_factory):
     return folder
 
 
+OWN = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+task: mine
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.images
+doc_to_text: "{{question}}"
+doc_to_target: answer
+generation_kwargs: {max_new_tokens: 4}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true, ignore_case: true}
+"""
+UTILS = """
+from pathlib import Path
+from PIL import Image
+def images(doc):
+    with Image.open(Path(__file__).parent / doc["file"]) as image:
+        return [image.convert("RGB")]
+"""
+
+
+@pytest.fixture
+def own_tasks(tmp_path):
+    """A folder with a task `mine` over four questions with images beside it."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text(OWN)
+    (folder / "utils.py").write_text(UTILS)
+    rows = [
+        {"id": f"q{number}", "file": f"{number}.png", "question": f"Is there a cat in {number}?", "answer": "yes"}
+        for number in range(4)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(4):
+        Image.new("RGB", (64, 64), (60 * number, 9, 9)).save(folder / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
 def pipeline_file(tmp_path):
     """Writes a pipeline file: `pipeline_file("name", {"use": ...}, ...)` gives its path."""

@@ -9,11 +9,13 @@ import pytest
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, unwrap_generation_output
 from PIL import Image
+from PIL.ExifTags import Base
 from prunekit_evals.lmms import tasks
 from prunekit_evals.lmms.adapter import PruneKit, PruneKitChat, PruneKitSimple
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.run import answering
 from prunekit_evals.run.generation import decoding
+from prunekit_evals.run.placeholders import as_text, placeholders
 from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals
 
 import prunekit
@@ -282,12 +284,33 @@ def test_the_batch_size_is_on_record(loaded):
         ({"pretrained": "x", "batch_size": "auto"}, "batch_size"),
         ({"pretrained": "x", "max_new_tokens": 0}, "max_new_tokens"),
         ({"pretrained": "x", "honor_until": "maybe"}, "honor_until"),
+        ({"pretrained": "x", "download": "maybe"}, "download must be true or false, not 'maybe'"),
+        ({"pretrained": "x", "download": 2}, "download must be true or false"),
+        ({"pretrained": "x", "journal": True}, "journal must be text, not 'True'"),
+        ({"pretrained": True}, "pretrained must be text"),
+        ({"pretrained": "x", "max_new_tokens": 1.5}, "max_new_tokens"),
         ({"pretrained": "./nowhere/at/all"}, "no such model folder"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_loaded(arguments, message):
     with pytest.raises(InputError, match=message):
         PruneKitChat(**arguments)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("no", False), (False, False), (0, False), ("yes", True), (True, True)])
+def test_no_means_no(said, meant, monkeypatch):
+    def load(*given):
+        raise InputError(f"download is {given[4]}")
+
+    monkeypatch.setattr(answering.Loaded, "load", load)
+    with pytest.raises(InputError, match=f"download is {meant}"):
+        PruneKitChat(pretrained="x", download=said)
+
+
+def test_a_system_prompt_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"Be br\xefef.")
+    with pytest.raises(InputError, match=r"system_prompt: the file '.*prompt\.txt' is not UTF-8"):
+        PruneKitChat(pretrained="x", system_prompt=str(tmp_path / "prompt.txt"))
 
 
 def test_misfits_are_refused(loaded):
@@ -403,6 +426,91 @@ def test_placeholders_in_the_text_say_where_pictures_stand(loaded):
     assert inside.text == "USER: First <image>\n then <image>\n: same?\nASSISTANT:"
     assert before.text == "USER: <image>\n<image>\nSame?\nASSISTANT:"
     assert len(inside.images) == len(before.images) == 2
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("count", [1, 2], ids=["as many as images", "more than images"])
+def test_placeholders_in_a_question_are_text_on_both_routes(wordy, chat, count):
+    plain, tagged = docs(1)[0], docs(1)[0]
+    tagged["q"] = f"What does {'<image> and ' * (count - 1)}<image> mean?"
+    made = adapter(wordy, rows=[plain, tagged], batch_size=2, kind=PruneKitChat if chat else PruneKitSimple)
+    asked = requests([plain, tagged], chat)
+    assert len(texts(made.generate_until(asked))) == 2
+    assert [one.visual_tokens for one in made.tally.facts] == [16, 16]
+    (batch,) = made._batches(asked, {})
+    assert batch[1].prompt.text == f"USER: <image>\n{tagged['q'].replace('<image>', '< image>')}\nASSISTANT:"
+
+
+def test_every_placeholder_of_a_processor_is_known():
+    class Processor:
+        def __init__(self):
+            self.image_token, self.video_token, self.boi_token = "<|image_pad|>", "<|video_pad|>", "<img>"
+            self.chat_template, self.image_token_id, self.note_token = "<x>", 7, "a"
+
+    assert placeholders(Processor()) == ("<|image_pad|>", "<|video_pad|>", "<img>")
+    assert as_text("a <img> <img src=b> <|video_pad|>", Processor()) == "a < img> <img src=b> < |video_pad|>"
+
+
+def test_images_stand_upright_and_truncated_ones_are_refused(wordy, tmp_path):
+    lying = Image.new("RGB", (30, 60), "red")
+    exif = lying.getexif()
+    exif[Base.Orientation] = 6
+    lying.save(tmp_path / "lying.jpg", exif=exif)
+    with Image.open(tmp_path / "lying.jpg") as opened:
+        content = [{"type": "image", "url": one} for one in (opened, str(tmp_path / "lying.jpg"))]
+        prompt = from_messages([{"role": "user", "content": content}], wordy.processor, "")
+    assert [one.size for one in prompt.images] == [(60, 30)] * 2
+    picture(3).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    adapter(wordy)  # lmms-eval has told PIL to fill such images up
+    with Image.open(tmp_path / "cut.png") as opened:
+        for source in (str(tmp_path / "cut.png"), opened):
+            with pytest.raises((InputError, OSError), match="truncated"):
+                from_messages([{"role": "user", "content": [{"type": "image", "url": source}]}], wordy.processor, "")
+
+
+def broken(rows, *numbers):
+    """The requests of these rows; of some the images cannot be read."""
+    asked = requests(rows, chat=True)
+    for number in numbers:
+        context, _, *rest = asked[number].args
+        asked[number].arguments = (context, lambda doc: (_ for _ in ()).throw(OSError("image is truncated")), *rest)
+    return asked
+
+
+def test_documents_that_cannot_be_answered_are_recorded_and_the_others_answered(wordy, monkeypatch):
+    rows = docs(7)
+    rows[5]["q"] = "POISON"
+    whole = texts(adapter(wordy, rows=rows, batch_size=3).generate_until(requests(rows, chat=True)))
+    usual = answering.encode
+
+    def encode(loaded, prompts):
+        if any("POISON" in prompt.text for prompt in prompts):
+            raise RuntimeError("no kernel\nfor this")
+        return usual(loaded, prompts)
+
+    monkeypatch.setattr(answering, "encode", encode)
+    made = adapter(wordy, rows=rows, batch_size=3)
+    made.unanswered.tolerant, told = True, []
+    made.progress = told.append
+    answered = texts(made.generate_until(broken(rows, 0, 3)))
+    assert answered == ["", whole[1], whole[2], "", whole[4], "", whole[6]]
+    assert made.unanswered.of("toy") == {
+        0: "OSError: image is truncated", 3: "OSError: image is truncated", 5: "RuntimeError: no kernel for this",
+    }  # fmt: skip
+    assert (made.tally.computed, sum(told)) == (4, 7)
+    strict = adapter(wordy, rows=rows, batch_size=3)  # as lmms-eval's own command line has it
+    with pytest.raises(OSError, match="truncated"):
+        strict.generate_until(broken(rows, 0))
+
+
+def test_many_failures_in_a_row_are_no_accident_of_documents(wordy):
+    rows = docs(20)
+    made = adapter(wordy, rows=rows)
+    made.unanswered.tolerant = True
+    with pytest.raises(OSError, match="truncated"):
+        made.generate_until(broken(rows, *range(2, 18)))
+    assert len(made.unanswered.reasons) == 15
 
 
 def test_a_system_prompt_takes_the_place_of_the_task_s_own(loaded):

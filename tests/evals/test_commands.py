@@ -7,6 +7,7 @@ import sys
 import pytest
 from prunekit_evals.cli import arguments, commands
 from prunekit_evals.lmms import tasks
+from prunekit_evals.run.variants import Variation
 
 from prunekit.cli.main import main
 from prunekit.errors import InputError, SpecError
@@ -29,7 +30,7 @@ def test_eval_and_compare(checkpoint, data_root, pipeline_file, tmp_path, capsys
     assert call("eval", path, "--tasks", "pope,mme", *given) == 0
     said = capsys.readouterr()
     assert "micro/" in said.out and "fastv" in said.out and "dense" in said.out
-    assert "4 cells computed, 0 were there" in said.err
+    assert "4 results computed, 0 reused" in said.err
     assert call("eval", path, "--tasks", "pope,mme", *given, "--json") == 0
     said = capsys.readouterr()
     data = json.loads(said.out)
@@ -105,25 +106,25 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
 def test_every_fault_of_every_file_is_said(pipeline_file):
     files = [pipeline_file("one", {"use": "fastw", "keep": 0.5}), pipeline_file("two", {**FASTV, "keep": 7})]
     with pytest.raises(SpecError) as caught:
-        commands.load_all([str(file) for file in files], (), dense=True)
+        commands.load_all([str(file) for file in files], Variation(), dense=True)
     assert "one.yaml" in str(caught.value) and "two.yaml" in str(caught.value)
 
 
 def test_dense_comes_first_and_once(pipeline_file):
     fastv, dense = str(pipeline_file("fastv", FASTV)), str(pipeline_file("plain", {"use": "dense"}))
-    assert [one.name for one in commands.load_all([fastv], (), dense=True)] == ["dense", "fastv"]
-    assert [one.name for one in commands.load_all([fastv, dense], (), dense=True)] == ["fastv", "plain"]
-    assert [one.name for one in commands.load_all([fastv, fastv], (), dense=False)] == ["fastv"]
+    assert [one.name for one in commands.load_all([fastv], Variation(), dense=True)] == ["dense", "fastv"]
+    assert [one.name for one in commands.load_all([fastv, dense], Variation(), dense=True)] == ["fastv", "plain"]
+    assert [one.name for one in commands.load_all([fastv, fastv], Variation(), dense=False)] == ["fastv"]
 
 
 def test_overrides_reach_every_pipeline(pipeline_file):
-    (one,) = commands.load_all([str(pipeline_file("fastv", FASTV))], ["stages[0].keep=0.5"], dense=False)
+    (one,) = commands.load_all([str(pipeline_file("fastv", FASTV))], Variation(("stages[0].keep=0.5",)), dense=False)
     assert "keep: 0.5" in one.resolved
 
 
 def test_the_demo_has_what_it_needs_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = commands.load_all(commands.DEMO_PIPELINES, (), dense=True)
+    found = commands.load_all(commands.DEMO_PIPELINES, Variation(), dense=True)
     assert [one.name for one in found] == list(commands.DEMO_PIPELINES)
     assert len(commands.DEMO_PIPELINES) >= 7  # dense and at least six more
     assert len(commands.DEMO_TASKS) >= 3
@@ -134,8 +135,8 @@ def test_what_calls_itself_dense_and_is_not_is_told_why(pipeline_file):
     """The unpruned model, which is put beside, comes from no file that could be named in a message."""
     false = str(pipeline_file("dense", FASTV))
     with pytest.raises(InputError, match=r"dense\.yaml is called 'dense', .* unpruned model .*--no-dense"):
-        commands.load_all([false], (), dense=True)
-    assert [one.name for one in commands.load_all([false], (), dense=False)] == ["dense"]
+        commands.load_all([false], Variation(), dense=True)
+    assert [one.name for one in commands.load_all([false], Variation(), dense=False)] == ["dense"]
 
 
 def test_the_commands_cost_nothing_until_they_run():

@@ -167,10 +167,28 @@ def test_from_a_folder(tmp_path):
         tables.tables(tmp_path)
     for one in (cell("dense", "pope", 90), cell("p", "pope", 80)):
         results.write(results.path_of(tmp_path, one), one)
-    (only,) = tables.tables(tmp_path)
+    (tmp_path / "pope.0123456789.json").write_text("{")
+    (only,), (skipped,) = tables.tables(tmp_path)
+    assert str(skipped).startswith(f"{tmp_path}/pope.0123456789.json: not a result")
     data = json.loads(json.dumps(only.to_json()))
     assert [row["pipeline"] for row in data["rows"]] == ["dense", "p"]
     assert data["rows"][1]["tasks"]["micro/pope"]["value"] == 0.8
+
+
+def test_a_failure_is_shown_only_while_no_newer_result_of_that_cell_exists():
+    under = [dataclasses.replace(CONDITIONS, versions={"prunekit": version}) for version in ("0.1.0", "0.2.0")]
+    failed = cell("p", "pope", 0, status="failed", created="2", conditions=under[0])
+    assert any("p on micro/pope failed: broke" in note for one in tables.of_cells([failed]) for note in one.notes)
+    for other in (
+        cell("p", "gqa", 80, created="3"), cell("q", "pope", 80, created="3"), cell("p", "pope", 80, created="1"),
+        cell("p", "pope", 80, created="3", conditions=dataclasses.replace(CONDITIONS, batch_size=1)),
+    ):  # fmt: skip
+        made = tables.of_cells([failed, other])
+        assert any("failed" in note for one in made for note in one.notes), other
+    for newer in under:
+        made = tables.of_cells([failed, cell("p", "pope", 80, created="3", conditions=newer)])
+        assert [len(one.rows) for one in made] == [1]
+        assert not any("failed" in note for one in made for note in one.notes)
 
 
 def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path):
@@ -183,7 +201,8 @@ def test_results_of_a_bundled_model_that_was_replaced_are_marked_stale(tmp_path)
     for created, conditions in enumerate((CONDITIONS, now, other)):
         one = cell("dense", "pope", 90, created=str(created), conditions=conditions)
         results.write(results.path_of(tmp_path, one), one)
-    stale = [any(note.startswith("stale: micro was abc and is ") for note in t.notes) for t in tables.tables(tmp_path)]
+    found, _ = tables.tables(tmp_path)
+    stale = [any(note.startswith("stale: micro was abc and is ") for note in one.notes) for one in found]
     assert stale == [True, False, False]
 
 
@@ -269,3 +288,21 @@ def test_all_right_and_all_wrong(dense, ours):
     assert change.value == (ours - dense) / 100 and -1 <= change.low <= change.value <= change.high <= 1
     assert change.low < change.high
     assert only.rows[1].to_dense.holds == (-1 if dense > ours else 0)
+
+
+def test_the_questions_that_downsampling_gets_wrong_are_asked_of_every_row():
+    small = json.dumps({"name": "small", "stages": [{"use": "downsample", "scale": 0.5}]})
+    cells = [cell("dense", "pope", 100), cell("ours", "pope", 90), cell("small", "pope", 60)]
+    cells += [cell("dense", "gqa", 90), cell("ours", "gqa", 85), cell("small", "gqa", 80)]
+    named = [one if one.pipeline.name != "small" else with_pipeline(one, small) for one in cells]
+    (only,) = tables.of_cells(named)
+    hard = {row.pipeline: row.hard.value for row in only.rows}
+    assert only.hard == 60 and hard == pytest.approx({"dense": 50 / 60, "ours": 35 / 60, "small": 0})
+    assert only.rows[0].hard.low < 50 / 60 < only.rows[0].hard.high
+    assert rendering.columns(only)["Hard"][0].startswith("83.3 ±")
+    (without,) = tables.of_cells(cells)
+    assert without.rows[0].hard is None and "Hard" not in rendering.columns(without)
+
+
+def with_pipeline(one, resolved):
+    return dataclasses.replace(one, pipeline=dataclasses.replace(one.pipeline, resolved=resolved))

@@ -9,8 +9,12 @@ from html.parser import HTMLParser
 
 import pytest
 from board_cells import cell, complete, dense, under
+from PIL import Image
 from prunekit_evals.compare import clustered
-from prunekit_evals.leaderboard import board, bundle, charts, page, points
+from prunekit_evals.leaderboard import board, bundle, charts, page, pictures, points
+from prunekit_evals.run.results import Executed
+
+from prunekit.errors import InputError
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror=alert(2)>"'&{{ 7 * 7 }}"""
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -224,3 +228,30 @@ def test_a_thousand_cells_are_judged_once_and_fit(light, monkeypatch):
     rows = [one for one in Reader(html).all("tr") if "data-find" in one.attributes]
     assert len(rows) == 200
     assert len(html.encode()) + 900_000 < page.LIMIT
+
+
+def test_keep_maps_stand_by_the_rows_that_they_show(light, tmp_path):
+    for name, kind in (("ours", "webp"), ("theirs", "png"), ("nobody", "webp")):
+        Image.new("RGB", (120, 160), "teal").save(tmp_path / f"{name}.{kind}")
+    (tmp_path / "random-r11.webp").write_bytes(b"RIFF")
+    (tmp_path / "<x>.svg").write_text("<svg/>")
+    (tmp_path / "pool-r11.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(pictures.LARGEST))
+    made = pictures.read(tmp_path)
+    assert sorted(made.of) == ["nobody", "ours", "theirs"]
+    assert [one.path.name for one in made.skipped] == ["<x>.svg", "pool-r11.png", "random-r11.webp"]
+    seen = Reader(page.html(board.of_cells(complete("pope")), made.of))
+    shown = seen.all("img")
+    assert [one.attributes["alt"] for one in shown] == ["Keep map of theirs", "Keep map of ours"]
+    assert all(one.attributes["src"].startswith("data:image/") for one in shown)
+    assert [one.above("figure").attributes["data-find"] for one in shown] == ["theirs", "ours"]
+    with pytest.raises(InputError, match="prunekit trace"):
+        pictures.read(tmp_path / "nowhere")
+
+
+def test_a_cell_says_what_it_executed_and_what_went_wrong():
+    told = page.cell_facts(cell("p"))
+    assert (told["tokens entering layers"], told["flags"]) == ("", "")
+    executed = Executed((180.0, 180.0, 72.5), 3.0, off_budget=4)
+    told = page.cell_facts(dataclasses.replace(cell("p"), executed=executed, empty=2, unsound=1))
+    assert told["tokens entering layers"] == "180 ×2, 72.5 ×1"
+    assert told["flags"] == "2 empty, 1 not finite, 4 off budget"

@@ -1,5 +1,7 @@
 """Whole runs over lmms-eval's own tasks: cells, skipping, failures, kills, caches."""
 
+import dataclasses
+import fcntl
 import json
 import os
 import subprocess
@@ -12,7 +14,7 @@ from PIL import Image
 from prunekit_evals import runner
 from prunekit_evals.compare import tables
 from prunekit_evals.lmms import harness, tasks
-from prunekit_evals.run import answering, likelihoods, results
+from prunekit_evals.run import answering, files, likelihoods, reading, results, unanswered
 from prunekit_evals.run.answering import Tally
 from prunekit_evals.run.journal import Answer, Facts, Journal
 from prunekit_evals.run.prompts import Prompt
@@ -20,9 +22,11 @@ from prunekit_evals.runner import Plan, Runner
 
 import prunekit
 from prunekit.errors import InputError, PrunekitWarning, SpecError
+from prunekit.strategy.decisions import LayerPlan
 
 DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
 FASTV = {"name": "fastv", "stages": [{"use": "fastv", "at": 2, "keep": 0.25}]}
+RANDOM = {"name": "drawn", "stages": [{"use": "random", "keep": 0.25, "seed": 7}]}
 BLIND = {"name": "blind", "stages": [{"use": "blind"}]}
 
 
@@ -97,7 +101,8 @@ def test_cells_hold_what_lmms_eval_found(plan):
 
 
 def test_cells_hold_what_was_saved(plan):
-    outcome, _ = go(plan("pope", DENSE, FASTV, BLIND, timing=True, limit=8))
+    planned = plan("pope", DENSE, FASTV, BLIND, timing=True, limit=8)
+    outcome, cell_folder = go(planned)[0], planned.out
     dense, fastv, blind = (by_name(outcome)["pope", name] for name in ("dense", "fastv", "blind"))
     assert [cell.pipeline.dense for cell in (dense, fastv, blind)] == [True, False, False]
     assert (dense.saved.visual_tokens, dense.saved.kept_tokens) == (16, 16)
@@ -115,6 +120,37 @@ def test_cells_hold_what_was_saved(plan):
         assert cell.conditions.batch_size == 8
         assert cell.conditions.versions["lmms-eval"].startswith("0.7")
         assert prunekit.load(cell.pipeline.resolved).sha == cell.pipeline.sha
+        assert results.read(results.path_of(cell_folder, cell)) == cell
+    whole = dense.executed.layer_tokens[0]
+    assert dense.executed.layer_tokens == (whole,) * 4
+    assert fastv.executed.layer_tokens == (whole, whole, whole - 12, whole - 12)
+    assert blind.executed.layer_tokens == (whole - 16,) * 4
+    for cell in (dense, fastv, blind):  # nothing here decides by itself: what budgets say is what was done
+        assert cell.executed.layer_tokens == cell.foretold.layer_tokens
+        assert cell.foretold.flops == (cell.saved.prefill_flops,) * 2
+        assert (cell.executed.layers_run, cell.executed.off_budget, cell.empty) == (4, 0, 0)
+
+
+def test_cells_hold_what_was_asked_and_with_which_seeds(plan):
+    outcome, _ = go(plan("pope,gqa", RANDOM, limit=3))
+    pope, gqa = (by_name(outcome)[task, "drawn"] for task in ("pope", "gqa"))
+    assert pope.pipeline.seeds == (7,)
+    for one in (*pope.questions, *gqa.questions):
+        assert one.text.startswith(("Is ", "What ", "Which ", "Where ")) and one.target and one.document, one
+    assert {one.target for one in pope.questions} <= {"Yes", "No", "yes", "no"}
+    assert len({one.document for one in pope.questions}) == 3
+
+
+def test_a_stage_that_leaves_another_number_than_asked_is_counted_and_named(plan, monkeypatch):
+    usual = answering.decoder_facts
+
+    def short(report, sample):
+        return {**usual(report, sample), "missed": [("fastv at 2", 4, 3 + sample % 2)] if sample % 2 == 0 else []}
+
+    monkeypatch.setattr(answering, "decoder_facts", short)
+    (cell,) = go(plan("pope", FASTV, limit=5))[0].cells
+    assert cell.executed.off_budget == 3
+    assert cell.notes == ("fastv at 2 kept 3 visual tokens where its budget asked for 4, for 3 questions",)
 
 
 def test_what_is_there_is_not_computed_again(plan, monkeypatch):
@@ -168,6 +204,65 @@ def test_one_failing_task_loses_nothing_else(plan, data_root, tmp_path, monkeypa
     assert (again.computed, again.skipped, again.failed) == (1, 3, ())
 
 
+def test_own_tasks_with_a_damaged_image_are_whole_but_for_one_question(plan, own_tasks, tmp_path):
+    image = own_tasks / "2.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    planned = plan("pope", DENSE, limit=4)
+    planned = dataclasses.replace(planned, tasks=tuple(tasks.find(["pope", "mine"], own_tasks)))
+    outcome, told = go(planned)
+    pope, mine = (by_name(outcome)[task, "dense"] for task in ("pope", "mine"))
+    assert (pope.label, mine.label, told.answered) == ("micro/pope", "mine", 8)
+    assert pope.conditions.data == planned.data.identity and mine.conditions.data.startswith("own-")
+    assert mine.status == "done" and list(mine.unanswered) == [2] and "truncated" in mine.unanswered[2]
+    broken = mine.questions[2]
+    assert (broken.answer, broken.score, broken.document, broken.target) == ("", 0.0, "q2", "yes")
+    assert [one.document for one in mine.questions] == ["q0", "q1", "q2", "q3"] and mine.empty == 0
+    notes = [note for table in tables.of_cells(outcome.cells) for note in table.notes]
+    assert any(note.startswith("dense on mine: 1 question could not be answered, counted as wrong: ") for note in notes)
+    strict, _ = go(dataclasses.replace(planned, unanswered="fail"))
+    (failed,) = strict.failed
+    assert failed.error.startswith("1 of 4 questions could not be answered: document 2: ")
+    again, _ = go(planned)
+    assert again.failed == () and by_name(again)["mine", "dense"].timing.journaled == 3
+
+
+def test_a_cell_without_any_answer_fails(plan, own_tasks):
+    for image in own_tasks.glob("*.png"):
+        image.write_bytes(b"")
+    outcome, _ = go(dataclasses.replace(plan("pope", DENSE), tasks=tuple(tasks.find(["mine"], own_tasks))))
+    assert outcome.failed[0].error.startswith("no question could be answered: document 0: ")
+    assert outcome.failed[0].error.endswith("; and 1 more")
+
+
+def test_random_subsets_name_questions_as_the_data_does(plan):
+    planned = plan("pope", DENSE, limit=5)
+    first = go(planned)[0].cells[0]
+    drawn = go(dataclasses.replace(planned, subset_seed=3))[0].cells[0]
+    whole = {one.number: one for one in go(dataclasses.replace(planned, limit=None))[0].cells[0].questions}
+    assert [one.number for one in drawn.questions] != [one.number for one in first.questions] == [0, 1, 2, 3, 4]
+    assert len(drawn.questions) == 5 and all(one == whole[one.number] for one in drawn.questions)
+    assert drawn.conditions.subset_seed == 3 and drawn.id != first.id
+    assert "5 questions a task drawn with seed 3" in drawn.conditions.title()
+
+
+def test_a_full_disk_ends_the_run_and_what_is_saved_goes_on(plan, monkeypatch):
+    planned = plan("pope,gqa", DENSE, limit=4)
+    usual, writes = files.os.fsync, []
+
+    def fsync(handle):
+        writes.append(handle)
+        if len(writes) > 2:  # one batch of answers and one cell
+            raise OSError(28, "No space left on device")
+        usual(handle)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(files.CannotWrite, match="cannot be written: No space left on device"):
+        go(planned)
+    monkeypatch.undo()
+    again, _ = go(planned)
+    assert (again.computed, again.skipped, again.failed) == (1, 1, ())
+
+
 def test_the_reason_is_not_hidden_by_retries():
     class Attempt:
         def exception(self):
@@ -175,8 +270,8 @@ def test_the_reason_is_not_hidden_by_retries():
 
     error = RuntimeError("RetryError[<Future at 0x7f>]")
     error.last_attempt = Attempt()
-    assert harness.reason(error) == "AssertionError: MME only supports pairwise evaluation"
-    assert harness.reason(InputError("two\nlines")) == "two lines"
+    assert unanswered.reason(error) == "AssertionError: MME only supports pairwise evaluation"
+    assert unanswered.reason(InputError("two\nlines")) == "two lines"
 
 
 def test_questions_without_a_picture_run_dense_and_say_so(plan, tmp_path):
@@ -326,6 +421,8 @@ def test_the_journal_is_no_place_for_other_pipelines(plan):
 def test_costs_of_an_answer_are_those_of_its_row(loaded):
     report = type("Report", (), {})()
     report.samples, report.visual_tokens, report.kept_tokens, report.unsound = 4, (1, 1, 2, 2), (1, 1, 2, 2), (2,)
+    report.prompt_tokens, report.layer_tokens, report.plans = (9,) * 4, ((9, 5),) * 4, (LayerPlan(),) * 4
+    report.events = ()
     report.cost = type("Cost", (), dict.fromkeys(("kv_bytes", "dense_kv_bytes", "prefill_flops"), (5, 5, 6, 6)))
     report.cost.dense_prefill_flops = (7, 7, 8, 8)
     report.cost.tower_flops, report.cost.dense_tower_flops = (3, 3, 1, 1), None
@@ -376,3 +473,55 @@ def test_likelihoods_that_are_not_finite_are_counted(loaded):
     finally:
         del loaded.model.lm_head.forward
     assert tally.unsound == 1 and any(note.startswith("logits, samples 0: ") for note in tally.notes)
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it(plan):
+    planned = plan("pope", DENSE, FASTV, limit=4)
+    ours = Runner(planned, Quiet())
+    named, (dense, fastv) = planned.tasks[0], planned.pipelines
+    path = ours.path("pope", dense)
+    path.parent.mkdir(parents=True)
+    with path.with_suffix(".lock").open("w") as file:  # lmms-eval makes every FileLock of a process one
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert ours.cell(named, dense) is None
+        assert ours.cell(named, fastv).status == "done"
+    assert ours.cell(named, dense).status == "done"  # its holder is gone, and had not written it
+    assert not list(planned.out.rglob("*.lock"))
+
+
+def test_what_another_process_wrote_meanwhile_is_not_computed_again(plan):
+    """A result that it forced, or a failure: both are as new as any."""
+    go(plan("pope", DENSE, limit=4))
+    for force, status in ((True, "done"), (False, "failed")):
+        ours = Runner(plan("pope", DENSE, limit=4, force=force), Quiet())
+        named, (dense,) = ours.plan.tasks[0], ours.plan.pipelines
+        path = ours.path("pope", dense)
+        old = results.read(path)
+        if not force:
+            results.write(path, dataclasses.replace(old, status="failed"))
+        assert ours._there(named, dense) is None
+        again = dataclasses.replace(old, status=status, created="2001-01-01T00:00:00+00:00")
+        results.write(path, again)
+        outcome = ours.run()
+        assert (outcome.computed, outcome.skipped, outcome.cells) == (0, 1, (again,))
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_on_one_folder_share_the_work(plan, checkpoint, data_root, pipeline_file, tmp_path):
+    """Each cell is written once, by one of them; both end with the whole table."""
+    files = [pipeline_file(f"p{keep}", {"use": "fastv", "at": 2, "keep": keep / 16}) for keep in (4, 8, 12)]
+    command = [
+        "eval", *files, "--model", checkpoint, "--tasks", "pope,mme", "--data-root", data_root, "--out",
+        tmp_path / "out", "--no-timing", "--batch-size", "4", "--device", "cpu", "--threads", "1", "--json", "--limit",
+        "8",
+    ]  # fmt: skip
+    run = [sys.executable, "-c", SLOWLY, *map(str, command)]
+    both = [subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=500) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    told = [json.loads(out) for out, _ in said]
+    assert sum(one["computed"] for one in told) == 8 and all(one["computed"] for one in told)
+    assert [one["computed"] + one["there_before"] for one in told] == [8, 8]
+    cells = reading.read([tmp_path / "out"]).cells
+    assert len(cells) == 8 and {cell.timing.computed for cell in cells} == {8}
+    assert not [path for suffix in ("lock", "journal.jsonl") for path in (tmp_path / "out").rglob(f"*.{suffix}")]

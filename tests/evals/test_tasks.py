@@ -91,6 +91,67 @@ def test_groups_may_lie_apart():
     assert tasks.whole_groups(["a", "b", "a"], 1) == 3
 
 
+def test_random_subsets_are_drawn_by_their_seed_and_keep_pairs_of_mme_whole(data_root):
+    def ask(name, limit, seed):
+        return tasks.build(tasks.find([name])[0], tasks.data_at(data_root), limit, subset_seed=seed)
+
+    whole = build("pope", data_root)
+    one, again, other = (ask("pope", 7, seed) for seed in (3, 3, 4))
+    assert one.numbers == again.numbers == tuple(sorted(set(one.numbers))) and len(one.numbers) == one.questions == 7
+    assert other.numbers != one.numbers != tuple(range(7))
+    for docs in (one.task.eval_docs, one.task.eval_docs_no_media):
+        assert [doc["question"] for doc in docs] == [whole.task.eval_docs[n]["question"] for n in one.numbers]
+    pairs = ask("mme", 7, 3)
+    assert pairs.questions == 8
+    assert set(tasks.Counter(pairs.task.eval_docs["question_id"]).values()) == {2}
+    assert ask("pope", 24, 3).numbers is None  # all of them
+
+
+def test_drawn_groups_may_lie_apart():
+    assert tasks.drawn("abab", 1, 0) in ((0, 2), (1, 3))
+    assert tasks.drawn("abab", 3, 0) == (0, 1, 2, 3)
+    counts = [0] * 6
+    for seed in range(300):
+        for number in tasks.drawn(range(6), 2, seed):
+            counts[number] += 1
+    assert sum(counts) == 600 and min(counts) > 60  # each one in three times out of nine
+
+
+def test_own_tasks_are_found_beside_the_harness_s(own_tasks, data_root):
+    found = tasks.find(["pope", "mine"], own_tasks)
+    assert [(one.name, one.own) for one in found] == [("pope", False), ("mine", True)]
+    data = tasks.data_at(data_root)
+    assert tasks.data_of(found[0], data) is data
+    own = tasks.data_of(found[1], data)
+    assert own.label("mine") == "mine" and own.identity.startswith("own-")
+    assert own == tasks.data_of(found[1], data)
+    built = tasks.build(found[1], own, None)
+    assert (built.questions, built.task.eval_docs[0]["question"]) == (4, "Is there a cat in 0?")
+    rows = own_tasks / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("cat in 0", "dog in 0"))
+    changed = tasks.data_of(found[1], data)
+    assert changed.identity != own.identity
+    assert tasks.build(found[1], changed, None).task.eval_docs[0]["question"] == "Is there a dog in 0?"
+
+
+def test_wrong_folders_of_own_tasks_are_refused(own_tasks, tmp_path):
+    with pytest.raises(InputError, match="is not a folder"):
+        tasks.find(["mine"], tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"no file `\*\.yaml` in it says `task: NAME`"):
+        tasks.find(["mine"], tmp_path / "empty")
+    with pytest.raises(UnknownName, match="did you mean 'mine'"):
+        tasks.find(["minee"], own_tasks)
+    file = own_tasks / "mine.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("task: mine", "task: pope"))
+    with pytest.raises(InputError, match="lmms-eval has 'pope' itself"):
+        tasks.find(["pope"], own_tasks)
+    file.write_text(text + "metric_list: [")
+    with pytest.raises(InputError, match=r"mine\.yaml' is no task of lmms-eval"):
+        tasks.data_of(tasks.find(["mine"], own_tasks)[0], tasks.data_at(None))
+
+
 def test_likelihood_tasks_are_not_asked_in_messages(tmp_path):
     import datasets
 

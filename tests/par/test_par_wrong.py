@@ -73,7 +73,7 @@ CASES = {
     "a recipe value": ({"lr": -1}, ["lr: must be above 0", "-1"]),
     "more held out than there is": ({"held_out": 13}, ["holds 12 prompts", "13 are held out", "set held_out or batch"]),
     "no image": ({"data": "not-an-image.jsonl"}, ["words.txt", "not-an-image.jsonl", "is not a readable image"]),
-    "an image that is gone": ({"data": "gone.jsonl"}, ["b.png", "gone.jsonl", "No such file"]),
+    "an image that is gone": ({"data": "gone.jsonl"}, ["no such image", "b.png", "gone.jsonl"]),
     "a placeholder": ({"data": "placeholder.jsonl"}, ["<image>", "what is <image> here", "leave it out"]),
     "no data": ({"data": "nothing.jsonl"}, ["cannot read", "nothing.jsonl", "No such file"]),
     "data that is none": ({"data": "a.png"}, ["a.png:1", "is not a prompt", '{"image"']),

@@ -20,7 +20,7 @@
   all("thead button").forEach((button) => button.addEventListener("click", () => sortBy(button.parentElement)));
 
   // Filtering: baselines stay, since no row means anything without them.
-  const form = document.getElementById("filters"), rows = all("tr[data-find]");
+  const form = document.getElementById("filters"), rows = all("[data-find]");
   const filter = () => {
     const text = form.elements.find.value.trim().toLowerCase(), most = parseFloat(form.elements.flops.value) / 100;
     for (const row of rows) {
@@ -28,7 +28,7 @@
       const cheap = !(most >= 0) || (row.dataset.flops !== "" && Number(row.dataset.flops) <= most + 1e-9);
       row.hidden = !(row.classList.contains("baseline") || (named && cheap));
     }
-    const counted = (some) => new Set(some.map((row) => row.dataset.row)).size; // a row stands in two tables
+    const counted = (some) => new Set(some.map((row) => row.dataset.row)).size; // a row stands in two tables, and has a picture
     const filtered = text !== "" || most >= 0;
     form.querySelector("output").textContent = filtered ? `${counted(rows.filter((row) => !row.hidden))} of ${counted(rows)} rows; baselines always stay` : "";
   };

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from prunekit.pipeline.build import Pipeline
 
 BOARD = Path(__file__).resolve().parents[3] / "docs" / "leaderboard"
+SHOWN = 21  # the scene of which keep maps are drawn, as in docs/trace.md
 SEEDED, SEEDS = "random-r11", 5  # the baseline at the cost of most shipped pipelines
 
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet.before_imports(False)
     import torch
     from prunekit_evals.cli import commands, leaderboard
-    from prunekit_evals.leaderboard import board
+    from prunekit_evals.leaderboard import board, pictures
     from prunekit_evals.lmms import tasks
     from prunekit_evals.run import results
     from prunekit_evals.runner import Plan
@@ -55,16 +57,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     outcome = commands.go(plan)
     _tidy(plan.out, {results.path_of(plan.out, cell): cell for cell in outcome.cells})
+    maps = arguments.out / "keep-maps"
+    _draw(plan.pipelines, maps)
     made = board.of_cells(outcome.cells)
     leaderboard.show(made)
-    leaderboard.write(made, arguments.out / "index.html", arguments.out / "board.md")
+    leaderboard.write(made, arguments.out / "index.html", arguments.out / "board.md", pictures.read(maps).of)
     return 1 if outcome.failed else 0
+
+
+def _draw(pipelines: Sequence[Pipeline], folder: Path) -> None:
+    """What each pipeline keeps of one image of the benchmark."""
+    from prunekit.cli import main as cli
+
+    for stale in folder.glob("*"):
+        stale.unlink()
+    names = [pipeline.name for pipeline in pipelines if not pipeline.name.startswith(f"{SEEDED}-")]
+    asked = ["--model", "micro", "--data", "micro-scenes", "--number", str(SHOWN), "--thumbnails", str(folder)]
+    if cli.main(["trace", *names, *asked]):
+        raise SystemExit(1)
 
 
 def _tidy(folder: Path, current: Mapping[Path, Cell]) -> None:
     """Leave the current cells alone, each on one line: they are many, and a checkout carries them all."""
     for stale in set(folder.rglob("*.json")) - current.keys():
         stale.unlink()
+    for beside in list(folder.rglob("*.files")):  # what tasks write for a judge
+        shutil.rmtree(beside)
     for path, cell in current.items():
         text = json.dumps(cell.to_json(), ensure_ascii=False, separators=(",", ":"))
         path.write_text(f"{text}\n", encoding="utf-8")

@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 import yaml
 from prunekit_evals.bench import llava_7b
 from prunekit_evals.micro.card_tables import table
-from prunekit_evals.studies.catalogue import standing
+from prunekit_evals.studies.catalogue import reproduce, standing
 from prunekit_evals.studies.catalogue.measure import Measured
-from prunekit_evals.studies.catalogue.places import CARDS, REPRODUCE, ROOT
+from prunekit_evals.studies.catalogue.places import IMAGES, ROOT
 from prunekit_evals.studies.catalogue.reported import Reported
 from prunekit_evals.studies.catalogue.standing import cell
 
@@ -59,9 +59,9 @@ def card(entry: Entry, cls: type[Any], told: About, known: Known) -> str:
         *_keep_map(entry.name),
         "## On the bundled model",
         standing.of_strategy(entry.name, known.measured),
+        *reproduce.section(entry.name, known.measured),
         "## In papers",
         _papers(entry.name, known.reported),
-        *_reproduce(entry.name),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -168,9 +168,14 @@ def _golden(file: Path) -> str:
 
 def _keep_map(name: str) -> Iterator[str]:
     """What it keeps of one image, where that was drawn."""
-    if (CARDS / "images" / f"{name}.png").is_file():
+    if (IMAGES / f"{name}.webp").is_file():
         yield "## What it keeps"
-        yield f"![the tokens that {name} keeps of one image](images/{name}.png)"
+        yield f"![what {name} keeps of one image, and the visual tokens that enter each layer](images/{name}.webp)"
+        yield (
+            "Of one scene of the bundled model, at a quarter of the tokens where it takes a budget: what is clear is "
+            "kept, a cross is dropped, two strokes are merged into an outlined token; below, the tokens that enter "
+            "each layer. [Your own](../trace.md)."
+        )
 
 
 def _papers(name: str, reported: Reported) -> str:
@@ -188,13 +193,6 @@ def _papers(name: str, reported: Reported) -> str:
         parts.append(f"{one.model}, {one.title}. {one.remark} {notes}.\n\n{table(head, [base, *rows])}")
     quoted = "Quoted, not measured here; the mean is ours, over the benchmarks that a row has."
     return "\n\n".join([quoted, *parts]) if parts else "No rows on LLaVA-1.5-7B or Qwen2.5-VL-7B were found."
-
-
-def _reproduce(name: str) -> Iterator[str]:
-    """The sweep that repeats its paper's table, where there is one."""
-    if (REPRODUCE / f"{name}.yaml").is_file():
-        yield "## Repeat the paper's table"
-        yield f"[`docs/reproduce/{name}.yaml`](../reproduce/{name}.yaml)"
 
 
 def _yes(fact: bool) -> str:

@@ -80,7 +80,7 @@ def run(path: Path, questions: int, cache: Path, only: Sequence[str] = (), again
     now, old = about(questions), load(path)
 
     def found(stage: Mapping[str, Any]) -> Path:
-        return _calibrated(loaded, stage, cache)
+        return calibrated(loaded, stage, cache)
 
     every = list(wanted(bench.shape, found, only))
     asked = {one.label: one for one in every if isinstance(one, Wanted)}
@@ -113,7 +113,7 @@ def _stages(one: Wanted) -> str:
     return re.sub(r"calibration: \S*/", "calibration: ", told(one.pipeline))
 
 
-def _calibrated(loaded: Loaded, stage: Mapping[str, Any], cache: Path) -> Path:
+def calibrated(loaded: Loaded, stage: Mapping[str, Any], cache: Path) -> Path:
     """The file of `prunekit calibrate` for a stage, made once."""
     options = {key: value for key, value in stage.items() if key not in ("keep", "calibration")}
     path = cache / "calibrations" / f"{'-'.join(str(value) for value in options.values())}.json"

@@ -10,10 +10,10 @@ from pathlib import Path
 from prunekit_evals.bench import llava_7b
 from prunekit_evals.compare.rendering import SHORT
 from prunekit_evals.micro.card_tables import table
-from prunekit_evals.studies.catalogue import measure, reported, rows, standing
+from prunekit_evals.studies.catalogue import measure, reported, reproduce, rows, standing
 from prunekit_evals.studies.catalogue.card import Known, card
 from prunekit_evals.studies.catalogue.measure import Measured
-from prunekit_evals.studies.catalogue.places import CARDS, COMMAND, GOLDENS, MEASURED
+from prunekit_evals.studies.catalogue.places import CARDS, COMMAND, GOLDENS, MEASURED, REPRODUCE
 from prunekit_evals.studies.catalogue.rows import SHARES
 
 import prunekit
@@ -52,12 +52,14 @@ To add what is missing: `{command} measure`."""
 
 
 def written() -> dict[Path, str]:
-    """Every page by its path."""
+    """Every page by its path, and the sweep files that measure their rows again."""
     known = _known()
     entries = [entry for entry in plugins.registry().strategies() if entry.plugin == OURS]
     told = {entry.name: about(entry.load()) for entry in entries}
     cards = {CARDS / f"{entry.name}.md": card(entry, entry.load(), told[entry.name], known) for entry in entries}
-    return {CARDS / "index.md": _index(entries, told, known), **cards}
+    sweeps = {name: text for name in told if (text := reproduce.sweep(name, known.measured))}
+    files = {REPRODUCE / f"{name}.yaml": text for name, text in sweeps.items()}
+    return {CARDS / "index.md": _index(entries, told, known), **cards, **files}
 
 
 @cache

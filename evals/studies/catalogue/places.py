@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 CARDS = ROOT / "docs" / "strategies"
+IMAGES = CARDS / "images"
 MEASURED = CARDS / "micro.json"
 GOLDENS = ROOT / "tests" / "goldens"
 REPRODUCE = ROOT / "docs" / "reproduce"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import is_not
 from typing import Any
 
 from torch import Tensor
@@ -36,13 +37,13 @@ class Decoding(ForwardPass):
 
     def __post_init__(self) -> None:
         self.withholds_positions = not self.gives_positions
+        self.before: tuple[tuple[object, ...], dict[str, Any]] = (), {}  # what a layer was given, and its changes
 
     def run_layer(self, number: int, original: Callable[..., Any], hidden: Tensor, kwargs: dict[str, Any]) -> Any:
         cache = kwargs[CACHE]
         store: RaggedLayer | RecurrentLayer = cache.layers[number]
         if number == 0:  # masks and positions have been made from what had passed before
-            for each in cache.layers:
-                each.open(self.tokens)
+            self._begin(cache.layers, kwargs)
         actions, layout = store.actions, store.layout
         if actions in RUNS and layout is None:
             return original(hidden, **kwargs)
@@ -51,7 +52,11 @@ class Decoding(ForwardPass):
                 if self.withholds_positions:
                     kwargs["position_ids"] = None
                 return original(hidden, **kwargs)
-            kwargs.update(self._changes(LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache)))
+            of = layout, *map(kwargs.get, _PER_TOKEN)
+            if not self.before[0] or any(map(is_not, of, self.before[0])):  # mostly it is what the last layer was given
+                call = LayerCall(self, number, original, hidden, kwargs, layout, (), None, cache)
+                self.before = of, self._changes(call)
+            kwargs.update(self.before[1])
             return original(hidden, **kwargs)
         call = LayerCall(self, number, original, hidden, kwargs, layout, range(len(hidden)), None, cache)
         if not isinstance(actions, tuple):
@@ -59,6 +64,18 @@ class Decoding(ForwardPass):
         if isinstance(store, RaggedLayer) and store.runs_stored and store.rows and not call.has_more:
             return self._run_stored(call, self.state.index(store.rows), store)
         return run_groups(call, actions, store)
+
+    def _begin(self, layers: Sequence[RaggedLayer | RecurrentLayer], kwargs: Mapping[str, Any]) -> None:
+        """Count the new tokens, and say which layers are simply run: where all are given the same mask, and that is
+        none, also those that hold fewer tokens.
+        """
+        for each in layers:
+            each.open(self.tokens)
+        if self.state.alike and kwargs.get("attention_mask") is None and not self.withholds_positions:
+            self.passing = {
+                number for number, one in enumerate(layers)
+                if one.actions in RUNS and (one.layout is None or one.layout.plain)
+            }  # fmt: skip
 
     def _run_stored(self, call: LayerCall, rows: Tensor, store: RaggedLayer) -> Tensor:
         """Run a layer for the rows that it stores, while the others skip it: what `run_groups` does in this case."""

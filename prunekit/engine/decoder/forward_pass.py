@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ class ForwardPass(ABC):
     rotations: Rotations = field(default_factory=Rotations)
     left_out: LayerAction | None = None
     mid: MidCuts | None = None
-    passing: frozenset[int] = frozenset()
+    passing: Set[int] = frozenset()
     layouts: dict[int, Layout | None] = field(default_factory=dict)
     writers: dict[Any, int] = field(default_factory=dict)
     _memo: dict[tuple[int, ...], tuple[Any, object]] = field(default_factory=dict)

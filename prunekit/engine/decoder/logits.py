@@ -46,7 +46,7 @@ def _look(state: BatchState, logits: Tensor) -> None:
     if rows != len(state.lengths) or not tokens:
         return  # of another batch
     low, high = torch.aminmax(logits, dim=-1)
-    wrong = ~(torch.isfinite(low) & torch.isfinite(high))
+    wrong = (low - low) != (high - high)  # NaN where one is not finite, else 0; of less parts than `isfinite`
     if tokens == state.prompt.real.shape[1]:
         wrong = wrong & state.prompt.real.to(wrong.device)
     state.see("logits", wrong.any(1) if tokens == state.prompt.real.shape[1] else wrong[:, -1])

@@ -67,10 +67,11 @@ class BatchState:
     plans: what becomes of the layers, row by row. layer_tokens, layer_visual, mlp_tokens: for each layer that has run,
     the rows' tokens that entered it, the visual ones among them, and the tokens that went through its MLP.
     layer_keys: for each of them the tokens that those which entered it can attend to. passing: layers that decoding
-    simply runs. scores: of routers, by the index of their stage. wanted: of how many tokens, the last ones, the caller
-    wants logits; 0: of all. cropped: bool (B, S), tokens that leave the KV when the prefill is over; None: none.
-    stage_states: the hooks' input `state`, by the index of the stage. unsound: where something that the model computed
-    is not finite, and of which samples, bool (B,); looks: how often that was looked for.
+    simply runs. alike: all layers are given the same attention mask. scores: of routers, by the index of their stage.
+    wanted: of how many tokens, the last ones, the caller wants logits; 0: of all. cropped: bool (B, S), tokens that
+    leave the KV when the prefill is over; None: none. stage_states: the hooks' input `state`, by the index of the
+    stage. unsound: where something that the model computed is not finite, and of which samples, bool (B,); looks: how
+    often that was looked for.
     """
 
     bound: BoundPipeline
@@ -93,6 +94,7 @@ class BatchState:
     wanted: int = 0
     cropped: Tensor | None = None
     passing: frozenset[int] = frozenset()
+    alike: bool = False
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
     unsound: dict[str, Tensor] = field(default_factory=dict)
     looks: int = 0
