@@ -215,9 +215,9 @@ class Runner:
             honor_until=plan.honor_until,
             prompt_profile=plan.prompt_profile or "",
             versions=versions(),
+            subset_seed=plan.subset_seed if plan.limit is not None else None,
             max_frames=plan.max_frames,
             fps=plan.fps,
-            subset_seed=plan.subset_seed if plan.limit is not None else None,
         )
 
     @cached_property

@@ -74,6 +74,8 @@ def run(namespace: argparse.Namespace) -> int:
     from prunekit_evals.sweep import spec
     from prunekit_evals.sweep.orders import Where, ordered
 
+    from prunekit.errors import InputError
+
     tasks.check_installed()
     commands.need_rich()
     commands.need_scipy()
@@ -86,6 +88,10 @@ def run(namespace: argparse.Namespace) -> int:
     if namespace.dry_run:
         _show(wanted, namespace.json)
         return 0
+    try:
+        namespace.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {namespace.out}: {error.strerror} (name a folder that can be written)") from error
     return _report(_go(namespace, wanted), namespace)
 
 

@@ -7,7 +7,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,8 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from PIL import ImageFile
-from prunekit_evals.lmms.requests import Question, Settings, choices, naming, read, rounds, settled
+from prunekit_evals.lmms import model_args
+from prunekit_evals.lmms.requests import Question, Settings, choice_of, naming, of_one_prompt, read, rounds
 from prunekit_evals.run import likelihoods
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
 from prunekit_evals.run.generation import HonorUntil, decoding
@@ -31,7 +32,6 @@ from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
 
 UNANSWERED = Answer("", 0, 0)
-MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
 
 
@@ -67,22 +67,26 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
         Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
         """
-        _known(unknown)
+        names = tuple(inspect.signature(PruneKit.__init__).parameters)
+        for name in unknown:
+            raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
-        where = _device_map(device_map, device)
-        _texts(
-            pretrained=pretrained, pipeline=pipeline, device=device, dtype=dtype, journal=journal,
-            attn_implementation=attn_implementation, system_prompt=system_prompt,
-        )  # fmt: skip
-        fetch = _flag("download", download)
+        texts = {
+            "pretrained": pretrained, "pipeline": pipeline, "device": device, "dtype": dtype, "journal": journal,
+            "attn_implementation": attn_implementation, "system_prompt": system_prompt,
+        }  # fmt: skip
+        for name, value in texts.items():
+            model_args.text(name, value)
+        fetch, where = model_args.flag("download", download), model_args.device_map(device_map, device)
         text = self._system_prompt(str(system_prompt))
-        size, longest = _count("batch_size", batch_size), _count("max_new_tokens", max_new_tokens)
-        settings = Settings(size, longest, text, honor_until, _sampling(max_frames, fps))
+        size, longest = model_args.count("batch_size", batch_size), model_args.count("max_new_tokens", max_new_tokens)
+        rate = None if fps in (None, "") else model_args.number("fps", fps)
+        sampling = Sampling(model_args.count("max_frames", max_frames), rate)
+        settings = Settings(size, longest, text, honor_until, sampling)
         decoding({}, longest, honor_until)  # refuse a wrong value now, not at the first task
         built = prunekit.load(pipeline)
-        attn = attn_implementation or None
-        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn, fetch, where)
+        loaded = Loaded.load(str(pretrained), dtype or None, device or None, attn_implementation or None, fetch, where)
         self.setup(loaded, built, settings, journal)
 
     def _system_prompt(self, given: str) -> str:
@@ -193,15 +197,24 @@ class PruneKit(lmms):  # type: ignore[misc]
         A pair is wrapped, because lmms-eval turns a bare tuple into a string.
         """
         found: dict[int, tuple[float, bool]] = {}
-        for request, choice in choices(requests, self):
-            with naming(request):
-                self.tally.saw(request.task_name, request.doc_id, choice.prompt, self.batch_size)
-                scored = likelihoods.losses(
-                    self.loaded, self.pipeline, choice.prompt, choice.said, self.batch_size, self.tally
-                )
-            found |= zip(choice.places, scored, strict=True)
-            self.progress(len(choice.said))
+        for places, together in of_one_prompt(requests):
+            found |= zip(places, self._losses(together), strict=True)
+            self.progress(len(places))
         return [GenerationResult(cast(str, found[place])) for place in range(len(requests))]
+
+    def _losses(self, together: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Of continuations of one prompt; all are infinite where it cannot be asked."""
+        request = together[0]
+        try:
+            with naming(request):
+                prompt, said = choice_of(together, self)
+                self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
+                scored = likelihoods.losses(self.loaded, self.pipeline, prompt, said, self.batch_size, self.tally)
+        except Exception as error:
+            self.unanswered.add(request.task_name, request.doc_id, error)
+            return [(float("inf"), False)] * len(together)
+        self.unanswered.interrupt()
+        return scored
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[list[str]]:
         """The answers of every round, for each request, which lmms-eval hands to the task as they are.
@@ -211,23 +224,33 @@ class PruneKit(lmms):  # type: ignore[misc]
         answers = []
         before = self.tally.computed, self.tally.seconds, self.tally.new_tokens
         for request in requests:
-            asking = rounds(request, self)
             said: list[str] = []
-            with Rounds(self.loaded, self.pipeline, self.tally) as conversation:
-                question = next(asking, None)
-                while question is not None:
-                    prompt, arguments = question
-                    how = decoding(arguments, self.settings.max_new_tokens, self.settings.honor_until)
-                    with naming(request):
-                        self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
-                        one = conversation.ask(prompt, how)
-                    self.tally.add([one], journaled=False)
-                    said.append(one.text)
-                    question = _sent(asking, one.text)
+            try:
+                self._converse(request, said)
+            except Exception as error:
+                self.unanswered.add(request.task_name, request.doc_id, error)
+                said = said or [""]
+            else:
+                self.unanswered.interrupt()
             answers.append(said)
             self.progress(1)
         self._log(*before)
         return answers
+
+    def _converse(self, request: Instance, said: list[str]) -> None:
+        """Ask every round of a request; `said` gets the answers."""
+        asking = rounds(request, self)
+        with Rounds(self.loaded, self.pipeline, self.tally) as conversation:
+            question = next(asking, None)
+            while question is not None:
+                prompt, arguments = question
+                how = decoding(arguments, self.settings.max_new_tokens, self.settings.honor_until)
+                with naming(request):
+                    self.tally.saw(request.task_name, request.doc_id, prompt, self.batch_size)
+                    one = conversation.ask(prompt, how)
+                self.tally.add([one], journaled=False)
+                said.append(one.text)
+                question = _sent(asking, one.text)
 
     def generate_visual_cot(self, requests: Sequence[Instance]) -> list[str]:
         """Refused: it asks for pictures on the way to the answer."""
@@ -253,42 +276,42 @@ class PruneKit(lmms):  # type: ignore[misc]
         return batch, answered
 
     def _give_up(self, task: str, number: int, error: Exception) -> None:
-        """Count a question as one that cannot be answered, or raise its error, and name it."""
-        if isinstance(error, InputError) and not self.unanswered.tolerant:
-            raise InputError(f"document {number} of task '{task}': {error}") from error
+        """Count a question as one that cannot be answered."""
         self.unanswered.add(task, number, error)
         self.progress(1)
 
-    def _read(self, place: int, request: Instance, seen: dict[str, int]) -> Question | None:
-        """The question of a request; None where it cannot be asked, as with a damaged image."""
-        try:
-            with settled():
-                question = read(place, request, self, seen)
-                self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
-            return question
-        except Exception as error:
-            self._give_up(request.task_name, request.doc_id, error)
-            return None
+    def _asked(
+        self, place: int, request: Instance, seen: dict[str, int], answers: dict[int, Answer]
+    ) -> tuple[Question, tuple[Any, ...]] | None:
+        """The question of a request and its kind; None where the journal knows the answer, which goes into `answers`.
+
+        Raises what keeps it from being asked, such as a damaged image.
+        """
+        question = read(place, request, self, seen)
+        with naming(request):
+            self.tally.saw(request.task_name, request.doc_id, question.prompt, self.batch_size)
+            journaled = self.journal.get(question.key)
+            if journaled is None:
+                return question, question.kind  # decodes videos
+        answers[place] = journaled
+        self.tally.add([journaled], journaled=True)
+        self.unanswered.interrupt()
+        self.progress(1)
+        return None
 
     def _batches(self, requests: Sequence[Instance], answers: dict[int, Answer]) -> Iterator[list[Question]]:
         """Batches of questions of one kind, full where possible; what the journal knows goes into `answers`."""
         waiting: dict[tuple[Any, ...], list[Question]] = {}
         seen: dict[str, int] = {}
         for place, request in enumerate(requests):
-            question = self._read(place, request, seen)
-            if question is None:
-                continue
-            journaled = self.journal.get(question.key)
-            if journaled is not None:
-                answers[place] = journaled
-                self.tally.add([journaled], journaled=True)
-                self.progress(1)
-                continue
             try:
-                kind = question.kind  # decodes videos
+                asked = self._asked(place, request, seen, answers)
             except Exception as error:
-                self._give_up(question.task, question.number, error)
+                self._give_up(request.task_name, request.doc_id, error)
                 continue
+            if asked is None:
+                continue
+            question, kind = asked
             batch = waiting.setdefault(kind, [])
             batch.append(question)
             if len(batch) == self.batch_size:
@@ -337,59 +360,3 @@ def _harness_call() -> dict[str, Any]:
             return frame.f_locals
         frame = frame.f_back
     return {}
-
-
-def _known(unknown: Mapping[str, object]) -> None:
-    names = tuple(inspect.signature(PruneKit.__init__).parameters)
-    for name in unknown:
-        raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
-
-
-def _texts(**given: object) -> None:
-    """Raise InputError for what lmms-eval read as true or false."""
-    for name, value in given.items():
-        if isinstance(value, bool):
-            raise InputError(f"{name} must be text, not '{value}'")
-
-
-def _flag(name: str, value: object) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if str(value).lower() not in words:
-        raise InputError(f"{name} must be true or false, not '{value}'")
-    return words[str(value).lower()]
-
-
-def _device_map(text: str | Mapping[str, Any], device: str) -> str | Mapping[str, Any] | None:
-    """A device map as transformers takes it. Raises InputError for what is none, or stands beside what excludes it."""
-    if text in ("", "none"):
-        return None
-    if device:
-        raise InputError(f"device={device} and device_map exclude one another; a device map says where parts are")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("device_map is for one process; of several each has its own device (leave it out)")
-    if isinstance(text, str) and text.startswith("{"):
-        try:
-            text = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"device_map is no JSON mapping: {error}") from error
-    elif text not in MAPS:
-        raise InputError(f"device_map={text!r} is not one of {', '.join(MAPS)}, nor a mapping as JSON text")
-    return text
-
-
-def _sampling(max_frames: object, fps: object) -> Sampling:
-    try:
-        rate = None if fps in (None, "") else float(str(fps))
-    except ValueError:
-        raise InputError(f"fps must be a number, not '{fps}'") from None
-    return Sampling(_count("max_frames", max_frames), rate)
-
-
-def _count(name: str, value: object) -> int:
-    try:
-        number = int(str(value))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise InputError(f"{name} must be a whole number of at least 1, not '{value}' (it is part of a result)")
-    return number

@@ -53,15 +53,6 @@ class Question:
         return self.prompt.shape, self.how
 
 
-@dataclass(frozen=True)
-class Choice:
-    """Continuations of one prompt that are compared. places: their numbers among the requests."""
-
-    prompt: Prompt
-    said: tuple[str, ...]
-    places: tuple[int, ...]
-
-
 class Asked(Protocol):
     """Who is asked."""
 
@@ -77,15 +68,15 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     Chat requests are `(context, to_messages, arguments, doc, task, split)`, simple ones `(context, arguments,
     to_visual, doc, task, split)`. lmms-eval hands simple ones to chat models in places, so the request itself decides.
     """
-    context, *rest = request.args
-    arguments, where = rest[1] if callable(rest[0]) else rest[0], rest[2:]
-    prompt = asked.loaded.kept.prompt((request.idx, str(context), *where), lambda: _prompt(request, asked))
+    with naming(request):
+        prompt, arguments = prompt_of(request, asked)
+        image = prompt.digest()
     key = key_of(
         task=request.task_name,
         doc=request.doc_id,
         idx=request.idx,
-        context=context,
-        prompt=prompt.digest(),
+        context=request.args[0],
+        prompt=image,
         arguments=json.loads(json.dumps(arguments, default=str)),
         identity=asked.identity,
     )
@@ -94,36 +85,46 @@ def read(place: int, request: Instance, asked: Asked, seen: dict[str, int]) -> Q
     return Question(place, request.task_name, request.doc_id, key if times == 1 else f"{key}#{times}", prompt, how)
 
 
-def _prompt(request: Instance, asked: Asked) -> Prompt:
-    """The prompt of a `generate_until` request."""
+def prompt_of(request: Instance, asked: Asked) -> tuple[Prompt, dict[str, Any]]:
+    """The prompt of a `generate_until` request, and its task's generation arguments."""
     context, *rest = request.args
-    doc = asked.doc(*rest[2:])
+    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
     if callable(rest[0]):
-        return from_messages(rest[0](doc), *_asking(asked))
-    return _simple(doc, rest[1](doc), context, asked)
+        to_messages, arguments, *where = rest
+
+        def make() -> Prompt:
+            return from_messages(to_messages(asked.doc(*where)), *asking)
+    else:
+        arguments, to_visual, *where = rest
+
+        def make() -> Prompt:
+            doc = asked.doc(*where)
+            return _simple(to_visual(doc), context, doc, asked)
+
+    return asked.loaded.kept.prompt((request.idx, str(context), *where), make), arguments
 
 
-def _asking(asked: Asked) -> tuple[Any, str, Sampling]:
-    return asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
+def _simple(visuals: Any, context: str, doc: Any, asked: Asked) -> Prompt:
+    """The prompt of a simple request; a placeholder that the data itself has is text."""
+    processor, settings = asked.loaded.processor, asked.settings
+    own = holds(doc, placeholder(processor))
+    return from_visuals(flat(visuals), context, processor, settings.system_prompt, settings.sampling, own=own)
 
 
-def _simple(doc: Any, visuals: Any, context: str, asked: Asked) -> Prompt:
-    own = holds(doc, placeholder(asked.loaded.processor))
-    return from_visuals(flat(visuals), context, *_asking(asked), own=own)
-
-
-def choices(requests: Sequence[Instance], asked: Asked) -> Iterator[tuple[Instance, Choice]]:
-    """`loglikelihood` requests, those in a row about one prompt together, each with the first of its requests."""
+def of_one_prompt(requests: Sequence[Instance]) -> Iterator[tuple[tuple[int, ...], tuple[Instance, ...]]]:
+    """`loglikelihood` requests, those in a row about one prompt together, with their numbers among all."""
     numbered = enumerate(requests)
     for _, group in groupby(numbered, lambda one: (one[1].task_name, one[1].doc_id, one[1].args[0], len(one[1].args))):
         places, together = zip(*group, strict=True)
-        first = together[0]
-        context, _, *rest = first.args
-        with naming(first):
-            doc = asked.doc(*rest[1:]) if rest else {}
-            prompt = _simple(doc, rest[0](doc) if rest else [], context, asked)
-            said = tuple(str(one.args[1](doc) if callable(one.args[1]) else one.args[1]) for one in together)
-        yield first, Choice(prompt, said, places)
+        yield places, together
+
+
+def choice_of(together: Sequence[Instance], asked: Asked) -> tuple[Prompt, tuple[str, ...]]:
+    """The prompt of `loglikelihood` requests about one prompt, and the continuations."""
+    context, _, *rest = together[0].args
+    doc = asked.doc(*rest[1:]) if rest else {}
+    prompt = _simple(rest[0](doc) if rest else [], context, doc, asked)
+    return prompt, tuple(str(one.args[1](doc) if callable(one.args[1]) else one.args[1]) for one in together)
 
 
 def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str, Any]], str, None]:
@@ -145,22 +146,23 @@ def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str,
 def _first_round(request: Instance, asked: Asked) -> tuple[Prompt | None, dict[str, Any], Callable[..., Any]]:
     """Its prompt, the generation arguments, and what gives the prompt of a later round, or None after the last."""
     context, *rest = request.args
+    asking = asked.loaded.processor, asked.settings.system_prompt, asked.settings.sampling
 
     def chat(**about: Any) -> tuple[Prompt | None, Any]:
         told = rest[0](doc, **about)
         if not isinstance(told, tuple) or len(told) != 4 or told[1]:
             return None, None
-        return from_messages(told[0], *_asking(asked)), told[3]
+        return from_messages(told[0], *asking), told[3]
 
     def simple(**about: Any) -> tuple[Prompt | None, Any]:
         visuals, text, done, _, more = rest[2](doc, **about)
-        return (None, None) if done else (_simple(doc, visuals, text, asked), more)
+        return (None, None) if done else (_simple(visuals, text, doc, asked), more)
 
     with naming(request):
         doc = asked.doc(*rest[-3:])
         if callable(rest[0]):
-            return from_messages(rest[0](doc), *_asking(asked)), rest[1], chat
-        return _simple(doc, rest[1](doc), context, asked), rest[0], simple
+            return from_messages(rest[0](doc), *asking), rest[1], chat
+        return _simple(rest[1](doc), context, doc, asked), rest[0], simple
 
 
 def flat(visuals: Any) -> list[Any]:
@@ -171,19 +173,12 @@ def flat(visuals: Any) -> list[Any]:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
-    """Where a task's code would end the process, as for a video that is not there, raise an InputError instead."""
+def naming(request: Instance) -> Iterator[None]:
+    """Say which document an InputError is about; where a task's code would end the process, raise one instead."""
+    where = f"document {request.doc_id} of task '{request.task_name}'"
     try:
         yield
-    except SystemExit as error:
-        raise InputError(str(error)) from error
-
-
-@contextmanager
-def naming(request: Instance) -> Iterator[None]:
-    """Say which document an InputError is about, whatever would end the process included."""
-    try:
-        with settled():
-            yield
     except InputError as error:
-        raise InputError(f"document {request.doc_id} of task '{request.task_name}': {error}") from error
+        raise InputError(f"{where}: {error}") from error
+    except SystemExit as error:  # tasks do this for videos that are not there
+        raise InputError(f"{where}: {error}") from error

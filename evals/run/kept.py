@@ -45,8 +45,8 @@ class Kept:
         found = self._prompts.get(key)
         if found is None:
             found = make()
-            # Videos are decoded when they are needed, and forgotten with their prompt.
             size = sum(image.width * image.height * len(image.getbands()) for image in found.images)
+            # Videos are decoded when they are asked for, and would be held beyond the room.
             if not found.videos and self._admitted(size):
                 self._prompts[key] = found
         return found

@@ -65,10 +65,10 @@ def from_messages(
 ) -> Prompt:
     """The prompt of a chat request: messages whose content lists `text`, `image` and `video` parts (under `url`).
 
-    A system prompt takes the place of the task's own. sampling: which frames of videos are shown; None: the default.
-    A model that takes no videos gets their frames as images. A placeholder in a text is text. Raises Unsupported for
-    audio, InputError for a model without a chat template or one that leaves videos out, and for a video that cannot be
-    decoded.
+    A system prompt takes the place of the task's own. A placeholder in a text is text. sampling: which frames of videos
+    are shown; None: the default. A model that takes no videos gets their frames as images. Raises Unsupported for
+    audio, InputError for a model without a chat template or one that leaves videos out, and for an image or a video
+    that cannot be decoded.
     """
     images: list[Image] = []
     videos: list[Clip] = []
@@ -93,13 +93,9 @@ def takes_videos(processor: Any) -> bool:
 
 
 def from_visuals(
-    visuals: Sequence[Any],
-    context: str,
-    processor: Any,
-    system_prompt: str,
-    sampling: Sampling | None = None,
+    visuals: Sequence[Any], context: str, processor: Any, system_prompt: str, sampling: Sampling | None = None,
     own: bool = False,
-) -> Prompt:
+) -> Prompt:  # fmt: skip
     """The prompt of a simple request. What it shows stands first, unless the task wrote an image placeholder for each.
 
     own: whether the data itself has the placeholder; it is text then.

@@ -38,7 +38,7 @@ class Unanswered:
         self._in_a_row += 1
         if not self.tolerant or isinstance(error, CannotWrite) or self._in_a_row >= IN_A_ROW:
             raise error
-        self.reasons[task, number] = reason(error)
+        self.reasons[task, number] = reason(error).removeprefix(f"document {number} of task '{task}': ")
 
     def interrupt(self) -> None:
         """A question was answered."""

@@ -20,10 +20,10 @@ def write(folder, checkpoint, data_root, limit=6):
 
 
 def start(path, out, *words):
-    """`prunekit sweep` as a process of its own, one thread a worker."""
+    """`prunekit sweep` as a process of its own, one thread a worker. What it says goes nowhere."""
     command = [sys.executable, "-m", "prunekit", "sweep", str(path), "--out", str(out), "--threads", "1", *words]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
 
 
 def written(out):

@@ -36,8 +36,7 @@ def test_every_condition_makes_another_cell():
     changed = {
         "model": "other", "identity": "x", "data": "x", "limit": None, "batch_size": 1, "dtype": "float16",
         "device": "cuda", "attention": "eager", "max_new_tokens": 1, "system_prompt": "x", "honor_until": "all",
-        "prompt_profile": "qwen_vl", "versions": {"prunekit": "0.2.0"}, "subset_seed": 3,
-        "max_frames": 8, "fps": 1.0,
+        "prompt_profile": "qwen_vl", "versions": {"prunekit": "0.2.0"}, "subset_seed": 3, "max_frames": 8, "fps": 1.0,
     }  # fmt: skip
     assert set(changed) == {field.name for field in dataclasses.fields(Conditions)}
     others = [dataclasses.replace(CONDITIONS, **{key: value}) for key, value in changed.items()]

@@ -5,7 +5,6 @@ import multiprocessing.forkserver
 import os
 import random
 import signal
-import subprocess
 import threading
 import time
 from collections import deque
@@ -169,6 +168,8 @@ def test_a_dry_run_computes_nothing(checkpoint, data_root, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main(["sweep", str(path), "--ray", "127.0.0.1:1", "tasks=popee"]) == 2
     assert "unknown task 'popee'" in capsys.readouterr().err
+    assert main(["sweep", str(path), "--out", str(path)]) == 2
+    assert f"--out {path}: File exists (name a folder" in capsys.readouterr().err
 
 
 def test_every_sweep_of_the_cards_is_read_and_one_runs(data_root, tmp_path, capsys):
@@ -213,11 +214,10 @@ def test_twenty_kills_at_random_moments(checkpoint, data_root, tmp_path):
     finally:
         if kills < 20:
             process.kill()
-    said = process.communicate(timeout=1000)
-    assert process.returncode == 0, said
+    assert process.wait(timeout=1000) == 0
     sweeping.check_whole(out)
     assert {one: mark for one, mark in sweeping.written(out).items() if one in seen} == seen
     calm = tmp_path / "calm"
-    assert subprocess.Popen.wait(sweeping.start(path, calm, "--workers", "2")) == 0
+    assert sweeping.start(path, calm, "--workers", "2").wait(timeout=1000) == 0
     assert sweeping.answers(calm) == sweeping.answers(out)
     assert all(results.read(one).status == "done" for one in sweeping.written(out))
