@@ -72,12 +72,10 @@ class PruneKit(lmms):  # type: ignore[misc]
             raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
-        texts = {
-            "pretrained": pretrained, "pipeline": pipeline, "device": device, "dtype": dtype, "journal": journal,
-            "attn_implementation": attn_implementation, "system_prompt": system_prompt,
-        }  # fmt: skip
-        for name, value in texts.items():
-            model_args.text(name, value)
+        model_args.texts(
+            pretrained=pretrained, pipeline=pipeline, device=device, dtype=dtype, journal=journal,
+            attn_implementation=attn_implementation, system_prompt=system_prompt,
+        )  # fmt: skip
         fetch, where = model_args.flag("download", download), model_args.device_map(device_map, device)
         text = self._system_prompt(str(system_prompt))
         size, longest = model_args.count("batch_size", batch_size), model_args.count("max_new_tokens", max_new_tokens)
