@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 
 from prunekit_evals import shapes
-from prunekit_evals.cli import arguments, bench, leaderboard, micro, results, sweep
+from prunekit_evals.cli import arguments, bench, leaderboard, micro, results, search, sweep
 
 from prunekit.hookspecs import hookimpl
 
 
 @hookimpl
 def prunekit_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`prunekit eval`, `compare`, `demo`, `sweep`, `results`, `leaderboard`, `bench` and `micro`."""
+    """`prunekit eval`, `compare`, `demo`, `sweep`, `results`, `leaderboard`, `bench`, `search` and `micro`."""
     arguments.add(subparsers)
     sweep.add(subparsers)
     results.add(subparsers)
     leaderboard.add(subparsers)
     bench.add(subparsers)
+    search.add(subparsers)
     micro.add(subparsers)
 
 

@@ -89,6 +89,10 @@ class PrunekitWarning(UserWarning):
     """Something that a reader of the results should know."""
 
 
+class DeprecatedHook(PrunekitWarning, DeprecationWarning):
+    """A hook, or one of its arguments, that a later version will not have: the plugin that names it goes on to work."""
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """`did you mean 'fastv'? ` with a trailing blank, or an empty string when none of `names` is close to `name`."""
     folded = {one.casefold(): one for one in names}

@@ -3,7 +3,8 @@
 Strategies implement token, image, layer or router hooks, and may make statements beside; a plugin module implements
 host and observer hooks. Arguments are opt-in: an implementation names the ones it needs, in any order, and what nobody
 names is never computed. The arguments of token, image and router hooks are the rows of `prunekit.strategy.inputs`, with
-their shapes; the signatures below are made from that table.
+their shapes; the signatures below are made from that table. What is deprecated is marked so that pluggy warns when a
+plugin registers: a hook by `@hookspec(warn_on_impl=DeprecatedHook(...))`, an input by its row of the table.
 
 Token hooks run once for each prompt batch and site, at prefill; the router hook once for each prompt batch. With
 `per_sample=True` they run once for each sample, with unpadded tensors without the B axis (and `count`, `seed` as int,
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
+from prunekit.errors import DeprecatedHook
 from prunekit.strategy.inputs import inputs_of
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
     from prunekit.strategy.artefact import CalibrationPrompt
     from prunekit.strategy.decisions import LayerPlan, ModelShape, Owners, Route, Selection
 
+# (major, minor) of all that plugins implement and name: hooks, their arguments, what is declared. A minor version adds;
+# a major one takes away what a minor one before has marked as deprecated. tests/hookspecs.json records each.
+SPEC_VERSION = (1, 0)
+
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
 
@@ -40,11 +46,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _with_inputs(function: F) -> F:
-    """Give a specification the inputs of the table as its arguments. pluggy reads them off the code object."""
-    names = ("self", *(one.name for one in inputs_of(function.__name__)))
+    """A specification that stops at the first result, with the inputs of the table as its arguments.
+
+    pluggy reads them off the code object, and warns whoever implements it with one that the table calls deprecated.
+    """
+    inputs = inputs_of(function.__name__)
+    names = ("self", *(one.name for one in inputs))
     code = function.__code__.replace(co_argcount=len(names), co_nlocals=len(names), co_varnames=names)
     function.__code__ = code
-    return function
+    old = {one.name: DeprecatedHook(f"`{one.name}`: {one.deprecated}") for one in inputs if one.deprecated}
+    return hookspec(firstresult=True, warn_on_impl_args=old or None)(function)
 
 
 class TokenHooks:
@@ -54,7 +65,6 @@ class TokenHooks:
     what the table does not place there is refused there.
     """
 
-    @hookspec(firstresult=True)
     @_with_inputs
     def score_tokens(self) -> Tensor:
         """Decide how important each visual token is.
@@ -67,7 +77,6 @@ class TokenHooks:
         """
         raise NotImplementedError
 
-    @hookspec(firstresult=True)
     @_with_inputs
     def select_tokens(self) -> Tensor | Selection:
         """Decide which visual tokens stay.
@@ -79,7 +88,6 @@ class TokenHooks:
         """
         raise NotImplementedError
 
-    @hookspec(firstresult=True)
     @_with_inputs
     def merge_tokens(self) -> Tensor | Owners | None:
         """Decide where dropped tokens go, once it is known which stay.
@@ -97,7 +105,6 @@ class ImageHooks:
     videos, before the vision tower sees them.
     """
 
-    @hookspec(firstresult=True)
     @_with_inputs
     def resize_images(self) -> Tensor:
         """Decide how small each image or video is shown to the vision tower.
@@ -130,7 +137,6 @@ class LayerHooks:
 class RouterHooks:
     """Implemented by a strategy of its own; called after the stages at `encoder` and before decoder layer 0."""
 
-    @hookspec(firstresult=True)
     @_with_inputs
     def route(self) -> Route:
         """Decide for each sample which visual tokens leave at the stage's site, and which decoder layers run.

@@ -132,12 +132,17 @@ def registry() -> Registry:
 def call(name: str, hook: str, **arguments: Any) -> list[Any] | None:
     """What the plugin `name` answers to a host hook; None: it raised, and is left out from now on."""
     plugin = manager().get_plugin(name)
-    caller = manager().subset_hook_caller(hook, [other for other, _ in _named(manager()) if other is not plugin])
     try:
-        return list(caller(**arguments))
+        return list(only(name, hook)(**arguments))
     except FAILURES as error:
         manager().throw_out(plugin, str(error) if isinstance(error, PrunekitError) else f"{hook} raised {_told(error)}")
         return None
+
+
+def only(name: str, hook: str) -> pluggy.HookCaller:
+    """A caller of a host or observer hook that reaches the plugin `name` alone: no other's wrapper stands around it."""
+    plugin = manager().get_plugin(name)
+    return manager().subset_hook_caller(hook, [other for other, _ in _named(manager()) if other is not plugin])
 
 
 def names() -> list[str]:

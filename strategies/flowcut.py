@@ -60,7 +60,7 @@ class FlowCut:
     ) -> Tensor:
         """Bool (V,) from attention, float (V,), and values of patches and of CLS, float (V, A, D) and (E, A, D)."""
         values, cls = map(precise, encoder_values)
-        running, flow = torch.zeros_like(values[:, 0, 0]), precise(encoder_attention)
+        running, flow = torch.zeros_like(values[:, 0, 0]), precise(encoder_attention).clone()
         for crop in range(len(cls)):
             patches = (frames == crop).nonzero()[:, 0]
             flow[patches] = flow[patches] / flow[patches].sum()

@@ -28,8 +28,8 @@ ORDER = (
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.
 EVALS_ORDER = (
-    "shapes", "run", "compare", "leaderboard", "micro", "smol", "lmms", "bench", "runner", "sweep", "cli", "plugin",
-    "studies",
+    "shapes", "run", "compare", "leaderboard", "micro", "smol", "lmms", "bench", "runner", "sweep", "search", "cli",
+    "plugin", "studies",
 )  # fmt: skip
 # Beside what `prunekit` itself exports.
 PUBLIC_MODULES = {"prunekit.ops", "prunekit.registry"}

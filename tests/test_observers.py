@@ -46,6 +46,32 @@ def logits(model: LlavaForConditionalGeneration) -> torch.Tensor:
     return model(**tiny_inputs()).logits
 
 
+
+def test_a_wrapper_on_an_observer_hook_stands_around_its_own_alone(listener: Listener) -> None:
+    class Timed:
+        told: list[str] = []
+
+        @hookimpl
+        def prunekit_run_finished(self, report: RunReport) -> None:
+            self.told.append("told")
+
+    class Around(Timed):
+        @hookimpl(wrapper=True)
+        def prunekit_tokens_pruned(self, event: StageEvent) -> Iterator[None]:
+            self.told.append(event.stage)
+            yield
+            raise RuntimeError("too late")
+
+    plugins.register(Around(), "around")
+    model, late = tiny_llava(), pytest.warns(prunekit.PrunekitWarning, match="'around' failed: RuntimeError: too late")
+    try:
+        with late, prunekit.apply(model, {"stages": [{"use": "stride", "keep": 0.5}]}):
+            logits(model)
+    finally:
+        plugins.unregister("around")
+    assert Timed.told == ["stride", "told"] and len(listener.reports) == len(listener.events) == 1
+
+
 def test_one_event_a_stage_and_one_report_a_prompt(listener: Listener) -> None:
     model = tiny_llava()
     with prunekit.apply(model, STAGES) as run:

@@ -176,6 +176,41 @@ def test_a_plugin_that_raises_is_named_and_left_out(fresh: None) -> None:
     assert {entry.name for entry in plugins.registry().strategies()} == names, "told once"
 
 
+def raises(self: Any, registry: Registry) -> Iterator[None]:
+    yield
+    raise RuntimeError("around")
+
+
+def yields_never(self: Any, registry: Registry) -> Iterator[None]:
+    if registry is None:
+        yield
+    return None
+
+
+def answers_otherwise(self: Any) -> Iterator[Any]:
+    yield
+    return 7
+
+
+@pytest.mark.parametrize(
+    ("hook", "function", "said"),
+    [
+        ("prunekit_register", raises, "prunekit_register raised RuntimeError: around"),
+        ("prunekit_register", yields_never, "prunekit_register raised RuntimeError: .* did not yield"),
+        ("prunekit_models", answers_otherwise, "prunekit_models raised TypeError: 'int' object is not iterable"),
+    ],
+    ids=["raises", "yields never", "answers otherwise"],
+)
+def test_a_wrapper_on_a_host_hook_cannot_break_registration(fresh: None, hook: str, function: Any, said: str) -> None:
+    """It stands around its own plugin's hooks alone; others register as if it were not there."""
+    wrapper = type("Wrapper", (), {hook: hookimpl(wrapper=True, tryfirst=True)(function)})()
+    plugins.register(wrapper, "wrapper")
+    plugins.register(module("late", prunekit_register=registers("late-one")), "late")
+    with pytest.warns(PrunekitWarning, match=rf"plugin 'wrapper' of .* is left out: {said}"):
+        names = {entry.name for entry in plugins.registry().strategies()}
+    assert {"late-one", "fastv"} <= names and "wrapper" not in plugins.names()
+
+
 @pytest.mark.parametrize(
     ("hook", "function", "said"),
     [

@@ -36,12 +36,12 @@ DEMO_TASKS = ("pope", "gqa", "mmbench_en_dev_static")
 
 def evaluate(namespace: argparse.Namespace) -> int:
     """Run the cells that are missing and show the table. 1 when cells failed."""
-    _ready(namespace)
+    ready(namespace)
     variation = Variation(tuple(namespace.overrides), read_grid(namespace.grid), namespace.seeds)
     pipelines = load_all(namespace.pipelines, variation, dense=not namespace.no_dense)
     if variation.seeds > 1 and not any(map(drawn, pipelines)):
         say(f"--seeds {variation.seeds}: none of these pipelines draws at random, so each runs once")
-    plan = _plan(namespace, pipelines)
+    plan = plan_of(namespace, pipelines)
     outcome = go(plan)
     report(outcome, plan.out, namespace.json)
     return 1 if outcome.failed else 0
@@ -70,9 +70,9 @@ def compare(namespace: argparse.Namespace) -> int:
 def demo(namespace: argparse.Namespace) -> int:
     """The main job on the bundled model."""
     begun = time.monotonic()
-    _ready(namespace)
+    ready(namespace)
     namespace.model, namespace.tasks, namespace.data_root = "micro", ",".join(DEMO_TASKS), None
-    plan = _plan(namespace, load_all(DEMO_PIPELINES, Variation(), dense=True))
+    plan = plan_of(namespace, load_all(DEMO_PIPELINES, Variation(), dense=True))
     outcome = go(plan)
     report(outcome, plan.out, namespace.json)
     if not namespace.json:
@@ -140,7 +140,8 @@ def say(text: str) -> None:
     sys.stderr.write(text + "\n")
 
 
-def _ready(namespace: argparse.Namespace) -> None:
+def ready(namespace: argparse.Namespace) -> None:
+    """Before anything heavy is imported. Raises InputError for what is not installed, and for several processes."""
     from prunekit_evals.lmms import tasks
 
     tasks.check_installed()
@@ -171,7 +172,8 @@ def need_scipy() -> None:
         raise InputError("intervals and tests need scipy: pip install 'prunekit[evals]'")
 
 
-def _plan(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:
+def plan_of(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> Plan:
+    """What the options ask for. Raises InputError for tasks and data that are not there."""
     from prunekit_evals.lmms import tasks
     from prunekit_evals.runner import Plan
 

@@ -107,6 +107,23 @@ def judge(
     return found, _best([row.name for row in rows if shared and not row.dense], book, drawn)
 
 
+def against(
+    row: Contender, others: Sequence[Contender], shared: Sequence[str], images: Mapping[str, Mapping[int, str]]
+) -> tuple[Comparison, ...]:
+    """One row against each of the others that it shares questions of all tasks with; corrected over these comparisons.
+
+    shared, images: as of `judge`.
+    """
+    book = _Book(images, [one.scores for one in (row, *others)])
+    met = [one for one in others if book.pair(one.name, row, one, shared)]
+    drawn = book.drawn()
+    tests = [book.test(row, one, shared) for one in met]
+    return tuple(
+        Comparison(one.name, book.estimate(drawn, (one.name, row.name)), *test, corrected)
+        for one, test, corrected in zip(met, tests, verdicts.holm([p for _, _, p in tests]), strict=True)
+    )
+
+
 def sentences(rows: Mapping[str, Judged], best: Sequence[str]) -> tuple[str, ...]:
     """What holds, in words; nothing for a table without comparisons."""
     compared = [(name, one) for name, row in rows.items() for one in (row.to_dense, row.to_random) if one]

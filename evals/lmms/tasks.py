@@ -8,13 +8,14 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from prunekit_evals.lmms import parts
 from prunekit_evals.lmms.own import identity
 from prunekit_evals.run import files, videos
 
@@ -47,12 +48,13 @@ class Data:
     """Where tasks take their data: a folder with `<organisation>/<dataset>/`, or None for the hub's cache.
 
     identity: changes when the data does. micro: whether it is the bundled benchmark, whose results must not be taken
-    for those of the real one.
+    for those of the real one. rows: of each task the questions that are asked, by number and in this order; None: all.
     """
 
     root: Path | None
     identity: str
     micro: bool
+    rows: Mapping[str, Sequence[int]] | None = None
 
     def label(self, task: str) -> str:
         """The name of a task in results."""
@@ -136,6 +138,9 @@ def build(
         _check_data(named.name, config, data)
     with _inside(data, _videos_of(named.name, config, data)):
         task = _load(manager, named.name, "chat" if chat else "simple")
+    if data.rows is not None:
+        rows = tuple(data.rows[named.name])
+        return Built(named.name, parts.select(task, rows), manager, chat, len(rows), None, rows)
     docs = task.eval_docs_no_media
     count = len(docs) if limit is None else min(limit, len(docs))
     if count == len(docs):

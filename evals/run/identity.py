@@ -21,7 +21,7 @@ APART = (
     "testing/", "trace/", "cli/", "micro/", "smol/", "compare/", "leaderboard/", "studies/", "bench/cpu",
     "bench/drawn", "bench/gpu", "bench/llava_7b", "bench/sections", "bench/selection", "bench/sweeping", "bench/timing",
     "bench/workload", "lmms/quiet", "lmms/registration", "plugin", "run/annotated", "run/claims", "run/export",
-    "run/reading", "run/variants", "sweep/",
+    "run/reading", "run/variants", "search/", "sweep/",
 )  # fmt: skip
 
 

@@ -14,16 +14,21 @@ from prunekit.records import RunReport
 def tell(report: Callable[[], RunReport]) -> None:
     """Tell every observer of this process about a finished prefill. Without observers, no report is made."""
     hooks = plugins.manager().hook
-    for observer in hooks.prunekit_tokens_pruned.get_hookimpls():
+    for name in _observers(hooks.prunekit_tokens_pruned):
         for event in report().events:
-            _tell(observer, event)
-    for observer in hooks.prunekit_run_finished.get_hookimpls():
-        _tell(observer, report())
+            _tell(name, "prunekit_tokens_pruned", event=event)
+    for name in _observers(hooks.prunekit_run_finished):
+        _tell(name, "prunekit_run_finished", report=report())
 
 
-def _tell(observer: Any, item: object) -> None:
+def _observers(hook: Any) -> list[str]:
+    """The plugins that implement it, or wrap their own implementation, once each."""
+    return list(dict.fromkeys(one.plugin_name for one in hook.get_hookimpls()))
+
+
+def _tell(name: str, hook: str, **item: object) -> None:
     try:
-        observer.function(*(item for _ in observer.argnames))
+        plugins.only(name, hook)(**item)
     except Exception as error:
-        message = f"observer '{observer.plugin_name}' failed: {type(error).__name__}: {error}"
+        message = f"observer '{name}' failed: {type(error).__name__}: {error}"
         warnings.warn(message, PrunekitWarning, stacklevel=2)

@@ -38,13 +38,13 @@ def solved(bound: BoundPipeline, budget: Budget) -> BoundPipeline:
 
 def _solution(bound: BoundPipeline, budget: Budget, original: int) -> BoundPipeline:
     least = _with(bound, original, 0.0)
-    if (lowest := _cost(least, budget, original)) > budget.fraction:
+    if (lowest := spent(least, budget, original)) > budget.fraction:
         raise _out_of_reach(least, budget, original, lowest)
     low, high = 0.0, 1.0
-    if _cost(_with(bound, original, high), budget, original) <= budget.fraction:
+    if spent(_with(bound, original, high), budget, original) <= budget.fraction:
         return _with(bound, original, high)
     while low < (middle := (low + high) / 2) < high:
-        if _cost(_with(bound, original, middle), budget, original) <= budget.fraction:
+        if spent(_with(bound, original, middle), budget, original) <= budget.fraction:
             low = middle
         else:
             high = middle
@@ -77,8 +77,11 @@ def _idle_faults(bound: BoundPipeline, original: int) -> list[Fault]:
     return faults
 
 
-def _cost(bound: BoundPipeline, budget: Budget, original: int) -> float:
-    """What the budget counts, as a fraction of the dense model's: the most that it can be, where it is not certain."""
+def spent(bound: BoundPipeline, budget: Budget, original: int) -> float:
+    """What the budget counts, as a fraction of the dense model's: the most that it can be, where it is not certain.
+
+    original: the visual tokens of the prompt that the budget is for.
+    """
     figures = _forecast(bound, budget, original)
     visual = [tokens - budget.text_tokens for tokens in figures.layer_tokens]
     if budget.of == "flops":

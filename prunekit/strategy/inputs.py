@@ -34,7 +34,8 @@ class Input:
     kind: `float`, `int64` or `bool` for a tensor, else what it is. axes: of a tensor, its first dimensions by letter,
         such as `B V H`; of anything else `B` where it has one entry for each sample; empty: the whole batch's.
     hooks: that may name it. regions: the sites where it exists. request: what may be declared for it; None: nothing.
-    about: what a documentation page says of it.
+    about: what a documentation page says of it. deprecated: since which version of the specifications, and what to
+    name instead; whoever names it is warned; empty: it is not.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Input:
     hooks: tuple[str, ...] = TOKEN_HOOKS
     regions: tuple[Region, ...] = _EVERYWHERE
     request: type[Any] | None = None
+    deprecated: str = ""
 
     @property
     def is_tensor(self) -> bool:

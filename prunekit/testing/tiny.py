@@ -24,12 +24,14 @@ def tiny_llava(
     attention: str = "sdpa",
     *,
     layers: int = 6,
+    blocks: int = 3,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     tower: Literal["clip", "pixtral"] = "clip",
 ) -> LlavaForConditionalGeneration:
     """A LLaVA with random weights: CLIP tower with CLS, 16 visual tokens an image, grouped queries, own `lm_head`.
 
+    layers, blocks: of the decoder and of the tower, whose features are taken behind the last block but one.
     tower: `pixtral` has no CLS and takes images of any size, whose sizes come with them (`tiny_inputs(sizes=True)`).
     attention: `sdpa` or `eager`. Equal arguments give equal weights, and another `attention` gives the same weights.
     The weights are large enough that attention is peaked and every layer matters; with the usual small ones a model
@@ -42,7 +44,7 @@ def tiny_llava(
         eos_token_id=None, pad_token_id=PAD,
     )  # fmt: skip
     sizes: dict[str, Any] = {
-        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": blocks, "num_attention_heads": 2,
         "image_size": IMAGE_SIZE, "patch_size": PATCH,
     }  # fmt: skip
     vision = PixtralVisionConfig(**sizes) if tower == "pixtral" else CLIPVisionConfig(**sizes, projection_dim=24)

@@ -48,6 +48,29 @@ class Equivalence:
         return f"{self.report}\n  {steps} steps of {rows} samples equal the masked reference to {self.error:.1e}"
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A pruned run beside its reference, not judged yet.
+
+    sequences, logits, reference, cache, merges: as in `Equivalence`. counts: where the report's counts do not follow
+    from its decisions; held: where the cache holds something else than the report says; empty: they do.
+    """
+
+    report: RunReport
+    sequences: Tensor
+    logits: Tensor
+    reference: Tensor
+    cache: Any
+    merges: Mapping[int, Merge | Sequence[Tensor]]
+    counts: str
+    held: str
+
+    @property
+    def errors(self) -> Tensor:
+        """The largest absolute difference at each step of each row, float (B, T); infinite where one is NaN."""
+        return (self.logits - self.reference).abs().nan_to_num(torch.inf).amax(-1)
+
+
 def compared(
     model: PreTrainedModel,
     parts: Parts,
@@ -63,6 +86,26 @@ def compared(
     """As `prunekit.verify.equivalence.assert_equivalent`, on a model of these parts. Observers are told nothing."""
     if model.dtype != torch.float64 and atol < 1e-6:
         raise ValueError(f"the model is in {model.dtype}; equality to {atol} needs float64: model.double()")
+    found = replayed(model, parts, pipeline, inputs, steps, merges, stock_run, processor, **options)
+    error = _compare(pipeline.name, found, atol)
+    for problem in (found.counts, found.held):
+        if problem:
+            raise AssertionError(problem)
+    return Equivalence(found.report, found.sequences, found.logits, found.reference, error, found.cache, found.merges)
+
+
+def replayed(
+    model: PreTrainedModel,
+    parts: Parts,
+    pipeline: Pipeline,
+    inputs: Mapping[str, Tensor],
+    steps: int,
+    merges: Merges | None = None,
+    stock_run: StockRun | None = None,
+    processor: Any = None,
+    **options: Any,
+) -> Replay:
+    """Both runs of `compared`. Raises AssertionError where the model is not left as it was."""
     if (beams := options.get("num_beams", 1)) > 1:
         options |= {"num_return_sequences": beams, "output_scores": True}
     exact = Float64Throughout() if model.dtype == torch.float64 else nullcontext()
@@ -81,11 +124,9 @@ def compared(
         tokens = output.sequences[:, inputs["input_ids"].shape[1] :]
         expected = torch.cat([reference.logits(tokens[beam::beams]) for beam in range(beams)])
         logits = torch.cat([_logits(output, beams)[beam::beams] for beam in range(beams)])
-    error = _compare(pipeline.name, logits, expected, atol, report)
-    _check_counts(report, reference, run)
-    if isinstance(reference, MaskedReference):
-        _check_cache(report, reference, output[CACHE], steps)
-    return Equivalence(report, output.sequences, logits, expected, error, output[CACHE], stated)
+    held = _cache_problem(report, reference, output[CACHE], steps) if isinstance(reference, MaskedReference) else ""
+    counts = _count_problem(report, reference, run)
+    return Replay(report, output.sequences, logits, expected, output[CACHE], stated, counts, held)
 
 
 def generate(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> Any:
@@ -127,15 +168,15 @@ def _first(rows: Sequence[Any], beams: int) -> tuple[Any, ...]:
     return tuple(rows[::beams])
 
 
-def _compare(name: str, logits: Tensor, expected: Tensor, atol: float, report: RunReport) -> float:
-    difference = (logits - expected).abs().nan_to_num(torch.inf)
-    error = float(difference.max())
+def _compare(name: str, found: Replay, atol: float) -> float:
+    worst = found.errors
+    error = float(worst.max())
     if error > atol:
-        worst = difference.amax(-1)
         row, step = divmod(int(worst.argmax()), worst.shape[1])
         raise AssertionError(
-            f"pipeline {name}: logits differ from the masked reference by {error:.3g} (allowed {atol:.3g}), most "
-            f"in row {row} at {'prefill' if step == 0 else f'decode step {step}'}; per row and step:\n{worst}\n{report}"
+            f"pipeline {name}: logits differ from the masked reference by {error:.3g} (allowed {atol:.3g}), most in "
+            f"row {row} at {'prefill' if step == 0 else f'decode step {step}'}; per row and step:\n{worst}\n"
+            f"{found.report}"
         )
     return error
 
@@ -144,24 +185,27 @@ def _as_merges(stated: Mapping[int, Merge | Sequence[Tensor]]) -> dict[int, Merg
     return {number: one if isinstance(one, Merge) else Merge(one) for number, one in stated.items()}
 
 
-def _check_counts(report: RunReport, reference: MaskedReference | ShortenedReference, run: Attached) -> None:
-    """The report's counts follow from its decisions; without any, its KV is the dense model's, with its windows."""
+def _count_problem(report: RunReport, reference: MaskedReference | ShortenedReference, run: Attached) -> str:
+    """Where the report's counts do not follow from its decisions; without any, its KV is the dense model's, with its
+    windows.
+    """
     for name in ("layer_tokens", "mlp_tokens", "kv_tokens"):
         said, expected = getattr(report, name), getattr(reference.tables, name)()
         if name == "kv_tokens" and not run.active:
             expected = tuple(stock_kv_tokens(run.bound.shape, tokens[0]) for tokens in report.layer_tokens)
         if said != expected:
-            raise AssertionError(f"the report says {name} {said}, its decisions give {expected}")
+            return f"the report says {name} {said}, its decisions give {expected}"
+    return ""
 
 
-def _check_cache(report: RunReport, reference: MaskedReference, cache: Any, steps: int) -> None:
-    """The cache holds what the report says."""
+def _cache_problem(report: RunReport, reference: MaskedReference, cache: Any, steps: int) -> str:
+    """Where the cache holds something else than the report says."""
     for number, layer in enumerate(cache.layers):
         if "Static" in type(layer).__name__ or type(layer).__name__ == "DynamicSlidingWindowLayer":
             continue  # the length of a buffer says nothing, a stock window holds no more than it
         if reference.sources[number] != number or number in reference.recurrent:
             if kv_length(cache, number):
-                raise AssertionError(f"layer {number} holds KV entries, but reads those of another layer, or a state")
+                return f"layer {number} holds KV entries, but reads those of another layer, or a state"
             continue
         decoded = steps * any(plan.decoding(number).writes_kv for plan in report.plans)
         least, most = (max(row[number] for row in rows) + decoded for rows in (report.kv_tokens, report.layer_tokens))
@@ -170,7 +214,8 @@ def _check_cache(report: RunReport, reference: MaskedReference, cache: Any, step
         exact = alike and (report.samples == 1 or not any(_crops(one) for one in report.events))
         held = kv_length(cache, number)
         if held != least if exact else not least <= held <= most:
-            raise AssertionError(f"the cache holds {held} KV entries in layer {number}, the report says {least}")
+            return f"the cache holds {held} KV entries in layer {number}, the report says {least}"
+    return ""
 
 
 def _crops(event: StageEvent) -> bool:

@@ -179,3 +179,16 @@ def test_questions_that_one_row_lacks_are_in_no_difference():
 def test_test_and_interval_must_agree(corrected, low, high, wins, losses, holds):
     one = Comparison("dense", Estimate((low + high) / 2, low, high, 100), wins, losses, 0.001, corrected)
     assert one.holds == holds
+
+
+def test_one_row_against_any_others_is_corrected_over_these_alone():
+    ours, worse = np.arange(60)[None] % 10 > 0, np.arange(60)[None] % 4 > 1
+    rows = [contender("ours", ours), contender("worse", worse), contender("same", ours)]
+    images = {"t": {number: str(number) for number in range(60)}}
+    found, _ = judge([contender("worse", worse, dense=True), rows[0]], ["t"], images)
+    (alone,) = judging.against(rows[0], rows[1:2], ["t"], images)
+    assert alone == found["ours"].to_dense and alone.holds == 1
+    both = judging.against(rows[0], rows[1:], ["t"], images)
+    assert [one.other for one in both] == ["worse", "same"] and [one.holds for one in both] == [1, 0]
+    assert [one.corrected for one in both] == holm([one.p for one in both]) and both[0].corrected > alone.corrected
+    assert both[1].difference.value == 0 and both[1].difference.low < 0 < both[1].difference.high

@@ -14,12 +14,18 @@ import torch
 from plain import Sample, shares
 from torch import Tensor
 
-from prunekit.testing.contract import TokenContract
+from prunekit.testing.checks import CHECKS
+from prunekit.testing.contract import StrategyContract
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify import tiny_prompts
 
 SEEDS = range(60)
 FAMILIES = ("llava_next_video", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+# What depends on the model; to the other rules a strategy is held on LLaVA, by `tests/contract`.
+HELD = {
+    "prefill", "decoding", "kv-lengths", "sites", "text-stays", "same-result", "rows-alone", "after-others",
+    "before-others",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ def on_videos(use: str, options: Mapping[str, Any] | None = None, keep: float | 
     """The contract of token strategies on each family that takes videos, of which a row holds several, and an image.
 
     One family runs always, another one for each strategy; the rest are slow. keep: None for strategies that take none.
-    What the contract says of counts is held on LLaVA, by `tests/contract`.
     """
-    members = {"use": use, "options": options or {}, "keep": {} if keep is None else {"keep": keep}}
+    members: dict[str, Any] = {"use": use, "options": options or {}, "keep": {} if keep is None else {"keep": keep}}
+    members["without"] = {one.name: "is held on LLaVA" for one in CHECKS if one.name not in HELD}
     often = FAMILIES[crc32(use.encode()) % len(FAMILIES)]
     marks = {family: {} if family == often else {"pytestmark": pytest.mark.slow} for family in FAMILIES}
     names = {family: f"Test_{use}_{family}" for family in FAMILIES}
@@ -122,7 +128,7 @@ def on_videos(use: str, options: Mapping[str, Any] | None = None, keep: float | 
     }
 
 
-class _OnVideos(TokenContract):
+class _OnVideos(StrategyContract):
     family: ClassVar[str]
 
     def model(self) -> Any:
@@ -130,7 +136,8 @@ class _OnVideos(TokenContract):
 
     def inputs(self, images: Sequence[int] = (1, 2), text: Sequence[int] = (9, 12)) -> Any:
         rows: list[Any] = [("video",) * number for number in images]
-        return tiny_batch(self.model(), [*rows[:-1], (*rows[-1], "image")], text=text)
+        last = (*rows[-1], "image") if any(images) else rows[-1]
+        return tiny_batch(self.model(), [*rows[:-1], last], text=text)
 
     def row(self, inputs: Any, row: int) -> Any:
         return tiny_prompts.row_of(inputs, row)

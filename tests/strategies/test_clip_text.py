@@ -19,7 +19,8 @@ from transformers import LlamaConfig
 
 import prunekit
 from prunekit import Selection, SpecError, Unsupported
-from prunekit.testing.contract import RAGGED, contract
+from prunekit.testing.contract import contract
+from prunekit.testing.subject import BATCHES
 from prunekit.testing.tiny import TinyWords, tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_model
 from prunekit.verify.equivalence import assert_equivalent
@@ -301,7 +302,8 @@ class TestTRIMByOutliers(contract("trim", keep={})):
 def test_it_runs_behind_another_stage_and_says_what_it_costs(use, clip):
     options = {} if use == "cdpruner_embeds" else {"clip": str(clip)}
     stages = [{"use": "random", "keep": 0.7}, {"use": use, "keep": 0.3, **options}]
-    assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(**RAGGED), steps=2, processor=TinyWords())
+    inputs = tiny_inputs(**BATCHES["ragged"])
+    assert_equivalent(tiny_llava(), {"stages": stages}, inputs, steps=2, processor=TinyWords())
     assert 0 < share_of_prefill(use, **options) < 0.02
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import prunekit
 from prunekit import EncoderKeys, EncoderRows, Features, Selection, SpecError
-from prunekit.testing.contract import RAGGED, contract
+from prunekit.testing.contract import contract
+from prunekit.testing.subject import BATCHES
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent
@@ -480,5 +481,5 @@ def test_half_precision_is_ranked_as_the_same_numbers_in_float32(use, half):
 def test_it_runs_behind_another_stage_and_says_what_it_costs(use):
     """`random` thins the tokens before; the cost is less than two percent of LLaVA-1.5-7B's prefill."""
     stages = [{"use": "random", "keep": 0.7}, {"use": use, "keep": 0.3}]
-    assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(**RAGGED), steps=2)
+    assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(**BATCHES["ragged"]), steps=2)
     assert 0 < share_of_prefill(use) < 0.02

@@ -8,7 +8,7 @@ import pytest
 import torch
 from asking import ask, stage_of
 
-from prunekit.testing.contract import RAGGED
+from prunekit.testing.subject import BATCHES
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.verify.equivalence import assert_equivalent
 
@@ -30,6 +30,6 @@ def test_as_loops(seed):
 @pytest.mark.parametrize("use", ["first", "last"])
 def test_behind_another_stage(use):
     pipeline = {"stages": [{"use": "random", "keep": 0.7}, {"use": use, "keep_tokens": 3}]}
-    result = assert_equivalent(tiny_llava(), pipeline, tiny_inputs(**RAGGED), steps=2)
+    result = assert_equivalent(tiny_llava(), pipeline, tiny_inputs(**BATCHES["ragged"]), steps=2)
     for before, after in zip(*(event.kept for event in result.report.events), strict=True):
         assert after == (before[:3] if use == "first" else before[-3:])

@@ -15,7 +15,8 @@ from selection_cost import share_of_prefill
 
 import prunekit
 from prunekit import EncoderRows, SpecError
-from prunekit.testing.contract import RAGGED, contract
+from prunekit.testing.contract import contract
+from prunekit.testing.subject import BATCHES
 from prunekit.testing.tiny import tiny_inputs, tiny_llava
 from prunekit.testing.tiny_families import tiny_batch, tiny_model
 from prunekit.verify.equivalence import assert_equivalent
@@ -280,4 +281,4 @@ def test_what_is_refused_and_what_it_costs(use):
             stage_of(use, **{option: value})
     assert 0 < share_of_prefill(use) < 0.02
     stages = [{"use": "random", "keep": 0.7}, {"use": use, "keep": 0.3}]
-    assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(**RAGGED), steps=2)
+    assert_equivalent(tiny_llava(), {"stages": stages}, tiny_inputs(**BATCHES["ragged"]), steps=2)
