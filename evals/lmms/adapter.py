@@ -63,8 +63,8 @@ class PruneKit(lmms):  # type: ignore[misc]
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
         device_map: `auto`, or a mapping as JSON text, as transformers takes it. system_prompt: text, or a file with it.
-        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: keeps answers, so that a
-        killed run goes on where it was. max_batch_size is ignored. Raises PrunekitError before the model is loaded.
+        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: keeps answers, so that
+        a killed run goes on where it was. max_batch_size is ignored. Raises PrunekitError before the model is loaded.
         """
         names = tuple(inspect.signature(PruneKit.__init__).parameters)
         for name in unknown:
