@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,8 @@ def _go(namespace: argparse.Namespace, wanted: Ordered) -> list[Report]:
 
     jobs = wanted.jobs
     console: Console = commands.console(stderr=True)
-    with _pool(namespace, wanted) as pool, _Bar(console, len(jobs)) as bar:
+    # Ray prints what happens to its machines; stdout is for the table.
+    with redirect_stdout(sys.stderr), _pool(namespace, wanted) as pool, _Bar(console, len(jobs)) as bar:
         many = "worker" if pool.size == 1 else "workers"
         bar.say(f"{len(jobs)} cells, {pool.size} {many}")
         return Driver(jobs, pool, bar, namespace.retries).run()

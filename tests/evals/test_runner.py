@@ -506,6 +506,7 @@ def test_what_another_process_wrote_meanwhile_is_not_computed_again(plan):
         assert (outcome.computed, outcome.skipped, outcome.cells) == (0, 1, (again,))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_on_one_folder_share_the_work(plan, checkpoint, data_root, pipeline_file, tmp_path):
     """Each cell is written once, by one of them; both end with the whole table."""
