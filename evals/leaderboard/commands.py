@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from prunekit_evals.run.results import Cell, Conditions, PipelineId
+from prunekit_evals.run.videos import MAX_FRAMES
 
 import prunekit
 from prunekit import plugins
@@ -54,6 +55,8 @@ def command(pipeline: str, conditions: Conditions, tasks: Sequence[str]) -> str:
         "--dtype": (conditions.dtype, "checkpoint"), "--attn": (conditions.attention, "default"),
         "--max-new-tokens": (str(conditions.max_new_tokens), "1024"), "--system-prompt": (conditions.system_prompt, ""),
         "--honor-until": (conditions.honor_until, "stops"), "--prompt-profile": (conditions.prompt_profile, ""),
+        "--max-frames": (str(conditions.max_frames), str(MAX_FRAMES)),
+        "--fps": ("" if conditions.fps is None else str(conditions.fps), ""),
     }  # fmt: skip
     words += [word for option, (value, default) in usual.items() if value != default for word in (option, value)]
     return shlex.join([*words, "--no-dense"])

@@ -63,21 +63,18 @@ class PruneKit(lmms):  # type: ignore[misc]
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
         device_map: `auto`, or a mapping as JSON text, as transformers takes it. system_prompt: text, or a file with it.
-        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: a file that keeps
-        answers, so that a killed run goes on where it was. max_batch_size is ignored: a batch size is fixed.
-        Raises PrunekitError for anything that is not usable, before the model is loaded where that is possible.
+        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: keeps answers, so that
+        a killed run goes on where it was. max_batch_size is ignored. Raises PrunekitError before the model is loaded.
         """
         names = tuple(inspect.signature(PruneKit.__init__).parameters)
         for name in unknown:
             raise InputError(f"model_args has no '{name}' ({did_you_mean(name, names)}see docs/evaluate.md)")
         if not pretrained:
             raise InputError("model_args needs pretrained=<a model folder, a hub id or a short name>")
-        texts = {
-            "pretrained": pretrained, "pipeline": pipeline, "device": device, "dtype": dtype, "journal": journal,
-            "attn_implementation": attn_implementation, "system_prompt": system_prompt,
-        }  # fmt: skip
-        for name, value in texts.items():
-            model_args.text(name, value)
+        model_args.texts(
+            pretrained=pretrained, pipeline=pipeline, device=device, dtype=dtype, journal=journal,
+            attn_implementation=attn_implementation, system_prompt=system_prompt,
+        )  # fmt: skip
         fetch, where = model_args.flag("download", download), model_args.device_map(device_map, device)
         text = self._system_prompt(str(system_prompt))
         size, longest = model_args.count("batch_size", batch_size), model_args.count("max_new_tokens", max_new_tokens)

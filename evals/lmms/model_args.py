@@ -12,10 +12,11 @@ from prunekit.errors import InputError
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def text(name: str, value: object) -> None:
+def texts(**values: object) -> None:
     """Raise InputError for what lmms-eval read as true or false."""
-    if isinstance(value, bool):
-        raise InputError(f"{name} must be text, not '{value}'")
+    for name, value in values.items():
+        if isinstance(value, bool):
+            raise InputError(f"{name} must be text, not '{value}'")
 
 
 def flag(name: str, value: object) -> bool:

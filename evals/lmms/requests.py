@@ -132,7 +132,8 @@ def rounds(request: Instance, asked: Asked) -> Generator[tuple[Prompt, dict[str,
 
     Chat requests are as those of one round, and `to_messages` is called with the number of the round, the answers so
     far and what the task said about the last one; simple ones are `(context, arguments, to_visual, to_text, doc, task,
-    split)`, where `to_text` is.     """
+    split)`, where `to_text` is.
+    """
     prompt, arguments, again = _first_round(request, asked)
     answers: list[str] = []
     about: Any = None

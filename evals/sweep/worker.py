@@ -66,8 +66,7 @@ class Worker:
 
     def compute(self, given: Given) -> Report:
         """One cell, computed if it is not there. Never raises but for what ends the process."""
-        from prunekit_evals.lmms import harness
-        from prunekit_evals.run import results
+        from prunekit_evals.run import results, unanswered
 
         from prunekit.errors import PrunekitError
 
@@ -80,7 +79,7 @@ class Worker:
             else:
                 cell = runner.failed(named, pipeline, PrunekitError(given.lost))
         except Exception as error:
-            return Report(job, "failed", error=harness.reason(error))
+            return Report(job, "failed", error=unanswered.reason(error))
         if cell is None:
             return Report(job, "held")
         path = str(results.path_of(runner.plan.out, cell))

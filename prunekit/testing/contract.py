@@ -98,7 +98,6 @@ class StrategyContract:
 
     def test_contract(self, rule: Check) -> None:
         """The strategy keeps this rule."""
-        __tracebackhide__ = True
         self.hold(rule)
 
     def hold(self, rule: Check) -> None:
