@@ -52,6 +52,8 @@ def test_what_has_no_room_is_made_again():
     for number in (1, 2, 3, 1, 2, 3, 3):
         store.prompt(number, lambda number=number: asked.append(number) or prompt(number))
     assert asked == [1, 2, 3, 3, 3]
+    clip = Prompt("question", (), (object(),))
+    assert store.prompt(4, lambda: clip) is clip and store.prompt(4, lambda: prompt(1)) is not clip
     nothing, asked = Kept(), []
     for _ in range(2):
         nothing.prompt(1, lambda: asked.append(1) or prompt(1))

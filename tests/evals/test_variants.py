@@ -93,8 +93,8 @@ def test_rows_of_a_grid_stand_beside_each_other(checkpoint, data_root, pipeline_
 
 
 def test_seeds_of_what_draws_nothing_are_said_to_be_none(monkeypatch, capsys, pipeline_file):
-    monkeypatch.setattr(commands, "_ready", lambda namespace: None)
-    monkeypatch.setattr(commands, "_plan", lambda namespace, pipelines: (_ for _ in ()).throw(InputError("enough")))
+    monkeypatch.setattr(commands, "ready", lambda namespace: None)
+    monkeypatch.setattr(commands, "plan_of", lambda namespace, pipelines: (_ for _ in ()).throw(InputError("enough")))
     path = str(pipeline_file("fastv", *FASTV["stages"]))
     assert main(["eval", path, "--model", "micro", "--tasks", "pope", "--seeds", "3"]) == 2
     assert "none of these pipelines draws at random" in capsys.readouterr().err
