@@ -126,7 +126,8 @@ def test_a_row_sums_what_the_engine_reports(bench):
     assert row.flops == pytest.approx(forecast, abs=0.03) and row.flops <= forecast + 0.01
 
 
-@pytest.mark.parametrize("flops", [0.4, pytest.param(0.62, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("flops", [0.4, 0.62])
 def test_nothing_gets_less_than_its_share_of_flops_and_par_no_more(bench, flops):
     same = Equal(bench, flops)
 
