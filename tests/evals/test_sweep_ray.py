@@ -44,11 +44,13 @@ def cluster(monkeypatch):
 class Told:
     """Takes the second node away as soon as a first cell is there."""
 
-    def __init__(self, cluster):
+    def __init__(self, cluster, folder):
         self.cluster, self.second, self.texts = cluster, next(iter(cluster.worker_nodes)), []
+        self.folder = folder
 
     def ended(self, report):
         if self.second is not None:
+            (self.folder / f"gone-{self.second.node_id}").touch()  # its worker lives on a while
             self.cluster.remove_node(self.second, allow_graceful=False)
             self.second = None
 
@@ -56,6 +58,7 @@ class Told:
         self.texts.append(text)
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_takes_nothing_with_it(cluster, tmp_path):
     class Slow:
         """Leaves a line in a file for each job; it is pickled with its code, so that actors need no other. None begins
@@ -63,8 +66,8 @@ def test_a_node_that_is_killed_takes_nothing_with_it(cluster, tmp_path):
         """
 
         def __init__(self, setup, device):
-            self.folder = setup.orders[0]
-            open(os.path.join(self.folder, f"node-{ray.get_runtime_context().get_node_id()}"), "w").close()
+            self.folder, self.node = setup.orders[0], ray.get_runtime_context().get_node_id()
+            open(os.path.join(self.folder, f"node-{self.node}"), "w").close()
 
         def ready(self):
             return True
@@ -73,11 +76,13 @@ def test_a_node_that_is_killed_takes_nothing_with_it(cluster, tmp_path):
             while sum(name.startswith("node-") for name in os.listdir(self.folder)) < 2:
                 time.sleep(0.05)
             time.sleep(0.2)
+            while os.path.exists(os.path.join(self.folder, f"gone-{self.node}")):
+                time.sleep(0.05)
             with open(os.path.join(self.folder, f"job-{given.job.pipeline}"), "a") as file:
                 file.write("once\n")
             return Report(given.job, "done", computed=True)
 
-    jobs, told = [Job(0, 0, number) for number in range(8)], Told(cluster)
+    jobs, told = [Job(0, 0, number) for number in range(8)], Told(cluster, tmp_path)
     with RayPool(Setup((str(tmp_path),), threads=1), cluster.address, None, len(jobs), Slow) as pool:
         assert pool.size == 2
         reports = Driver(jobs, pool, told, retries=2).run()
@@ -91,7 +96,7 @@ def test_a_node_that_is_killed_takes_nothing_with_it(cluster, tmp_path):
 def test_a_sweep_on_two_nodes_of_which_one_is_killed(cluster, checkpoint, data_root, tmp_path, capsys, monkeypatch):
     from prunekit_evals.cli import sweep
 
-    told = Told(cluster)
+    told = Told(cluster, tmp_path)
     usual = sweep._Bar.ended
 
     def ended(self, report):
