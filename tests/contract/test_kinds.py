@@ -41,6 +41,7 @@ def registered() -> Iterator[None]:
     plugins.unregister("kinds")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_legitimate_strategy_keeps_the_whole_contract(kind: str) -> None:
     made = contract(f"kind-{kind}", **KINDS[kind][1])

@@ -61,6 +61,7 @@ def test_every_strategy_stands_in_the_table_or_it_is_said_why_not() -> None:
     assert labels["pyramiddrop"].share is None and "vtw" in labels and "fastv" not in labels
 
 
+@pytest.mark.slow
 def test_a_run_adds_what_is_missing_and_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "micro.json"
     first = measure.run(path, 2, tmp_path / "cache", ["dense", "first"])

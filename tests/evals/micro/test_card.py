@@ -25,6 +25,7 @@ def test_the_card_holds_what_was_measured():
             assert shown(parts["dense"].share("dense", task)) in card
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_what_the_weights_answer():
     """A few hundred answers, of every task."""
     record = load(model_path() / "measured.jsonl")

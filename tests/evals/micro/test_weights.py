@@ -53,6 +53,7 @@ def test_dense_beats_blind_and_chance(task):
     assert _share(task) >= floor + 0.2
 
 
+@pytest.mark.slow
 def test_tokens_matter_inside_the_decoder():
     dense = np.mean([_share(task) for task in TASKS])
     for layer, cost in ((1, 0.4), (2, 0.4), (3, 0.4), (4, 0.05)):
