@@ -1,10 +1,14 @@
-"""The options of `prunekit eval`, `compare` and `demo`; what they do is imported when one runs."""
+"""The options of `prunekit eval`, `compare` and `demo`, and some that others share; what they do is imported when one
+runs.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+
+from prunekit.cli.arguments import positive
 
 OUT = Path("results")
 EVAL_EXAMPLES = """\
@@ -46,12 +50,12 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own: YAML files of lmms-eval"
     )
     answers = command.add_argument_group("how answers are made (all of it is recorded)")
-    answers.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    answers.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
     answers.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
     answers.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
     answers.add_argument("--attn", metavar="A", help="attention implementation: sdpa, eager")
     answers.add_argument(
-        "--max-new-tokens", type=_positive, default=1024, metavar="N",
+        "--max-new-tokens", type=positive, default=1024, metavar="N",
         help="for tasks that name no length; default: 1024",
     )  # fmt: skip
     answers.add_argument("--system-prompt", default="", metavar="TEXT", help="put before every question")
@@ -63,7 +67,7 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
     )
     answers.add_argument(
-        "--max-frames", type=_positive, default=32, metavar="N",
+        "--max-frames", type=positive, default=32, metavar="N",
         help="of a video, evenly spread; with --fps the most that are shown; default: 32",
     )  # fmt: skip
     answers.add_argument("--fps", type=_rate, metavar="F", help="frames of a video for each of its seconds")
@@ -82,7 +86,7 @@ def _variants(command: argparse.ArgumentParser) -> None:
         "may be repeated: every combination",
     )  # fmt: skip
     command.add_argument(
-        "--seeds", type=_positive, default=1, metavar="N",
+        "--seeds", type=positive, default=1, metavar="N",
         help="so many seeds of every pipeline that draws at random, as one row; default: 1",
     )  # fmt: skip
 
@@ -110,17 +114,17 @@ def _demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         description="Score shipped pipelines on the bundled model through lmms-eval, and compare them.",
         epilog="example: prunekit demo --limit 50",
     )
-    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="default: 8")
+    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
     _common(command, limit=200)
 
 
 def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
     command.add_argument(
-        "--limit", type=_positive, default=limit, metavar="N",
+        "--limit", type=positive, default=limit, metavar="N",
         help=f"questions a task; default: {'all' if limit is None else limit} (never splits a pair of MME)",
     )  # fmt: skip
     command.add_argument(
-        "--subset-seed", type=_natural, metavar="N", help="draw the questions of --limit at random, not the first ones"
+        "--subset-seed", type=natural, metavar="N", help="draw the questions of --limit at random, not the first ones"
     )
     command.add_argument(
         "--unanswered", choices=("wrong", "fail"), default="wrong",
@@ -133,7 +137,7 @@ def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
     # The bundled model's matrices are too small to share: a second thread costs more than it brings.
     threads = 1 if limit else None
     command.add_argument(
-        "--threads", type=_positive, default=threads, metavar="N",
+        "--threads", type=positive, default=threads, metavar="N",
         help=f"CPU threads; default: {threads or 'torch chooses'}",
     )  # fmt: skip
     command.add_argument("--download", action="store_true", help="models and data that are not here may be fetched")
@@ -152,8 +156,16 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-def _natural(text: str) -> int:
-    """A whole number of at least 0."""
+def add_results(command: argparse.ArgumentParser) -> None:
+    """The folders whose results a command reads."""
+    command.add_argument(
+        "results", nargs="*", type=Path, default=[OUT], metavar="RESULTS",
+        help=f"folders that `prunekit eval` wrote; default: {OUT}",
+    )  # fmt: skip
+
+
+def natural(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
     return int(text)
@@ -168,10 +180,3 @@ def _rate(text: str) -> float:
     if not 0 < rate < float("inf"):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of frames a second above 0")
     return rate
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
-    return int(text)

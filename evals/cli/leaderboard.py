@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunekit_evals.cli.arguments import add_results
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -31,10 +33,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(
-        "results", nargs="*", type=Path, default=[Path("results")], metavar="RESULTS",
-        help="folders that `prunekit eval` wrote; default: results",
-    )  # fmt: skip
+    add_results(command)
     command.add_argument("-o", "--out", type=Path, metavar="FILE", help="write the page: a name that ends in .html")
     command.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables: a name that ends in .md")
     command.add_argument(

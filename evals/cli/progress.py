@@ -20,6 +20,13 @@ from rich.progress import (
 DAY = 86_400.0
 
 
+def about(seconds: float) -> str:
+    """A time in words, such as `4 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 class Bar:
     """A bar over all cells and one over the questions of the cell in work. A context manager.
 
@@ -76,8 +83,7 @@ class Bar:
     def _left(self) -> str:
         """`3 of 12, about 4 min left`, if all cells take what those so far did."""
         took = (time.monotonic() - self._begun) / self.saved * (self._cells - self.saved)
-        about = f"{took:.0f} s" if took < 100 else f"{took / 60:.0f} min" if took < 6000 else f"{took / 3600:.1f} h"
-        return f"{self.saved} of {self._cells}" + (f", about {about} left" if self.saved < self._cells else "")
+        return f"{self.saved} of {self._cells}" + (f", about {about(took)} left" if self.saved < self._cells else "")
 
     def _drop(self) -> None:
         if self._one is not None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunekit_evals.cli.arguments import add_results
+
 if TYPE_CHECKING:
     from prunekit_evals.run.export import Row
 
@@ -26,10 +28,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(
-        "results", nargs="*", type=Path, default=[Path("results")], metavar="RESULTS",
-        help="folders that `prunekit eval` wrote; default: results",
-    )  # fmt: skip
+    add_results(command)
     command.add_argument("--questions", action="store_true", help="a row for each question instead of each cell")
     target = command.add_mutually_exclusive_group()
     target.add_argument("--csv", type=Path, metavar="FILE", help="write CSV; lists are JSON in it")

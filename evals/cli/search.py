@@ -21,7 +21,7 @@ examples:
   prunekit search --strategies divprune,fastv --model micro --tasks pope,gqa --flops 0.3 --trials 20
   prunekit search search.yaml trials=40
 What was answered is kept under searches/: a search that was interrupted goes on, and more trials continue it.
-Exit codes: 0 done; 1 held-out cells failed; 2 something to put right first.
+Exit codes: 0 done; 1 held-out cells failed; 2 your input is wrong.
 """
 # Flags that say what a key of the file says, as it does or as a list.
 PLAIN = (

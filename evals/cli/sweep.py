@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunekit_evals.cli.arguments import OUT, _positive
+from prunekit_evals.cli.arguments import OUT, natural
+
+from prunekit.cli.arguments import positive
 
 if TYPE_CHECKING:
     from prunekit_evals.sweep.orders import Ordered
@@ -23,7 +25,7 @@ examples:
   prunekit sweep sweep.yaml --ray auto      # on the Ray cluster that runs here
 A cell that is there already is not computed again: call it again after whatever happened, on as many machines as share
 the folder. docs/sweep.md says what the file holds.
-Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 something to put right first.
+Exit codes: 0 done; 1 some cells failed (each says why, the others are there); 2 your input is wrong.
 """
 
 
@@ -43,18 +45,18 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
     command.add_argument(
-        "--workers", type=_positive, metavar="N",
+        "--workers", type=positive, metavar="N",
         help="processes, one model each; default: one for each GPU, without GPUs one for each core, at most 4",
     )  # fmt: skip
     command.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads of each; default: the cores, divided among them"
+        "--threads", type=positive, metavar="N", help="CPU threads of each; default: the cores, divided among them"
     )
     command.add_argument(
         "--ray", nargs="?", const="local", metavar="ADDRESS",
         help="workers are actors of this Ray cluster (auto: the one that runs here); without ADDRESS one is begun",
     )  # fmt: skip
     command.add_argument(
-        "--retries", type=_count, default=2, metavar="N",
+        "--retries", type=natural, default=2, metavar="N",
         help="how many times more a cell is tried whose worker died; default: 2",
     )  # fmt: skip
     command.add_argument(
@@ -161,10 +163,11 @@ class _Bar:
 
     def _left(self) -> str:
         """How long the rest will take, if it goes on as it went; empty while that is not known."""
+        from prunekit_evals.cli.progress import about
+
         if not self.computed or self.done == self.cells:
             return ""
-        seconds = (time.monotonic() - self._begun) / self.computed * (self.cells - self.done)
-        return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
+        return f", about {about((time.monotonic() - self._begun) / self.computed * (self.cells - self.done))} left"
 
 
 def _show(wanted: Ordered, as_json: bool) -> None:
@@ -203,9 +206,3 @@ def _report(reports: list[Report], namespace: argparse.Namespace) -> int:
     for text in dict.fromkeys(lost):
         sys.stderr.write(f"  no result: {text}\n")
     return 1 if outcome.failed or lost else 0
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
-    return int(text)

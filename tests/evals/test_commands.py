@@ -151,10 +151,10 @@ def test_the_commands_cost_nothing_until_they_run():
 
 
 def test_numbers_are_read_strictly():
-    assert arguments._positive("12") == 12
+    assert arguments.positive("12") == 12
     for text in ("0", "-1", "1.5", "", "²", "1e3"):
         with pytest.raises(arguments.argparse.ArgumentTypeError):
-            arguments._positive(text)
+            arguments.positive(text)
 
 
 def test_without_scipy_nothing_is_begun(tmp_path, monkeypatch, capsys):
