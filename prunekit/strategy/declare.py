@@ -419,6 +419,11 @@ def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
             f"{who} only scores, so how many tokens stay comes from `keep`: leave out keep={declaration.keep!r}, or "
             "implement select_tokens"
         )
+    if declaration.keep != "refused" and not declaration.drops_all and implements(cls, "select_tokens"):
+        selects: Any = cls
+        if "count" not in inspect.signature(selects.select_tokens).parameters:
+            what = "select_tokens does not name `count`, so what the file says in `keep` would do nothing"
+            raise PluginError(f"{who}: {what}: name it, or write keep='refused'")
     schedule = declaration.schedule
     if not isinstance(schedule, Mapping):
         return

@@ -115,6 +115,14 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         with_names(select_tokens=hookimpl(lambda self, hidden=None: hidden)),
         "select_tokens would never get 'hidden', which has a default; write it without",
     ),
+    "a budget that nobody asks for": (
+        declared(type("S", (), {"select_tokens": marked("select_tokens", "valid")})),
+        "select_tokens does not name `count`, so what the file says in `keep` would do nothing: name it, or w",
+    ),
+    "a budget that scores alone know": (
+        declared(type("S", (Body,), {"select_tokens": marked("select_tokens", "scores")}), keep="optional"),
+        "select_tokens does not name `count`",
+    ),
     "a schedule of three": (
         declared(schedule=lambda self, layers, block: {Site(2): 0.5}),
         "`schedule`: its function takes (self, layers, block); did you mean 'blocks'? it is called with the strategy "
