@@ -302,8 +302,7 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     # `keep_of` beside `keep` is the same mistake.
     told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
     found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
-    missing = _missing_budget(cls, draft, given)
-    if missing:
+    if missing := _missing_budget(cls, draft, given):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
         if missing == ("keep_layers",):
             hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
@@ -316,22 +315,16 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
 
 
 def _missing_budget(cls: type[Any], draft: Stage, given: Sequence[str]) -> tuple[str, ...]:
-    """The keys of which the file has to name one, and names none: how much the stage keeps of tokens, or of layers.
-
-    A router that takes a budget of either, and requires both, does with one of them what it says.
-    """
+    """The keys of which the file has to name one, and names none. One is enough for a router that requires two."""
     declaration: Declaration = cls.__prunekit__
-    allowed = declare.stage_keys(cls)
-    tokens, layers = ("keep", "keep_tokens"), ("keep_layers",)
+    allowed, tokens, layers = declare.stage_keys(cls), ("keep", "keep_tokens"), ("keep_layers",)
     told_tokens, told_layers = {*tokens, "keep_of"} & {*given}, {*layers} & {*given}
     scheduled = declaration.schedule is not None and draft.sites_given is None
     needs_tokens = "keep" in allowed and declaration.keep == "required" and not scheduled
     needs_layers = "keep_layers" in allowed and declaration.keep_layers == "required"
     if needs_tokens and needs_layers:
         return () if told_tokens or told_layers else (*tokens, *layers)
-    if needs_tokens and not told_tokens:
-        return tokens
-    return layers if needs_layers and not told_layers else ()
+    return tokens if needs_tokens and not told_tokens else layers if needs_layers and not told_layers else ()
 
 
 def _refusal(cls: type[Any], use: str, key: str) -> str:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, TypeVar, cast, dataclass_transform, get_args
+from typing import Any, TypeVar, cast, dataclass_transform
 
 from prunekit.errors import PluginError, PrunekitError, did_you_mean
 from prunekit.strategy import inputs as table
-from prunekit.strategy.functions import unfit
+from prunekit.strategy.keywords import Policy, Routes, Schedule, problem, schedule_problem
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import PIXELS, Keep, Site, Sites
 
@@ -50,21 +48,9 @@ OF_TOKENS = ("schedule", "spread", "drops_all", "extras", "crops")
 OF_ROUTERS = ("keep_layers", "routes")
 # What it says for readers alone, for strategies of every kind; and how that is written.
 OF_ALL = ("paper", "code", "group", "fixed_count")
-WRITTEN: Mapping[str, tuple[re.Pattern[str], str]] = {
-    "paper": (re.compile(r"\d{4}\.\d{4,5}(v\d+)?|https://\S+"), "an arXiv id such as '2403.06764', or an address"),
-    "code": (
-        re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}(:\S+)?"),
-        "a repository at a commit, 'owner/name@1a2b3c4', and if wanted ':path' in it",
-    ),
-    "group": (re.compile(r"[a-z][a-z0-9 -]*"), "a heading in lower case, such as 'baselines'"),
-}
-EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
 SCORES_TOKENS = "a router scores tokens, and `keep` in the file says how many stay"
 NOT_ROUTED = "; what decides by itself how many stay is a token strategy with select_tokens and keep='optional'"
 AT_PIXELS = Sites(default=PIXELS, encoder=False, decoder=False, pixels=True)
-Policy = Literal["required", "optional", "refused"]
-Routes = Literal["tokens", "layers"]
-Schedule = Mapping[Site, float | None]
 C = TypeVar("C", bound=type)
 
 
@@ -149,7 +135,7 @@ class Declaration:
             except Exception as error:
                 who = type(instance).__name__
                 raise PluginError(f"`schedule` of {who} failed with {type(error).__name__}: {error}") from error
-        if (wrong := _schedule_problem(schedule) or _undecided(type(instance), schedule, self.keep)) is not None:
+        if (wrong := schedule_problem(schedule) or _undecided(type(instance), schedule, self.keep)) is not None:
             raise PluginError(f"`schedule` of {type(instance).__name__}: {wrong}")
         keeps = {site: None if keep is None else Keep(float(keep)) for site, keep in schedule.items()}
         return tuple((site, keeps[site]) for site in sorted(keeps))
@@ -249,67 +235,10 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
     for name in declared:
         if name not in kinds:
             raise PluginError(f"{who}: strategy(...) takes no '{name}' ({did_you_mean(name, kinds)}{_takes(kinds)})")
-    checks: Mapping[str, Callable[[Any], str | None]] = {
-        "sites": _sites_problem,
-        "inputs": lambda value: unfit(value, ("the strategy",)) if callable(value) else table.problem(value),
-        "schedule": _schedule_keyword_problem,
-        "extras": lambda value: _tuple_problem(value, EXTRAS),
-        "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
-        **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
-        **dict.fromkeys(("per_sample", "spread", "drops_all", "crops", "trainable", "fixed_count"), _flag_problem),
-        **{name: partial(_text_problem, name) for name in WRITTEN},
-    }
     for name, value in declared.items():
-        if wrong := checks[name](value):
+        if wrong := problem(name, value):
             itself = f"`{name}`: " if callable(value) else f"`{name}` is {value!r}; " if name != "inputs" else ""
             raise PluginError(f"{who}: {itself}{wrong}")
-
-
-def _sites_problem(sites: object) -> str | None:
-    if callable(sites):
-        return unfit(sites, ("the strategy",))
-    if isinstance(sites, Site):
-        return "it is the sites that the strategy allows: write Sites(default=...) with it"
-    return None if isinstance(sites, Sites) else "write Sites(...) there"
-
-
-def _flag_problem(value: object) -> str | None:
-    return None if isinstance(value, bool) else "it is True or False"
-
-
-def _text_problem(name: str, value: object) -> str | None:
-    pattern, wanted = WRITTEN[name]
-    return None if isinstance(value, str) and pattern.fullmatch(value) else f"it is {wanted}"
-
-
-def _policy_problem(value: object) -> str | None:
-    policies = get_args(Policy)
-    near = did_you_mean(value, policies) if isinstance(value, str) else ""
-    return None if value in policies else f"{near}it is {', '.join(map(repr, policies[:-1]))} or {policies[-1]!r}"
-
-
-def _tuple_problem(value: object, entries: tuple[str, ...]) -> str | None:
-    if isinstance(value, tuple) and all(one in entries for one in value):
-        return None
-    return f"it is a tuple of {', '.join(map(repr, entries))}, such as ({entries[0]!r},)"
-
-
-def _schedule_keyword_problem(schedule: object) -> str | None:
-    if callable(schedule):
-        return unfit(schedule, ("the strategy", "the number of decoder layers"), ("blocks",))
-    return None if schedule is None else _schedule_problem(schedule)
-
-
-def _schedule_problem(schedule: object) -> str | None:
-    if not isinstance(schedule, Mapping) or not schedule:
-        return f"{schedule!r} is no dict of sites and fractions, such as {{Site(8): 0.5}}"
-    for site, keep in schedule.items():
-        if not isinstance(site, Site):
-            return f"{site!r} is no Site"
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-            return f"{keep!r} at '{site}' is no fraction in (0, 1]"
-    fractions = [schedule[site] for site in sorted(schedule) if schedule[site] is not None]
-    return "fractions must not rise" if fractions != sorted(fractions, reverse=True) else None
 
 
 def _undecided(cls: type[Any], schedule: Schedule, policy: Policy) -> str | None:

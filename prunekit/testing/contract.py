@@ -15,7 +15,7 @@ looks at videos, also on a model that takes them. Which rules there are follows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from unittest import SkipTest
 
@@ -99,15 +99,7 @@ class StrategyContract:
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """One test for each rule."""
         if metafunc.definition.originalname == "test_contract":
-            said, rules = "", ()
-            try:
-                rules = self.rules()
-            except PrunekitError as error:
-                said = str(error)
-            if said:
-                import pytest
-
-                pytest.fail(said, pytrace=False)
+            rules = _told(self.rules)
             metafunc.parametrize("rule", rules, ids=[one.name for one in rules])
 
     def test_contract(self, rule: Check) -> None:
@@ -146,6 +138,17 @@ class StrategyContract:
     @classmethod
     def _class(cls) -> type[Any]:
         return plugins.registry().get_strategy(cls.use)
+
+
+def _told(rules: Callable[[], tuple[Check, ...]]) -> tuple[Check, ...]:
+    """The rules, or the end of the collection with the text of what is wrong with the class, and no frames."""
+    try:
+        return rules()
+    except PrunekitError as error:
+        said = str(error)
+    import pytest
+
+    raise pytest.fail.Exception(said, pytrace=False)
 
 
 def contract(
