@@ -33,7 +33,7 @@ class Stage:
     """A strategy instance, addressed through `hook`; whoever holds the stage may register wrappers in `manager`.
 
     sites_given: as the file names them, None when it does not. keeps: one budget for all sites or one for each; empty
-    for a strategy that takes none. keep_layers: of a router, how many decoder layers run.
+    for a strategy that takes none. keep_layers: of a router, how many decoder layers run; route_at: where it is asked.
     where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
     None for a dict.
     origin: the distribution and version that registered the strategy.
@@ -55,6 +55,7 @@ class Stage:
     open: bool = False
     sites: Sites = dataclasses.field(default_factory=Sites)
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    route_at: Site = ENCODER
 
     @property
     def hook(self) -> Any:
@@ -84,7 +85,7 @@ class Stage:
 
     @property
     def is_router(self) -> bool:
-        """It decides for each sample, before the decoder."""
+        """It decides for each sample, at `route_at`."""
         return declare.is_router(type(self.strategy))
 
     @property
@@ -219,8 +220,19 @@ class Cut:
 
     @property
     def asked_at(self) -> Site:
-        """Where its strategy is asked: a router at the decoder input, wherever tokens leave by its scores."""
-        return ENCODER if self.stage.is_router else self.site
+        """Where its strategy is asked: a router at `route_at`, wherever tokens leave by its scores."""
+        return self.stage.route_at if self.stage.is_router else self.site
+
+    def comes_before(self, router: Stage) -> bool:
+        """Its tokens have left when that router is asked: after all other stages there, routers in their order."""
+        if self.site != router.route_at:
+            return self.site < router.route_at
+        return not self.routes_here or self.stage.index < router.index
+
+    @property
+    def routes_here(self) -> bool:
+        """Its stage is a router that is asked at this very site."""
+        return self.stage.is_router and self.stage.route_at == self.site
 
     @property
     def drops_all(self) -> bool:
@@ -261,7 +273,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     """
     draft = Stage(
         index, spec.use, None, spec.sites, spec.keeps or (), spec.keep_layers, spec.where, _manager(), spec.keys,
-        spec.names,
+        spec.names, route_at=spec.route_at or ENCODER,
     )  # fmt: skip
     try:
         entry = registry.strategy_entry(spec.use)
@@ -327,6 +339,8 @@ def _needs_budget(cls: type[Any], draft: Stage) -> bool:
 def _refusal(cls: type[Any], use: str, key: str) -> str:
     """Why strategies of this class do not take a reserved key."""
     about_layers = key == "keep_layers"
+    if key == "route_at":
+        return f"'{use}' is no router, so it takes no `route_at`"
     if declare.is_image(cls):
         return f"'{use}' decides about whole images, so it takes no `{key}`"
     if not about_layers and not (declare.is_token(cls) or declare.routes_tokens(cls)):
