@@ -78,8 +78,6 @@ GROUPS = {
         "plans-and-cuts": stages(use("ex_loud", at="encoder", keep=0.7), use("ex_lots"),
                                  use("ex_loud", at=3, keep=0.4)),
         "budgets": stages(use("ex_par", at=1, keep=0.5, keep_layers=4)),
-        "budgets-inside": stages(use("ex_loud", at=1, keep=0.8),
-                                 use("ex_par", route_at=2, at=[2, 4], keep=[0.6, 0.3], keep_layers=4)),
         "budgets-renumbered": stages(use("ex_par", at=2, keep_tokens=3, keep_layers=0.5), positions="renumber"),
     },
     "compositions": {
