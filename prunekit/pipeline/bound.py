@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit.pipeline import layer_plans
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 from prunekit.strategy.sites import Site
 

@@ -13,8 +13,9 @@ from prunekit import plugins, version
 from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, statements
 from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.site_faults import site_faults
-from prunekit.pipeline.stage import Cut, Stage, make
+from prunekit.pipeline.stage import Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget

@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, TowerShape
 from prunekit.strategy.decoder_requests import layer_of
 from prunekit.strategy.inputs import OF_DECODER_LAYERS, requests

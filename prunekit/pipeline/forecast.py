@@ -13,7 +13,7 @@ from functools import partial
 
 from prunekit import cost
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.statements import selection_flops
 from prunekit.pipeline.tower_forecast import one_size, tower_work
 from prunekit.strategy.decisions import LayerAction

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
 from prunekit.strategy.declare import implements
 from prunekit.strategy.decoder_requests import layer_and_rope, layer_of

@@ -23,7 +23,8 @@ from prunekit.engine.tokens.merges import merged
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower.record import dropped_in_tower
 from prunekit.errors import PluginError, Unsupported
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
 from prunekit.strategy.sites import PREFILL_END, Site
 

@@ -21,8 +21,8 @@ from prunekit.engine.decoder.mid import MidCuts
 from prunekit.engine.decoder.readings import Needs, Readings
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.cuts import CAN_BE_CUT
-from prunekit.pipeline.stage import Cut
 from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 from prunekit.upstream import CACHE

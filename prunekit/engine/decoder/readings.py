@@ -21,7 +21,7 @@ from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
 from prunekit.strategy.decisions import LayerAction
