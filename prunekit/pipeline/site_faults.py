@@ -15,6 +15,7 @@ from prunekit.strategy.inputs import (
     OF_DECODER_LAYERS,
     OF_TOWER,
     TOKEN_HOOKS,
+    NotThere,
     inputs_of,
     region_of,
     requests,
@@ -70,7 +71,7 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
         return problem
     if reason := cut.stage.sites.reason_against(site):
         if cut.stage.sites_given is None:
-            return f"is missing: '{use}' {reason}", "name the site"
+            return f"is missing: '{use}' {reason}", _where(cut.stage, shape)
         return f"'{use}' cannot act at '{site}': it {reason}", ""
     if cut.stage.is_router and site < cut.asked_at:
         if cut.asked_at == ENCODER:
@@ -78,6 +79,18 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
         message = f"'{use}' is only asked at '{cut.asked_at}', so no token can leave by it at '{site}'"
         return message, f"name '{cut.asked_at}' or a later layer"
     return None
+
+
+def _where(stage: Stage, shape: ModelShape) -> str:
+    """A site that a stage without a default may name, and how its strategy would have one."""
+    some = ["pixels", "encoder", stage.sites.lowest, f"{stage.sites.lowest}.after", "prefill_end"]
+    if shape.tower is not None and shape.tower_depth:
+        some.insert(1, f"vision.{shape.tower.feature_block}")
+    allowed = [one for one in some if stage.sites.reason_against(Site.parse(one)) is None]
+    if not allowed:
+        return "name the site"
+    code = f"Site({allowed[0]})" if isinstance(allowed[0], int) else f"Site.parse('{allowed[0]}')"
+    return f"name the site, such as `at: {allowed[0]}`; in the strategy Sites(default={code}) makes it the default"
 
 
 def _pixels_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None) -> Problem | None:
@@ -159,8 +172,8 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
                 return f"'{use}' asks for {name}, {wanted}: {problem[0]}", problem[1]
     try:
         cut.reads(shape.layers)
-    except ValueError as error:
-        return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
+    except NotThere as error:
+        return f"'{use}' cannot act at '{cut.site}': {error}", error.hint
     return _recurrent_problem(cut, shape) or _rope_problem(cut, shape) or _ahead_problem(cut, shape)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -253,26 +253,29 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     # `keep_of` beside `keep` is the same mistake.
     told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
     found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
-    budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
-    if budgets and _needs_budget(cls, draft) and not any(key in given for key in (*budgets, "keep_of")):
+    if missing := _missing_budget(cls, draft, given):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
-        if budgets == ["keep_layers"]:
+        if missing == ("keep_layers",):
             hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
-        needs = " or ".join(f"`{key}`" for key in budgets)
-        found.append(draft.fault(budgets[0], f"is missing; '{draft.use}' needs {needs}", hint))
+        needs = " or ".join(f"`{key}`" for key in missing)
+        found.append(draft.fault(missing[0], f"is missing; '{draft.use}' needs {needs}", hint))
     elif declare.is_router(cls) and {"at"} & {*given} & {*allowed} and not {*BUDGETS} & {*given}:
         message = "says where tokens leave, but there is no `keep`"
         found.append(draft.fault("at", message, "add `keep` or `keep_tokens`, or remove it", on_name=True))
     return found
 
 
-def _needs_budget(cls: type[Any], draft: Stage) -> bool:
-    """The file has to say how much the stage keeps: of tokens, or where a router decides about them, of layers."""
+def _missing_budget(cls: type[Any], draft: Stage, given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of which the file has to name one, and names none. One is enough for a router that requires two."""
     declaration: Declaration = cls.__prunekit__
-    if declare.is_router(cls):
-        return not declare.plans_layers_itself(cls) and "required" in (declaration.keep, declaration.keep_layers)
+    allowed, tokens, layers = declare.stage_keys(cls), ("keep", "keep_tokens"), ("keep_layers",)
+    told_tokens, told_layers = {*tokens, "keep_of"} & {*given}, {*layers} & {*given}
     scheduled = declaration.schedule is not None and draft.sites_given is None
-    return declaration.keep == "required" and not scheduled
+    needs_tokens = "keep" in allowed and declaration.keep == "required" and not scheduled
+    needs_layers = "keep_layers" in allowed and declaration.keep_layers == "required"
+    if needs_tokens and needs_layers:
+        return () if told_tokens or told_layers else (*tokens, *layers)
+    return tokens if needs_tokens and not told_tokens else layers if needs_layers and not told_layers else ()
 
 
 def _refusal(cls: type[Any], use: str, key: str) -> str:
@@ -286,7 +289,7 @@ def _refusal(cls: type[Any], use: str, key: str) -> str:
         return f"'{use}' decides about layers, so it takes no `{key}`"
     if about_layers and not (declare.routes_layers(cls) or implements(cls, "plan_layers")):
         return f"'{use}' decides about tokens, so it takes no `{key}`"
-    about = "about layers " if about_layers and declare.takes_keep(cls) and declare.is_router(cls) else ""
+    about = "about layers " if about_layers and declare.is_router(cls) and "keep" in declare.stage_keys(cls) else ""
     return f"'{use}' decides {about}by itself and takes no `{key}`"
 
 

@@ -1,4 +1,4 @@
-"""Videos of a prompt: which frames of a file are shown, and their decoding by PyAV."""
+"""Videos from files: which frames of one are shown, and their decoding by PyAV."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from prunekit.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from av import VideoFrame
     from PIL.Image import Image
 
@@ -47,6 +46,8 @@ class Sampling:
 
         start, end: seconds between which the frames lie; None: the ends of the video. At least one frame is shown.
         """
+        import numpy as np
+
         first, last = 0, total - 1
         if rate:
             first = min(math.ceil((start or 0) * rate), last)
@@ -107,6 +108,22 @@ class Clip:
         return [Image.fromarray(frame) for frame in self.shown[0]]
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether the model has a way of its own for videos; others get the frames as images."""
+    return getattr(processor, "video_processor", None) is not None and bool(getattr(processor, "video_token", None))
+
+
+def as_videos(clips: Sequence[Clip]) -> dict[str, Any]:
+    """What a processor is told of the videos of its prompts, decoded; nothing where there are none."""
+    if not clips:
+        return {}
+    return {
+        "videos": [clip.shown[0] for clip in clips],
+        "video_metadata": [dict(clip.shown[1]) for clip in clips],
+        "do_sample_frames": False,  # they are chosen
+    }
+
+
 def check_installed() -> None:
     """Raise InputError, naming the way to install it, where PyAV is missing."""
     if find_spec("av") is None:
@@ -115,6 +132,7 @@ def check_installed() -> None:
 
 def _decode(clip: Clip) -> tuple[np.ndarray, dict[str, Any]]:
     import av
+    import numpy as np
 
     with av.open(os.fspath(clip.path)) as container:
         if not container.streams.video:
