@@ -33,7 +33,7 @@ class Watches:
         return Route(embeds.norm(dim=-1), layers.to(embeds.dtype))
 
 
-@strategy(keep_layers="refused")
+@strategy(routes=("layers",), keep_layers="refused")
 class Plans:
     """Plans one layer, whichever."""
 
