@@ -132,28 +132,34 @@ def check_installed() -> None:
 
 def _decode(clip: Clip) -> tuple[np.ndarray, dict[str, Any]]:
     import av
-    import numpy as np
 
-    with av.open(os.fspath(clip.path)) as container:
+    container: Any = av.open(os.fspath(clip.path))
+    with container:
         if not container.streams.video:
             raise InputError(f"'{clip.path}' holds no video")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        rate = float(stream.average_rate) if stream.average_rate else None
-        # Containers such as Matroska do not say how many frames they hold; then packets are counted, not decoded.
-        total = said = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        while True:
-            if not total:
-                raise InputError(f"video '{clip.path}' has no frames")
-            wanted = clip.sampling.frames(total, rate, clip.start, clip.end)
-            container.seek(0)
-            found, decoded = _pick(container.decode(stream), wanted)
-            if len(found) == len(wanted):
-                return np.stack(found), _origin(total, rate, wanted, *found[0].shape)
-            # Many whole files say a few frames more than they have. Where more than a second is missing, one is broken.
-            if said - decoded > (rate or 1):
-                raise InputError(f"video '{clip.path}' is not whole: {decoded} of its {said} frames are there")
-            total = decoded
+        return _frames(container, clip)
+
+
+def _frames(container: Any, clip: Clip) -> tuple[np.ndarray, dict[str, Any]]:
+    """The chosen frames, uint8 (frames, height, width, 3), and where they stood in the video."""
+    import numpy as np
+
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    rate = float(stream.average_rate) if stream.average_rate else None
+    # Containers such as Matroska do not say how many frames they hold; then packets are counted, not decoded.
+    total = said = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    while total:
+        wanted = clip.sampling.frames(total, rate, clip.start, clip.end)
+        container.seek(0)
+        found, decoded = _pick(container.decode(stream), wanted)
+        if len(found) == len(wanted):
+            return np.stack(found), _origin(total, rate, wanted, *found[0].shape)
+        # Many whole files say a few frames more than they have. Where more than a second is missing, one is broken.
+        if said - decoded > (rate or 1):
+            raise InputError(f"video '{clip.path}' is not whole: {decoded} of its {said} frames are there")
+        total = decoded
+    raise InputError(f"video '{clip.path}' has no frames")
 
 
 def _pick(frames: Iterable[VideoFrame], wanted: Sequence[int]) -> tuple[list[np.ndarray], int]:

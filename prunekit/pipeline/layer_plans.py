@@ -89,6 +89,12 @@ def read_sources(plan: LayerPlan, shape: ModelShape) -> frozenset[int]:
     )
 
 
+def layers_before_routing(stages: Sequence[Stage]) -> frozenset[int]:
+    """Decoder layers that have run when the router that decides about layers is asked."""
+    deciding = (stage for stage in stages if stage.is_router and stage.decides_layers)
+    return frozenset(range(max((stage.route_at.reach for stage in deciding), default=0)))
+
+
 def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:
     try:
         plan = stage.hook.plan_layers(shape=shape)

@@ -194,7 +194,7 @@ def is_image(cls: type[Any]) -> bool:
 
 
 def is_router(cls: type[Any]) -> bool:
-    """Its instances decide once for each sample, before the decoder."""
+    """Its instances decide once for each sample, at the decoder input or before a layer that the file names."""
     return implements(cls, "route")
 
 
@@ -223,8 +223,8 @@ def stage_keys(cls: type[Any]) -> tuple[str, ...]:
     """The reserved keys that its stages take, for suggestions."""
     if is_router(cls):
         tokens = STAGE_KEYS[1:5] if routes_tokens(cls) and takes_keep(cls) else ()
-        layers = STAGE_KEYS[5:] if routes_layers(cls) and not plans_layers_itself(cls) else ()
-        return ("use", *tokens, *layers)
+        layers = ("keep_layers",) if routes_layers(cls) and not plans_layers_itself(cls) else ()
+        return ("use", *tokens, *layers, "route_at")
     if is_token(cls) or is_image(cls):
         return STAGE_KEYS[:5] if takes_keep(cls) else STAGE_KEYS[:2]
     return STAGE_KEYS[:1]

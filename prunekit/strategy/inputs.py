@@ -190,10 +190,13 @@ INPUTS: tuple[Input, ...] = (
         "how many original tokens each token stands for, as earlier stages said; 1 where none did, and on padding",
     ),
     Input("valid", "bool", "B V", "False on padding"),
-    Input("embeds", "float", "B S H", "the embeddings that enter the decoder", ("route",), ("encoder",)),
-    Input("visual", "bool", "B S", "the visual tokens that are left", ("route",), ("encoder",)),
-    Input("text", "bool", "B S", "the other real tokens", ("route",), ("encoder",)),
-    Input("valid", "bool", "B S", "both; False on padding", ("route",), ("encoder",)),
+    Input(
+        "embeds", "float", "B S H", "the prompt where the router is asked: embeddings, or states that enter a layer",
+        ("route",), ("encoder", "decoder"),
+    ),
+    Input("visual", "bool", "B S", "the visual tokens that are left", ("route",), ("encoder", "decoder")),
+    Input("text", "bool", "B S", "the other real tokens", ("route",), ("encoder", "decoder")),
+    Input("valid", "bool", "B S", "both; False on padding", ("route",), ("encoder", "decoder")),
     Input("shape", "a `ModelShape`", "", "the numbers of the model", _ALL, _WITH_PROMPT),
     Input(
         "count", "a tuple of B ints", "B",
