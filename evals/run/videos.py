@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from prunekit_evals.run.settings import MAX_FRAMES
 
 from prunekit.errors import InputError
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 INSTALL = "videos are decoded by PyAV, which is not installed: pip install 'prunekit[video]'"
-MAX_FRAMES = 32  # as most models of lmms-eval have it
 WHOLE, BLOCK, BLOCKS = 2**26, 2**20, 32
 
 

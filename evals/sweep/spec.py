@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from prunekit_evals.run import settings
+from prunekit_evals.run.settings import Asked
 from prunekit_evals.run.variants import KEY, MOST, Variation
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
@@ -18,18 +20,16 @@ from prunekit.spec.compose import Kind, Source, compose
 from prunekit.spec.places import Node, escaped
 
 KIND = Kind("sweep", "pipelines", "see docs/sweep.md")
-OPTIONS = (
-    "limit", "batch_size", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "timing",
-)  # fmt: skip
+MODEL_KEYS = ("model", "dtype", "attn", "batch_size")
+# A model says what it is loaded as, and a worker where it runs.
+OPTIONS = tuple(name for name in settings.names(Asked) if name not in ("dtype", "attn", "device"))
 TOP_KEYS = (
     "name", "description", "extends", "vars", "models", "tasks", "pipelines", "seeds", "budgets", "dense", "data_root",
-    *OPTIONS,
+    "include_path", "timing", *OPTIONS,
 )  # fmt: skip
-MODEL_KEYS = ("model", "dtype", "attn", "batch_size")
 REFERENCE_KEYS = ("pipeline", "name", "set", "grid", "seeds")
 SUFFIXES = {".yaml", ".yml", ".json"}
 DTYPES = ("float32", "bfloat16", "float16")
-UNTIL = ("stops", "all", "none")
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class PipelineChoice:
 class SweepSpec:
     """A sweep as its file says it.
 
-    tasks: names with the place of each. dense: whether the unpruned model stands beside. data_root: as of
-    `prunekit eval`. options: those of `OPTIONS` that the file has.
+    tasks: names with the place of each. dense: whether the unpruned model stands beside. data_root, include_path: as of
+    `prunekit eval`. options: of `runner.Plan`, those that the file has.
     """
 
     name: str
@@ -80,6 +80,7 @@ class SweepSpec:
     budgets: tuple[Budget, ...] = ()
     dense: bool = True
     data_root: Path | None = None
+    include_path: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,7 +113,6 @@ class _Reader:
             if key not in values:
                 self.faults.append(Fault(None, key, "is missing", "a sweep needs models, tasks and pipelines"))
         seeds = self.whole(values.get("seeds"), "seeds") or 1
-        root = self.text(values.get("data_root"), "data_root")
         timing = self.boolean(values.get("timing"), "timing", True)
         return SweepSpec(
             self.text(values.get("name"), "name") or name,
@@ -121,18 +121,21 @@ class _Reader:
             tuple(self.pipeline(one, key, seeds) for one, key in self.entries(values, "pipelines")),
             tuple(budget for one, key in self.entries(values, "budgets") if (budget := self.budget(one, key))),
             self.boolean(values.get("dense"), "dense", True),
-            values["data_root"].folder / root if root is not None else None,
+            self.folder(values, "data_root"),
+            self.folder(values, "include_path"),
             {**self.options(values), "timing": timing},
         )
 
     def options(self, values: dict[str, Node]) -> dict[str, Any]:
-        read: dict[str, Any] = {}
-        for key in ("limit", "batch_size", "max_new_tokens"):
-            read[key] = self.whole(values.get(key), key)
-        for key in ("system_prompt", "prompt_profile"):
-            read[key] = self.text(values.get(key), key)
-        read["honor_until"] = self.one_of(values.get("honor_until"), "honor_until", UNTIL)
-        return {key: value for key, value in read.items() if value is not None}
+        read = settings.read(Asked, {key: values[key] for key in OPTIONS if key in values}, self.faults)
+        if read.get("subset_seed") is not None and "limit" not in values:
+            message = "draws the questions of `limit`, which is not there"
+            self.faults.append(Fault(values["subset_seed"].key, "subset_seed", message, "for instance limit: 100"))
+        return read
+
+    def folder(self, values: dict[str, Node], key: str) -> Path | None:
+        text = self.text(values.get(key), key)
+        return values[key].folder / text if text is not None else None
 
     def model(self, node: Node, key: str) -> ModelChoice:
         if isinstance(node.data, str) and node.data:

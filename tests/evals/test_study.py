@@ -14,8 +14,8 @@ sys.path.append(str(ROOT))
 
 from prunekit_evals import runner
 from prunekit_evals.lmms import tasks
-from prunekit_evals.micro.benchmark import TASKS
 from prunekit_evals.run.answering import Loaded, encode
+from prunekit_evals.run.stamp import TASKS
 from prunekit_evals.studies.par import asked, cells, cosines, costs, equal, parts, static
 from prunekit_evals.studies.par.cells import Bench, pipeline
 from prunekit_evals.studies.par.equal import Equal

@@ -11,7 +11,7 @@ pytest.importorskip("lmms_eval")
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from prunekit_evals.micro.benchmark import TASKS
+from prunekit_evals.run.stamp import TASKS
 from prunekit_evals.studies.par import __main__ as command
 from prunekit_evals.studies.par import findings, page, results, tables
 from prunekit_evals.studies.par.cells import Row

@@ -116,7 +116,7 @@ WRONG = {
             "pipelines[2].use: unknown key", "pipelines[2].pipeline: is missing",
             "F:4:8: seeds: must be a whole number", "F:5:8: limit: must be a whole number",
             "F:6:9: timing: must be true or false", "budgets[0].flops: must be a fraction in (0, 1], not 2",
-            "honor_until: must not be 'never'",
+            "F:8:14: honor_until: must be 'stops', 'all' or 'none', not 'never'",
         ],
     ),
     "grids": (

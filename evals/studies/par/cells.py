@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prunekit_evals.micro.benchmark import TASKS, VERSION, Item
+from prunekit_evals.micro.benchmark import Item
 from prunekit_evals.micro.record import packed, unpacked
 from prunekit_evals.run.answering import Loaded
+from prunekit_evals.run.stamp import TASKS, VERSION
 from prunekit_evals.studies.par import asked, strategies
 from prunekit_evals.studies.par.asked import Outcome
 

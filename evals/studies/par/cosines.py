@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from prunekit_evals.micro.benchmark import TASKS
+from prunekit_evals.run.stamp import TASKS
 from prunekit_evals.studies.par import asked
 from prunekit_evals.studies.par.cells import Bench
 from torch import Tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from prunekit_evals.bench import sections, timing, workload
-from prunekit_evals.micro.benchmark import TASKS
+from prunekit_evals.run.stamp import TASKS
 from prunekit_evals.studies.par import asked
 from prunekit_evals.studies.par.cells import Bench, Stages, say
 from prunekit_evals.studies.par.parts import Routers
