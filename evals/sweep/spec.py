@@ -25,9 +25,11 @@ MODEL_KEYS = ("model", "dtype", "attn", "batch_size")
 OPTIONS = tuple(name for name in settings.names(Asked) if name not in ("dtype", "attn", "device"))
 TOP_KEYS = (
     "name", "description", "extends", "vars", "models", "tasks", "pipelines", "seeds", "budgets", "dense", "data_root",
-    "include_path", "timing", *OPTIONS,
+    "include_path", "timing", "calibrate", *OPTIONS,
 )  # fmt: skip
 REFERENCE_KEYS = ("pipeline", "name", "set", "grid", "seeds")
+CALIBRATION_KEYS = ("out", "pipeline", "data", "prompts", "seed")
+PROMPTS = 20  # of a calibration, as of `prunekit calibrate`
 SUFFIXES = {".yaml", ".yml", ".json"}
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -66,11 +68,23 @@ class PipelineChoice:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """A file that pipelines of the sweep name, and what `prunekit calibrate` is told to make it. source: a pipeline."""
+
+    out: Path
+    source: Source
+    data: str
+    prompts: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class SweepSpec:
     """A sweep as its file says it.
 
     tasks: names with the place of each. dense: whether the unpruned model stands beside. data_root, include_path: as of
-    `prunekit eval`. options: of `runner.Plan`, those that the file has.
+    `prunekit eval`. calibrations: files that are made first where they are not there. options: of `runner.Plan`, those
+    that the file has.
     """
 
     name: str
@@ -81,6 +95,7 @@ class SweepSpec:
     dense: bool = True
     data_root: Path | None = None
     include_path: Path | None = None
+    calibrations: tuple[Calibration, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,6 +129,9 @@ class _Reader:
                 self.faults.append(Fault(None, key, "is missing", "a sweep needs models, tasks and pipelines"))
         seeds = self.whole(values.get("seeds"), "seeds") or 1
         timing = self.boolean(values.get("timing"), "timing", True)
+        if "calibrate" in values and len(self.entries(values, "models")) > 1:
+            message = "a calibration is of one model, and the sweep has several"
+            self.faults.append(Fault(values["calibrate"].key, "calibrate", message, "write a sweep for each model"))
         return SweepSpec(
             self.text(values.get("name"), "name") or name,
             tuple(self.model(one, key) for one, key in self.entries(values, "models")),
@@ -123,6 +141,7 @@ class _Reader:
             self.boolean(values.get("dense"), "dense", True),
             self.folder(values, "data_root"),
             self.folder(values, "include_path"),
+            tuple(self.calibration(one, key) for one, key in self.entries(values, "calibrate")),
             {**self.options(values), "timing": timing},
         )
 
@@ -133,8 +152,8 @@ class _Reader:
             self.faults.append(Fault(values["subset_seed"].key, "subset_seed", message, "for instance limit: 100"))
         return read
 
-    def folder(self, values: dict[str, Node], key: str) -> Path | None:
-        text = self.text(values.get(key), key)
+    def folder(self, values: dict[str, Node], key: str, path: str = "") -> Path | None:
+        text = self.text(values.get(key), f"{path}.{key}" if path else key)
         return values[key].folder / text if text is not None else None
 
     def model(self, node: Node, key: str) -> ModelChoice:
@@ -175,6 +194,22 @@ class _Reader:
             self.faults.append(Fault(node.where, f"{key}.grid", f"makes {count} pipelines; at most {MOST}"))
         return PipelineChoice(_file(source), variation, key, node.where, places)
 
+    def calibration(self, node: Node, key: str) -> Calibration:
+        values = self.mapping(node, key, CALIBRATION_KEYS, "out", "a mapping with `out`, `pipeline` and `data`")
+        self.faults += [
+            Fault(node.where, f"{key}.{name}", "is missing", "see docs/sweep.md")
+            for name in ("pipeline", "data")
+            if name not in values
+        ]
+        source = values.get("pipeline", node)
+        return Calibration(
+            self.folder(values, "out", key) or Path(),
+            source if isinstance(source.data, dict) else _file(source),
+            self.text(values.get("data"), f"{key}.data") or "",
+            self.whole(values.get("prompts"), f"{key}.prompts") or PROMPTS,
+            self.whole(values.get("seed"), f"{key}.seed", 0) or 0,
+        )
+
     def budget(self, node: Node, key: str) -> Budget | None:
         own: list[Fault] = []
         budget = read_budget(node, own)
@@ -208,9 +243,11 @@ class _Reader:
         return tuple(texts)
 
     def entries(self, values: dict[str, Node], key: str) -> list[tuple[Node, str]]:
-        """The entries of a list, with the key of each; a single one may stand alone."""
+        """The entries of a list, with the key of each; a single one may stand alone. null takes out what a file that
+        is extended has, but not what a sweep needs.
+        """
         node = values.get(key)
-        if node is None:
+        if node is None or (node.data is None and key in ("budgets", "calibrate")):
             return []
         if not isinstance(node.data, list):
             return [(node, key)]
@@ -248,12 +285,12 @@ class _Reader:
             self.faults.append(Fault(node.where, key, f"must not be {node}", hint))
         return text
 
-    def whole(self, node: Node | None, key: str) -> int | None:
+    def whole(self, node: Node | None, key: str, least: int = 1) -> int | None:
         if node is None:
             return None
-        if isinstance(node.data, int) and not isinstance(node.data, bool) and node.data >= 1:
+        if isinstance(node.data, int) and not isinstance(node.data, bool) and node.data >= least:
             return node.data
-        self.faults.append(Fault(node.where, key, f"must be a whole number, at least 1, not {node}"))
+        self.faults.append(Fault(node.where, key, f"must be a whole number, at least {least}, not {node}"))
         return None
 
     def boolean(self, node: Node | None, key: str, default: bool) -> bool:

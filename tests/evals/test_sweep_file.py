@@ -3,7 +3,7 @@
 import textwrap
 
 import pytest
-from prunekit_evals.sweep import orders, spec
+from prunekit_evals.sweep import calibrations, orders, spec
 from prunekit_evals.sweep.orders import Where, ordered
 from prunekit_evals.sweep.queue import Queue
 
@@ -198,3 +198,32 @@ def test_a_cell_at_which_workers_die_is_given_up():
         given = queue.take(None, [])
         assert (given.job, given.lost) == (job, expected)
         queue.died(job, "killed by SIGKILL")
+
+
+CALIBRATED = """\
+models: MODEL
+tasks: pope
+calibrate:
+  - {out: made/c.json, pipeline: {name: c, stages: [{use: shortgpt, drop: 1}]}, data: micro-scenes, prompts: 2}
+pipelines:
+  - {name: gpt, stages: [{use: shortgpt, drop: 1, calibration: made/c.json}]}
+"""
+
+
+def test_a_sweep_makes_the_calibrations_that_its_pipelines_name(sweep, tmp_path, data_root, capsys, monkeypatch):
+    from prunekit.cli.main import main
+
+    path = sweep(CALIBRATED + f"data_root: {data_root}\n")
+    monkeypatch.chdir(data_root)  # paths start at the file
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    assert "c.json' is to be calibrated first" in capsys.readouterr().err
+    read = spec.load(path)
+    for one in calibrations.missing(read):
+        calibrations.make(read, one, False)
+    assert (tmp_path / "made" / "c.json").is_file() and calibrations.missing(read) == []
+    assert main(["sweep", str(path), "--dry-run"]) == 0 and "gpt" in capsys.readouterr().out
+    path = sweep("models: [a, b]\ntasks: t\npipelines: p\ncalibrate: [{out: x, data: d}]\n")
+    with pytest.raises(SpecError) as caught:
+        spec.load(path)
+    assert "4:1: calibrate: a calibration is of one model" in str(caught.value)
+    assert "calibrate[0].pipeline: is missing" in str(caught.value)
