@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunekit.errors import Fault, Where
+from prunekit.video_files import MAX_FRAMES
 
 if TYPE_CHECKING:
     from prunekit.spec.places import Node
-
-MAX_FRAMES = 32  # as most models of lmms-eval have it
 
 HonorUntil = Literal["stops", "all", "none"]
 

@@ -191,7 +191,7 @@ def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Sele
         weights = _owners(stage, merging, weights, keep, valid, refusals, get)
     elif weights is not None:
         count = _extras(stage, get) if selection.extras is None else _own_extras(stage, selection.extras, refusals, get)
-        weights = _matrix(stage, merging, weights, keep, count, refusals, get)
+        weights = _matrix(stage, merging, weights, keep, valid, count, refusals, get)
     if selection.extras is not None and not isinstance(weights, Tensor):
         raise PluginError(f"{stage.label}: select_tokens (extras) needs weights, a matrix whose last columns take them")
     if sizes is not None:
@@ -240,7 +240,7 @@ def _owners(
 
 
 def _matrix(
-    stage: Stage, hook: str, weights: Any, keep: Tensor, extras: int, refusals: Refusals, given: Given
+    stage: Stage, hook: str, weights: Any, keep: Tensor, valid: Tensor, extras: int, refusals: Refusals, given: Given
 ) -> Tensor:
     """A dense merge, float (B, V, V + E), finite in the rows of kept tokens. hook: the one that returned it."""
     hook = f"{hook} (weights)"
@@ -248,7 +248,28 @@ def _matrix(
     matrix = _floats(stage, hook, weights, shape)
     wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
     refusals.add(wrong.any(-1).to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token", given)
+    refusals.add(
+        valid & ~keep & _idle_rows(matrix, keep.to(matrix.device)).to(keep.device),
+        f"{stage.label}: {hook} has entries in the row of a token that leaves, which do nothing: row i says what "
+        "stands in the slot of token i, which therefore has to be kept (is it the transpose that you mean?)",
+        given,
+    )
     return matrix
+
+
+def _idle_rows(matrix: Tensor, keep: Tensor) -> Tensor:
+    """Rows of a dense merge that were meant for something which cannot be, if their tokens leave: bool (B, V).
+
+    They take extras, or other tokens while no kept row takes their own: so does a matrix the other way round, and a
+    sum whose token is not kept. A matrix that is simply written for all tokens, such as the cells of a grid or
+    likenesses, has rows of dropped tokens, too, and kept ones that take these. NaN, as of an average of none, is no
+    entry.
+    """
+    said, many = (matrix != 0) & (matrix == matrix), keep.shape[-1]
+    among = said[..., :many]
+    others = among.sum(-1) > among.diagonal(dim1=-2, dim2=-1)
+    taken = (among & keep[..., None]).any(-2)
+    return (others & ~taken) | said[..., many:].any(-1)
 
 
 def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
