@@ -78,7 +78,7 @@ families: $(STAMP) ## try every image-text-to-text type of transformers, and wri
 bench: $(STAMP) ## measure what prunekit costs and what it saves
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.bench.cpu $(BENCH_ARGS)
 
-study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; half an hour on a quiet core
+study: $(STAMP) ## measure what PAR is worth on the bundled model, and write docs/par.md; an hour on a quiet core
 	@$(OFFLINE) $(ONE_THREAD) $(BIN)/python -m prunekit_evals.studies.par $(STUDY_ARGS)
 
 cards: $(STAMP) ## write docs/strategies from code and from what was measured

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import yaml
 from prunekit_evals.bench.prefill import measure_prefill
@@ -18,27 +18,23 @@ from prunekit_evals.lmms.tasks import Built, Data, Named
 from prunekit_evals.run import claims, receipts, results, seeds, unanswered
 from prunekit_evals.run.answering import Loaded, Tally, device_type
 from prunekit_evals.run.files import CannotWrite
-from prunekit_evals.run.generation import HonorUntil
 from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.kept import ROOM, Kept
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
-from prunekit_evals.run.unanswered import listed
+from prunekit_evals.run.settings import Asked
 
 from prunekit import loading
 from prunekit.errors import InputError
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 from prunekit.strategy.decisions import ModelShape
-from prunekit.video_files import MAX_FRAMES, Sampling
 
 HELD = 0.5  # seconds until a cell that another process computes is looked for again
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to evaluate. data: where task data is. limit: questions a task, None for all. subset_seed: drawn
-    with it, not the first. force: also what is there.
-    unanswered: whether questions that cannot be answered count as wrong, or fail their cell at its end.
+class Plan(Asked):
+    """What to evaluate. data: where task data is. force: also what is there. timing: also of the prefill.
 
     Raises InputError for two pipelines of one name, which results and tables could not tell apart.
     """
@@ -48,22 +44,9 @@ class Plan:
     tasks: tuple[Named, ...]
     data: Data
     out: Path
-    limit: int | None = None
-    subset_seed: int | None = None
-    batch_size: int = 8
-    dtype: str | None = None
-    device: str | None = None
-    attn: str | None = None
-    max_new_tokens: int = 1024
-    system_prompt: str = ""
-    honor_until: HonorUntil = "stops"
-    prompt_profile: str | None = None
-    max_frames: int = MAX_FRAMES
-    fps: float | None = None
     download: bool = False
     force: bool = False
     timing: bool = True
-    unanswered: Literal["wrong", "fail"] = "wrong"
 
     def __post_init__(self) -> None:
         by_name: dict[str, Pipeline] = {}
@@ -204,7 +187,7 @@ class Runner:
         return Conditions(
             model=str(plan.model),
             identity=identity or "unknown",
-            data=plan.data.identity,
+            data=plan.data.recorded,
             limit=plan.limit,
             batch_size=plan.batch_size,
             dtype=plan.dtype or ("float32" if device == "cpu" else "checkpoint"),
@@ -227,7 +210,7 @@ class Runner:
 
     def conditions_of(self, task: str) -> Conditions:
         """The conditions of its cells."""
-        return replace(self.conditions, data=self.data[task].identity)
+        return replace(self.conditions, data=self.data[task].recorded)
 
     def path(self, task: str, pipeline: Pipeline) -> Path:
         """The file of a cell."""
@@ -325,11 +308,9 @@ class Runner:
         journal = self._journal(built.name, path)
         if plan.force:
             journal.unlink(missing_ok=True)
-        sampling = Sampling(plan.max_frames, plan.fps)
-        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until, sampling)
         kind = PruneKitChat if built.chat else PruneKitSimple
         self.loaded.kept.begin(built.name)
-        model = kind.over(self.loaded, pipeline, settings, str(journal))
+        model = kind.over(self.loaded, pipeline, Settings.of(plan), str(journal))
         model.progress = self.progress.advance
         model.unanswered.tolerant = True
         with model.journal:
@@ -337,7 +318,7 @@ class Runner:
         images = {number: image for (task, number), image in model.tally.images.items() if task == built.name}
         lost = model.unanswered.of(built.name)
         done = scoring.questions(built.name, evaluated["samples"][built.name], images, lost)
-        self._judge(lost, len(done))
+        unanswered.judge(lost, len(done), plan.unanswered == "fail")
         if built.numbers is not None:
             done = tuple(replace(one, number=built.numbers[one.number]) for one in done)
         return replace(
@@ -354,14 +335,6 @@ class Runner:
             executed=receipts.executed(model.tally.facts),
             foretold=receipts.foretold(model.tally.facts, pipeline, self.shape),
         )
-
-    def _judge(self, lost: Mapping[int, str], asked: int) -> None:
-        """Raise InputError where questions that could not be answered fail the cell."""
-        if len(lost) == asked:
-            raise InputError(f"no question could be answered: {listed(lost)}")
-        if lost and self.plan.unanswered == "fail":
-            count = f"{len(lost)} of {asked} questions could not be answered"
-            raise InputError(f"{count}: {listed(lost)} (--unanswered wrong counts them as wrong)")
 
     def _timing(self, tally: Tally, pipeline: Pipeline) -> Timing:
         seconds = tally.seconds / tally.computed if tally.computed else None

@@ -5,8 +5,13 @@ runs.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from prunekit_evals.run import settings
+from prunekit_evals.run.settings import Answers, Asked
 
 from prunekit.cli.arguments import positive
 
@@ -49,28 +54,12 @@ def _eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
     command.add_argument(
         "--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own: YAML files of lmms-eval"
     )
+    command.add_argument(
+        "--questions", type=Path, metavar="FILE",
+        help="ask these questions of each task, by number: JSON such as {\"pope\": [3, 17]}; searches write one",
+    )  # fmt: skip
     answers = command.add_argument_group("how answers are made (all of it is recorded)")
-    answers.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
-    answers.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
-    answers.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    answers.add_argument("--attn", metavar="A", help="attention implementation: sdpa, eager")
-    answers.add_argument(
-        "--max-new-tokens", type=positive, default=1024, metavar="N",
-        help="for tasks that name no length; default: 1024",
-    )  # fmt: skip
-    answers.add_argument("--system-prompt", default="", metavar="TEXT", help="put before every question")
-    answers.add_argument(
-        "--honor-until", choices=("stops", "all", "none"), default="stops",
-        help="cut answers at the task's stop strings: all but the few-shot break (default), all, none",
-    )  # fmt: skip
-    answers.add_argument(
-        "--prompt-profile", metavar="NAME", help="use the prompts that tasks have for this model name, as qwen_vl"
-    )
-    answers.add_argument(
-        "--max-frames", type=positive, default=32, metavar="N",
-        help="of a video, evenly spread; with --fps the most that are shown; default: 32",
-    )  # fmt: skip
-    answers.add_argument("--fps", type=_rate, metavar="F", help="frames of a video for each of its seconds")
+    add_settings(answers, *(name for name in settings.names(Answers) if name != "unanswered"))
     _common(command, limit=None)
 
 
@@ -114,23 +103,12 @@ def _demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
         description="Score shipped pipelines on the bundled model through lmms-eval, and compare them.",
         epilog="example: prunekit demo --limit 50",
     )
-    command.add_argument("--batch-size", type=positive, default=8, metavar="N", help="default: 8")
+    add_settings(command, "batch_size")
     _common(command, limit=200)
 
 
 def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
-    command.add_argument(
-        "--limit", type=positive, default=limit, metavar="N",
-        help=f"questions a task; default: {'all' if limit is None else limit} (never splits a pair of MME)",
-    )  # fmt: skip
-    command.add_argument(
-        "--subset-seed", type=natural, metavar="N", help="draw the questions of --limit at random, not the first ones"
-    )
-    command.add_argument(
-        "--unanswered", choices=("wrong", "fail"), default="wrong",
-        help="questions that cannot be answered, such as one with a damaged image, are named and count as wrong "
-        "(default), or fail their cell at its end",
-    )  # fmt: skip
+    add_settings(command, "limit", "subset_seed", "unanswered", limit=limit)
     command.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="where results go; default: results")
     command.add_argument("--force", action="store_true", help="compute again what is there")
     command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
@@ -143,6 +121,31 @@ def _common(command: argparse.ArgumentParser, limit: int | None) -> None:
     command.add_argument("--download", action="store_true", help="models and data that are not here may be fetched")
     command.add_argument("--json", action="store_true", help="machine-readable on stdout; messages stay on stderr")
     command.set_defaults(run=_run("demo" if limit else "evaluate"))
+
+
+def add_settings(command: argparse._ActionsContainer, *names: str, told: bool = True, **defaults: Any) -> None:
+    """Options that set what `run.settings` declares, by these names.
+
+    told: False: a file may say them too, so that an option which is not given is None. defaults: other ones than there.
+    """
+    kinds, declared = get_type_hints(Asked), {one.name: one for one in fields(Asked)}
+    for name in names:
+        about = declared[name].metadata
+        default = defaults.get(name) or declared[name].default
+        usual = "" if default in (None, "") or not told else f"; default: {default}"
+        action: dict[str, Any] = {"default": default if told else None, "help": about["help"] + usual}
+        if get_origin(kinds[name]) is Literal:
+            action["choices"] = get_args(kinds[name])
+        else:
+            action |= {"metavar": about["metavar"], "type": _kind(about)}
+        command.add_argument(f"--{name.replace('_', '-')}", **action)
+
+
+def _kind(about: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What reads the text of a setting."""
+    if about["above"] is not None:
+        return _rate
+    return str if about["least"] is None else (natural, positive)[about["least"]]
 
 
 def _run(name: str) -> Callable[[argparse.Namespace], int]:

@@ -8,13 +8,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prunekit_evals.lmms import quiet
-from prunekit_evals.run import files
+from prunekit_evals.run import chosen, files, settings
 from prunekit_evals.run.files import CannotWrite
+from prunekit_evals.run.settings import Asked
 from prunekit_evals.run.variants import Variation, drawn, expand, read_grid
 
 import prunekit
@@ -151,7 +153,7 @@ def ready(namespace: argparse.Namespace) -> None:
         raise InputError(
             "prunekit eval is one process; for several: torchrun ... -m lmms_eval --model prunekit (docs/evaluate.md)"
         )
-    if not is_text(vars(namespace).get("system_prompt", "")):
+    if not is_text(vars(namespace).get("system_prompt") or ""):
         raise InputError("--system-prompt is not UTF-8 (convert it, for instance with iconv -t UTF-8)")
     quiet.before_imports(namespace.download)
     if namespace.threads:
@@ -181,32 +183,27 @@ def plan_of(namespace: argparse.Namespace, pipelines: tuple[Pipeline, ...]) -> P
     if not names:
         raise InputError("--tasks names no task (for example --tasks pope,gqa)")
     arguments = vars(namespace)
-    named = tasks.find([name.removeprefix(f"{tasks.MICRO}/") for name in names], arguments.get("include_path"))
-    standard = [name for name in names if name not in {one.name for one in named if one.own}]
     if namespace.subset_seed is not None and namespace.limit is None:
         raise InputError("--subset-seed draws the questions of --limit, which is not given (for instance --limit 100)")
-    options = (
-        "dtype", "device", "attn", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "max_frames",
-        "fps",
-    )  # fmt: skip
     files.folder(namespace.out)
-    data = tasks.data_at(None)
-    if standard:
-        data = tasks.data_for(namespace.model, standard, namespace.data_root, namespace.out)
+    include = arguments.get("include_path")
+    named, data = tasks.choose(namespace.model, names, namespace.data_root, namespace.out, include)
+    told = {name: arguments[name] for name in settings.names(Asked) if name in arguments}
+    if file := arguments.get("questions"):
+        if namespace.limit is not None:
+            raise InputError("--limit and --questions both say which questions are asked (give one of them)")
+        data = replace(data, rows=chosen.read(file, [one.name for one in named]))
+        told["limit"] = data.asked
     return Plan(
         model=namespace.model,
         pipelines=pipelines,
         tasks=tuple(named),
         data=data,
         out=namespace.out,
-        limit=namespace.limit,
-        subset_seed=namespace.subset_seed,
-        unanswered=namespace.unanswered,
-        batch_size=namespace.batch_size,
         download=namespace.download,
         force=namespace.force,
         timing=not namespace.no_timing,
-        **{name: arguments[name] for name in options if name in arguments},
+        **told,
     )
 
 

@@ -8,6 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunekit_evals.cli.arguments import add_settings
+from prunekit_evals.run import settings
+from prunekit_evals.run.settings import Answers
+
 from prunekit.cli.arguments import is_override, positive
 
 if TYPE_CHECKING:
@@ -25,8 +29,7 @@ Exit codes: 0 done; 1 held-out cells failed; 2 your input is wrong.
 """
 # Flags that say what a key of the file says, as it does or as a list.
 PLAIN = (
-    "model", "name", "stages", "trials", "calibration", "held_out", "factor", "seed", "batch_size", "dtype", "device",
-    "attn",
+    "model", "name", "stages", "trials", "calibration", "held_out", "factor", "seed", *settings.names(Answers),
 )  # fmt: skip
 LISTS = ("tasks", "strategies", "baselines")
 
@@ -68,10 +71,8 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def _answers(command: argparse.ArgumentParser) -> None:
     """Options as of `prunekit eval`."""
     command.add_argument("--data-root", type=Path, metavar="DIR", help="a folder with <organisation>/<dataset>/")
-    command.add_argument("--batch-size", type=positive, metavar="N", help="default: 8")
-    command.add_argument("--dtype", metavar="T", help="float32, bfloat16, float16; default: float32 on the CPU")
-    command.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    command.add_argument("--attn", metavar="A", help="attention implementation: sdpa, eager")
+    command.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with tasks of your own")
+    add_settings(command, *settings.names(Answers), told=False)
     command.add_argument("--no-timing", action="store_true", help="do not measure prefill times")
     command.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default: torch chooses")
     command.add_argument("--download", action="store_true", help="models and data that are not here may be fetched")
@@ -134,8 +135,9 @@ def _told(namespace: argparse.Namespace) -> dict[str, Any]:
             told[key] = [one.strip() for one in given[key].split(",") if one.strip()]
     if namespace.flops is not None:
         told["budget"] = {"flops": namespace.flops}
-    if namespace.data_root is not None:
-        told["data_root"] = str(namespace.data_root.absolute())
+    for key in ("data_root", "include_path"):
+        if given[key] is not None:
+            told[key] = str(given[key].absolute())
     return told
 
 
@@ -163,7 +165,7 @@ def _plan(namespace: argparse.Namespace, declared: Declared, folder: Path) -> Pl
 
     told = {**asdict(declared.settings), "tasks": ",".join(declared.settings.tasks)}
     rest = {
-        "out": folder / "results", "limit": None, "subset_seed": None, "unanswered": "wrong", "force": False,
+        "out": folder / "results", "limit": None, "subset_seed": None, "force": False,
         "no_timing": namespace.no_timing,
     }  # fmt: skip
     return commands.plan_of(argparse.Namespace(**told, **rest, download=namespace.download), ())

@@ -16,6 +16,7 @@ from prunekit.cli.arguments import positive
 
 if TYPE_CHECKING:
     from prunekit_evals.sweep.orders import Ordered
+    from prunekit_evals.sweep.spec import SweepSpec
     from prunekit_evals.sweep.worker import Report
 
 EXAMPLES = """\
@@ -83,6 +84,7 @@ def run(namespace: argparse.Namespace) -> int:
     commands.need_scipy()
     quiet.before_imports(namespace.download)
     asked = spec.load(namespace.sweep, namespace.overrides)
+    _calibrate(namespace, asked)
     where = Where(namespace.out, namespace.download, namespace.force, namespace.skip_infeasible)
     wanted = ordered(asked, where)
     for text in (*(f"warning: {note}" for note in wanted.notes), *(f"left out: {one}" for one in wanted.skipped)):
@@ -95,6 +97,19 @@ def run(namespace: argparse.Namespace) -> int:
     except OSError as error:
         raise InputError(f"--out {namespace.out}: {error.strerror} (name a folder that can be written)") from error
     return _report(_go(namespace, wanted), namespace)
+
+
+def _calibrate(namespace: argparse.Namespace, asked: SweepSpec) -> None:
+    """Make what pipelines need of a calibration. Raises InputError where a dry run would have to."""
+    from prunekit_evals.sweep import calibrations
+
+    from prunekit.errors import InputError
+
+    for one in calibrations.missing(asked):
+        if namespace.dry_run:
+            raise InputError(f"'{one.out}' is to be calibrated first, which takes the model (leave --dry-run out)")
+        with redirect_stdout(sys.stderr):
+            calibrations.make(asked, one, namespace.download)
 
 
 def _go(namespace: argparse.Namespace, wanted: Ordered) -> list[Report]:

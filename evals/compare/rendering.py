@@ -75,13 +75,17 @@ def show(table: Table, console: Console) -> None:
 
 def markdown(table: Table) -> str:
     """The table as Markdown, with its conditions, notes and legend."""
-    shown = columns(table)
-    out = [f"**{_plain(table.conditions.title())}**", "", _joined(list(shown))]
-    out.append(_joined(["---", *["---:"] * (len(shown) - 1)]))
-    out += [_joined(texts) for texts in zip(*shown.values(), strict=True)]
+    out = [f"**{_plain(table.conditions.title())}**", "", grid(table)]
     out += ["", *(f"{_plain(line[0].upper() + line[1:])}.  " for line in table.verdicts)]
     out += [f"Note: {_plain(note)}.  " for note in table.notes]
     return "\n".join([*out, f"_{_labels(table.tasks)}{LEGEND}_", ""])
+
+
+def grid(table: Table) -> str:
+    """The rows alone, as Markdown."""
+    shown = columns(table)
+    lines = [_joined(list(shown)), _joined(["---", *["---:"] * (len(shown) - 1)])]
+    return "\n".join([*lines, *(_joined(texts) for texts in zip(*shown.values(), strict=True))])
 
 
 def _fitting(table: Table, width: int) -> tuple[dict[str, list[str]], list[str]]:

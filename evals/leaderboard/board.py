@@ -9,7 +9,7 @@ from prunekit_evals.compare import pooling, tables
 from prunekit_evals.compare.pooling import Pooled
 from prunekit_evals.compare.tables import Row, Table
 from prunekit_evals.leaderboard import commands
-from prunekit_evals.leaderboard.commands import Run
+from prunekit_evals.leaderboard.commands import Chosen, Run
 from prunekit_evals.run.results import Cell, Conditions
 
 # What every method has to beat, by the strategy that it is made of, and the shipped pipeline that adds it.
@@ -41,12 +41,16 @@ class Missing:
 
 @dataclass(frozen=True)
 class Section:
-    """What may be compared with each other. apart: the conditions in which it differs from other sections."""
+    """What may be compared with each other. apart: the conditions in which it differs from other sections.
+
+    chosen: the questions, where they were named one by one.
+    """
 
     table: Table
     entries: tuple[Entry, ...]
     missing: tuple[Missing, ...]
     apart: dict[str, str]
+    chosen: Chosen | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def _section(cells: Sequence[Cell], apart: dict[str, str]) -> Section:
         Missing(name, commands.command(pipeline, table.conditions, table.tasks))
         for name, pipeline in BASELINES.items() if name not in there
     )  # fmt: skip
-    return Section(table, entries, missing, apart)
+    answered = [cell for entry in entries for cell in entry.cells]
+    return Section(table, entries, missing, apart, commands.chosen_of(answered) if answered else None)
 
 
 def _entry(row: Row, pooled: Pooled, table: Table) -> Entry:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
+from prunekit_evals.run import chosen, settings, stamp
 from prunekit_evals.run.results import Cell, Conditions, PipelineId
+from prunekit_evals.run.settings import Answers
 
 import prunekit
 from prunekit import plugins
 from prunekit.errors import PrunekitError
-from prunekit.video_files import MAX_FRAMES
 
+UNRECORDED = "{file} is the `questions.json` that the search wrote: not all of it is recorded here, since cells failed"
+RECORDED = {one.name for one in fields(Conditions)}
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -25,6 +28,22 @@ class Run:
     command: str
     file: str
     yaml: str
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The file of questions that commands name. text: empty where not all of them are recorded, since cells failed."""
+
+    file: str
+    text: str
+
+
+def chosen_of(cells: Sequence[Cell]) -> Chosen | None:
+    """The questions behind these cells, of one table; None where they were not named one by one."""
+    mark, rows = cells[0].conditions.chosen, chosen.recorded(cells)
+    if not mark:
+        return None
+    return Chosen(f"questions-{mark}.json", chosen.text(rows) if chosen.mark(rows) == mark else "")
 
 
 def of_cells(cells: Sequence[Cell]) -> tuple[Run, ...]:
@@ -44,22 +63,38 @@ def _run(pipeline: PipelineId, conditions: Conditions, tasks: Sequence[str]) -> 
 
 
 def command(pipeline: str, conditions: Conditions, tasks: Sequence[str]) -> str:
-    """`prunekit eval` of one pipeline, a name or a file, under these conditions."""
+    """`prunekit eval` of one pipeline, a name or a file, under these conditions. `DIR` stands for a folder of whoever
+    runs it.
+    """
     words = ["prunekit", "eval", pipeline, "--model", conditions.model, "--tasks", ",".join(dict.fromkeys(tasks))]
-    if conditions.limit is not None:
-        words += ["--limit", str(conditions.limit)]
-    if conditions.subset_seed is not None:
-        words += ["--subset-seed", str(conditions.subset_seed)]
-    words += ["--batch-size", str(conditions.batch_size), "--device", conditions.device]
-    usual = {
-        "--dtype": (conditions.dtype, "checkpoint"), "--attn": (conditions.attention, "default"),
-        "--max-new-tokens": (str(conditions.max_new_tokens), "1024"), "--system-prompt": (conditions.system_prompt, ""),
-        "--honor-until": (conditions.honor_until, "stops"), "--prompt-profile": (conditions.prompt_profile, ""),
-        "--max-frames": (str(conditions.max_frames), str(MAX_FRAMES)),
-        "--fps": ("" if conditions.fps is None else str(conditions.fps), ""),
+    given = {
+        **_questions(conditions, tasks), "batch_size": conditions.batch_size, "device": conditions.device,
+        "dtype": conditions.dtype if conditions.dtype != "checkpoint" else None,
+        "attn": conditions.attention if conditions.attention != "default" else None,
     }  # fmt: skip
-    words += [word for option, (value, default) in usual.items() if value != default for word in (option, value)]
+    given |= {name: getattr(conditions, name) for name in settings.names(Answers) if name in RECORDED - given.keys()}
+    usual = {one.name: one.default for one in fields(Answers) if one.name not in ("batch_size", "device")}
+    for name, value in given.items():
+        if value not in (None, "") and value != usual.get(name):
+            words += _option(f"--{name.replace('_', '-')}", str(value))
     return shlex.join([*words, "--no-dense"])
+
+
+def _questions(conditions: Conditions, tasks: Sequence[str]) -> dict[str, object]:
+    """Where questions come from, and which of them are asked."""
+    told: dict[str, object] = {}
+    identity = conditions.data.partition("+")[0]
+    if identity.startswith("own-"):
+        told["include_path"] = "DIR"
+    elif identity not in ("hub", stamp.identity()):
+        told["data_root"] = "DIR"
+    if conditions.chosen:
+        return {**told, "questions": f"questions-{conditions.chosen}.json"}
+    return {**told, "limit": conditions.limit, "subset_seed": conditions.subset_seed}
+
+
+def _option(name: str, value: str) -> list[str]:
+    return [f"{name}={value}"] if value.startswith("-") else [name, value]
 
 
 def source(pipeline: PipelineId) -> str:

@@ -15,7 +15,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from prunekit_evals.leaderboard import bundle, charts, columns, points
+from prunekit_evals.leaderboard import bundle, charts, columns, commands, points
 from prunekit_evals.leaderboard.board import Board, Entry, Section, spelled
 from prunekit_evals.leaderboard.columns import Column
 from prunekit_evals.leaderboard.pictures import Picture
@@ -52,7 +52,7 @@ def html(board: Board, pictures: Mapping[str, Picture] | None = None) -> str:
     return environment.get_template("board.html").render(
         board=board, sections=[_shown(section) for section in board.sections], version=VERSION,
         css=Markup(_text("board.css")), vega=Markup(vega), own=Markup(own), policy=_policy(vega, own),
-        receipt=receipt, cell_facts=cell_facts, pictures=pictures or {},
+        receipt=receipt, cell_facts=cell_facts, pictures=pictures or {}, unrecorded=commands.UNRECORDED,
     )  # fmt: skip
 
 

@@ -19,10 +19,11 @@ from prunekit_evals.lmms import model_args
 from prunekit_evals.lmms.requests import Question, Settings, choice_of, naming, of_one_prompt, read, rounds
 from prunekit_evals.run import likelihoods
 from prunekit_evals.run.answering import Loaded, Tally, answer, journal_file, means
-from prunekit_evals.run.generation import HonorUntil, decoding
+from prunekit_evals.run.generation import decoding
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
 from prunekit_evals.run.rounds import Rounds
+from prunekit_evals.run.settings import HonorUntil
 from prunekit_evals.run.unanswered import Unanswered
 
 import prunekit
@@ -194,9 +195,14 @@ class PruneKit(lmms):  # type: ignore[misc]
         A pair is wrapped, because lmms-eval turns a bare tuple into a string.
         """
         found: dict[int, tuple[float, bool]] = {}
+        asked: set[tuple[str, int]] = set()
         for places, together in of_one_prompt(requests):
             found |= zip(places, self._losses(together), strict=True)
-            self.progress(len(places))
+            question = together[0].task_name, together[0].doc_id
+            self.progress(
+                int(question not in asked)
+            )  # a question has several continuations, and may have several prompts
+            asked.add(question)
         return [GenerationResult(cast(str, found[place])) for place in range(len(requests))]
 
     def _losses(self, together: Sequence[Instance]) -> list[tuple[float, bool]]:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
+from prunekit_evals.run.generation import Decoding, decoding
 from prunekit_evals.run.journal import key_of
 from prunekit_evals.run.placeholders import holds
 from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals, placeholder
+from prunekit_evals.run.settings import Answers, HonorUntil
 
 from prunekit.errors import InputError
 from prunekit.video_files import Sampling
@@ -31,6 +32,12 @@ class Settings:
     system_prompt: str = ""
     honor_until: HonorUntil = "stops"
     sampling: Sampling = field(default_factory=Sampling)
+
+    @classmethod
+    def of(cls, answers: Answers) -> Settings:
+        """Those of a plan."""
+        sampling = Sampling(answers.max_frames, answers.fps)
+        return cls(answers.batch_size, answers.max_new_tokens, answers.system_prompt, answers.honor_until, sampling)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from prunekit_evals.lmms import parts
 from prunekit_evals.lmms.own import identity
-from prunekit_evals.run import files
+from prunekit_evals.run import chosen, files, stamp
 
 from prunekit import video_files
 from prunekit.errors import InputError, UnknownName
@@ -29,7 +29,6 @@ INSTALL = (
 NAMED = re.compile(r"^(task|group|tag)\s*:[ \t]*[\"']?([^\s\"'#]+)", re.MULTILINE)
 MICRO = "micro"  # how tasks of the bundled benchmark are labelled
 BUNDLED = (MICRO, "smol")  # models that learned from its scenes, and are asked it where no data is named
-STAMP = "prunekit-micro.json"
 HARNESS_CACHE = "LMMS_EVAL_DATASETS_CACHE"
 PAIRED = re.compile(r"mme($|_)")  # tasks whose metric wants both questions about an image
 
@@ -56,6 +55,16 @@ class Data:
     identity: str
     micro: bool
     rows: Mapping[str, Sequence[int]] | None = None
+
+    @property
+    def recorded(self) -> str:
+        """Its identity as results have it, which that of chosen questions is part of."""
+        return self.identity if self.rows is None else f"{self.identity}+{chosen.mark(self.rows)}"
+
+    @property
+    def asked(self) -> int | None:
+        """The most chosen questions of a task, which as a limit cuts nothing; None where none are chosen."""
+        return None if self.rows is None else max(map(len, self.rows.values()))
 
     def label(self, task: str) -> str:
         """The name of a task in results."""
@@ -111,9 +120,8 @@ def data_at(root: Path | None) -> Data:
         return Data(None, "hub", False)
     if not root.is_dir():
         raise InputError(f"data root '{root}' is not a folder; it holds <organisation>/<dataset>/ as the hub does")
-    stamp = root / STAMP
-    if stamp.is_file():
-        return Data(root, hashlib.sha256(stamp.read_bytes()).hexdigest()[:12], True)
+    if (root / stamp.STAMP).is_file():
+        return Data(root, stamp.identity((root / stamp.STAMP).read_text(encoding="utf-8")), True)
     total = hashlib.sha256()
     for file in sorted(root.rglob("*")):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts):
@@ -189,7 +197,7 @@ def whole_groups(groups: Sequence[Any], limit: int) -> int:
     return len(groups)
 
 
-def micro_data(folder: Path, questions: int = 600) -> Data:
+def micro_data(folder: Path, questions: int = stamp.QUESTIONS) -> Data:
     """The bundled benchmark, written into `folder` if it is not there."""
     from filelock import FileLock
     from prunekit_evals.micro import benchmark
@@ -210,13 +218,23 @@ def data_for(model: str, names: Sequence[str], root: Path | None, out: Path) -> 
         if not data.micro and named_so:
             raise InputError(f"tasks {', '.join(names)}: micro/... is the bundled benchmark; name all so, or none")
         return data
-    from prunekit_evals.micro import benchmark
-
     for name in names:
-        if name.removeprefix(f"{MICRO}/") not in benchmark.TASKS:
-            listed = ", ".join(benchmark.TASKS)
+        if name.removeprefix(f"{MICRO}/") not in stamp.TASKS:
+            listed = ", ".join(stamp.TASKS)
             raise InputError(f"the bundled benchmark has no task '{name}' (it has {listed}; else give --data-root)")
     return micro_data(out / "data" / MICRO)
+
+
+def choose(
+    model: str, names: Sequence[str], root: Path | None, out: Path, include: Path | None = None
+) -> tuple[list[Named], Data]:
+    """The tasks of these names, which may be written `micro/...`, and where those that are not the user's own take
+    their data. include: as of `find`; root, out: as of `data_for`. Raises what they raise.
+    """
+    named = find([name.removeprefix(f"{MICRO}/") for name in names], include)
+    own = {one.name for one in named if one.own}
+    standard = [name for name in names if name not in own]
+    return named, data_for(model, standard, root, out) if standard else data_at(None)
 
 
 def _index() -> dict[str, Named]:
@@ -257,7 +275,7 @@ def data_of(named: Named, data: Data) -> Data:
         return data
     try:
         config = _manager(named)._get_config(named.name)
-        return Data(named.file.parent, f"own-{identity(named.file, config)}", False)
+        return Data(named.file.parent, f"own-{identity(named.file, config)}", False, data.rows)
     except Exception as error:
         said = " ".join(str(error).split())[:300]
         raise InputError(f"'{named.file}' is no task of lmms-eval: {type(error).__name__}: {said}") from error

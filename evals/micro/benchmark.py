@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,13 +18,10 @@ from prunekit_evals.micro import facts
 from prunekit_evals.micro.compose import Scene, scene
 from prunekit_evals.micro.questions import LETTERS, Question, ask
 from prunekit_evals.micro.tables import Column, write_table
+from prunekit_evals.run import stamp
+from prunekit_evals.run.stamp import QUESTIONS, STAMP, TASKS
 
-TASKS: tuple[str, ...] = ("pope", "mme", "gqa", "mmbench_en_dev_static", "scienceqa_img", "textvqa_val")
 ORGANISATION = "lmms-lab-encoder"
-STAMP = "prunekit-micro.json"
-# Names what is asked and shown. A test holds it against `digest`, which takes seconds: whoever changes a question or a
-# image writes the new one here, and older results stand apart from newer ones.
-VERSION = "89d73a83f128"
 SAMPLED = 12
 BENCHMARK_SEEDS = 1 << 20  # each task has a range of its own above; training scenes start at 1 << 40
 
@@ -255,14 +251,13 @@ def digest(count: int = SAMPLED) -> str:
     return total.hexdigest()[:12]
 
 
-def write(data_root: str | Path, questions_per_task: int = 600) -> None:
+def write(data_root: str | Path, questions_per_task: int = QUESTIONS) -> None:
     """Write every task's data set below `data_root`; does nothing where the same version lies already."""
     root = Path(data_root)
-    stamp = root / STAMP
-    wanted = json.dumps({"version": VERSION, "questions_per_task": questions_per_task, "tasks": TASKS}, indent=1)
-    if stamp.exists() and stamp.read_text() == wanted:
+    stamped, wanted = root / STAMP, stamp.text(questions_per_task)
+    if stamped.exists() and stamped.read_text() == wanted:
         return
-    stamp.unlink(missing_ok=True)
+    stamped.unlink(missing_ok=True)
     for task in TASKS:
         WRITERS[task](root / ORGANISATION, ITEMS[task](questions_per_task))
-    stamp.write_text(wanted)
+    stamped.write_text(wanted)

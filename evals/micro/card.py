@@ -11,9 +11,10 @@ from pathlib import Path
 
 from prunekit_evals.micro import card_tables as tables
 from prunekit_evals.micro import record
-from prunekit_evals.micro.benchmark import ITEMS, TASKS
+from prunekit_evals.micro.benchmark import ITEMS
 from prunekit_evals.micro.card_text import HEAD, TAIL
 from prunekit_evals.micro.record import Record
+from prunekit_evals.run.stamp import TASKS
 
 from prunekit.loading import model_identity
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from prunekit_evals.micro import foreign
-from prunekit_evals.micro.benchmark import ITEMS, TASKS, Item
+from prunekit_evals.micro.benchmark import ITEMS, Item
 from prunekit_evals.micro.compose import TOKENS, Scene
 from prunekit_evals.micro.judge import Judge, Trace
 from prunekit_evals.micro.question import Question, pick
 from prunekit_evals.micro.questions import CHOICE, HOPS, OPEN, ask
 from prunekit_evals.micro.selections import SELECTIONS, View, most
+from prunekit_evals.run.stamp import TASKS
 from torch import Tensor
 
 BATCH = 50

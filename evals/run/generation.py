@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from prunekit_evals.run.settings import HonorUntil
 
 from prunekit.errors import InputError
 
@@ -13,8 +15,6 @@ PASSED = (
     "num_beams", "top_p", "top_k", "min_new_tokens", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
 FEW_SHOT_BREAK = "\n\n"  # lmms-eval puts it into every task whose file has no `until`; it would cut reasoning answers
-
-HonorUntil = Literal["stops", "all", "none"]
 
 
 @dataclass(frozen=True)

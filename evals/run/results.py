@@ -26,9 +26,9 @@ class Conditions:
     """What a result depends on besides pipeline and task. Only cells with equal conditions stand in one table.
 
     model: as the user wrote it; identity: of its weights. dtype: `checkpoint` leaves it to the checkpoint.
-    data: identity of the task data. limit: questions asked for, None for all. subset_seed: they were drawn with it;
-    None: they are the first ones. max_frames, fps: of videos, see `video_files.Sampling`. code: identity of the code
-    that ran.
+    data: identity of the task data, with that of chosen questions behind a `+`. limit: questions asked for, None for
+    all. subset_seed: they were drawn with it; None: they are the first ones. max_frames, fps: of videos, see
+    `video_files.Sampling`. code: identity of the code that ran.
     """
 
     model: str
@@ -47,6 +47,11 @@ class Conditions:
     subset_seed: int | None = None
     max_frames: int = MAX_FRAMES
     fps: float | None = None
+
+    @property
+    def chosen(self) -> str:
+        """What tells the questions from others, where they were named one by one (`chosen.mark`); else empty."""
+        return self.data.partition("+")[2]
 
     def title(self) -> str:
         """One line for the head of a table."""

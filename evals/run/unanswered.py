@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from prunekit_evals.run.files import CannotWrite
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import InputError, PrunekitError
 
 IN_A_ROW = 16  # so many are no accident of single documents
 
@@ -47,6 +47,18 @@ class Unanswered:
     def of(self, task: str) -> dict[int, str]:
         """Number to reason, of one task."""
         return {number: why for (name, number), why in self.reasons.items() if name == task}
+
+
+def judge(lost: Mapping[int, str], asked: int, strict: bool) -> None:
+    """Raise InputError where questions that could not be answered fail a cell: if strict each one does, else only all.
+
+    lost: number of each such question of `asked`, and why.
+    """
+    if len(lost) == asked:
+        raise InputError(f"no question could be answered: {listed(lost)}")
+    if lost and strict:
+        count = f"{len(lost)} of {asked} questions could not be answered"
+        raise InputError(f"{count}: {listed(lost)} (--unanswered wrong counts them as wrong)")
 
 
 def listed(reasons: Mapping[int, str], at_most: int = 3) -> str:

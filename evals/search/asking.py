@@ -17,12 +17,11 @@ from typing import Any, Protocol
 from prunekit_evals.lmms import harness, parts, quiet, scoring, tasks
 from prunekit_evals.lmms.requests import Settings
 from prunekit_evals.lmms.tasks import Built
-from prunekit_evals.run import files
+from prunekit_evals.run import files, unanswered
 from prunekit_evals.run.answering import Loaded, Tally
 from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Facts, key_of
 from prunekit_evals.run.kept import ROOM, Kept
-from prunekit_evals.run.unanswered import listed
 from prunekit_evals.runner import Plan, Runner
 from prunekit_evals.search.split import Part, levels_of, rungs
 
@@ -44,7 +43,8 @@ class Questions:
         if task not in self._built:
             named = next(one for one in self.plan.tasks if one.name == task)
             with quiet.harness():
-                self._built[task] = tasks.build(named, self.plan.data, None, self.plan.prompt_profile)
+                data = tasks.data_of(named, self.plan.data)
+                self._built[task] = tasks.build(named, data, None, self.plan.prompt_profile)
         return self._built[task]
 
     def part(self, task: str, numbers: Sequence[int]) -> Built:
@@ -143,7 +143,6 @@ class Calibration:
         from prunekit_evals.lmms.adapter import PruneKitChat, PruneKitSimple
 
         plan = self.runner.plan
-        settings = Settings(plan.batch_size, plan.max_new_tokens, plan.system_prompt, plan.honor_until)
         path.parent.mkdir(parents=True, exist_ok=True)
         scores: dict[str, tuple[float, ...]] = {}
         facts: list[Facts] = []
@@ -151,12 +150,14 @@ class Calibration:
         for task, added in self._rungs.items():
             part = self.questions.part(task, added[level])
             kind = PruneKitChat if part.chat else PruneKitSimple
-            model = kind.over(self._loaded(task, level), pipeline, settings, str(_journal(path)))
+            model = kind.over(self._loaded(task, level), pipeline, Settings.of(plan), str(_journal(path)))
             model.progress = self.advance
             model.unanswered.tolerant = True
             with model.journal:
                 samples = harness.evaluate(model, part, path.with_suffix(".files"))["samples"][task]
-            scores[task] = _scores(task, samples, model.unanswered.of(task))
+            lost = model.unanswered.of(task)
+            unanswered.judge(lost, len(samples), plan.unanswered == "fail")
+            scores[task] = _scores(task, samples, lost)
             facts += model.tally.facts
             lengths += [one["input_tokens"] for sample in samples for one in sample["token_counts"] if one]
         saved = harness.saved(Tally(facts=facts))
@@ -175,9 +176,7 @@ class Calibration:
 
 
 def _scores(task: str, samples: Sequence[Mapping[str, Any]], lost: Mapping[int, str]) -> tuple[float, ...]:
-    """lost: question -> why it could not be answered, which counts as wrong. Raises InputError where all are lost."""
-    if len(lost) == len(samples):
-        raise InputError(f"no question of '{task}' could be answered: {listed(lost)}")
+    """lost: question -> why it could not be answered, which counts as wrong. Raises InputError where none has one."""
     found = tuple(one.score for one in scoring.questions(task, samples, None, lost) if one.score is not None)
     if not found:
         raise InputError(f"task '{task}' gives its questions no scores of their own, by which candidates are compared")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from prunekit_evals.run.generation import HonorUntil
+from prunekit_evals.run import settings
+from prunekit_evals.run.settings import Answers
 from prunekit_evals.search.space import Choices, Domain, Range, Space, searched
 
 from prunekit import plugins
@@ -20,45 +21,39 @@ from prunekit.spec.budget_keys import Budget, read_budget
 from prunekit.spec.compose import Composed, Source, compose
 from prunekit.spec.places import Node
 from prunekit.spec.schema import NAME
-from prunekit.strategy import options
 from prunekit.strategy.decisions import ModelShape
 
 OTHER_KEYS = ("description", "budget", "strategies")
 RANGE_KEYS = ("from", "to", "step", "log")
-LEAST = {"stages": 1, "trials": 1, "calibration": 1, "held_out": 1, "factor": 2, "seed": 0, "batch_size": 1,
-         "max_new_tokens": 1}  # fmt: skip
 SHAPED = "a search has `model`, `tasks`, `budget` and `strategies`: see docs/search.md"
 
 
+def _least(default: int, least: int = 1) -> Any:
+    return field(default=default, metadata={"least": least})
+
+
 @dataclass(frozen=True)
-class Settings:
-    """What a search says beside its budget and its strategies.
+class Settings(Answers):
+    """What a search says beside its budget and its strategies, and how it asks.
 
     stages: most token stages of a candidate. trials: candidates that are asked. calibration, held_out: questions of
     each task, at least. factor: each rung asks so many times the questions of the one before, and of so many candidates
     one goes on. seed: of the split and of what is drawn. baselines: pipelines, brought to the same cost, that the
-    winner is compared with; None takes all that are registered. The rest is as `prunekit eval` has it.
+    winner is compared with; None takes all that are registered. data_root, include_path: as `prunekit eval` has them.
     """
 
     model: str
     tasks: tuple[str, ...]
     name: str = "search"
-    stages: int = 2
-    trials: int = 20
-    calibration: int = 100
-    held_out: int = 200
-    factor: int = 3
-    seed: int = 0
+    stages: int = _least(2)
+    trials: int = _least(20)
+    calibration: int = _least(100)
+    held_out: int = _least(200)
+    factor: int = _least(3, 2)
+    seed: int = _least(0, 0)
     baselines: tuple[str, ...] | None = None
     data_root: Path | None = None
-    batch_size: int = 8
-    dtype: str | None = None
-    device: str | None = None
-    attn: str | None = None
-    max_new_tokens: int = 1024
-    system_prompt: str = ""
-    honor_until: HonorUntil = "stops"
-    prompt_profile: str | None = None
+    include_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def read(source: Source, overrides: Sequence[str] = ()) -> Declared:
     if values is None:
         raise SpecError([replace(one, hint=SHAPED) if "pipeline" in one.hint else one for one in faults])
     later: list[Fault] = []
-    settings = _settings(values, composed, later)
+    told = _settings(values, composed, later)
     budget = read_budget(values.get("budget"), later)
     strategies = _strategies(values.get("strategies"), later)
     for use, node in strategies.items():
@@ -91,9 +86,9 @@ def read(source: Source, overrides: Sequence[str] = ()) -> Declared:
     label = None if composed.label == "<dict>" else Where(composed.label, 1, 1)
     later += [Fault(label, key, "is missing", SHAPED) for key in ("budget", "strategies") if key not in values]
     faults += composed.resolution.judge(later)
-    if faults or settings is None or budget is None:
+    if faults or told is None or budget is None:
         raise SpecError(_sorted(faults))
-    return Declared(settings, budget, strategies)
+    return Declared(told, budget, strategies)
 
 
 def space_of(declared: Declared, shape: ModelShape) -> Space:
@@ -118,27 +113,18 @@ def space_of(declared: Declared, shape: ModelShape) -> Space:
 
 
 def _settings(values: Mapping[str, Node], composed: Composed, faults: list[Fault]) -> Settings | None:
-    plain = {key: node.plain() for key, node in values.items() if key not in OTHER_KEYS}
-    plain.setdefault("name", composed.name if composed.name != "inline" else Settings.name)
-    tables = {key: node for name, one in values.items() for key, node in one.table(name).items()}
-    problems: list[options.Problem] = []
-    folders = {key: node.folder for key, node in tables.items()}
-    checked = options.check(Settings, plain, OTHER_KEYS, problems, folders)
+    before = len(faults)
+    given = {key: node for key, node in values.items() if key not in OTHER_KEYS}
     start = None if composed.label == "<dict>" else Where(composed.label, 1, 1)
-    for one in problems:
-        node = tables.get(one.key)
-        where = start if node is None else node.key if one.unknown else node.where
-        faults.append(Fault(where, one.key, one.message, one.hint))
-    wrong = {one.key.partition("[")[0] for one in problems}
-    for key, least in LEAST.items():
-        if key in checked and key not in wrong and checked[key] < least:
-            faults.append(Fault(tables[key].where, key, f"must be at least {least}, not {checked[key]}"))
-    if "name" not in wrong and not NAME.fullmatch(checked["name"]):
+    checked = settings.read(Settings, given, faults, OTHER_KEYS, start)
+    if "name" not in given:
+        checked["name"] = composed.name if composed.name != "inline" else Settings.name
+    if not NAME.fullmatch(checked.get("name", Settings.name)):
         message = "must be letters, digits, '.', '_' and '-', beginning with a letter or digit"
-        faults.append(Fault(tables["name"].where, "name", message, "it names files"))
-    if "tasks" in checked and "tasks" not in wrong and not checked["tasks"]:
-        faults.append(Fault(tables["tasks"].where, "tasks", "is empty", "name tasks of lmms-eval, such as [pope, gqa]"))
-    return None if problems else Settings(**checked)
+        faults.append(Fault(given["name"].where if "name" in given else start, "name", message, "it names files"))
+    if checked.get("tasks") == ():
+        faults.append(Fault(given["tasks"].where, "tasks", "is empty", "name tasks of lmms-eval, such as [pope, gqa]"))
+    return None if len(faults) > before else Settings(**checked)
 
 
 def _strategies(node: Node | None, faults: list[Fault]) -> dict[str, Node]:

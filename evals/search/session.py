@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -10,7 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prunekit_evals.run import files
+from prunekit_evals.lmms import tasks
+from prunekit_evals.run import chosen, files
 from prunekit_evals.run.journal import key_of
 from prunekit_evals.runner import Outcome, Plan, Progress, Runner
 from prunekit_evals.search.asking import Answered, Calibration, Questions
@@ -128,7 +128,8 @@ class Session:
         settings, data = self.declared.settings, self.plan.data
         names = [one.name for one in self.plan.tasks]
         sizes = settings.calibration, settings.held_out, settings.seed
-        key = key_of(data=data.identity, root=str(data.root), tasks=names, sizes=sizes)
+        identities = [tasks.data_of(one, data).identity for one in self.plan.tasks]
+        key = key_of(data=identities, root=str(data.root), tasks=names, sizes=sizes)
         path = self.folder / "split.json"
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -153,11 +154,10 @@ class Session:
 
     def _held_out(self, runner: Runner, part: Mapping[str, Part], pipelines: Sequence[Pipeline]) -> Outcome:
         """The cells of the held-out questions, by the model that is loaded."""
-        rows = {task: [number for image in images for number in image] for task, images in part.items()}
-        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:12]
-        data = replace(self.plan.data, rows=rows, identity=f"{self.plan.data.identity}+{digest}")
-        most = max(map(len, rows.values()))  # cuts nothing, and says how many in tables
-        plan = replace(self.plan, pipelines=(prunekit.load(DENSE), *pipelines), data=data, limit=most)
+        rows = {task: tuple(number for image in images for number in image) for task, images in part.items()}
+        data = replace(self.plan.data, rows=rows)
+        files.write(self.folder / "questions.json", chosen.text(rows))
+        plan = replace(self.plan, pipelines=(prunekit.load(DENSE), *pipelines), data=data, limit=data.asked)
         held_out = Runner(plan, self.progress)
         if "loaded" in vars(runner):  # else every answer is there, and nobody may need it
             held_out.loaded = runner.loaded

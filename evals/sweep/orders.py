@@ -31,7 +31,8 @@ DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
 class Order:
     """What is asked of one model. pipelines: each in full, as YAML. folder: the one in which relative paths start.
 
-    data: the data root, None for the hub's cache. options: of `runner.Plan`, by name.
+    data: the data root, None for the hub's cache. include: the folder of the user's own tasks, None: none. options: of
+    `runner.Plan`, by name.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Order:
     data: str | None
     out: str
     folder: str
+    include: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -110,9 +112,8 @@ def ordered(spec: SweepSpec, where: Where) -> Ordered:
         raise SpecError(list({str(fault): fault for fault in faults}.values()))
     orders = []
     for model, pipelines in found:
-        data = tasks.data_for(model.model, names, spec.data_root, where.out)
-        bare = tuple(dict.fromkeys(name.removeprefix(f"{tasks.MICRO}/") for name in names))
-        orders.append(_order(spec, model, pipelines, bare, data.root, where))
+        named, data = tasks.choose(model.model, names, spec.data_root, where.out, spec.include_path)
+        orders.append(_order(spec, model, pipelines, tuple(one.name for one in named), data.root, where))
         plan_of(orders[-1])  # refuses pipelines of one name
     told = [str(one.message) for one in caught if issubclass(one.category, PrunekitWarning)]
     return Ordered(tuple(orders), tuple(map(str, skipped)), tuple(dict.fromkeys(told)))
@@ -129,7 +130,7 @@ def plan_of(order: Order, device: str | None = None) -> Plan:
     os.chdir(order.folder)
     built = tuple(prunekit.load(text) for text in order.pipelines)
     data = tasks.data_at(None if order.data is None else Path(order.data))
-    found = tuple(tasks.find(order.tasks))
+    found = tuple(tasks.find(order.tasks, None if order.include is None else Path(order.include)))
     return Plan(order.model, built, found, data, Path(order.out), device=device, **order.options)
 
 
@@ -142,7 +143,8 @@ def _order(
     options |= {"download": where.download, "force": where.force}
     return Order(
         model.model, tuple(one.resolved for one in pipelines), names, None if data is None else str(data.resolve()),
-        str(where.out.resolve()), str(Path.cwd()), options,
+        str(where.out.resolve()), str(Path.cwd()),
+        None if spec.include_path is None else str(spec.include_path.resolve()), options,
     )  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def _tasks(spec: SweepSpec, faults: list[Fault]) -> list[str]:
 
     for number, (name, where) in enumerate(spec.tasks):
         try:
-            tasks.find([name.removeprefix(f"{tasks.MICRO}/")])
+            tasks.find([name.removeprefix(f"{tasks.MICRO}/")], spec.include_path)
         except UnknownName as error:
             faults.append(Fault(where, f"tasks[{number}]", error.message, error.hint))
         except InputError as error:

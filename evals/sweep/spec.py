@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from prunekit_evals.run import settings
+from prunekit_evals.run.settings import Asked
 from prunekit_evals.run.variants import KEY, MOST, Variation
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
@@ -18,18 +20,18 @@ from prunekit.spec.compose import Kind, Source, compose
 from prunekit.spec.places import Node, escaped
 
 KIND = Kind("sweep", "pipelines", "see docs/sweep.md")
-OPTIONS = (
-    "limit", "batch_size", "max_new_tokens", "system_prompt", "honor_until", "prompt_profile", "timing",
-)  # fmt: skip
+MODEL_KEYS = ("model", "dtype", "attn", "batch_size")
+# A model says what it is loaded as, and a worker where it runs.
+OPTIONS = tuple(name for name in settings.names(Asked) if name not in ("dtype", "attn", "device"))
 TOP_KEYS = (
     "name", "description", "extends", "vars", "models", "tasks", "pipelines", "seeds", "budgets", "dense", "data_root",
-    *OPTIONS,
+    "include_path", "timing", "calibrate", *OPTIONS,
 )  # fmt: skip
-MODEL_KEYS = ("model", "dtype", "attn", "batch_size")
 REFERENCE_KEYS = ("pipeline", "name", "set", "grid", "seeds")
+CALIBRATION_KEYS = ("out", "pipeline", "data", "prompts", "seed")
+PROMPTS = 20  # of a calibration, as of `prunekit calibrate`
 SUFFIXES = {".yaml", ".yml", ".json"}
 DTYPES = ("float32", "bfloat16", "float16")
-UNTIL = ("stops", "all", "none")
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,23 @@ class PipelineChoice:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """A file that pipelines of the sweep name, and what `prunekit calibrate` is told to make it. source: a pipeline."""
+
+    out: Path
+    source: Source
+    data: str
+    prompts: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class SweepSpec:
     """A sweep as its file says it.
 
-    tasks: names with the place of each. dense: whether the unpruned model stands beside. data_root: as of
-    `prunekit eval`. options: those of `OPTIONS` that the file has.
+    tasks: names with the place of each. dense: whether the unpruned model stands beside. data_root, include_path: as of
+    `prunekit eval`. calibrations: files that are made first where they are not there. options: of `runner.Plan`, those
+    that the file has.
     """
 
     name: str
@@ -80,6 +94,8 @@ class SweepSpec:
     budgets: tuple[Budget, ...] = ()
     dense: bool = True
     data_root: Path | None = None
+    include_path: Path | None = None
+    calibrations: tuple[Calibration, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -112,8 +128,10 @@ class _Reader:
             if key not in values:
                 self.faults.append(Fault(None, key, "is missing", "a sweep needs models, tasks and pipelines"))
         seeds = self.whole(values.get("seeds"), "seeds") or 1
-        root = self.text(values.get("data_root"), "data_root")
         timing = self.boolean(values.get("timing"), "timing", True)
+        if "calibrate" in values and len(self.entries(values, "models")) > 1:
+            message = "a calibration is of one model, and the sweep has several"
+            self.faults.append(Fault(values["calibrate"].key, "calibrate", message, "write a sweep for each model"))
         return SweepSpec(
             self.text(values.get("name"), "name") or name,
             tuple(self.model(one, key) for one, key in self.entries(values, "models")),
@@ -121,18 +139,22 @@ class _Reader:
             tuple(self.pipeline(one, key, seeds) for one, key in self.entries(values, "pipelines")),
             tuple(budget for one, key in self.entries(values, "budgets") if (budget := self.budget(one, key))),
             self.boolean(values.get("dense"), "dense", True),
-            values["data_root"].folder / root if root is not None else None,
+            self.folder(values, "data_root"),
+            self.folder(values, "include_path"),
+            tuple(self.calibration(one, key) for one, key in self.entries(values, "calibrate")),
             {**self.options(values), "timing": timing},
         )
 
     def options(self, values: dict[str, Node]) -> dict[str, Any]:
-        read: dict[str, Any] = {}
-        for key in ("limit", "batch_size", "max_new_tokens"):
-            read[key] = self.whole(values.get(key), key)
-        for key in ("system_prompt", "prompt_profile"):
-            read[key] = self.text(values.get(key), key)
-        read["honor_until"] = self.one_of(values.get("honor_until"), "honor_until", UNTIL)
-        return {key: value for key, value in read.items() if value is not None}
+        read = settings.read(Asked, {key: values[key] for key in OPTIONS if key in values}, self.faults)
+        if read.get("subset_seed") is not None and "limit" not in values:
+            message = "draws the questions of `limit`, which is not there"
+            self.faults.append(Fault(values["subset_seed"].key, "subset_seed", message, "for instance limit: 100"))
+        return read
+
+    def folder(self, values: dict[str, Node], key: str, path: str = "") -> Path | None:
+        text = self.text(values.get(key), f"{path}.{key}" if path else key)
+        return values[key].folder / text if text is not None else None
 
     def model(self, node: Node, key: str) -> ModelChoice:
         if isinstance(node.data, str) and node.data:
@@ -172,6 +194,22 @@ class _Reader:
             self.faults.append(Fault(node.where, f"{key}.grid", f"makes {count} pipelines; at most {MOST}"))
         return PipelineChoice(_file(source), variation, key, node.where, places)
 
+    def calibration(self, node: Node, key: str) -> Calibration:
+        values = self.mapping(node, key, CALIBRATION_KEYS, "out", "a mapping with `out`, `pipeline` and `data`")
+        self.faults += [
+            Fault(node.where, f"{key}.{name}", "is missing", "see docs/sweep.md")
+            for name in ("pipeline", "data")
+            if name not in values
+        ]
+        source = values.get("pipeline", node)
+        return Calibration(
+            self.folder(values, "out", key) or Path(),
+            source if isinstance(source.data, dict) else _file(source),
+            self.text(values.get("data"), f"{key}.data") or "",
+            self.whole(values.get("prompts"), f"{key}.prompts") or PROMPTS,
+            self.whole(values.get("seed"), f"{key}.seed", 0) or 0,
+        )
+
     def budget(self, node: Node, key: str) -> Budget | None:
         own: list[Fault] = []
         budget = read_budget(node, own)
@@ -205,9 +243,11 @@ class _Reader:
         return tuple(texts)
 
     def entries(self, values: dict[str, Node], key: str) -> list[tuple[Node, str]]:
-        """The entries of a list, with the key of each; a single one may stand alone."""
+        """The entries of a list, with the key of each; a single one may stand alone. null takes out what a file that
+        is extended has, but not what a sweep needs.
+        """
         node = values.get(key)
-        if node is None:
+        if node is None or (node.data is None and key in ("budgets", "calibrate")):
             return []
         if not isinstance(node.data, list):
             return [(node, key)]
@@ -245,12 +285,12 @@ class _Reader:
             self.faults.append(Fault(node.where, key, f"must not be {node}", hint))
         return text
 
-    def whole(self, node: Node | None, key: str) -> int | None:
+    def whole(self, node: Node | None, key: str, least: int = 1) -> int | None:
         if node is None:
             return None
-        if isinstance(node.data, int) and not isinstance(node.data, bool) and node.data >= 1:
+        if isinstance(node.data, int) and not isinstance(node.data, bool) and node.data >= least:
             return node.data
-        self.faults.append(Fault(node.where, key, f"must be a whole number, at least 1, not {node}"))
+        self.faults.append(Fault(node.where, key, f"must be a whole number, at least {least}, not {node}"))
         return None
 
     def boolean(self, node: Node | None, key: str, default: bool) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prunekit_evals.studies.catalogue import measure, pages, places, reported, rows, standing
 from prunekit_evals.studies.catalogue.card import prose
-from prunekit_evals.studies.par.cells import Row
+from prunekit_evals.studies.catalogue.cells import Row
 
 from prunekit import loading, plugins
 from prunekit.strategy.about import about

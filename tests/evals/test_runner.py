@@ -226,6 +226,47 @@ def test_own_tasks_with_a_damaged_image_are_whole_but_for_one_question(plan, own
     assert again.failed == () and by_name(again)["mine", "dense"].timing.journaled == 3
 
 
+LIKELY = ("generate_until\n", "multiple_choice\ndoc_to_choice: ['no', 'yes']\n")
+ROUNDS = (
+    "generate_until\n",
+    "generate_until_multi_round\ndoc_to_messages: !function utils.messages\nprocess_results: !function utils.judged\n",
+)
+MESSAGES = """
+def messages(doc, round_idx=None, previous_output=None, previous_round_info=None):
+    if round_idx == 2:
+        return None, True, previous_output, None
+    shown = [{"type": "image", "url": image} for image in images({**doc, "file": "lost.png"} if (
+        round_idx and doc["id"] == "q1") else doc)]
+    asked = [{"role": "user", "content": [*shown, {"type": "text", "text": doc["question"]}]}]
+    return asked if round_idx is None else (asked, False, previous_output, None)
+def judged(doc, results):
+    return {"exact_match": float(results[0][-1].strip().lower() == doc["answer"])}
+"""
+
+
+@pytest.mark.parametrize("kind", [LIKELY, ROUNDS], ids=["likelihoods", "rounds"])
+def test_a_lost_question_costs_nothing_but_itself_whatever_kind_of_task_it_is_of(plan, own_tasks, kind):
+    """The image of question 2 is damaged; of q1's two rounds the second shows one that is not there."""
+    image = own_tasks / "2.png"
+    image.write_bytes(image.read_bytes()[:-40])
+    file = own_tasks / "mine.yaml"
+    file.write_text(file.read_text().replace(*kind))
+    (own_tasks / "utils.py").write_text((own_tasks / "utils.py").read_text() + MESSAGES)
+    planned = dataclasses.replace(plan("pope", DENSE, FASTV), tasks=tuple(tasks.find(["mine"], own_tasks)))
+    outcome, told = go(planned)
+    lost = {2} if kind is LIKELY else {1, 2}
+    for cell in outcome.cells:
+        assert (cell.status, set(cell.unanswered)) == ("done", lost), cell.error
+        assert "truncated" in cell.unanswered[2] and (kind is LIKELY or "lost.png" in cell.unanswered[1])
+        assert all((one.answer == "" and one.score == 0.0) == (one.number in lost) for one in cell.questions)
+        assert cell.executed is not None and cell.empty == 0
+    assert told.answered == 8
+    strict, _ = go(dataclasses.replace(planned, unanswered="fail"))
+    assert [cell.error.partition(": ")[0] for cell in strict.failed] == [
+        f"{len(lost)} of 4 questions could not be answered"
+    ] * 2
+
+
 def test_a_cell_without_any_answer_fails(plan, own_tasks):
     for image in own_tasks.glob("*.png"):
         image.write_bytes(b"")

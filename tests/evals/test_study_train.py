@@ -6,14 +6,8 @@ import json
 import pytest
 from prunekit_evals.studies.par import __main__ as study
 from prunekit_evals.studies.par import train
-from prunekit_evals.studies.par.settings import VARIANTS
 
 from prunekit.cli.main import main as prunekit
-
-
-def test_every_router_of_the_ablations_has_a_command():
-    assert list(train.OPTIONS) == sorted(train.OPTIONS, key=[one.folder for one in VARIANTS].index)
-    assert set(train.OPTIONS) == {one.folder for one in VARIANTS}
 
 
 @pytest.mark.parametrize("name", train.OPTIONS)
@@ -44,6 +38,5 @@ def test_a_name_that_is_none_is_refused():
 def test_the_study_trains_them_first_and_stops_where_that_fails(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(study.train, "prunekit", lambda command: asked.append(command) or 3)
-    monkeypatch.setattr(study, "measured", lambda *_: pytest.fail("measured without its routers"))
-    assert study.main(["--only", "ablations", "--routers", str(tmp_path)]) == 3
+    assert study.main(["--parts", "par-micro-routers", "--routers", str(tmp_path)]) == 3
     assert len(asked) == 1

@@ -3,7 +3,7 @@
 import textwrap
 
 import pytest
-from prunekit_evals.sweep import orders, spec
+from prunekit_evals.sweep import calibrations, orders, spec
 from prunekit_evals.sweep.orders import Where, ordered
 from prunekit_evals.sweep.queue import Queue
 
@@ -116,7 +116,7 @@ WRONG = {
             "pipelines[2].use: unknown key", "pipelines[2].pipeline: is missing",
             "F:4:8: seeds: must be a whole number", "F:5:8: limit: must be a whole number",
             "F:6:9: timing: must be true or false", "budgets[0].flops: must be a fraction in (0, 1], not 2",
-            "honor_until: must not be 'never'",
+            "F:8:14: honor_until: must be 'stops', 'all' or 'none', not 'never'",
         ],
     ),
     "grids": (
@@ -198,3 +198,32 @@ def test_a_cell_at_which_workers_die_is_given_up():
         given = queue.take(None, [])
         assert (given.job, given.lost) == (job, expected)
         queue.died(job, "killed by SIGKILL")
+
+
+CALIBRATED = """\
+models: MODEL
+tasks: pope
+calibrate:
+  - {out: made/c.json, pipeline: {name: c, stages: [{use: shortgpt, drop: 1}]}, data: micro-scenes, prompts: 2}
+pipelines:
+  - {name: gpt, stages: [{use: shortgpt, drop: 1, calibration: made/c.json}]}
+"""
+
+
+def test_a_sweep_makes_the_calibrations_that_its_pipelines_name(sweep, tmp_path, data_root, capsys, monkeypatch):
+    from prunekit.cli.main import main
+
+    path = sweep(CALIBRATED + f"data_root: {data_root}\n")
+    monkeypatch.chdir(data_root)  # paths start at the file
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    assert "c.json' is to be calibrated first" in capsys.readouterr().err
+    read = spec.load(path)
+    for one in calibrations.missing(read):
+        calibrations.make(read, one, False)
+    assert (tmp_path / "made" / "c.json").is_file() and calibrations.missing(read) == []
+    assert main(["sweep", str(path), "--dry-run"]) == 0 and "gpt" in capsys.readouterr().out
+    path = sweep("models: [a, b]\ntasks: t\npipelines: p\ncalibrate: [{out: x, data: d}]\n")
+    with pytest.raises(SpecError) as caught:
+        spec.load(path)
+    assert "4:1: calibrate: a calibration is of one model" in str(caught.value)
+    assert "calibrate[0].pipeline: is missing" in str(caught.value)

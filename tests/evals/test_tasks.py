@@ -54,6 +54,7 @@ def test_the_identity_of_data_changes_with_it(tmp_path):
 def test_another_data_root_is_not_answered_from_the_cache_of_the_first(tmp_path, monkeypatch, micro):
     import datasets
     from prunekit_evals.micro import benchmark
+    from prunekit_evals.run import stamp
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     found = {}
@@ -61,7 +62,7 @@ def test_another_data_root_is_not_answered_from_the_cache_of_the_first(tmp_path,
         root = tmp_path / f"of{count}"
         benchmark.write(root, questions_per_task=count)
         if not micro:
-            (root / tasks.STAMP).unlink()
+            (root / stamp.STAMP).unlink()
         for name in ("pope", "gqa"):
             found[name, count] = build(name, root)
     assert all(built.questions == count for (_, count), built in found.items())

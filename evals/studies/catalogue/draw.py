@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prunekit_evals.run.answering import Loaded
+from prunekit_evals.studies.catalogue.cells import say
 from prunekit_evals.studies.catalogue.measure import CALIBRATED_ON, calibrated
 from prunekit_evals.studies.catalogue.rows import Wanted, wanted
-from prunekit_evals.studies.par.cells import say
 
 from prunekit import families
 from prunekit.cli.prompts import Prompt

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from prunekit_evals.micro import model_path
-from prunekit_evals.micro.benchmark import VERSION
 from prunekit_evals.micro.record import Part
 from prunekit_evals.run.answering import Loaded
+from prunekit_evals.run.stamp import VERSION
+from prunekit_evals.studies.catalogue.cells import Bench, Row, say, told
 from prunekit_evals.studies.catalogue.rows import Wanted, wanted
-from prunekit_evals.studies.par.cells import Bench, Row, say, told
 
 import prunekit
 from prunekit import plugins

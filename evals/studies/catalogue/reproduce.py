@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prunekit_evals.studies.catalogue.measure import Measured
+import yaml
+from prunekit_evals.studies.catalogue.measure import CALIBRATED_ON, PROMPTS, Measured
 from prunekit_evals.studies.catalogue.places import REPRODUCE
 from prunekit_evals.studies.catalogue.rows import SHARES
 from prunekit_evals.studies.catalogue.standing import RANDOM, label_of
@@ -17,7 +18,7 @@ name: {name}
 models: micro
 tasks: [{tasks}]
 limit: {questions}
-pipelines:
+{calibrate}pipelines:
 """
 
 
@@ -30,7 +31,8 @@ def sweep(name: str, measured: Measured) -> str:
         known = {share: label_of(RANDOM, share) for share in SHARES if label_of(name, share) in measured.rows}
         entries += [_entry(RANDOM, share, measured) for share, label in known.items() if label in measured.rows]
     tasks = ", ".join(measured.part.tasks)
-    return HEAD.format(name=name, tasks=tasks, questions=measured.about["questions"]) + "\n".join(entries) + "\n"
+    told = {"name": name, "tasks": tasks, "questions": measured.about["questions"]}
+    return HEAD.format(**told, calibrate=_calibrations(name, measured)) + "\n".join(entries) + "\n"
 
 
 def section(name: str, measured: Measured) -> Iterator[str]:
@@ -44,9 +46,21 @@ def section(name: str, measured: Measured) -> Iterator[str]:
 def _entries(name: str, measured: Measured) -> Iterator[str]:
     for share in (*SHARES, None):
         label = label_of(name, share)
-        # A calibration is a file that was made for the measurement.
-        if label in measured.rows and "calibration:" not in measured.rows[label].stages:
+        if label in measured.rows:
             yield _entry(name, share, measured)
+
+
+def _calibrations(name: str, measured: Measured) -> str:
+    """What the rows need of `prunekit calibrate`, as the measurement made it."""
+    stages = [yaml.safe_load(row.stages)[0] for label, row in measured.rows.items() if label.split()[0] == name]
+    needed = {stage["calibration"]: stage for stage in stages if "calibration" in stage}
+    lines = []
+    for out, stage in needed.items():
+        options = {key: value for key, value in stage.items() if key not in ("keep", "calibration")}
+        written = yaml.safe_dump([options], default_flow_style=True, sort_keys=False, width=10**6).strip()
+        pipeline = f"{{name: calibrated, stages: {written}}}"
+        lines.append(f"  - {{out: {out}, pipeline: {pipeline}, data: {CALIBRATED_ON}, prompts: {PROMPTS}}}\n")
+    return "calibrate:\n" + "".join(lines) if lines else ""
 
 
 def _entry(name: str, share: float | None, measured: Measured) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from prunekit_evals.compare.stats import Estimate, average
 from prunekit_evals.micro.card_tables import table
 from prunekit_evals.micro.record import Part
+from prunekit_evals.studies.catalogue.cells import Row
 from prunekit_evals.studies.catalogue.measure import Measured
 from prunekit_evals.studies.catalogue.rows import SHARES
-from prunekit_evals.studies.par.cells import Row
 
 RANDOM = "random"  # what every strategy is held against at its share
 ENDS = ("dense", "blind")  # which stand in every table

@@ -1,10 +1,11 @@
-"""Measure what PAR is worth on the bundled model, and write the study part of docs/par.md.
+"""What PAR is worth on a bundled model: runs the sweeps of docs/studies, and writes the study part of docs/par.md.
 
-    make study                                    # everything that is missing
-    python -m prunekit_evals.studies.par --only table,ablations  # only these parts; the others stay as they were
-    python -m prunekit_evals.studies.par --render                # measure nothing, write the text anew
+    make study                                             # of micro: everything that is missing
+    python -m prunekit_evals.studies.par smol vars.router=runs/par/smol
+    python -m prunekit_evals.studies.par micro limit=4 --parts par-micro --page /tmp/page.md
+    python -m prunekit_evals.studies.par micro --render    # computes nothing, writes the text anew
 
-Answers are kept under --cache, by pipeline, model, task and number of questions: a run that was cut short goes on.
+A cell that is there is not computed again. Words such as limit=20 change the sweeps: give them a folder of their own.
 """
 
 from __future__ import annotations
@@ -12,103 +13,99 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from prunekit_evals.studies.par import page, results, train
-from prunekit_evals.studies.par.settings import COMMAND, COMPARED, PAGE, PIPELINE, RESULTS, settings_for
+from prunekit_evals.studies.par import page, train
 
-ANY_MODEL = ("overhead", "large", "seven")  # parts that stay when the bundled model changes
-BUDGETS = ("keep", "keep_tokens", "keep_of", "keep_layers")
+ROOT = Path(__file__).resolve().parents[3]
+SWEEPS = ROOT / "docs" / "studies"
+PAGE = ROOT / "docs" / "par.md"
+PLUGIN = Path(__file__).parent / "plugin.py"
+COMMAND = "python -m prunekit_evals.studies.par"
+RUN = ["--skip-infeasible", "--workers", "1", "--threads", "1"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sweeps over one folder, of whose cells one section is written. needs_routers: those of the ablations."""
+
+    title: str
+    sweeps: tuple[str, ...]
+    needs_routers: bool = False
+
+
+STUDIES = {
+    "micro": (
+        Part("PAR against others at equal FLOPs", ("par-micro", "par-micro-layers")),
+        Part("Pairs of layers left out", ("par-micro-pairs",)),
+        Part("Selections repeated", ("par-micro-draws",)),
+        Part("Ablations of the router", ("par-micro-routers",), needs_routers=True),
+    ),
+    "smol": (Part("PAR against others at equal FLOPs", ("par-smol", "par-smol-layers")),),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
     made = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("\n\n")[0])
-    made.add_argument("--questions", type=int, default=200, metavar="N", help="questions a task (200)")
-    made.add_argument("--only", default=",".join(page.PARTS), help=f"parts to measure: {', '.join(page.PARTS)}")
-    made.add_argument("--pipeline", type=Path, default=PIPELINE, help="whose router is studied, and where it cuts")
-    made.add_argument("--router", metavar="DIR", help="another router folder in its place")
+    made.add_argument("study", nargs="?", default="micro", choices=STUDIES, help="a bundled model; default: micro")
+    made.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="of the sweep files, such as limit=20")
+    made.add_argument("--parts", metavar="SWEEP,...", help="only the parts with these sweeps; default: all")
+    made.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="DIR", help="for cells (runs/studies)")
     made.add_argument("--routers", type=Path, default=Path("runs/par"), metavar="DIR", help="those of the ablations")
-    made.add_argument("--cache", type=Path, default=Path("runs/par-study"), metavar="DIR", help="keeps answers")
-    made.add_argument("--rounds", type=int, default=9, help="timed runs of each case (9)")
-    made.add_argument("--dtype", default="bfloat16", metavar="T", help="of the model: bfloat16, float32")
-    made.add_argument("--fresh", action="store_true", help="answer everything again")
-    made.add_argument("--tiny", action="store_true", help="time a toy instead of the larger shape")
-    made.add_argument("--render", action="store_true", help="measure nothing; write the text from the results")
-    made.add_argument("--results", type=Path, default=RESULTS, help="the JSON file")
-    made.add_argument("--page", type=Path, default=PAGE, help="the page with the markers")
+    made.add_argument("--page", type=Path, default=PAGE, metavar="FILE", help="with the markers; default: docs/par.md")
+    made.add_argument("--render", action="store_true", help="compute nothing; write the text from what is there")
     return made
 
 
-def router_stage(pipeline: Path, router: str | None) -> dict[str, Any]:
-    """The one router stage of a pipeline file, without its budgets. Raises ValueError where there is not one."""
-    import yaml
-
-    stages = yaml.safe_load(pipeline.read_text(encoding="utf-8"))["stages"]
-    if len(stages) != 1 or "weights" not in stages[0]:
-        raise ValueError(f"'{pipeline}' has not one stage with a router; name another by --pipeline")
-    stage = {key: value for key, value in stages[0].items() if key not in BUDGETS}
-    if router is None:
-        return stage
-    return {key: stage[key] for key in ("use", "at", "eligible", "protect") if key in stage} | {"weights": router}
-
-
-def measured(arguments: argparse.Namespace, names: Sequence[str], tell: Callable[[dict[str, Any]], None]) -> None:
-    """Measure parts one by one; each is written as soon as it is known."""
-    import torch
-    from prunekit_evals.run.answering import Loaded
-    from prunekit_evals.studies.par import costs, parts, seven, times
-    from prunekit_evals.studies.par.cells import Bench
-
-    torch.set_num_threads(1)
-    loaded = Loaded.load("micro", arguments.dtype, "cpu")
-    bench = Bench(loaded, arguments.questions, arguments.cache / "answers", arguments.fresh)
-    routers = parts.Routers(router_stage(arguments.pipeline, arguments.router), arguments.routers)
-    settings = settings_for(bench.shape.layers)
-    size = times.workload.TINY if arguments.tiny else times.workload.FULL
-    run: Mapping[str, Callable[[], Any]] = {
-        "table": lambda: parts.table(bench, routers, settings),
-        "unseen": lambda: parts.unseen(bench, routers, settings[COMPARED[0]]),
-        "layers": lambda: parts.layers(bench),
-        "boxes": lambda: parts.boxes(bench),
-        "correlation": lambda: parts.correlation(bench),
-        "ablations": lambda: parts.ablations(bench, routers, [settings[number] for number in COMPARED]),
-        "overhead": costs.overhead,
-        "micro": lambda: times.micro(bench, routers, settings, arguments.rounds),
-        "large": lambda: times.large(size, arguments.rounds),
-        "seven": lambda: seven.seven(size if arguments.tiny else seven.SHAPE, min(arguments.rounds, 3)),
-    }
-    figures = results.load(arguments.results)
-    if figures.get("about", {}).get("model") not in (None, bench.loaded.identity):
-        figures = {name: figures[name] for name in ANY_MODEL if name in figures}
-    figures["about"] = results.about(routers, arguments.questions) | {"dtype": bench.loaded.dtype}
-    for name in names:
-        figures[name] = run[name]()
-        tell(figures)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, write the results, and put the text into the page."""
+    """Run what is missing, and write. The exit code of the first command that fails."""
     made = parser()
     arguments = made.parse_args(argv)
-    names = [name for name in arguments.only.split(",") if name]
-    if unknown := set(names) - set(page.PARTS):
-        made.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(page.PARTS)}")
-    if arguments.questions < 2 or arguments.questions % 2:
-        made.error("--questions must be even: one task asks twice about each image")
-    if not (arguments.page.is_file() and page.BLOCK.search(arguments.page.read_text(encoding="utf-8"))):
-        made.error(f"'{arguments.page}' is no page with '<!-- study -->' and '<!-- /study -->'")
-    if not arguments.render:
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-            os.environ.setdefault(name, "1")
-        if "ablations" in names and (code := train.main(["--routers", str(arguments.routers)])):
-            return code
-        measured(arguments, names, lambda figures: results.save(arguments.results, figures))
-    text = arguments.page.read_text(encoding="utf-8")
-    arguments.page.write_text(page.into(text, results.load(arguments.results), results.now()), encoding="utf-8")
-    print(f"results: {arguments.results}; text: {arguments.page}")
+    parts = _parts(made, arguments.study, arguments.parts)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    if not arguments.render and (code := _run(parts, arguments)):
+        return code
+    from prunekit_evals.run import reading
+
+    found = [reading.read([arguments.out / part.sweeps[0]]) for part in parts]
+    if skipped := [one for some in found for one in some.skipped]:
+        made.error(f"{skipped[0]} ({len(skipped)} files are no results)")
+    sections = [page.section(part.title, some.cells) for part, some in zip(parts, found, strict=True)]
+    head = f"Written by `{COMMAND} {' '.join([arguments.study, *arguments.changes])}`, from the cells of its sweeps."
+    text = page.Block(f"par-{arguments.study}").into(
+        arguments.page.read_text(encoding="utf-8"), "\n\n".join([head, *sections])
+    )
+    arguments.page.write_text(text, encoding="utf-8")
+    print(f"text: {arguments.page}")
+    return 0
+
+
+def _parts(made: argparse.ArgumentParser, study: str, names: str | None) -> list[Part]:
+    wanted = [name for name in (names or "").split(",") if name]
+    known = {name for part in STUDIES[study] for name in part.sweeps}
+    if unknown := sorted(set(wanted) - known):
+        made.error(f"no sweep {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return [part for part in STUDIES[study] if not wanted or set(part.sweeps) & set(wanted)]
+
+
+def _run(parts: Sequence[Part], arguments: argparse.Namespace) -> int:
+    """The routers, then the sweeps, each into the folder of its part."""
+    from prunekit import plugins
+    from prunekit.cli.main import main as prunekit
+
+    if any(part.needs_routers for part in parts) and (code := train.main(["--routers", str(arguments.routers)])):
+        return code
+    os.environ["PRUNEKIT_PLUGINS"] = os.pathsep.join(filter(None, [os.environ.get("PRUNEKIT_PLUGINS"), str(PLUGIN)]))
+    plugins.reset()
+    for part in parts:
+        for sweep in part.sweeps:
+            out = str(arguments.out / part.sweeps[0])
+            if code := prunekit(["sweep", str(SWEEPS / f"{sweep}.yaml"), *arguments.changes, "--out", out, *RUN]):
+                return code
     return 0
 
 

@@ -1,150 +1,127 @@
-"""The study part of docs/par.md, written from the results alone."""
+"""The text of a study of PAR, from the cells of its sweeps: tables of `prunekit compare`, one for each budget, and PAR
+against each other row of it, paired by image and corrected."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from prunekit_evals.studies.par import findings, results, tables
-from prunekit_evals.studies.par.parts import DRAWS, FASTV_SITE
-from prunekit_evals.studies.par.settings import VARIANTS
+from prunekit_evals.compare import judging, pooling, rendering, tables
+from prunekit_evals.compare.judging import Comparison, Contender
+from prunekit_evals.compare.pooling import Pooled
+from prunekit_evals.compare.tables import Table
+from prunekit_evals.run.results import Cell
 
-BLOCK = re.compile(r"(<!-- study -->\n).*?(<!-- /study -->)", re.S)
-PARTS = ("table", "unseen", "layers", "boxes", "correlation", "ablations", "overhead", "micro", "large", "seven")
-
-
-def into(page: str, figures: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """The page with the study between its markers. Raises ValueError where there are none."""
-    if not BLOCK.search(page):
-        raise ValueError("the page has no '<!-- study --> ... <!-- /study -->'")
-    text = written(figures, now)
-    return BLOCK.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
+MAIN = "PAR"  # how the names begin of the rows that are compared with all others
+BUDGET = re.compile(r"-flops-([0-9.]+)$")
+COUNTED = re.compile(r"-\d+$")  # of rows of one kind that differ in how many layers they change: static-3, static-4
 
 
-def written(figures: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    """The text. now: the bundled model and benchmark as they are, against which figures may be stale."""
-    if "about" not in figures:
-        return "Not measured yet: `make study`."
-    sections = {
-        "table": _table, "unseen": _unseen, "layers": _layers, "boxes": _boxes, "correlation": _correlation,
-        "ablations": _ablations, "overhead": _overhead, "micro": _micro, "large": _large,
-        "seven": _seven,
-    }  # fmt: skip
-    parts = [_about(figures["about"], now)]
-    for name in PARTS:
-        parts.append(sections[name](figures[name]) if name in figures else f"### {name}\n\nNot measured.")
+@dataclass(frozen=True)
+class Block:
+    """A part of a page between two markers, `<!-- par-micro -->` and `<!-- /par-micro -->`."""
+
+    name: str
+
+    def into(self, page: str, text: str) -> str:
+        """The page with this text. Raises ValueError for one without the markers."""
+        begin, end = f"<!-- {self.name} -->", f"<!-- /{self.name} -->"
+        before, found, rest = page.partition(begin)
+        _, ended, after = rest.partition(end)
+        if not (found and ended):
+            raise ValueError(f"the page has no '{begin} ... {end}'")
+        return f"{before}{begin}\n\n{text}\n\n{end}{after}"
+
+
+def section(title: str, cells: Sequence[Cell]) -> str:
+    """One sweep, or several over one folder. Raises ValueError for cells of several conditions, or that failed."""
+    made = tables.of_cells(cells)
+    if len(made) != 1:
+        raise ValueError(f"{title}: results of {len(made)} sets of conditions in one folder (delete the older ones)")
+    if failed := [cell for cell in cells if cell.status == "failed"]:
+        raise ValueError(f"{title}: {failed[0].pipeline.name} on {failed[0].label} failed: {failed[0].error}")
+    (table,) = made
+    rows = {row.name: row for row in pooling.pooled(pooling.newest(sorted(cells, key=_age))[0])[0]}
+    parts = [f"### {title}", _conditions(table)]
+    for budget in budgets(rows):
+        parts += _at(budget, rows, table)
+    others = [name for name in rows if BUDGET.search(name) is None]
+    shown = [name for name in others if name.startswith(MAIN)] if budgets(rows) else others
+    if shown:
+        parts += [f"#### {MAIN} at T tokens and L layers"] if budgets(rows) else []
+        parts.append(_table(table, [*_dense(rows), *shown]))
     return "\n\n".join(parts)
 
 
-def _about(about: Mapping[str, Any], now: Mapping[str, str]) -> str:
-    router = about["router"]
-    options = ", ".join(f"`{key}: {'null' if value is None else value}`" for key, value in router["options"].items())
-    trained = f"trained for {router['steps']} steps" if router["trained"] else "**untrained**"
-    curve = ""
-    if router["trained"]:
-        start, end = router["curve"]
-        curve = (
-            f" In its own training, held-out KL to the dense model: {start['random']:.3f} by chance, "
-            f"{start['held_out']:.3f} as it began, {end['held_out']:.3f} at its end."
-        )
-    stale = [name for name in now if about[name] != now[name]]
-    warning = f"\n\n**Stale**: the {' and the '.join(stale)} changed since; run `make study`." if stale else ""
-    versions = ", ".join(f"{name} {about['versions'][name]}" for name in ("torch", "transformers"))
+def budgets(rows: dict[str, Pooled]) -> list[float]:
+    """The budgets that rows are named by, the largest first."""
+    return sorted({float(found[1]) for name in rows if (found := BUDGET.search(name))}, reverse=True)
+
+
+def at_budget(budget: float, rows: dict[str, Pooled]) -> list[str]:
+    """The rows that stand beside each other at a budget: those solved to it, and of each kind of rows that cannot be
+    solved, such as `static-3` and `static-4`, the cheapest one that costs at least as much.
+    """
+    solved = [name for name in rows if (found := BUDGET.search(name)) and float(found[1]) == budget]
+    kinds: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        enough = row.flops is not None and row.flops >= budget - judging.NEAR and not row.dense
+        if BUDGET.search(name) is None and not name.startswith(MAIN) and enough:
+            kinds.setdefault(COUNTED.sub("", name), []).append(name)
+    return [*solved, *(min(names, key=lambda name: rows[name].flops or 1.0) for names in kinds.values())]
+
+
+def _at(budget: float, rows: dict[str, Pooled], table: Table) -> Iterator[str]:
+    names = [*_dense(rows), *at_budget(budget, rows)]
+    yield f"#### {100 * budget:g} % of dense's FLOPs"
+    yield _table(table, names)
+    contenders = {name: Contender(name, one.dense, one.random, one.flops, one.scores) for name in names
+                  if (one := rows[name])}  # fmt: skip
+    images, _ = pooling.images(rows.values())
+    for name in names:
+        if name.startswith(MAIN):
+            others = tuple(one for other, one in contenders.items() if other != name)
+            yield _against(name, judging.against(contenders[name], others, table.shared, images))
+
+
+def _against(name: str, compared: Sequence[Comparison]) -> str:
+    words = {1: "beats", 0: "is not told apart from", -1: "is beaten by"}
+    told = [
+        f"{words[holds]} {', '.join(f'`{one.other}`' for one in compared if one.holds == holds)}"
+        for holds in words
+        if any(one.holds == holds for one in compared)
+    ]
+    head = f"| `{name}` minus | points | images won | lost | p |\n| --- | --- | --- | --- | --- |"
+    ordered = sorted(compared, key=lambda one: -one.difference.value)
+    return f"**`{name}`** {'; it '.join(told)}.\n\n" + "\n".join([head, *map(_line, ordered)])
+
+
+def _line(one: Comparison) -> str:
+    value, low, high = (100 * number for number in (one.difference.value, one.difference.low, one.difference.high))
+    points = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"| {one.other} | {points} | {one.wins} | {one.losses} | {one.corrected:.2g} |"
+
+
+def _table(table: Table, names: Sequence[str]) -> str:
+    """These rows of a table, the best first. Verdicts and notes are of the whole, and left out."""
+    rows = [row for row in table.rows if row.pipeline in names]
+    ordered = sorted(rows, key=lambda row: (not row.dense, -(row.average.value if row.average else 0.0)))
+    return rendering.grid(replace(table, rows=tuple(ordered)))
+
+
+def _conditions(table: Table) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in table.conditions.versions.items())
+    images = ", ".join(f"{label.rpartition('/')[2]} {count}" for label, count in table.images.items())
     return (
-        f"{about['questions']} questions a task unless said otherwise, {about['dtype']}, model `{about['model']}`, "
-        f"benchmark `{about['benchmark']}`, {versions}. The router ({options}) is {trained}.{curve}{warning}"
+        f"{table.conditions.title()}; {versions}. Images: {images}. Intervals are of 95 % and draw images anew; "
+        f"p is of McNemar's exact test on images, corrected by Holm over the comparisons of its table."
     )
 
 
-def _table(figures: Mapping[str, Any]) -> str:
-    parts = ["### PAR against others at equal FLOPs", findings.targets(figures)]
-    parts += [findings.ranking(figures), findings.joint(figures)]
-    for setting in figures["settings"]:
-        parts.append(f"#### {setting}, T={tables.kept(figures, setting)}")
-        parts += [tables.accuracy(figures, setting), tables.against(figures, setting)]
-    orders = figures["orders"]
-    parts.append(
-        "FLOPs and KV are those of the language model's prefill, of dense, decisions of routers included. Layers are "
-        f"left out in the order {orders['skip_layers']} and frozen in the order {orders['freeze_layers']}, each found "
-        "greedily on other scenes. Intervals are of 95 %, paired by question."
-    )
-    return "\n\n".join(filter(None, parts))
+def _dense(rows: dict[str, Pooled]) -> list[str]:
+    return [name for name, row in rows.items() if row.dense]
 
 
-def _unseen(figures: Mapping[str, Any]) -> str:
-    setting = figures["setting"]
-    table = {"base": {}, "settings": {setting: figures["rows"]}}
-    title = f"### {setting}, on later questions"
-    how = f"{_count(figures['rows'])} They begin with number {figures['first']} of each task."
-    parts = [title, how, findings.targets(table), tables.accuracy(table, setting), tables.against(table, setting)]
-    return "\n\n".join(parts)
-
-
-def _count(rows: Mapping[str, Any]) -> str:
-    """How many questions rows have."""
-    right = results.rows(rows)[next(iter(rows))].right
-    return f"{len(next(iter(right.values())))} questions a task."
-
-
-def _layers(figures: Mapping[str, Any]) -> str:
-    title = "### Pairs of layers left out"
-    return "\n\n".join([title, _count(figures["rows"]), tables.layers(figures), findings.layers(figures)])
-
-
-def _boxes(figures: Mapping[str, Any]) -> str:
-    how = (
-        f"Tokens leave before layer {FASTV_SITE}; accuracy in %, the mean of the tasks, over {DRAWS} draws. "
-        f"Attention alone has nothing random in it, so its box is one value. {_count(figures['rows'])}"
-    )
-    return "\n\n".join(["### Selections repeated", how, tables.boxes(figures), findings.boxes(figures)])
-
-
-def _correlation(figures: Mapping[str, Any]) -> str:
-    how = "Cosine of what enters and what leaves a layer, over the tokens that run in it; one that does nothing has 1."
-    return "\n\n".join(["### Tokens and layers", how, tables.correlation(figures), findings.correlation(figures)])
-
-
-def _ablations(figures: Mapping[str, Any]) -> str:
-    abouts = {one.folder: one.about for one in VARIANTS}
-    how = (
-        "All but the shipped router were trained alike, briefly, on one seed each; a held-out KL is that of the budget "
-        "that a router was trained at. Budgets of tokens are solved for those of the setting, the router's included."
-    )
-    parts = ["### Ablations", how, findings.ablations(figures)]
-    for setting, rows in figures["settings"].items():
-        told = {"rows": rows, "training": figures["training"]}
-        parts += [f"#### Within {setting}", _count(rows), tables.ablations(told, abouts)]
-    return "\n\n".join(parts)
-
-
-def _overhead(figures: Mapping[str, Any]) -> str:
-    how = (
-        f"LLaVA-1.5-7B, {figures['prompt']} prompt tokens, {figures['dense'] / 1e12:.2f} TFLOPs of dense prefill as "
-        f"torch counts them on the meta device (the formula of `prunekit/cost.py`: {figures['formula'] / 1e12:.2f})."
-    )
-    title = "### Cost of the router, and the promise at 7B"
-    return "\n\n".join([title, how, tables.overhead(figures), tables.promised(figures), findings.overhead(figures)])
-
-
-def _micro(figures: Mapping[str, Any]) -> str:
-    parts = ["### Measured: the bundled model"]
-    for size, rows in figures.items():
-        parts += [findings.times(rows, f"Batch {size}"), tables.times(rows)]
-    return "\n\n".join(parts)
-
-
-def _large(figures: Mapping[str, Any]) -> str:
-    what = (
-        f"A random LLaVA of {figures['layers']} layers, {figures['hidden']} wide, {figures['visual']} visual and "
-        f"{figures['text']} text tokens, a new router of the default width"
-    )
-    return "\n\n".join(["### Measured: a larger shape", tables.times(figures), findings.times(figures, what)])
-
-
-def _seven(figures: Mapping[str, Any]) -> str:
-    title = "### Measured: LLaVA-1.5-7B's shape, on a CPU"
-    return "\n\n".join([title, tables.prefills(figures), findings.seven(figures)])
-
-
-__all__ = ["PARTS", "into", "results", "written"]
+def _age(cell: Cell) -> str:
+    return cell.created

@@ -1,12 +1,12 @@
-"""Strategies of the study alone, brought in through the same hooks as anyone's."""
+"""Strategies of the study alone, brought in through the same hooks as anyone's (`plugin.py`)."""
 
 from __future__ import annotations
 
 import torch
+from prunekit_strategies.par.strategy import Par
 from torch import Tensor
 
-from prunekit import ModelShape, Route, Rows, Site, Sites, hookimpl, plugins, strategy
-from prunekit.registry import Registry
+from prunekit import ModelShape, Route, Rows, Site, Sites, hookimpl, strategy
 
 
 def _generator(seed: int, drawn: int) -> torch.Generator:
@@ -54,9 +54,28 @@ class Chance:
         return Route(drawn[: len(visual)], drawn[len(visual) :])
 
 
-def registry() -> Registry:
-    """What the installed plugins register, and these two."""
-    signed = plugins.registry().signed("par-study", "the PAR study")
-    signed.strategy("noisy_attention", f"{__name__}:NoisyAttention", summary="FastV's scores, disturbed")
-    signed.strategy("chance", f"{__name__}:Chance", summary="random tokens and random layers")
-    return signed
+@strategy(sites=Sites(default=Site(2)), per_sample=True)
+class AnotherQuestion(Par):
+    """PAR whose router is shown what followed the image of the sample before, in place of this sample's own question.
+
+    A control: what it loses is what the question is worth to the router. The first sample of a process sees its own,
+    and so does one that asks what the one before asked; which samples follow each other, the order of the data says.
+    """
+
+    @hookimpl
+    def route(self, embeds: Tensor, visual: Tensor, valid: Tensor, shape: ModelShape) -> Route:
+        """Scores of one sample: of its positions, (S,), and of the layers, (N,)."""
+        end = int(visual.nonzero()[-1]) + 1
+        own = embeds[end:]
+        other = LAST.get(shape.hidden, own)
+        LAST[shape.hidden] = own.detach().clone()
+        shown = torch.cat([embeds[:end], other.to(embeds)])
+        where = torch.cat([visual[:end], visual.new_zeros(len(other))])
+        every = torch.cat([valid[:end], valid.new_ones(len(other))])
+        tokens, layers = self._router(shape, embeds)(shown[None], where[None], every[None])
+        scores = tokens.new_zeros(len(embeds))
+        scores[:end] = tokens[0, :end]
+        return Route(scores, layers[0])
+
+
+LAST: dict[int, Tensor] = {}  # by hidden size what followed the image of the last sample, (T, H)

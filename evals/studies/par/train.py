@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from prunekit_evals.studies.par.settings import COMMAND, PIPELINE, VARIANTS
-
 from prunekit.cli.main import main as prunekit
 
+PIPELINE = Path(__file__).resolve().parents[3] / "strategies" / "pipelines" / "par.yaml"
+COMMAND = "python -m prunekit_evals.studies.par.train"
 LAYERS = "stages[0].keep_layers"
 # What differs for each, as options of `prunekit train`.
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -39,12 +39,12 @@ def command(name: str, out: Path, steps: int) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train what is missing; the exit code of the first that fails."""
-    made = argparse.ArgumentParser(prog=f"{COMMAND}.train", description=(__doc__ or "").partition("\n")[0])
+    made = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("\n")[0])
     made.add_argument("names", nargs="*", help=f"of {', '.join(OPTIONS)}; default: all")
     made.add_argument("--steps", type=int, default=40, metavar="N", help="of the optimizer (40)")
     made.add_argument("--routers", type=Path, default=Path("runs/par"), metavar="DIR", help="where they go")
     arguments = made.parse_args(argv)
-    names = arguments.names or [one.folder for one in VARIANTS]
+    names = arguments.names or list(OPTIONS)
     if unknown := set(names) - set(OPTIONS):
         made.error(f"no router {', '.join(sorted(unknown))}; there are {', '.join(OPTIONS)}")
     for name in names:

@@ -7,6 +7,7 @@ import pytest
 pq = pytest.importorskip("pyarrow.parquet")
 from PIL import Image
 from prunekit_evals.micro import benchmark
+from prunekit_evals.run import stamp
 
 
 @pytest.fixture(scope="module")
@@ -110,4 +111,4 @@ def test_prompts_are_those_of_the_unmodified_tasks():
 
 def test_the_version_names_the_content():
     """Moving code does not make results stale; another question or picture does."""
-    assert benchmark.digest() == benchmark.VERSION
+    assert benchmark.digest() == stamp.VERSION

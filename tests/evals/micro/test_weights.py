@@ -9,13 +9,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from PIL import Image
 from prunekit_evals.micro import model_path
-from prunekit_evals.micro.benchmark import ITEMS, TASKS
+from prunekit_evals.micro.benchmark import ITEMS
 from prunekit_evals.micro.card_tables import CHANCE
 from prunekit_evals.micro.compose import TOKENS
 from prunekit_evals.micro.judge import Judge
 from prunekit_evals.micro.prompts import BY_TASK
 from prunekit_evals.micro.record import Part, packed, unpacked
 from prunekit_evals.micro.selections import SELECTIONS, most
+from prunekit_evals.run.stamp import TASKS
 
 COUNT = 60
 

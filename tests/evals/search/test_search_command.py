@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import repeating
 from prunekit_evals.cli import search as command
 from prunekit_evals.lmms import harness, parts, tasks
 from prunekit_evals.run import reading
@@ -48,7 +49,7 @@ def answered(monkeypatch):
     return calls
 
 
-def test_a_whole_search(given, answered, tmp_path, capsys, monkeypatch):
+def test_a_whole_search(given, answered, data_root, tmp_path, capsys, monkeypatch):
     assert call(*given) == 0
     said = capsys.readouterr()
     folder = tmp_path / "s" / "search"
@@ -81,6 +82,8 @@ def test_a_whole_search(given, answered, tmp_path, capsys, monkeypatch):
         )
     assert "no baseline, 1: " in said.out and "calibration" in said.out
     assert answered[0][0] == "dense" and {questions for _, _, questions in answered} == {4, 8, 10}
+    said = repeating.check(cells, tmp_path, monkeypatch, data_root=data_root)
+    assert len(said) == len({cell.pipeline.name for cell in cells}) and all("--questions" in one for one in said)
     assert call("compare", folder / "results", "--json") == 0
     (table,) = json.loads(capsys.readouterr().out)
     assert {row["pipeline"] for row in table["rows"]} == {cell.pipeline.name for cell in cells}

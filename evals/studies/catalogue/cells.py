@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prunekit_evals.micro.benchmark import TASKS, VERSION, Item
+from prunekit_evals.micro.benchmark import Item
 from prunekit_evals.micro.record import packed, unpacked
 from prunekit_evals.run.answering import Loaded
-from prunekit_evals.studies.par import asked, strategies
-from prunekit_evals.studies.par.asked import Outcome
+from prunekit_evals.run.stamp import TASKS, VERSION
+from prunekit_evals.studies.catalogue import asked
+from prunekit_evals.studies.catalogue.asked import Outcome
 
 import prunekit
 from prunekit import families
@@ -58,9 +59,9 @@ class Row:
 
 
 def pipeline(stages: Stages, budget: Mapping[str, Any] | None = None) -> Pipeline:
-    """These stages as a pipeline, with the study's own strategies known."""
+    """These stages as a pipeline."""
     data: dict[str, Any] = {"name": "study", "stages": [dict(stage) for stage in stages]}
-    return prunekit.load(data | ({"budget": dict(budget)} if budget else {}), registry=strategies.registry())
+    return prunekit.load(data | ({"budget": dict(budget)} if budget else {}))
 
 
 @dataclass
