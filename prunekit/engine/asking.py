@@ -116,8 +116,14 @@ class Answer:
     scores: Tensor | None = None
 
 
-def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
+# How many tokens sample b keeps by its scores, float (V,).
+ByScores = Callable[[int, Tensor], int]
+
+
+def decide(stage: Stage, view: View, traced: bool = False, budget: ByScores | None = None) -> Answer:
     """What the stage keeps of the visual tokens in `view`. traced: its scores are wanted, too.
+
+    budget: says how many tokens each sample keeps; None: the view knows that.
 
     Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
     hook, for an answer that cannot be carried out; of unsound samples NaN is taken for the lowest score.
@@ -130,7 +136,10 @@ def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
                 for b, length in enumerate(view.counts)
                 if length
             }
-            answers = {b: _decide(stage, view.valid[b, : view.counts[b]], one, refusals) for b, one in given.items()}
+            answers = {
+                b: _decide(stage, view.valid[b, : view.counts[b]], one, refusals, budget and partial(budget, b))
+                for b, one in given.items()
+            }
             selection = _together(stage, view, answers)
             unsound = torch.zeros(len(view.counts), dtype=torch.bool, device=view.valid.device)
             for b, one in given.items():
@@ -138,7 +147,8 @@ def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
             scored = _scores_together(view, given)
         else:
             batch = Given(view.get, view.valid, traced)
-            selection, unsound = _decide(stage, view.valid, batch, refusals), batch.unsound
+            of_all = budget and partial(_row_by_row, budget, view.counts)
+            selection, unsound = _decide(stage, view.valid, batch, refusals, of_all), batch.unsound
             scored = batch.scores
     refusals.settle()
     return Answer(selection, unsound, scored)
@@ -168,10 +178,21 @@ def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]
     return [float(scale) for scale in scales.tolist()]
 
 
-def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Selection:
+def _row_by_row(budget: ByScores, counts: Sequence[int], scores: Tensor) -> tuple[int, ...]:
+    """The same of a batch, float (B, V), whose samples have so many tokens."""
+    rows = enumerate(zip(scores, counts, strict=True))
+    return tuple(budget(b, row[:count]) if count else 0 for b, (row, count) in rows)
+
+
+def _decide(
+    stage: Stage, valid: Tensor, get: Given, refusals: Refusals, budget: Callable[[Tensor], Any] | None = None
+) -> Selection:
+    """budget: the input `count` by the scores; None: it is among what the stage can get."""
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
         extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals, get)
+        if budget is not None:
+            extra["count"] = budget(extra["scores"])
         if get.traced:
             get.scores = extra["scores"].detach().clone()  # a hook may write to what it gets
     answer = call(stage, "select_tokens", get, extra)

@@ -7,8 +7,23 @@ from typing import Literal
 
 from prunekit.pipeline import layer_plans
 from prunekit.pipeline.stage import Cut, Stage
+from prunekit.strategy.artefact import Artefact
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 from prunekit.strategy.sites import ENCODER, Site
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a sample may keep under a budget of risk.
+
+    rungs: the same pipeline with a fixed budget each: the first one keeps all, each keeps less than the one before.
+    threshold: a sample takes rungs while their predicted harm is below it; 0: none. calibration: where it comes from;
+    None where a calibration itself runs, dense.
+    """
+
+    rungs: tuple[BoundPipeline, ...]
+    threshold: float
+    calibration: Artefact | None
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,8 @@ class BoundPipeline:
     plan: what becomes of each decoder layer, for every sample alike.
     protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
         a later layer attends to their keys and values, or its own options say so.
+    ladder: under a budget of risk what each sample may keep, as it turns out; cuts and stages then are those of the
+        first rung. None: all samples keep the same.
     """
 
     name: str
@@ -30,6 +47,7 @@ class BoundPipeline:
     cuts: tuple[Cut, ...]
     plan: LayerPlan
     protected: frozenset[int] = frozenset()
+    ladder: Ladder | None = None
 
     @property
     def routers(self) -> tuple[Stage, ...]:
