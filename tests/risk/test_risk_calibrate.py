@@ -96,6 +96,10 @@ def test_show_tells_the_rungs_and_a_range(folder, capsys):
     data = json.loads(capsys.readouterr().out)
     assert len(data["model"]["ladder"]["rungs"]) == 2 and data["model"]["tokens_at_most"] is True
     assert data["budget"]["calibration"] == str(folder / "risk.json")
+    assert main.main(["cost", *shown, "--json"]) == 0
+    (row,) = [row for row in json.loads(capsys.readouterr().out)["pipelines"] if row.get("cuts")]
+    assert row["cuts"][0]["visual_tokens"] == [4, 16] and row["exact"] is False
+    assert row["flops"]["prefill"][0] < row["flops"]["prefill"][1]
     assert main.main(["show", *shown[:3]]) == 2
     assert "make it: prunekit calibrate" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ import prunekit
 from prunekit import PrunekitWarning, Sites, SpecError, hookimpl, plugins, strategy
 from prunekit.errors import PluginError
 from prunekit.pipeline.forecast import forecast
+from prunekit.serving.advice import of_stage
 from prunekit.testing import assert_equivalent
 from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
 from prunekit.verify.proof import proved_parts
@@ -203,6 +204,12 @@ def test_forecasts_are_bounds(tmp_path, model, shape, stage, ladder):
         one = forecast(rung, 10)
         assert low <= one.flops[0] and one.flops[1] <= high and told.kv[0] <= one.kv[0] <= told.kv[1]
     assert forecast(bound.ladder.rungs[-1], 10).flops[0] == low
+
+
+def test_no_engine_serves_what_each_sample_decides(tmp_path, shape):
+    bound = artefacts.calibrated(tmp_path, {"use": "foretold", "at": "encoder"}, LADDER, shape, 0.5).bind(shape)
+    told = of_stage(bound.stages[0], bound)
+    assert told.way == "no" and "how many tokens stay depends on what the image shows" in told.why
 
 
 def test_what_certifies_nothing_runs_dense_and_says_so(tmp_path, model, shape):
