@@ -23,13 +23,13 @@ from prunekit_evals.run.identity import code_identity, machine, versions
 from prunekit_evals.run.kept import ROOM, Kept
 from prunekit_evals.run.results import Cell, Conditions, PipelineId, Timing
 from prunekit_evals.run.unanswered import listed
-from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 from prunekit import loading
 from prunekit.errors import InputError
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
 from prunekit.strategy.decisions import ModelShape
+from prunekit.video_files import MAX_FRAMES, Sampling
 
 HELD = 0.5  # seconds until a cell that another process computes is looked for again
 

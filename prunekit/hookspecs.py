@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # (major, minor) of all that plugins implement and name: hooks, their arguments, what is declared. A minor version adds;
 # a major one takes away what a minor one before has marked as deprecated. tests/hookspecs.json records each.
-SPEC_VERSION = (1, 1)
+SPEC_VERSION = (1, 2)
 
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
@@ -135,13 +135,15 @@ class LayerHooks:
 
 
 class RouterHooks:
-    """Implemented by a strategy of its own; called after the stages at `encoder` and before decoder layer 0."""
+    """Implemented by a strategy of its own; called after the other stages at its `route_at`: at the decoder input, or
+    before a decoder layer.
+    """
 
     @_with_inputs
     def route(self) -> Route:
         """Decide for each sample which visual tokens leave at the stage's site, and which decoder layers run.
 
-        Arguments: the inputs of `route`; those over V are the visual tokens that are left at `encoder`.
+        Arguments: the inputs of `route`; those over V are the visual tokens that are left there.
         Returns: scores, which the stage's `keep` or `keep_tokens` and `keep_layers` turn into decisions, or plans.
         Stops at the first result that is not None.
         """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import re
@@ -348,6 +350,25 @@ def test_bare_overrides(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
         with pytest.raises(SystemExit) as stop:
             main.main(arguments)
         assert stop.value.code == 2 and "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_every_command_tells_its_own_usage_of_an_argument_that_it_does_not_take(capsys) -> None:
+    commands = next(one for one in main.parser()._actions if isinstance(one, argparse._SubParsersAction))
+    assert len(commands.choices) > 15
+    for name, command in commands.choices.items():
+        asked = [one for one in command._actions if not one.option_strings or one.required]
+        words = [[*one.option_strings[:1], str(next(iter(one.choices or ["1"])))] for one in asked]
+        with pytest.raises(SystemExit) as stop:
+            main.main([name, *itertools.chain(*words), "--nothing-of-this-name"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith(f"usage: prunekit {name} "), said
+        assert "unrecognized arguments: --nothing-of-this-name" in said, said
+
+
+def test_an_option_that_is_nearly_right_is_named(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["show", "fastv-k2-r25", "--resolve-it"])
+    assert "unrecognized arguments: --resolve-it (did you mean '--resolved'?)" in capsys.readouterr().err
 
 
 class TestModels:

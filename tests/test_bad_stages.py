@@ -144,12 +144,12 @@ class TokenRouter(Router):
     """Scores tokens only."""
 
 
-@strategy(keep="refused", keep_layers="refused")
+@strategy(keep_layers="refused", routes=("layers",))
 class Planner(Router):
     """Decides about layers by itself."""
 
 
-@strategy(keep_layers="refused")
+@strategy(keep="optional", keep_layers="refused")
 class OwnLayers(Router):
     """Decides about layers by itself, and about tokens by a budget if it is given one."""
 
@@ -316,7 +316,7 @@ SITES: dict[str, tuple[str, list[str]]] = {
     ),
     "nothing has run": (
         one("use: previous, at: 0, keep: 1"),
-        ["2:25: at: 'previous' cannot act at '0': attention of the layer before is not there at '0' (name another"],
+        ["2:25: at: 'previous' cannot act at '0': attention of the layer before is not there at '0' (name a la"],
     ),
     "nothing has run inside": (
         one("use: previous, at: 0.mid, keep: 1"),
@@ -450,7 +450,7 @@ ROUTERS: dict[str, tuple[str, list[str]]] = {
     ),
     "budget of one that decides by itself": (
         one("use: planner, keep: 0.5"),
-        ["2:20: keep: 'planner' decides by itself and takes no `keep`"],
+        ["2:20: keep: 'planner' decides about layers, so it takes no `keep`"],
     ),
     "in the tower": (
         one("use: router, at: vision.2, keep: 0.5"),
@@ -536,7 +536,7 @@ def test_there_are_at_least_ten_of_each() -> None:
 
 def test_defaults_of_several_sites_are_a_schedule() -> None:
     several: Any = (Site(8), Site(16))
-    with pytest.raises(ValueError, match=r"it takes one Site, or a function of N; several sites are a schedule"):
+    with pytest.raises(ValueError, match=r"it takes one Site; several sites are a schedule"):
         Sites(default=several)
     with pytest.raises(PluginError, match=r"gave \(Site\(.*it gives one Site, and several sites are a schedule"):
         Sites(default=lambda layers: several).resolve(32)
@@ -769,6 +769,102 @@ def test_whatever_is_accepted_makes_sense(stages: list[dict[str, Any]], visual: 
     assert again.bind(shape).cuts == tuple(
         dataclasses.replace(cut, stage=again.stages[cut.stage.index]) for cut in bound.cuts
     )
+
+
+def told(registry: Registry, text: str) -> str:
+    """The one fault of a pipeline on the model of this file."""
+    with pytest.raises(SpecError) as caught:
+        build.build(text, registry=registry).bind(SHAPE)
+    (fault,) = caught.value.faults
+    return str(fault)
+
+
+def declared(base: type[Any], **keywords: Any) -> Registry:
+    """A registry with a subclass of `base` that says so much more, as `mine`."""
+    cls = strategy(**keywords)(type("Mine", (base,), {"__module__": __name__}))
+    globals()["Mine"] = cls
+    return registry_of(cls)
+
+
+def binds(registry: Registry, *texts: str) -> None:
+    for text in texts:
+        assert build.build(text, registry=registry).bind(SHAPE).acts
+
+
+class TestWhatAHintNamesWorks:
+    """Whoever does what a message says has a pipeline that binds."""
+
+    @pytest.mark.parametrize("site", ["encoder", "0"])
+    def test_attention_where_no_layer_has_run(self, registry: Registry, site: str) -> None:
+        said = told(registry, one(f"use: previous, at: {site}, keep: 0.5"))
+        assert "(name a layer that another runs before, such as 1; in the strategy Rows(layer='next') reads the" in said
+        assert said.endswith("layer ahead, or optional=True gives None there)")
+        binds(registry, one("use: previous, at: 1, keep: 0.5"), one(f"use: ahead, at: {site}, keep: 0.5"))
+        maybe = declared(Previous, inputs={"attention": Rows(optional=True)})
+        binds(maybe, one(f"use: mine, at: {site}, keep: 0.5"))
+
+    def test_the_own_layer(self, registry: Registry) -> None:
+        said = told(registry, one("use: own, at: 3, keep: 0.5"))
+        assert "(name '3.mid' or '3.after'; Sites(default=Site.parse('2.after'), encoder=False, points=" in said
+        binds(registry, one("use: own, at: 3.mid, keep: 0.5"), one("use: own, at: 3.after, keep: 0.5"))
+        assert "(name a layer, such as '2.mid'; " in told(registry, one("use: own, at: encoder, keep: 0.5"))
+        sites = Sites(default=Site.parse("2.after"), encoder=False, points=("mid", "after"))
+        assert "another point of the layer" in told(declared(Own, sites=sites), one("use: mine, at: 3, keep: 0.5"))
+
+    def test_the_layer_ahead(self, registry: Registry) -> None:
+        assert "(name an earlier site, such as '3')" in told(registry, one("use: ahead, at: 3.mid, keep: 0.5"))
+        binds(registry, one("use: ahead, at: 3, keep: 0.5"))
+
+    @pytest.mark.parametrize(
+        ("sites", "site", "code"),
+        [
+            (Sites(tower=True, encoder=False, decoder=False), "vision.5", "Site.parse('vision.5')"),
+            (Sites(encoder=False, lowest=2), "2", "Site(2)"),
+            (Sites(encoder=False, points=("after",)), "0.after", "Site.parse('0.after')"),
+            (Sites(encoder=False, decoder=False, end=True), "prefill_end", "Site.parse('prefill_end')"),
+        ],
+    )
+    def test_a_strategy_without_a_default_site(self, sites: Sites, site: str, code: str) -> None:
+        mine = declared(Score, sites=sites)
+        said = told(mine, one("use: mine, keep: 0.5"))
+        assert f"(name the site, such as `at: {site}`; in the strategy Sites(default={code}) makes it the" in said
+        binds(mine, one(f"use: mine, keep: 0.5, at: {site}"))
+        binds(declared(Score, sites=dataclasses.replace(sites, default=eval(code))), one("use: mine, keep: 0.5"))
+
+
+@strategy()
+class Far:
+    """Plans layers without any option of them."""
+
+    @hookimpl
+    def plan_layers(self) -> LayerPlan:
+        return LayerPlan({2: LayerAction.SKIP, 99: LayerAction.SKIP})
+
+
+def test_a_plan_beyond_the_model_names_the_hook_and_no_option_that_is_not_there(registry: Registry) -> None:
+    said = told(registry_of(Far), one("use: far"))
+    assert said.endswith(
+        ":2:5: stages[0]: plan_layers of 'far' names layer 99, but the model has 10, 0 to 9 (name earlier layers)"
+    )
+    said = told(registry, one("use: plan, skip: [10, 12]"))
+    assert "stages[0]: plan_layers of 'plan' names layers 10, 12, but" in said
+
+
+@pytest.mark.parametrize("needs", ["keep", "keep_layers"])
+def test_a_router_needs_what_it_requires_and_no_more(needs: str) -> None:
+    """`optional` is what it says: the file may leave it out, and need not have another in its place."""
+    other = {"keep": "keep_layers", "keep_layers": "keep"}[needs]
+    mine = declared(Router, **{other: "optional"})
+    binds(mine, one(f"use: mine, {needs}: 0.5"), one(f"use: mine, {needs}: 0.5, {other}: 0.5"))
+    for text in ("use: mine", f"use: mine, {other}: 0.5"):
+        assert f"{needs}: is missing; 'mine' needs `{needs}`" in told(mine, one(text))
+
+
+def test_a_router_that_plans_layers_itself_may_require_a_budget_of_tokens(registry: Registry) -> None:
+    binds(registry, one("use: ownlayers"))
+    mine = declared(Router, keep_layers="refused")
+    binds(mine, one("use: mine, keep: 0.5"))
+    assert "keep: is missing; 'mine' needs `keep` or `keep_tokens`" in told(mine, one("use: mine"))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class Late:
         return Route(torch.arange(length).expand(rows, -1).float(), layers)
 
 
-@strategy(keep="refused", keep_layers="refused")
+@strategy(keep_layers="refused", routes=("layers",))
 class Whole:
     """Plans by itself: leaves out layer 1."""
 

@@ -22,8 +22,8 @@ PACKAGES = {"prunekit": "prunekit", "prunekit_strategies": "strategies", "prunek
 # A room imports only from rooms further up. docs/architecture.md says why.
 ORDER = (
     "version", "errors", "ops", "registry", "upstream", "probes", "strategy", "cost", "records", "hookspecs", "loose",
-    "plugins", "spec", "families", "pipeline", "loading", "image_files", "estimate", "engine", "verify", "training",
-    "apply", "serving", "trace", "testing", "cli",
+    "plugins", "spec", "families", "pipeline", "loading", "image_files", "video_files", "estimate", "engine", "verify",
+    "training", "apply", "serving", "trace", "testing", "cli",
 )  # fmt: skip
 LEVEL = {room: level for level, room in enumerate(ORDER)}
 # The same for `evals`, where modules at the top are rooms as well. `studies` is not in the wheel: nothing may need it.

@@ -386,7 +386,9 @@ class TestBind:
             ),
             (
                 [{"use": "careless", "at": 0, "keep": 1}],
-                "'careless' cannot act at '0': attention of the layer before is not there at '0' (name another site)",
+                "'careless' cannot act at '0': attention of the layer before is not there at '0' (name a layer that "
+                "another runs before, such as 1; in the strategy Rows(layer='next') reads the layer ahead, or "
+                "optional=True gives None there)",
             ),
             (
                 [{"use": "careless", "keep": 1}],
@@ -415,7 +417,7 @@ class TestBind:
             ),
             (
                 [{"use": "plan", "layers": [3, 10]}],
-                "stages[0].layers: plans layers [10], but the model has layers 0 to 9",
+                "stages[0].layers: plan_layers of 'plan' names layer 10, but the model has 10, 0 to 9 (name earlier",
             ),
             ([{"use": "plan", "layers": [11]}], "stages[0].layers: 11 is odd"),
             (

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from prunekit_evals.run.results import Cell, Conditions, PipelineId
-from prunekit_evals.run.videos import MAX_FRAMES
 
 import prunekit
 from prunekit import plugins
 from prunekit.errors import PrunekitError
+from prunekit.video_files import MAX_FRAMES
 
 UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
 

@@ -24,12 +24,12 @@ from prunekit_evals.run.identity import code_identity
 from prunekit_evals.run.journal import Answer, Journal
 from prunekit_evals.run.rounds import Rounds
 from prunekit_evals.run.unanswered import Unanswered
-from prunekit_evals.run.videos import MAX_FRAMES, Sampling
 
 import prunekit
 from prunekit import families
 from prunekit.errors import InputError, PrunekitError, Unsupported, did_you_mean
 from prunekit.pipeline.build import Pipeline
+from prunekit.video_files import MAX_FRAMES, Sampling
 
 UNANSWERED = Answer("", 0, 0)
 DENSE = '{"name": "dense", "stages": [{"use": "dense"}]}'
@@ -63,8 +63,8 @@ class PruneKit(lmms):  # type: ignore[misc]
 
         pretrained: a model folder, a hub id, or a registered short name. pipeline: a YAML file, or YAML or JSON text.
         device_map: `auto`, or a mapping as JSON text, as transformers takes it. system_prompt: text, or a file with it.
-        honor_until: see `generation.decoding`. max_frames, fps: see `videos.Sampling`. journal: keeps answers, so that
-        a killed run goes on where it was. max_batch_size is ignored. Raises PrunekitError before the model is loaded.
+        honor_until: see `generation.decoding`. max_frames, fps: as `Sampling`. journal: keeps answers, so that a killed
+        run goes on where it was. max_batch_size is ignored. Raises PrunekitError before the model is loaded.
         """
         names = tuple(inspect.signature(PruneKit.__init__).parameters)
         for name in unknown:

@@ -13,9 +13,9 @@ from prunekit_evals.run.generation import Decoding, HonorUntil, decoding
 from prunekit_evals.run.journal import key_of
 from prunekit_evals.run.placeholders import holds
 from prunekit_evals.run.prompts import Prompt, from_messages, from_visuals, placeholder
-from prunekit_evals.run.videos import Sampling
 
 from prunekit.errors import InputError
+from prunekit.video_files import Sampling
 
 if TYPE_CHECKING:
     from lmms_eval.api.instance import Instance

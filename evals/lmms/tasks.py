@@ -17,8 +17,9 @@ from typing import Any
 
 from prunekit_evals.lmms import parts
 from prunekit_evals.lmms.own import identity
-from prunekit_evals.run import files, videos
+from prunekit_evals.run import files
 
+from prunekit import video_files
 from prunekit.errors import InputError, UnknownName
 
 INSTALL = (
@@ -288,7 +289,7 @@ def _videos_of(name: str, config: dict[str, Any], data: Data) -> Path | None:
 
     about = config.get("dataset_kwargs") or {}
     if about.get("video"):
-        videos.check_installed()
+        video_files.check_installed()
     folder = about.get("cache_dir")
     if not about.get("video") or not folder:
         return None

@@ -21,6 +21,7 @@ from prunekit import loading
 from prunekit.errors import InputError, Unsupported
 from prunekit.loading import model_identity
 from prunekit.pipeline.build import Pipeline
+from prunekit.video_files import as_videos
 
 if TYPE_CHECKING:
     from prunekit.records import RunReport
@@ -167,17 +168,11 @@ def encode(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
 
 def _processed(loaded: Loaded, prompts: Sequence[Prompt]) -> Any:
     images = [list(prompt.images) for prompt in prompts] if any(prompt.images for prompt in prompts) else None
-    clips = [clip.shown for prompt in prompts for clip in prompt.videos]
-    videos: dict[str, Any] = {
-        "videos": [frames for frames, _ in clips],
-        "video_metadata": [dict(origin) for _, origin in clips],
-        "do_sample_frames": False,  # they are chosen
-    }
     begin = loaded.processor.tokenizer.bos_token
     return loaded.processor(
         text=[prompt.text for prompt in prompts],
         images=images,
-        **(videos if clips else {}),
+        **as_videos([clip for prompt in prompts for clip in prompt.videos]),
         padding=True,
         return_tensors="pt",
         # A chat template that already wrote the first token must not get a second one.

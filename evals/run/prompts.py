@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit_evals.run.placeholders import texts_only
-from prunekit_evals.run.videos import Clip, Sampling
 
 from prunekit.errors import InputError, Unsupported
 from prunekit.image_files import read_image, upright
+from prunekit.video_files import Clip, Sampling, takes_videos
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,11 +85,6 @@ def from_messages(
     if videos and text.count(processor.video_token) != len(videos):
         raise InputError(f"the model's chat template does not write {processor.video_token!r} once for each video")
     return Prompt(text, tuple(images), tuple(videos))
-
-
-def takes_videos(processor: Any) -> bool:
-    """Whether the model has a way of its own for videos; others get the frames as images."""
-    return getattr(processor, "video_processor", None) is not None and bool(getattr(processor, "video_token", None))
 
 
 def from_visuals(

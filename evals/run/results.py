@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit_evals.run import files
-from prunekit_evals.run.videos import MAX_FRAMES
 
 from prunekit.errors import InputError
+from prunekit.video_files import MAX_FRAMES
 
 SCHEMA = 1
 KIND = "prunekit-cell"
@@ -27,8 +27,8 @@ class Conditions:
 
     model: as the user wrote it; identity: of its weights. dtype: `checkpoint` leaves it to the checkpoint.
     data: identity of the task data. limit: questions asked for, None for all. subset_seed: they were drawn with it;
-    None: they are the first ones. max_frames, fps: of videos, see `videos.Sampling`. code: identity of the code that
-    ran.
+    None: they are the first ones. max_frames, fps: of videos, see `video_files.Sampling`. code: identity of the code
+    that ran.
     """
 
     model: str

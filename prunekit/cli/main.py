@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from prunekit import plugins
 from prunekit.cli import asked, calibrate, completion, cost, doctor, export, new, run, show, trace, train
 from prunekit.cli import list as listing
 from prunekit.cli.arguments import take_overrides
-from prunekit.errors import PluginError, PrunekitError, PrunekitWarning
+from prunekit.errors import PluginError, PrunekitError, PrunekitWarning, did_you_mean
 from prunekit.version import VERSION
 
 EPILOG = """\
@@ -81,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
             commands.choices.update(known)
             commands._choices_actions[:] = shown
     for command in set(commands.choices.values()):
+        command.set_defaults(parser=command)
         if "--debug" not in command._option_string_actions:
             command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         asked.add_misplaced(command)
@@ -88,11 +89,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _refuse(asked: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Say which arguments a command does not take, with its own usage, and which of its options may be meant."""
+    options = [word.partition("=")[0] for word in unknown if word.startswith("--")]
+    near = did_you_mean(options[0], asked._option_string_actions) if options else ""
+    asked.error(f"unrecognized arguments: {' '.join(unknown)}{f' ({near.strip()})' if near else ''}")
+
+
 def _run(arguments: Sequence[str]) -> int:
     top = parser()
     namespace, unparsed = top.parse_known_args(arguments)
     if unknown := take_overrides(namespace, unparsed):
-        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+        _refuse(getattr(namespace, "parser", top), unknown)
     command: Command | None = getattr(namespace, "run", None)
     if command is None:
         raise PluginError("this command does nothing: its plugin set no `run`")

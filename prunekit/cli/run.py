@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from prunekit.cli.arguments import add_common, add_loading, load, positive
-from prunekit.cli.prompts import add_prompt, answer, prepare, prompt_of
+from prunekit.cli.prompts import add_prompt, answer, on_model, prepare, prompt_of
 
 if TYPE_CHECKING:
     from prunekit.pipeline.build import Pipeline
@@ -40,7 +40,8 @@ def run(namespace: argparse.Namespace) -> int:
     prompt = prompt_of(namespace)
     pipeline.bind(loading.load_shape(namespace.model, namespace.download))
     model, processor = load(namespace)
-    inputs = prepare(processor, prompt.text, prompt.images).to(model.device, model.dtype)
+    prompt = prompt.shown_to(processor)
+    inputs = on_model(model, prepare(processor, prompt.text, prompt.images, prompt.videos))
     data: dict[str, Any] = {"pipeline": pipeline.name, "sha": pipeline.sha, "model": namespace.model}
     if namespace.compare_dense:
         data["dense_answer"], data["dense_seconds"] = answer(model, processor, inputs, namespace.max_new_tokens)

@@ -191,6 +191,7 @@ def _router_data(router: Stage, bound: BoundPipeline) -> dict[str, Any]:
     decides = router.decides_layers
     return {
         "stage": router.label,
+        "asked_at": str(router.route_at),
         "decides_layers": decides,
         "keep_layers": bound.layer_budget if decides else None,
         "protected": sorted(bound.protected) if decides else [],
@@ -240,6 +241,7 @@ def _print_ladder(ladder: dict[str, Any], layers: int) -> None:
 def _routed(router: dict[str, Any], layers: int) -> str:
     count, protected = router["keep_layers"], ", ".join(map(str, router["protected"]))
     text = "decides which layers run" if count is None else f"{count} of {layers} layers run for each sample"
+    text += "" if router["asked_at"] == "encoder" else f", decided before layer {router['asked_at']}"
     return text + (f"; always {protected}" if protected else "")
 
 

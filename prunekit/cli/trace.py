@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.cli.arguments import add_common, add_loading, load, positive
-from prunekit.cli.prompts import Prompt, add_prompt, answer, prepare, prompt_of
+from prunekit.cli.prompts import Prompt, add_prompt, answer, on_model, prepare, prompt_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "trace",
         help="draw which visual tokens each stage keeps, merges and drops",
         description="Answer one prompt under each pipeline, and say what became of every visual token: as JSON, as a "
-        "PNG, or as one HTML page, on the image, with several pipelines side by side.",
+        "PNG, or as one HTML page, on the image or on each frame of a video, with several pipelines side by side.",
         epilog="example: prunekit trace fastv-k2-r25 par --model micro --data micro-scenes -o keep.png",
     )
     command.add_argument("pipelines", nargs="+", metavar="pipeline", help="pipeline files, or names")
@@ -56,8 +56,10 @@ def run(namespace: argparse.Namespace) -> int:
         saving.check(path)
     pipelines = [build(source, namespace.overrides) for source in namespace.pipelines]
     prompt = prompt_of(namespace)
-    if not prompt.images:
-        raise InputError("there is nothing to draw: the prompt shows no image (name one with --image, or take --data)")
+    if not prompt.images and not prompt.videos:
+        raise InputError(
+            "there is nothing to draw: the prompt shows no image (name one with --image or --video, or take --data)"
+        )
     shape = loading.load_shape(namespace.model, namespace.download)
     for pipeline in pipelines:
         pipeline.bind(shape)
@@ -83,7 +85,8 @@ def traced(
     from prunekit.trace import Run, figure_of
     from prunekit.verify.proof import proved_parts
 
-    inputs = prepare(processor, prompt.text, prompt.images).to(model.device, model.dtype)
+    prompt = prompt.shown_to(processor)
+    inputs = on_model(model, prepare(processor, prompt.text, prompt.images, prompt.videos))
     runs = []
     for pipeline in pipelines:
         with apply(model, pipeline, processor=processor, trace=True) as attached:
@@ -94,7 +97,7 @@ def traced(
     tower = proved_parts(model).tower
     return figure_of(
         runs,
-        prompt.images,
+        (*prompt.images, *(clip.images() for clip in prompt.videos)),
         prepare=lambda images: prepare(processor, prompt.text, images),
         holder=None if tower is None else tower.images,
         model=name,

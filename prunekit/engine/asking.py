@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prunekit.engine.tokens.merges import matrices_together
 from prunekit.errors import PluginError, PrunekitError
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
@@ -116,8 +117,8 @@ class Answer:
     scores: Tensor | None = None
 
 
-# How many tokens sample b keeps by its scores, float (V,).
-ByScores = Callable[[int, Tensor], int]
+# The input `count` of sample b by its scores, float (V,); None: of all, (B, V).
+ByScores = Callable[[int | None, Tensor], Any]
 
 
 def decide(stage: Stage, view: View, traced: bool = False, budget: ByScores | None = None) -> Answer:
@@ -147,7 +148,7 @@ def decide(stage: Stage, view: View, traced: bool = False, budget: ByScores | No
             scored = _scores_together(view, given)
         else:
             batch = Given(view.get, view.valid, traced)
-            of_all = budget and partial(_row_by_row, budget, view.counts)
+            of_all = budget and partial(budget, None)
             selection, unsound = _decide(stage, view.valid, batch, refusals, of_all), batch.unsound
             scored = batch.scores
     refusals.settle()
@@ -178,12 +179,6 @@ def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]
     return [float(scale) for scale in scales.tolist()]
 
 
-def _row_by_row(budget: ByScores, counts: Sequence[int], scores: Tensor) -> tuple[int, ...]:
-    """The same of a batch, float (B, V), whose samples have so many tokens."""
-    rows = enumerate(zip(scores, counts, strict=True))
-    return tuple(budget(b, row[:count]) if count else 0 for b, (row, count) in rows)
-
-
 def _decide(
     stage: Stage, valid: Tensor, get: Given, refusals: Refusals, budget: Callable[[Tensor], Any] | None = None
 ) -> Selection:
@@ -212,7 +207,7 @@ def _decide(
         weights = _owners(stage, merging, weights, keep, valid, refusals, get)
     elif weights is not None:
         count = _extras(stage, get) if selection.extras is None else _own_extras(stage, selection.extras, refusals, get)
-        weights = _matrix(stage, merging, weights, keep, count, refusals, get)
+        weights = _matrix(stage, merging, weights, keep, valid, count, refusals, get)
     if selection.extras is not None and not isinstance(weights, Tensor):
         raise PluginError(f"{stage.label}: select_tokens (extras) needs weights, a matrix whose last columns take them")
     if sizes is not None:
@@ -261,7 +256,7 @@ def _owners(
 
 
 def _matrix(
-    stage: Stage, hook: str, weights: Any, keep: Tensor, extras: int, refusals: Refusals, given: Given
+    stage: Stage, hook: str, weights: Any, keep: Tensor, valid: Tensor, extras: int, refusals: Refusals, given: Given
 ) -> Tensor:
     """A dense merge, float (B, V, V + E), finite in the rows of kept tokens. hook: the one that returned it."""
     hook = f"{hook} (weights)"
@@ -269,7 +264,28 @@ def _matrix(
     matrix = _floats(stage, hook, weights, shape)
     wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
     refusals.add(wrong.any(-1).to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token", given)
+    refusals.add(
+        valid & ~keep & _idle_rows(matrix, keep.to(matrix.device)).to(keep.device),
+        f"{stage.label}: {hook} has entries in the row of a token that leaves, which do nothing: row i says what "
+        "stands in the slot of token i, which therefore has to be kept (is it the transpose that you mean?)",
+        given,
+    )
     return matrix
+
+
+def _idle_rows(matrix: Tensor, keep: Tensor) -> Tensor:
+    """Rows of a dense merge that were meant for something which cannot be, if their tokens leave: bool (B, V).
+
+    They take extras, or other tokens while no kept row takes their own: so does a matrix the other way round, and a
+    sum whose token is not kept. A matrix that is simply written for all tokens, such as the cells of a grid or
+    likenesses, has rows of dropped tokens, too, and kept ones that take these. NaN, as of an average of none, is no
+    entry.
+    """
+    said, many = (matrix != 0) & (matrix == matrix), keep.shape[-1]
+    among = said[..., :many]
+    others = among.sum(-1) > among.diagonal(dim1=-2, dim2=-1)
+    taken = (among & keep[..., None]).any(-2)
+    return (others & ~taken) | said[..., many:].any(-1)
 
 
 def _extras(stage: Stage, get: Callable[[str], Any]) -> int:
@@ -290,7 +306,7 @@ def _together(stage: Stage, view: View, answers: dict[int, Selection]) -> Select
     matrices = {b: one for b, one in weights.items() if isinstance(one, Tensor)}
     if len({one.mode for one in owners.values()}) + bool(matrices) > 1:
         raise PluginError(f"{stage.label}: merges must be of one kind and mode for all samples of a batch")
-    merge = _owners_together(keep, owners) if owners else _matrices_together(keep, matrices) if matrices else None
+    merge = _owners_together(keep, owners) if owners else matrices_together(keep, matrices) if matrices else None
     sizes = None
     if any(one.sizes is not None for one in answers.values()):
         sizes = view.sizes.clone()
@@ -326,25 +342,6 @@ def _owners_together(keep: Tensor, owners: dict[int, Owners]) -> Owners:
 
 def _longer(x: Tensor, width: int, padding: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - len(x)), value=padding)
-
-
-def _matrices_together(keep: Tensor, matrices: dict[int, Tensor]) -> Tensor:
-    width = keep.shape[1]
-    extras = max(one.shape[1] - one.shape[0] for one in matrices.values())
-    some = next(iter(matrices.values()))
-    blank = torch.eye(width, width + extras, dtype=some.dtype, device=some.device)
-    return torch.stack([_padded(matrices.get(b), blank) for b in range(len(keep))])
-
-
-def _padded(weights: Tensor | None, blank: Tensor) -> Tensor:
-    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
-    if weights is None:
-        return blank
-    many, width = len(weights), blank.shape[0]
-    extras = weights.shape[1] - many
-    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
-    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
-    return torch.cat([top, blank[many:]])
 
 
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from prunekit.pipeline.build import BoundPipeline
 from prunekit.pipeline.statements import selection_flops
 from prunekit.records import RunReport, StageEvent
 from prunekit.strategy.decisions import LayerPlan
-from prunekit.strategy.sites import ENCODER, Site
+from prunekit.strategy.sites import Site
 
 
 def summarise(
@@ -60,13 +60,13 @@ def summarise(
 def _decisions(bound: BoundPipeline, events: Sequence[StageEvent], sample: int, text: int, original: int) -> int:
     """FLOPs of what stages decided for one sample, as far as they say: token stages at each cut, routers once."""
     cuts = {(cut.stage.index, str(cut.site)): cut for cut in bound.cuts}
-    total, routed = 0, original
+    total, left = 0, {router.index: original for router in bound.routers}
     for event in events:
         cut = cuts[event.index, event.site]
+        left |= {router.index: len(event.kept[sample]) for router in bound.routers if cut.comes_before(router)}
         if not cut.stage.is_router:
             total += selection_flops(cut.stage, bound.shape, text, event.entered[sample])
-            routed = len(event.kept[sample]) if cut.site <= ENCODER else routed
-    return total + sum(selection_flops(router, bound.shape, text, routed) for router in bound.routers)
+    return total + sum(selection_flops(router, bound.shape, text, left[router.index]) for router in bound.routers)
 
 
 def _kv_tokens(

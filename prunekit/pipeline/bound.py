@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunekit.pipeline import layer_plans
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.artefact import Artefact
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
-from prunekit.strategy.sites import ENCODER, Site
+from prunekit.strategy.sites import Site
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class BoundPipeline:
     name, sha, positions, stages: those of the `Pipeline`.
     cuts: where visual tokens leave, in the order in which the data passes them.
     plan: what becomes of each decoder layer, for every sample alike.
-    protected: layers that a router has to let run, because a cut reads their attention or stands inside them, or
-        a later layer attends to their keys and values, or its own options say so.
+    protected: layers that a router has to let run, because they have run before it is asked, a cut reads their
+        attention or stands inside them, a later layer attends to their keys and values, or its own options say so.
     ladder: under a budget of risk what each sample may keep, as it turns out; cuts and stages then are those of the
         first rung. None: all samples keep the same.
     """
@@ -51,13 +52,13 @@ class BoundPipeline:
 
     @property
     def routers(self) -> tuple[Stage, ...]:
-        """Stages that decide for each sample before the decoder, in the order of the file."""
-        return tuple(stage for stage in self.stages if stage.is_router)
+        """Stages that decide for each sample, in the order of the data and of the file."""
+        return tuple(sorted((stage for stage in self.stages if stage.is_router), key=lambda stage: stage.route_at))
 
     @property
     def asked(self) -> tuple[Cut, ...]:
-        """Where strategies are asked: token stages at each of their cuts, routers once, at the decoder input."""
-        routers = tuple(Cut(ENCODER, router, None, 0) for router in self.routers)
+        """Where strategies are asked: token stages at each of their cuts, routers once."""
+        routers = tuple(Cut(router.route_at, router, None, 0) for router in self.routers)
         return (*(cut for cut in self.cuts if not cut.stage.is_router), *routers)
 
     @property
@@ -67,9 +68,9 @@ class BoundPipeline:
 
     @property
     def last_only(self) -> int | None:
-        """As `ModelShape.last_only`; None where a stage cuts or freezes tokens in those layers or behind them."""
+        """As `ModelShape.last_only`; None where a stage cuts, routes or freezes tokens from there on."""
         first = self.shape.last_only
-        if first is None or any(cut.site > Site(first - 1, "layer", "after") for cut in self.cuts):
+        if first is None or any(cut.site > Site(first - 1, "layer", "after") for cut in (*self.cuts, *self.asked)):
             return None
         free = any(router.decides_layers and router.keep_layers is None for router in self.routers)
         frozen = any(self.plan[layer] is LayerAction.FREEZE for layer in range(first, self.shape.layers))

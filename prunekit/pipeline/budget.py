@@ -12,8 +12,8 @@ import warnings
 
 from prunekit.errors import Fault, PrunekitWarning, SpecError
 from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.forecast import Forecast, forecast, visual_counts
-from prunekit.pipeline.stage import Cut
 from prunekit.spec.budget_keys import Budget
 from prunekit.strategy.sites import Keep
 

@@ -13,8 +13,9 @@ from prunekit import plugins, version
 from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
 from prunekit.pipeline import budget, cuts, layer_plans, risk, statements
 from prunekit.pipeline.bound import BoundPipeline
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.site_faults import site_faults
-from prunekit.pipeline.stage import Cut, Stage, make
+from prunekit.pipeline.stage import Stage, make
 from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
@@ -22,7 +23,7 @@ from prunekit.spec.compose import Source
 from prunekit.spec.risk_keys import RiskBudget
 from prunekit.spec.writing import to_yaml
 from prunekit.strategy.decisions import MASKED, ModelShape
-from prunekit.strategy.sites import Keep, Site
+from prunekit.strategy.sites import ENCODER, Keep, Site
 
 __all__ = ["BoundPipeline", "Cut", "Pipeline", "Stage", "build", "file_of"]
 SUFFIXES = {".yaml", ".yml", ".json"}  # what ends so is a file, never a name
@@ -66,7 +67,7 @@ class Pipeline:
         plan = layer_plans.static_plan(self.stages, shape, faults)
         faults += statements.shape_faults(self.stages, shape)
         protected = cuts.protected_layers(placed, shape.layers) | statements.protected_layers(self.stages, shape)
-        protected |= layer_plans.read_sources(plan, shape)
+        protected |= layer_plans.read_sources(plan, shape) | layer_plans.layers_before_routing(self.stages)
         faults += cuts.plan_faults(placed, plan, shape.layers)
         faults += layer_plans.routing_faults(self.stages, plan, protected, shape)
         faults += _positions_faults(self.positions, shape)
@@ -242,6 +243,8 @@ def _stage_data(stage: Stage, path: Callable[[Path], str]) -> dict[str, Any]:
     data |= {} if stage.open else _budgets(stage.keeps)
     if stage.keep_layers:
         data["keep_layers"] = stage.keep_layers.tokens or stage.keep_layers.fraction
+    if stage.route_at != ENCODER:
+        data["route_at"] = _site_data(stage.route_at)
     for field in dataclasses.fields(stage.strategy):
         if field.init:
             data[field.name] = _plain(getattr(stage.strategy, field.name), path)

@@ -7,11 +7,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction, LayerPlan, TowerShape
 from prunekit.strategy.decoder_requests import layer_of
 from prunekit.strategy.inputs import OF_DECODER_LAYERS, requests
-from prunekit.strategy.sites import Keep
+from prunekit.strategy.sites import ENCODER, Keep
 
 # What a layer may do inside which tokens leave, between its attention and its MLP.
 CAN_BE_CUT = (LayerAction.RUN, LayerAction.SKIP_ATTENTION)
@@ -66,11 +67,12 @@ def _order_faults(stages: Sequence[Stage], cuts: Sequence[Cut]) -> Iterator[Faul
 
 
 def _router_faults(cuts: Sequence[Cut]) -> Iterator[Fault]:
-    """Stages at the decoder input that are listed after a router at the same site, which decides after them."""
-    router = next((cut for cut in cuts if cut.stage.is_router and cut.site.place == "encoder"), None)
-    for cut in cuts:
-        if router and cut.site == router.site and not cut.stage.is_router and cut.stage.index > router.stage.index:
-            message = f"'{router.stage.use}' routes after all other stages at the decoder input, so also after this one"
+    """Stages that are listed after a router where that is asked, which decides after them."""
+    routers = [cut for cut in cuts if cut.routes_here]
+    for cut, router in itertools.product(cuts, routers):
+        if cut.site == router.site and not cut.routes_here and cut.stage.index > router.stage.index:
+            place = "the decoder input" if router.site == ENCODER else f"'{router.site}'"
+            message = f"'{router.stage.use}' routes after all other stages at {place}, so also after this one"
             yield cut.stage.fault(cut.key("at"), message, f"list it before {router.stage.label}")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from prunekit import cost
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.statements import selection_flops
 from prunekit.pipeline.tower_forecast import one_size, tower_work
 from prunekit.strategy.decisions import LayerAction
@@ -233,14 +233,14 @@ def _visual(bound: BoundPipeline, counts: Sequence[int]) -> tuple[list[int], lis
 
 def _decisions(bound: BoundPipeline, counts: Sequence[int], text_tokens: int) -> tuple[int, int]:
     """FLOPs of the decisions themselves: of token stages at each of their cuts, and of routers, which decide once."""
-    total, routed = 0, counts[0]
+    total, routing = 0, 0
     for at, cut in enumerate(bound.cuts):
-        if cut.stage.is_router:
-            continue
-        total += selection_flops(cut.stage, bound.shape, text_tokens, counts[at])
-        if cut.site <= ENCODER:
-            routed = counts[at + 1]
-    return total, sum(selection_flops(router, bound.shape, text_tokens, routed) for router in bound.routers)
+        if not cut.stage.is_router:
+            total += selection_flops(cut.stage, bound.shape, text_tokens, counts[at])
+    for router in bound.routers:
+        left = counts[sum(cut.comes_before(router) for cut in bound.cuts)]
+        routing += selection_flops(router, bound.shape, text_tokens, left)
+    return total, routing
 
 
 def _bounds(bound: BoundPipeline, least: Sequence[int], most: Sequence[int]) -> Bounds:

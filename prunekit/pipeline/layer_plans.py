@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault, PluginError, PrunekitError
@@ -18,26 +19,37 @@ def static_plan(stages: Sequence[Stage], shape: ModelShape, faults: list[Fault])
         own = _plan_of(stage, shape, faults)
         beyond = sorted(layer for layer in own.layers if layer not in range(shape.layers))
         if beyond:
-            message = f"plans layers {beyond}, but the model has layers 0 to {shape.layers - 1}"
-            faults.append(stage.fault("layers", message))
+            message = f"plan_layers of '{stage.use}' names {_layers(beyond)}, but the model has {shape.layers}, "
+            message += f"0 to {shape.layers - 1}"
+            faults.append(stage.fault(_key(stage), message, "name earlier layers"))
             continue
         if shape.attention not in MASKED and any(action is LayerAction.FREEZE for _, action in own):
             message = "freezes visual tokens, for which a layer needs a mask that flash kernels do not take"
-            faults.append(stage.fault("layers", message, "load the model with sdpa or eager attention"))
+            faults.append(stage.fault(_key(stage), message, "load the model with sdpa or eager attention"))
         if own.layers and shape.opaque:
             message = f"plans layers, but this decoder can be cut at its input only: {shape.opaque}"
             faults.append(stage.fault("use", message, "leave this stage out"))
         if held := without_kv(own, shape):
             message = f"{held[1]}, of which layers {_listed(held[0])} have none"
-            faults.append(stage.fault("layers", message, "name layers that attend, or skip them"))
+            faults.append(stage.fault(_key(stage), message, "name layers that attend, or skip them"))
         try:
             plan = plan.merge(own)
         except ValueError as error:
-            faults.append(stage.fault("layers", f"plans disagree: {error}", "let one stage decide about each layer"))
+            faults.append(stage.fault(_key(stage), f"plans disagree: {error}", "let one stage decide about each layer"))
     deciding = [stage for stage in stages if stage.is_layer]
     if deciding and (problem := sharing_problem(plan, shape)):
-        faults.append(deciding[-1].fault("layers", problem, "leave the layers alone that others read, or skip both"))
+        last, hint = deciding[-1], "leave the layers alone that others read, or skip both"
+        faults.append(last.fault(_key(last), problem, hint))
     return plan
+
+
+def _key(stage: Stage) -> str:
+    """The option of a layer stage that is to blame for its plan, by its usual name; empty: the stage itself is."""
+    return "layers" if any(one.name == "layers" for one in dataclasses.fields(stage.strategy)) else ""
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def without_kv(plan: LayerPlan, shape: ModelShape) -> tuple[frozenset[int], str] | None:
@@ -75,6 +87,12 @@ def read_sources(plan: LayerPlan, shape: ModelShape) -> frozenset[int]:
         for reader, source in enumerate(shape.kv_sources)
         if source != reader and (plan[reader].attends or plan.decoding(reader).attends)
     )
+
+
+def layers_before_routing(stages: Sequence[Stage]) -> frozenset[int]:
+    """Decoder layers that have run when the router that decides about layers is asked."""
+    deciding = (stage for stage in stages if stage.is_router and stage.decides_layers)
+    return frozenset(range(max((stage.route_at.reach for stage in deciding), default=0)))
 
 
 def _plan_of(stage: Stage, shape: ModelShape, faults: list[Fault]) -> LayerPlan:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from prunekit.errors import Fault
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import MASKED, ModelShape, TowerShape
 from prunekit.strategy.declare import implements
 from prunekit.strategy.decoder_requests import layer_and_rope, layer_of
@@ -14,6 +15,7 @@ from prunekit.strategy.inputs import (
     OF_DECODER_LAYERS,
     OF_TOWER,
     TOKEN_HOOKS,
+    NotThere,
     inputs_of,
     region_of,
     requests,
@@ -34,21 +36,31 @@ def site_faults(stages: Sequence[Stage], cuts: Sequence[Cut], shape: ModelShape)
             yield cut.stage.fault(cut.key("at"), *problem)
     cutting = {cut.stage.index for cut in cuts}
     for stage in stages:
-        if stage.is_router and stage.index not in cutting:
-            problem = _input_problem(Cut(ENCODER, stage, None, 0), cuts, shape)
-            if problem:
-                yield stage.fault("use", *problem)
+        if not stage.is_router:
+            continue
+        asked = Cut(stage.route_at, stage, None, 0)
+        if problem := _no_such_place(stage.route_at, shape):
+            yield stage.fault("route_at", *problem)
+        elif stage.index not in cutting and (problem := _input_problem(asked, cuts, shape)):
+            yield stage.fault("use", *problem)
+
+
+def _no_such_place(site: Site, shape: ModelShape) -> Problem | None:
+    """Why this decoder has no such site."""
+    if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
+        message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
+        return message, "name an earlier layer"
+    if shape.opaque and site > ENCODER:
+        return f"'{site}' is inside a decoder that can be cut at its input only: {shape.opaque}", "name 'encoder'"
+    return None
 
 
 def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem | None:
     site, use = cut.site, cut.stage.use
-    if site.place == "layer" and site.layer is not None and site.layer >= shape.layers:
-        message = f"there is no layer {site.layer}: the model has layers 0 to {shape.layers - 1}"
-        return message, "name an earlier layer"
+    if problem := _no_such_place(site, shape):
+        return problem
     if site.place == "pixels" and (problem := _pixels_problem(cut, cuts, shape.tower)):
         return problem
-    if shape.opaque and site > ENCODER:
-        return f"'{site}' is inside a decoder that can be cut at its input only: {shape.opaque}", "cut at 'encoder'"
     if site.place == "layer" and site.point == "mid" and not shape.cuts_inside:
         message = (
             f"the layers of {shape.family} have no state between attention and MLP that could be cut: they run these "
@@ -59,11 +71,26 @@ def _site_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem |
         return problem
     if reason := cut.stage.sites.reason_against(site):
         if cut.stage.sites_given is None:
-            return f"is missing: '{use}' {reason}", "name the site"
+            return f"is missing: '{use}' {reason}", _where(cut.stage, shape)
         return f"'{use}' cannot act at '{site}': it {reason}", ""
-    if cut.stage.is_router and site.in_tower:
-        return f"'{use}' decides at the decoder input, after '{site}'", "name 'encoder' or a layer"
+    if cut.stage.is_router and site < cut.asked_at:
+        if cut.asked_at == ENCODER:
+            return f"'{use}' decides at the decoder input, after '{site}'", "name 'encoder' or a layer"
+        message = f"'{use}' is only asked at '{cut.asked_at}', so no token can leave by it at '{site}'"
+        return message, f"name '{cut.asked_at}' or a later layer"
     return None
+
+
+def _where(stage: Stage, shape: ModelShape) -> str:
+    """A site that a stage without a default may name, and how its strategy would have one."""
+    some = ["pixels", "encoder", stage.sites.lowest, f"{stage.sites.lowest}.after", "prefill_end"]
+    if shape.tower is not None and shape.tower_depth:
+        some.insert(1, f"vision.{shape.tower.feature_block}")
+    allowed = [one for one in some if stage.sites.reason_against(Site.parse(one)) is None]
+    if not allowed:
+        return "name the site"
+    code = f"Site({allowed[0]})" if isinstance(allowed[0], int) else f"Site.parse('{allowed[0]}')"
+    return f"name the site, such as `at: {allowed[0]}`; in the strategy Sites(default={code}) makes it the default"
 
 
 def _pixels_problem(cut: Cut, cuts: Sequence[Cut], tower: TowerShape | None) -> Problem | None:
@@ -145,8 +172,8 @@ def _input_problem(cut: Cut, cuts: Sequence[Cut], shape: ModelShape) -> Problem 
                 return f"'{use}' asks for {name}, {wanted}: {problem[0]}", problem[1]
     try:
         cut.reads(shape.layers)
-    except ValueError as error:
-        return f"'{use}' cannot act at '{cut.site}': {error}", "name another site"
+    except NotThere as error:
+        return f"'{use}' cannot act at '{cut.site}': {error}", error.hint
     return _recurrent_problem(cut, shape) or _rope_problem(cut, shape) or _ahead_problem(cut, shape)
 
 

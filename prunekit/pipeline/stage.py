@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pluggy
@@ -33,7 +33,7 @@ class Stage:
     """A strategy instance, addressed through `hook`; whoever holds the stage may register wrappers in `manager`.
 
     sites_given: as the file names them, None when it does not. keeps: one budget for all sites or one for each; empty
-    for a strategy that takes none. keep_layers: of a router, how many decoder layers run.
+    for a strategy that takes none. keep_layers: of a router, how many decoder layers run; route_at: where it is asked.
     where: of the stage in its file; keys: of its values, by key path below the stage; names: of its keys. Places are
     None for a dict.
     origin: the distribution and version that registered the strategy.
@@ -55,6 +55,7 @@ class Stage:
     open: bool = False
     sites: Sites = dataclasses.field(default_factory=Sites)
     inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    route_at: Site = ENCODER
 
     @property
     def hook(self) -> Any:
@@ -84,7 +85,7 @@ class Stage:
 
     @property
     def is_router(self) -> bool:
-        """It decides for each sample, before the decoder."""
+        """It decides for each sample, at `route_at`."""
         return declare.is_router(type(self.strategy))
 
     @property
@@ -203,56 +204,6 @@ class Stage:
         return Fault((self.names if on_name else self.keys).get(key, self.where), path, message, hint)
 
 
-@dataclasses.dataclass(frozen=True)
-class Cut:
-    """One place where a stage takes visual tokens away. A stage with a list of sites has several, numbered from 0.
-
-    keep: None for a strategy that decides by itself. sites: all of the stage's, in the order of the data; empty for a
-    router.
-    """
-
-    site: Site
-    stage: Stage
-    keep: Keep | None
-    number: int
-    sites: tuple[Site, ...] = ()
-
-    @property
-    def asked_at(self) -> Site:
-        """Where its strategy is asked: a router at the decoder input, wherever tokens leave by its scores."""
-        return ENCODER if self.stage.is_router else self.site
-
-    @property
-    def drops_all(self) -> bool:
-        """It leaves no visual token."""
-        return self.stage.drops_all
-
-    @property
-    def decides(self) -> bool:
-        """How many tokens it leaves is not known before it runs: its strategy is told no number, or does not ask."""
-        return not self.drops_all and (self.keep is None or not self.stage.counts)
-
-    @property
-    def label(self) -> str:
-        """As messages name it: `stages[0] fastv`, of several sites `stages[0] fastv at '4'`."""
-        several = len(self.stage.sites_given or ()) > 1
-        return self.stage.label + (f" at '{self.site}'" if several else "")
-
-    def key(self, name: str) -> str:
-        """The key path below the stage of `at` or of a budget of this cut: `keep` or `keep[2]`."""
-        listed = f"{name}[{self.number}]"
-        return listed if listed in self.stage.keys else name
-
-    def reads(self, layers: int) -> dict[int, str]:
-        """The decoder layers, of `layers`, whose run gives it an input, with the name of that input.
-
-        Raises ValueError for an input that there is not at its site.
-        """
-        names = (*table.OF_DECODER_LAYERS, "previous_hidden")
-        asked = frozenset(name for name in names if self.stage.asks_for(name))
-        return table.layers_read(self.stage.inputs, asked, self.asked_at, layers)
-
-
 def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], budgeted: bool = False) -> Stage | None:
     """The stage that `spec` describes, or None after adding to `faults` what is wrong with it.
 
@@ -261,7 +212,7 @@ def make(index: int, spec: StageSpec, registry: Registry, faults: list[Fault], b
     """
     draft = Stage(
         index, spec.use, None, spec.sites, spec.keeps or (), spec.keep_layers, spec.where, _manager(), spec.keys,
-        spec.names,
+        spec.names, route_at=spec.route_at or ENCODER,
     )  # fmt: skip
     try:
         entry = registry.strategy_entry(spec.use)
@@ -302,38 +253,43 @@ def _key_faults(cls: type[Any], draft: Stage) -> list[Fault]:
     # `keep_of` beside `keep` is the same mistake.
     told = [key for key in wrong if key not in BUDGETS or key == next(one for one in wrong if one in BUDGETS)]
     found = [draft.fault(key, _refusal(cls, draft.use, key), "remove it", on_name=True) for key in told]
-    budgets = [key for key in ("keep", "keep_tokens", "keep_layers") if key in allowed]
-    if budgets and _needs_budget(cls, draft) and not any(key in given for key in (*budgets, "keep_of")):
+    if missing := _missing_budget(cls, draft, given):
         hint = "the fraction of the visual tokens to keep, such as 0.25; or keep_tokens: 144"
-        if budgets == ["keep_layers"]:
+        if missing == ("keep_layers",):
             hint = "how many decoder layers run, such as 24, or the fraction of them, such as 0.75"
-        needs = " or ".join(f"`{key}`" for key in budgets)
-        found.append(draft.fault(budgets[0], f"is missing; '{draft.use}' needs {needs}", hint))
+        needs = " or ".join(f"`{key}`" for key in missing)
+        found.append(draft.fault(missing[0], f"is missing; '{draft.use}' needs {needs}", hint))
     elif declare.is_router(cls) and {"at"} & {*given} & {*allowed} and not {*BUDGETS} & {*given}:
         message = "says where tokens leave, but there is no `keep`"
         found.append(draft.fault("at", message, "add `keep` or `keep_tokens`, or remove it", on_name=True))
     return found
 
 
-def _needs_budget(cls: type[Any], draft: Stage) -> bool:
-    """The file has to say how much the stage keeps: of tokens, or where a router decides about them, of layers."""
+def _missing_budget(cls: type[Any], draft: Stage, given: Sequence[str]) -> tuple[str, ...]:
+    """The keys of which the file has to name one, and names none. One is enough for a router that requires two."""
     declaration: Declaration = cls.__prunekit__
-    if declare.is_router(cls):
-        return not declare.plans_layers_itself(cls) and "required" in (declaration.keep, declaration.keep_layers)
+    allowed, tokens, layers = declare.stage_keys(cls), ("keep", "keep_tokens"), ("keep_layers",)
+    told_tokens, told_layers = {*tokens, "keep_of"} & {*given}, {*layers} & {*given}
     scheduled = declaration.schedule is not None and draft.sites_given is None
-    return declaration.keep == "required" and not scheduled
+    needs_tokens = "keep" in allowed and declaration.keep == "required" and not scheduled
+    needs_layers = "keep_layers" in allowed and declaration.keep_layers == "required"
+    if needs_tokens and needs_layers:
+        return () if told_tokens or told_layers else (*tokens, *layers)
+    return tokens if needs_tokens and not told_tokens else layers if needs_layers and not told_layers else ()
 
 
 def _refusal(cls: type[Any], use: str, key: str) -> str:
     """Why strategies of this class do not take a reserved key."""
     about_layers = key == "keep_layers"
+    if key == "route_at":
+        return f"'{use}' is no router, so it takes no `route_at`"
     if declare.is_image(cls):
         return f"'{use}' decides about whole images, so it takes no `{key}`"
     if not about_layers and not (declare.is_token(cls) or declare.routes_tokens(cls)):
         return f"'{use}' decides about layers, so it takes no `{key}`"
     if about_layers and not (declare.routes_layers(cls) or implements(cls, "plan_layers")):
         return f"'{use}' decides about tokens, so it takes no `{key}`"
-    about = "about layers " if about_layers and declare.takes_keep(cls) and declare.is_router(cls) else ""
+    about = "about layers " if about_layers and declare.is_router(cls) and "keep" in declare.stage_keys(cls) else ""
     return f"'{use}' decides {about}by itself and takes no `{key}`"
 
 

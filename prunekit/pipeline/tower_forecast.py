@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prunekit.cost import Area, TowerInput, TowerWork
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy.decisions import TowerParams, TowerShape
 from prunekit.strategy.sites import PIXELS, Site
 

@@ -17,7 +17,7 @@ from prunekit.spec.places import Node
 from prunekit.spec.risk_keys import RiskBudget, read_any_budget
 from prunekit.strategy import meant
 from prunekit.strategy.options import STAGE_KEYS
-from prunekit.strategy.sites import Keep, Site
+from prunekit.strategy.sites import ENCODER, Keep, Site
 
 __all__ = ["STAGE_KEYS", "TOP_KEYS", "PipelineSpec", "StageSpec", "load", "read"]
 
@@ -31,8 +31,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 class StageSpec:
     """One stage as the file says it; whether the strategy exists and takes these options is not known yet.
 
-    sites, keeps: of `at` and of `keep` or `keep_tokens`, one or one for each site; keep_layers. None when the file does
-    not say.
+    sites, keeps: of `at` and of `keep` or `keep_tokens`, one or one for each site; keep_layers; route_at. None when the
+    file does not say.
     options: the strategy's own fields, plain data.
     where: of the stage; keys: of each value, by key path such as `layers[2]`; names: of each key itself. Places are
     None when the stage came from a dict.
@@ -43,6 +43,7 @@ class StageSpec:
     sites: tuple[Site, ...] | None = None
     keeps: tuple[Keep, ...] | None = None
     keep_layers: Keep | None = None
+    route_at: Site | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     where: Where | None = None
     keys: Mapping[str, Where | None] = field(default_factory=dict)
@@ -137,8 +138,9 @@ def _stage(node: Node, path: str, faults: list[Fault]) -> StageSpec:
     many = len(sites) if sites else None if "at" in values else 1
     keeps = read_keeps(values, path, many, faults)
     layers = read_layers(values.get("keep_layers"), f"{path}.keep_layers", faults)
+    route_at = _route_at(values.get("route_at"), f"{path}.route_at", faults)
     names = {name: value.key for name, value in values.items()}
-    return StageSpec(use, sites, keeps, layers, options, node.where, keys, names, folders)
+    return StageSpec(use, sites, keeps, layers, route_at, options, node.where, keys, names, folders)
 
 
 def _sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...] | None:
@@ -162,6 +164,23 @@ def _sites(node: Node | None, key: str, faults: list[Fault]) -> tuple[Site, ...]
             faults.append(Fault(place, f"{key}[{index}]", message, "list sites in the order of the data, each once"))
             return None
     return good
+
+
+def _route_at(node: Node | None, key: str, faults: list[Fault]) -> Site | None:
+    """Where a router is asked: the decoder input, or before a decoder layer."""
+    if node is None:
+        return None
+    if isinstance(node.data, list):
+        faults.append(Fault(node.where, key, "must be one site: a router decides once", "such as encoder or 8"))
+        return None
+    site = _site(node, key, faults)
+    if site is None or site == ENCODER or (site.in_decoder and site.point == "before"):
+        return site
+    behind = site.in_decoder and site.point == "after"
+    hint = f"write {site.depth}" if behind else "write encoder, or the number of a layer, such as 8"
+    message = f"a router is asked at the decoder input or before a layer, not at '{site}'"
+    faults.append(Fault(node.where, key, message, hint))
+    return None
 
 
 def _site(node: Node, key: str, faults: list[Fault]) -> Site | None:

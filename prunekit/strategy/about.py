@@ -183,8 +183,8 @@ def _group(kind: Kind, default: tuple[Site, ...], sites: tuple[str, ...]) -> str
 def _count(cls: type[Any], declaration: Declaration) -> Count:
     if not (declare.is_token(cls) or declare.is_image(cls) or declare.routes_tokens(cls)):
         return ""
-    if declaration.keep == "required" and not declare.is_image(cls):
-        return "fixed"
+    if declare.is_router(cls) or (declaration.keep == "required" and not declare.is_image(cls)):
+        return "fixed"  # without a budget of tokens a router lets all of them stay
     schedule = _tried(lambda: declaration.schedule_of(_instance(cls), LAYERS, BLOCKS), None) or ()
     scheduled = bool(schedule) and all(keep is not None for _, keep in schedule)
     if declaration.drops_all or declaration.fixed_count or (scheduled and declaration.fixed_count is None):

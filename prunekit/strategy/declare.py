@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, TypeVar, cast, dataclass_transform, get_args
+from typing import Any, TypeVar, cast, dataclass_transform
 
-from prunekit.errors import PluginError, did_you_mean
+from prunekit.errors import PluginError, PrunekitError, did_you_mean
 from prunekit.strategy import inputs as table
+from prunekit.strategy.keywords import Policy, Routes, Schedule, problem, schedule_problem
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import PIXELS, Keep, Site, Sites
 
@@ -50,19 +49,9 @@ OF_TOKENS = ("schedule", "spread", "drops_all", "extras", "crops")
 OF_ROUTERS = ("keep_layers", "routes")
 # What it says for readers alone, for strategies of every kind; and how that is written.
 OF_ALL = ("paper", "code", "group", "fixed_count")
-WRITTEN: Mapping[str, tuple[re.Pattern[str], str]] = {
-    "paper": (re.compile(r"\d{4}\.\d{4,5}(v\d+)?|https://\S+"), "an arXiv id such as '2403.06764', or an address"),
-    "code": (
-        re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{7,40}(:\S+)?"),
-        "a repository at a commit, 'owner/name@1a2b3c4', and if wanted ':path' in it",
-    ),
-    "group": (re.compile(r"[a-z][a-z0-9 -]*"), "a heading in lower case, such as 'baselines'"),
-}
-EXTRAS = ("cls",)  # what a vision tower gives beside the visual tokens
+SCORES_TOKENS = "a router scores tokens, and `keep` in the file says how many stay"
+NOT_ROUTED = "; what decides by itself how many stay is a token strategy with select_tokens and keep='optional'"
 AT_PIXELS = Sites(default=PIXELS, encoder=False, decoder=False, pixels=True)
-Policy = Literal["required", "optional", "refused"]
-Routes = Literal["tokens", "layers"]
-Schedule = Mapping[Site, float | None]
 C = TypeVar("C", bound=type)
 
 
@@ -132,15 +121,22 @@ class Declaration:
         """Default sites with their budgets in a decoder of `layers` layers, in the order of the data; None without one.
 
         A budget is None where the strategy decides by itself. blocks: of the vision tower, those that lead to the image
-        features. Raises ValueError as the strategy's function does, and PluginError when it gives something else.
+        features. Raises ValueError as the strategy's function does, and PluginError when it gives something else or
+        fails otherwise.
         """
         schedule = self.schedule
         if schedule is None:
             return None
         if callable(schedule):
             tower = {"blocks": max(blocks, 1)} if "blocks" in inspect.signature(schedule).parameters else {}
-            schedule = schedule(instance, layers, **tower)
-        if (wrong := _schedule_problem(schedule) or _undecided(type(instance), schedule, self.keep)) is not None:
+            try:
+                schedule = schedule(instance, layers, **tower)
+            except (PrunekitError, ValueError):
+                raise
+            except Exception as error:
+                who = type(instance).__name__
+                raise PluginError(f"`schedule` of {who} failed with {type(error).__name__}: {error}") from error
+        if (wrong := schedule_problem(schedule) or _undecided(type(instance), schedule, self.keep)) is not None:
             raise PluginError(f"`schedule` of {type(instance).__name__}: {wrong}")
         keeps = {site: None if keep is None else Keep(float(keep)) for site, keep in schedule.items()}
         return tuple((site, keeps[site]) for site in sorted(keeps))
@@ -171,6 +167,7 @@ def strategy(*bare: Any, **declared: Any) -> Callable[[C], C]:
         _check_fields(made, who)
         _check_hooks(made, declaration, who)
         _check_declared(made, declared, who)
+        _check_routes(made, declaration, declared, who)
         return cast("C", made)
 
     return declare
@@ -198,7 +195,7 @@ def is_image(cls: type[Any]) -> bool:
 
 
 def is_router(cls: type[Any]) -> bool:
-    """Its instances decide once for each sample, before the decoder."""
+    """Its instances decide once for each sample, at the decoder input or before a layer that the file names."""
     return implements(cls, "route")
 
 
@@ -227,8 +224,8 @@ def stage_keys(cls: type[Any]) -> tuple[str, ...]:
     """The reserved keys that its stages take, for suggestions."""
     if is_router(cls):
         tokens = STAGE_KEYS[1:5] if routes_tokens(cls) and takes_keep(cls) else ()
-        layers = STAGE_KEYS[5:] if routes_layers(cls) and not plans_layers_itself(cls) else ()
-        return ("use", *tokens, *layers)
+        layers = ("keep_layers",) if routes_layers(cls) and not plans_layers_itself(cls) else ()
+        return ("use", *tokens, *layers, "route_at")
     if is_token(cls) or is_image(cls):
         return STAGE_KEYS[:5] if takes_keep(cls) else STAGE_KEYS[:2]
     return STAGE_KEYS[:1]
@@ -239,52 +236,10 @@ def _check_keywords(declared: Mapping[str, Any], who: str) -> None:
     for name in declared:
         if name not in kinds:
             raise PluginError(f"{who}: strategy(...) takes no '{name}' ({did_you_mean(name, kinds)}{_takes(kinds)})")
-    checks: Mapping[str, Callable[[Any], str | None]] = {
-        "sites": lambda value: None if callable(value) or isinstance(value, Sites) else "write Sites(...) there",
-        "inputs": lambda value: None if callable(value) else table.problem(value),
-        "schedule": lambda value: None if value is None or callable(value) else _schedule_problem(value),
-        "extras": lambda value: _tuple_problem(value, EXTRAS),
-        "routes": lambda value: _tuple_problem(value, get_args(Routes)) or ("name at least one" if not value else None),
-        **dict.fromkeys(("keep", "keep_layers"), _policy_problem),
-        **dict.fromkeys(("per_sample", "spread", "drops_all", "crops", "trainable", "fixed_count"), _flag_problem),
-        **{name: partial(_text_problem, name) for name in WRITTEN},
-    }
     for name, value in declared.items():
-        if (wrong := checks[name](value)) is not None:
-            raise PluginError(f"{who}: {wrong}" if name == "inputs" else f"{who}: `{name}` is {value!r}; {wrong}")
-
-
-def _flag_problem(value: object) -> str | None:
-    return None if isinstance(value, bool) else "it is True or False"
-
-
-def _text_problem(name: str, value: object) -> str | None:
-    pattern, wanted = WRITTEN[name]
-    return None if isinstance(value, str) and pattern.fullmatch(value) else f"it is {wanted}"
-
-
-def _policy_problem(value: object) -> str | None:
-    policies = get_args(Policy)
-    near = did_you_mean(value, policies) if isinstance(value, str) else ""
-    return None if value in policies else f"{near}it is {', '.join(map(repr, policies[:-1]))} or {policies[-1]!r}"
-
-
-def _tuple_problem(value: object, entries: tuple[str, ...]) -> str | None:
-    if isinstance(value, tuple) and all(one in entries for one in value):
-        return None
-    return f"it is a tuple of {', '.join(map(repr, entries))}, such as ({entries[0]!r},)"
-
-
-def _schedule_problem(schedule: object) -> str | None:
-    if not isinstance(schedule, Mapping) or not schedule:
-        return f"{schedule!r} is no dict of sites and fractions, such as {{Site(8): 0.5}}"
-    for site, keep in schedule.items():
-        if not isinstance(site, Site):
-            return f"{site!r} is no Site"
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1):
-            return f"{keep!r} at '{site}' is no fraction in (0, 1]"
-    fractions = [schedule[site] for site in sorted(schedule) if schedule[site] is not None]
-    return "fractions must not rise" if fractions != sorted(fractions, reverse=True) else None
+        if wrong := problem(name, value):
+            itself = f"`{name}`: " if callable(value) else f"`{name}` is {value!r}; " if name != "inputs" else ""
+            raise PluginError(f"{who}: {itself}{wrong}")
 
 
 def _undecided(cls: type[Any], schedule: Schedule, policy: Policy) -> str | None:
@@ -394,7 +349,40 @@ def _check_budgets(cls: type[Any], declaration: Declaration, who: str) -> None:
             f"{who} only scores, so how many tokens stay comes from `keep`: leave out keep={declaration.keep!r}, or "
             "implement select_tokens"
         )
+    if declaration.keep != "refused" and not declaration.drops_all and implements(cls, "select_tokens"):
+        selects: Any = cls
+        if "count" not in inspect.signature(selects.select_tokens).parameters:
+            what = "select_tokens does not name `count`, so what the file says in `keep` would do nothing"
+            raise PluginError(f"{who}: {what}: name it, or write keep='refused'")
     schedule = declaration.schedule
-    wrong = _undecided(cls, schedule, declaration.keep) if isinstance(schedule, Mapping) else None
+    if not isinstance(schedule, Mapping):
+        return
+    wrong = _undecided(cls, schedule, declaration.keep)
+    if wrong is None and isinstance(declaration.sites, Sites):
+        reasons = ((site, declaration.sites.reason_against(site)) for site in schedule)
+        wrong = next((f"`sites` does not allow '{site}': it {reason}" for site, reason in reasons if reason), None)
     if wrong is not None:
         raise PluginError(f"{who}: `schedule`: {wrong}")
+
+
+def _check_routes(cls: type[Any], declaration: Declaration, declared: Mapping[str, Any], who: str) -> None:
+    """Of a router: what it decides about takes a budget, as only scores and the file together say what leaves."""
+    if not is_router(cls):
+        return
+    tokens, layers = ("tokens" in declaration.routes, "layers" in declaration.routes)
+    alone = len(declaration.routes) == 1
+    for policy, here, others in (("keep", tokens, "layers"), ("keep_layers", layers, "tokens")):
+        if not here and declared.get(policy, "refused") != "refused":
+            raise PluginError(f"{who}: `{policy}` says nothing of a router of {others} (leave it out)")
+    if tokens and declaration.keep == "refused":
+        rest = "leave out keep='refused'" if alone else "leave it out, or write routes=('layers',)"
+        raise PluginError(f"{who}: {SCORES_TOKENS}, so with keep='refused' none would leave: {rest}{NOT_ROUTED}")
+    if tokens and alone and declaration.keep == "optional":
+        raise PluginError(
+            f"{who}: {SCORES_TOKENS}, so without it this router would do nothing: leave out keep='optional'{NOT_ROUTED}"
+        )
+    if layers and declaration.keep_layers == "optional" and (alone or declaration.keep == "optional"):
+        raise PluginError(
+            f"{who}: a router without any budget would do nothing: leave out keep_layers='optional', or write "
+            "keep_layers='refused' and return `plans`"
+        )

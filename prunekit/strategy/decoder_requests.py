@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
+from prunekit.strategy.functions import unfit
 from prunekit.strategy.sites import Site
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ class Rows:
         _one_of("layer", self.layer, Where)
         if not callable(self.queries):
             _one_of("queries", self.queries, Queries)
+        elif wrong := unfit(self.queries, ("PromptTokens",)):
+            raise ValueError(f"queries: {wrong}")
         if isinstance(self.heads, bool) or not isinstance(self.heads, int | float):
             _one_of("heads", self.heads, Reduction)
         elif not (self.heads >= 1 if isinstance(self.heads, int) else 0 < self.heads < 1):

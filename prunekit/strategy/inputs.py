@@ -190,10 +190,13 @@ INPUTS: tuple[Input, ...] = (
         "how many original tokens each token stands for, as earlier stages said; 1 where none did, and on padding",
     ),
     Input("valid", "bool", "B V", "False on padding"),
-    Input("embeds", "float", "B S H", "the embeddings that enter the decoder", ("route",), ("encoder",)),
-    Input("visual", "bool", "B S", "the visual tokens that are left", ("route",), ("encoder",)),
-    Input("text", "bool", "B S", "the other real tokens", ("route",), ("encoder",)),
-    Input("valid", "bool", "B S", "both; False on padding", ("route",), ("encoder",)),
+    Input(
+        "embeds", "float", "B S H", "the prompt where the router is asked: embeddings, or states that enter a layer",
+        ("route",), ("encoder", "decoder"),
+    ),
+    Input("visual", "bool", "B S", "the visual tokens that are left", ("route",), ("encoder", "decoder")),
+    Input("text", "bool", "B S", "the other real tokens", ("route",), ("encoder", "decoder")),
+    Input("valid", "bool", "B S", "both; False on padding", ("route",), ("encoder", "decoder")),
     Input("shape", "a `ModelShape`", "", "the numbers of the model", _ALL, _WITH_PROMPT),
     Input(
         "count", "a tuple of B ints", "B",
@@ -284,10 +287,18 @@ def requests(inputs: Mapping[str, Any], name: str) -> tuple[Any, ...]:
     return _as_tuple(request(inputs, name)) if name in REQUESTS else ()
 
 
+class NotThere(ValueError):
+    """An input that does not exist at a site, and what to do about it."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        self.hint = hint
+        super().__init__(message)
+
+
 def layers_read(inputs: Mapping[str, Any], names: frozenset[str], site: Site, layers: int) -> dict[int, str]:
     """The decoder layers, of `layers`, whose run gives an input among `names` at `site`, with the input's name.
 
-    inputs: requests by name. Look-ahead is not among the layers: it needs no run. Raises ValueError for an input that
+    inputs: requests by name. Look-ahead is not among the layers: it needs no run. Raises NotThere for an input that
     does not exist at `site`.
     """
     read: dict[int, str] = {}
@@ -297,12 +308,29 @@ def layers_read(inputs: Mapping[str, Any], names: frozenset[str], site: Site, la
             if layer is None:
                 if is_optional(one):
                     continue
-                raise ValueError(f"{name} of the {_SAID[one.layer]} is not there at '{site}'")
+                message = f"{name} of the {_SAID[one.layer]} is not there at '{site}'"
+                raise NotThere(message, _instead(one, site, layers))
             if one.layer != "next":
                 read[layer] = name
     if "previous_hidden" in names and layer_before(site, layers) is None:
-        raise ValueError(f"previous_hidden is not there at '{site}': no layer has run")
+        raise NotThere(f"previous_hidden is not there at '{site}': no layer has run", "name a layer, such as 1")
     return read
+
+
+def _instead(request: Rows | Keys | Values, site: Site, layers: int) -> str:
+    """Sites at which the same is there; and for who writes the strategy, what is there at this one."""
+    number = site.layer or 0
+    if request.layer == "own":
+        here = f"name '{number}.mid' or '{number}.after'" if site.place == "layer" else "name a layer, such as '2.mid'"
+        said = "Sites(default=Site.parse('2.after'), encoder=False, points=('mid', 'after')) says that it needs one"
+        return f"{here}; {said}"
+    if request.layer == "next":
+        return "name an earlier site" + f", such as '{number}'" * (site.place == "layer")
+    also = ", or optional=True gives None there" if isinstance(request, Rows) else ""
+    ahead = layer_of("next", site, layers) is not None
+    kind = type(request).__name__
+    other = f"; in the strategy {kind}(layer='next') reads the layer ahead{also}" if ahead else ""
+    return f"name a layer that another runs before, such as 1{other}"
 
 
 _SAID = {"previous": "layer before", "next": "layer ahead", "own": "layer that the site stands in"}

@@ -14,7 +14,7 @@ from prunekit.errors import PluginError, did_you_mean
 from prunekit.strategy import meant
 
 # Keys that every stage of a pipeline file may have, whatever its strategy; no option has such a name.
-STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers")
+STAGE_KEYS = ("use", "at", "keep", "keep_tokens", "keep_of", "keep_layers", "route_at")
 BUDGETS = ("keep", "keep_tokens", "keep_of")
 
 

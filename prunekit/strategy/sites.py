@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import total_ordering
 from typing import Any, Literal, cast
 
-from prunekit.errors import PluginError
+from prunekit.errors import PluginError, did_you_mean
+from prunekit.strategy import meant
+from prunekit.strategy.functions import unfit
 
 # The order in which the data passes the places.
 PLACES = ("pixels", "vision", "encoder", "layer", "prefill_end")
@@ -18,6 +20,8 @@ Point = Literal["before", "mid", "after"]
 POINTS: tuple[Point, ...] = ("before", "mid", "after")
 WRITTEN = re.compile(r"(?P<tower>vision\.)?(?P<number>\d+)(\.(?P<point>mid|after))?")
 USE = "use 'encoder' (the decoder input) or a layer number such as 2"
+# How `Sites` allows a place.
+ALLOWED_BY = {"pixels": "pixels", "vision": "tower", "encoder": "encoder", "layer": "decoder", "prefill_end": "end"}
 
 
 @total_ordering
@@ -33,8 +37,9 @@ class Site:
     | `2`, `2.mid`, `2.after` | 2, layer, before / mid / after | before, inside (after attention), after layer 2 |
     | `prefill_end` | None, prefill_end, before | after the prefill; only the KV cache is cut |
 
-    `Site(2)` is before decoder layer 2, `Site(None)` the encoder. Raises ValueError for a layer that is no whole number
-    from 0, and for a tower site without its point.
+    `Site(2)` is before decoder layer 2, `Site(2, "layer", "after")` after it, `Site(None)` the encoder. Raises
+    ValueError, naming the nearest right one, for what is no layer, place or point, and for those that do not go
+    together.
     """
 
     layer: int | None
@@ -42,15 +47,13 @@ class Site:
     point: Point = "before"
 
     def __post_init__(self) -> None:
-        layer: Any = self.layer
-        if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
-            raise ValueError(f"Site({layer!r}): layers are whole numbers from 0 (Site.parse reads text)")
+        place = self.place or ("encoder" if self.layer is None else "layer")
+        if problem := _site_problem(self.layer, place, self.point):
+            plain = not self.place and self.point == "before"
+            told = f"{self.layer!r}" if plain else f"{self.layer!r}, {place!r}, {self.point!r}"
+            raise ValueError(f"Site({told}): {problem}")
         if not self.place:
-            object.__setattr__(self, "place", "encoder" if self.layer is None else "layer")
-        if self.place == "vision" and (layer is None or self.point == "before"):
-            raise ValueError(
-                f"Site({layer}, 'vision', {self.point!r}): in the tower a site is 'mid' or 'after' a block"
-            )
+            object.__setattr__(self, "place", place)
 
     @classmethod
     def parse(cls, text: object) -> Site:
@@ -107,6 +110,36 @@ class Site:
         return self.place
 
 
+def _site_problem(layer: Any, place: Any, point: Any) -> str:
+    """Why these are no site, and what is the nearest; empty: they are one."""
+    if layer is not None and (not isinstance(layer, int) or isinstance(layer, bool) or layer < 0):
+        hint = _read_as(layer)
+        return "layers are whole numbers from 0" + f" ({hint})" * bool(hint)
+    for value, listed, what in ((place, PLACES, "place"), (point, POINTS, "point")):
+        if value not in listed:
+            near = did_you_mean(value, listed) if isinstance(value, str) else ""
+            if what == "place" and value in POINTS and layer is not None:
+                near = f"write Site({layer}, 'layer', {value!r}), or Site.parse('{Site(layer, 'layer', value)}'); "
+            return f"{value!r} is no {what}; {near}it is {', '.join(map(repr, listed[:-1]))} or {listed[-1]!r}"
+    if place == "vision" and (layer is None or point == "before"):
+        return f"in the tower a site is 'mid' or 'after' a block (write Site.parse('vision.{layer or 0}'))"
+    if place == "layer" and layer is None:
+        return "a site at a layer has its number (write Site(2))"
+    if place not in ("layer", "vision") and (layer is not None or point != "before"):
+        return f"'{place}' has neither layers nor points (write Site(None, '{place}'))"
+    return ""
+
+
+def _read_as(layer: object) -> str:
+    """A hint for what stands where a number belongs: a site as a pipeline file has it, or nearly one."""
+    try:
+        Site.parse(layer)
+    except ValueError:
+        near = meant.site(layer)
+        return f"write Site({near.removeprefix('write ')})" if near.startswith("write ") else near
+    return f"write Site.parse({layer!r})"
+
+
 PIXELS = Site(None, "pixels")
 ENCODER = Site(None)
 PREFILL_END = Site(None, "prefill_end")
@@ -137,27 +170,56 @@ class Sites:
     points: tuple[Point, ...] = POINTS
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a default that is neither a site nor a function, and for points that there are not."""
-        if not self.points or not all(point in POINTS for point in self.points):
-            raise ValueError(f"Sites(points={self.points!r}): it is a tuple of {', '.join(map(repr, POINTS))}")
-        if not isinstance(self.default, Site) and not callable(self.default):
-            raise ValueError(f"Sites(default={self.default!r}): it takes one Site, or a function of N; {SEVERAL}")
+        """Raises ValueError, saying what to write, for a default that is neither a site nor a function, for points and
+        layers that there are not, and for a default that is not allowed.
+        """
+        points = self.points if isinstance(self.points, tuple) else ()
+        if not points or not all(point in POINTS for point in points):
+            strange = [one for one in points if isinstance(one, str) and one not in POINTS]
+            near = did_you_mean(strange[0], POINTS) if strange else ""
+            raise ValueError(f"Sites(points={self.points!r}): {near}it is a tuple of {', '.join(map(repr, POINTS))}")
+        if isinstance(self.lowest, bool) or not isinstance(self.lowest, int) or self.lowest < 0:
+            raise ValueError(f"Sites(lowest={self.lowest!r}): it is the number of a decoder layer, from 0")
+        for name in ("encoder", "decoder", "tower", "end", "pixels"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"Sites({name}={getattr(self, name)!r}): it is True or False")
+        if problem := self._default_problem():
+            raise ValueError(f"Sites(default={self.default!r}): {problem}")
+
+    def _default_problem(self) -> str:
+        """Why `default` is none; empty: it is one. The decoder input is also what stands for no default."""
+        default: Any = self.default
+        if isinstance(default, Site):
+            if default == ENCODER or not (reason := self.reason_against(default)):
+                return ""
+            keyword = ALLOWED_BY[default.place]
+            return f"'{default}' is not allowed: it {reason}" + f" (say {keyword}=True)" * (not getattr(self, keyword))
+        if callable(default):
+            return unfit(default, ("the number of decoder layers",))
+        if isinstance(default, list | tuple | set | Mapping):
+            return f"it takes one Site; {SEVERAL}"
+        number = isinstance(default, int) and not isinstance(default, bool) and default >= 0
+        hint = f"write Sites(default=Site({default}))" if number else _read_as(default)
+        written = hint.startswith("write Site")
+        return f"it takes a Site, or a function from the number of layers to one{f' ({hint})' if written else ''}"
 
     def resolve(self, layers: int) -> Site:
-        """The default site for a decoder of `layers` layers. Raises PluginError where the function gives another."""
+        """The default site for a decoder of `layers` layers. Raises PluginError where the function fails,
+        or gives another.
+        """
         if isinstance(self.default, Site):
             return self.default
-        site = self.default(layers)
+        try:
+            site = self.default(layers)
+        except Exception as error:
+            raise PluginError(f"the function Sites(default=...) failed with {type(error).__name__}: {error}") from error
         if not isinstance(site, Site):
             raise PluginError(f"the function Sites(default=...) gave {site!r}; it gives one Site, and {SEVERAL}")
         return site
 
     def reason_against(self, site: Site) -> str | None:
         """Why `site` is not allowed, or None if it is."""
-        allowed = {
-            "encoder": self.encoder, "vision": self.tower, "prefill_end": self.end, "layer": self.decoder,
-            "pixels": self.pixels,
-        }  # fmt: skip
+        allowed = {place: getattr(self, keyword) for place, keyword in ALLOWED_BY.items()}
         if not allowed[site.place]:
             layers = f"a decoder layer, {self.lowest} or later"
             names = {

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from prunekit.strategy.functions import unfit
 from prunekit.strategy.sites import Site
 
 Block = int | Callable[[int], int] | None
@@ -134,7 +135,10 @@ def resolved(spec: EncoderSpec, site: Site, blocks: int, feature_block: int) -> 
 
 
 def _layer(value: object) -> None:
-    if value is not None and not callable(value) and (isinstance(value, bool) or not isinstance(value, int)):
+    if callable(value):
+        if wrong := unfit(value, ("the number of tower blocks",)):
+            raise ValueError(f"layer: {wrong}")
+    elif value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise ValueError(f"layer is {value!r}; it takes the number of a tower block, a function of how many, or None")
 
 

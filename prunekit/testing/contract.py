@@ -15,11 +15,12 @@ looks at videos, also on a model that takes them. Which rules there are follows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from unittest import SkipTest
 
 from prunekit import Pipeline, families, plugins
-from prunekit.errors import InputError, SpecError, did_you_mean
+from prunekit.errors import InputError, PrunekitError, SpecError, did_you_mean
 from prunekit.testing.check import Check
 from prunekit.testing.checks import CHECKS
 from prunekit.testing.subject import Subject, Traits
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+# What a subclass may say.
+SAID = ("use", "options", "keep", "at_most", "may_keep_more", "without", "model", "inputs", "row", "processor")
 # Layers of decoder and tower of the models that are tried, until the strategy's sites fit.
 DEPTHS = ((6, 3), (12, 3), (6, 13), (28, 3), (28, 26), (40, 28))
 
@@ -62,7 +65,7 @@ class StrategyContract:
             except SpecError:
                 continue
             return model
-        return tiny_llava(tower=tower)  # whose refusal the rules show
+        return tiny_llava(tower=tower)  # whose refusal the rule `model` shows
 
     def inputs(self, **rows: Any) -> dict[str, Tensor]:
         """A prompt batch for that model, of `images` and `text` as `tiny_inputs` takes them."""
@@ -82,7 +85,10 @@ class StrategyContract:
 
     @classmethod
     def rules(cls) -> tuple[Check, ...]:
-        """The rules that concern the strategy. Raises InputError for one in `without` that there is not."""
+        """The rules that concern the strategy. Raises InputError for one in `without` that there is not, and for a
+        class that names no strategy or misspells what it says; UnknownName for a name that nothing registered.
+        """
+        cls._check_names()
         names = [one.name for one in CHECKS]
         for name in (one for one in cls.without if one not in names):
             near = did_you_mean(name, names)
@@ -93,7 +99,7 @@ class StrategyContract:
     def pytest_generate_tests(self, metafunc: Any) -> None:
         """One test for each rule."""
         if metafunc.definition.originalname == "test_contract":
-            rules = self.rules()
+            rules = _told(self.rules)
             metafunc.parametrize("rule", rules, ids=[one.name for one in rules])
 
     def test_contract(self, rule: Check) -> None:
@@ -101,12 +107,17 @@ class StrategyContract:
         self.hold(rule)
 
     def hold(self, rule: Check) -> None:
-        """Raises ContractFailure where the strategy breaks the rule. What earlier rules ran is not run again."""
+        """Raises ContractFailure where the strategy breaks the rule. What earlier rules ran is not run again.
+
+        Where it does not fit the contract's model, the rule `model` fails; others raise SkipTest, which pytest knows.
+        """
         __tracebackhide__ = True
         subject = type(self).__dict__.get("_subject")
         if subject is None or subject.options != dict(self.options):
             subject = Subject(self)
             type(self)._subject = subject  # type: ignore[attr-defined]
+        if subject.misfit and rule is not CHECKS[0]:
+            raise SkipTest(f"as the rule `{CHECKS[0].name}` says, '{subject.use}' does not fit the contract's model")
         try:
             rule(subject)
         except BaseException:
@@ -114,8 +125,30 @@ class StrategyContract:
             raise
 
     @classmethod
+    def _check_names(cls) -> None:
+        said = "say `use = ...` in it, the name that `prunekit list strategies` shows"
+        if not isinstance(getattr(cls, "use", None), str):
+            raise InputError(f"{cls.__name__} names no strategy: {said}")
+        own = {name for base in cls.__mro__ if base is not StrategyContract for name in vars(base)}
+        for name in sorted(own - {*dir(StrategyContract), *SAID}):
+            near = did_you_mean(name, SAID) if not name.startswith(("_", "test")) else ""
+            if near:
+                raise InputError(f"{cls.__name__} says '{name}', which means nothing ({near}yours begin with _)")
+
+    @classmethod
     def _class(cls) -> type[Any]:
         return plugins.registry().get_strategy(cls.use)
+
+
+def _told(rules: Callable[[], tuple[Check, ...]]) -> tuple[Check, ...]:
+    """The rules, or the end of the collection with the text of what is wrong with the class, and no frames."""
+    try:
+        return rules()
+    except PrunekitError as error:
+        said = str(error)
+    import pytest
+
+    raise pytest.fail.Exception(said, pytrace=False)
 
 
 def contract(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -14,6 +14,7 @@ import torch
 
 import prunekit
 from prunekit import Pipeline, Site, families, plugins
+from prunekit.errors import SpecError, Unsupported
 from prunekit.strategy import declare
 from prunekit.strategy.about import about
 from prunekit.verify.comparison import Replay, generate, replayed
@@ -66,8 +67,8 @@ class Traits:
 
     kind: `token`, `image`, `layer` or `router`. tokens: tokens leave by it; layers: it is a router of layers, with a
     budget of them if `counts_layers`. takes_keep: the file may say how many tokens stay; needs_keep: it must, where it
-    names sites. fixed: it then leaves that many. drops_all: it leaves none. extras: it takes CLS tokens. pixels: it
-    acts before the tower. video: it looks at what is special of videos.
+    names sites; optional: it need not. fixed: it then leaves that many. drops_all: it leaves none. extras: it takes CLS
+    tokens. pixels: it acts before the tower. video: it looks at what is special of videos.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Traits:
     counts_layers: bool
     takes_keep: bool
     needs_keep: bool
+    optional: bool
     fixed: bool
     drops_all: bool
     extras: bool
@@ -93,6 +95,7 @@ class Traits:
             counts_layers="keep_layers" in keys,
             takes_keep=tokens and "keep" in keys,
             needs_keep=tokens and declared.keep == "required",
+            optional=tokens and declared.keep == "optional",
             fixed=tokens and "keep" in keys and not declared.drops_all,
             drops_all=declared.drops_all,
             extras=bool(declared.extras),
@@ -139,20 +142,54 @@ class Subject:
         """The budget where a check needs just one: as the contract says it, else a usual one."""
         if self.setting.keep is not None:
             return dict(self.setting.keep)
-        if self.traits.takes_keep:
-            return dict(USUAL)
-        return {"keep_layers": 0.7} if self.traits.counts_layers else {}
+        return {**(USUAL if self.traits.takes_keep else {}), **self._needed({*USUAL} if self.traits.takes_keep else ())}
+
+    def _needed(self, named: Collection[str]) -> dict[str, Any]:
+        """Of a router with two budgets that other one which its stage needs beside those that are `named`."""
+        if not self.traits.counts_layers:
+            return {}
+        declared = self.cls.__prunekit__
+        if "keep_layers" not in named and (not self.traits.takes_keep or declared.keep != "required"):
+            return {} if declared.keep_layers == "optional" else {"keep_layers": 1.0 if named else 0.7}
+        tokens = {"keep", "keep_tokens"} & {*named}
+        return {"keep": 1.0} if self.traits.needs_keep and declared.keep_layers == "optional" and not tokens else {}
 
     def stage(self, **keys: Any) -> dict[str, Any]:
         """Its stage as a pipeline file has it."""
-        budget = {} if set(BUDGETS) & keys.keys() else self.budget
+        named = {*BUDGETS} & keys.keys()
+        budget = self._needed(named) if named else self.budget
         if "at" in keys and not {*BUDGETS} & {*budget, *keys} and self.traits.needs_keep:
             budget = dict(USUAL)  # its schedule is for sites of its own
         return {"use": self.use, **self.options, **budget, **keys}
 
     def build(self, **keys: Any) -> Pipeline:
         """A pipeline of it alone."""
-        return prunekit.load({"name": self.use, "stages": [self.stage(**keys)]})
+        return self._alone(self.stage(**keys))
+
+    def unbudgeted(self) -> Pipeline:
+        """The same where the file says no `keep`."""
+        return self._alone({"use": self.use, **self.options, **self._needed(())})
+
+    def _alone(self, stage: Mapping[str, Any]) -> Pipeline:
+        return prunekit.load({"name": self.use, "stages": [dict(stage)]})
+
+    @cached_property
+    def misfit(self) -> str:
+        """Why nothing can be tried on the contract's model, and what to change; empty: it can."""
+        try:
+            pipeline = self.build()
+        except SpecError as error:
+            return f"SpecError: {error}\n`options` of the contract says what its stage needs beside `at` and `keep`"
+        try:
+            shape = self.shape
+        except Exception as error:
+            return f"`model()` of the contract failed with {type(error).__name__}: {error}"
+        try:
+            pipeline.bind(shape)
+        except (SpecError, Unsupported) as error:
+            made = f"a {shape.family} with {shape.layers} layers, is none for it: {error}"
+            return f"the contract's model, {made}\noverride `model()` of the contract to give one that is"
+        return ""
 
     def allows(self, site: int | str) -> bool:
         """It may act at this site, written as in a pipeline file."""

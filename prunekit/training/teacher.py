@@ -68,7 +68,8 @@ def check_cuts(bound: BoundPipeline, stage: Stage) -> None:
     """Raise Unsupported where other stages cut between the router's decision and the last of its own cuts."""
     cuts = [cut for cut in bound.cuts if cut.site.in_decoder]
     own = [cut for cut in bound.cuts if cut.stage is stage]
-    if own and any(cut.site <= own[-1].site and cut.stage is not stage for cut in cuts):
+    between = [cut for cut in cuts if cut.stage is not stage and not cut.comes_before(stage)]
+    if own and any(cut.site <= own[-1].site for cut in between):
         raise Unsupported(f"another stage cuts tokens between the decision of {stage.label} and its own cut")
 
 

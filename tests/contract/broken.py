@@ -8,7 +8,7 @@ from itertools import count as counting
 import torch
 from transformers import DynamicCache
 
-from prunekit import LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, strategy
+from prunekit import EncoderRows, LayerAction, LayerPlan, Route, Selection, Site, Sites, hookimpl, strategy
 
 CALLS = counting()
 
@@ -275,8 +275,27 @@ class Overflows:
         return -(hidden * hidden).sum(-1).nan_to_num(posinf=65504)
 
 
+@strategy(inputs={"encoder_attention": EncoderRows(layer=90)}, sites=Sites(decoder=False))
+class Elsewhere:
+    """A baseline for towers that are deeper than any of the kit's."""
+
+    @hookimpl
+    def score_tokens(self, encoder_attention):
+        return encoder_attention.float()
+
+
+@strategy(keep="optional", per_sample=True)
+class Counting:
+    """A baseline gone wrong: it need not be told a number, and cannot do without."""
+
+    @hookimpl
+    def select_tokens(self, hidden, count):
+        return torch.arange(len(hidden)) < count
+
+
 # By rule: the strategy, and what its failure says it found.
 BROKEN: dict[str, tuple[type, str]] = {
+    "model": (Elsewhere, "there is no block 90: the vision tower has blocks 0 to 2 override `model()` of the contract"),
     "source": (Silent, "Silent names no paper and is no baseline"),
     "frozen": (Remembers, "after a run calls of Remembers is another than before"),
     "yaml-round-trip": (Rewrites, "after being written and read"),
@@ -288,6 +307,7 @@ BROKEN: dict[str, tuple[type, str]] = {
     "videos": (TiedVideos, "keeps other tokens in the batch than alone"),
     "keep": (Greedy, "should keep 15 and keeps 16"),
     "keep-all": (Blurred, "logits differ from the model's own by"),
+    "without-keep": (Counting, "select_tokens failed with TypeError"),
     "drops-all": (KeepsOne, "visual tokens stay"),
     "text-stays": (Empties, "row 2 keeps none of its 16 visual tokens"),
     "plan": (DrawnPlan, "and then"),

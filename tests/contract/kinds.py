@@ -141,6 +141,15 @@ class Threshold:
         return norms >= norms.mean() - 1e-6 * norms.abs().max()
 
 
+@strategy(per_sample=True, keep="optional")
+class Unasked:
+    """A baseline that keeps a third where it is told no number."""
+
+    @hookimpl
+    def select_tokens(self, hidden, count):
+        return _best(hidden.float().norm(dim=-1), max(len(hidden) // 3, 1) if count is None else count)
+
+
 @strategy(sites=Sites(decoder=False), extras=("cls",))
 class Appending:
     """A baseline that appends CLS at the decoder input: each CLS token takes the slot of the last kept tokens."""
@@ -292,6 +301,26 @@ class BothRouter:
         return Route(tokens=_likeness(embeds, text), layers=layers)
 
 
+@strategy(keep="optional", per_sample=True, sites=Sites(default=Site(1)))
+class LayersFirst(BothRouter):
+    """A baseline that routes layers by the budget that it needs, and tokens where there is one."""
+
+
+@strategy(keep_layers="optional", per_sample=True, sites=Sites(default=Site(1)))
+class TokensFirst(BothRouter):
+    """A baseline that routes tokens by the budget that it needs, and layers where there is one."""
+
+
+@strategy(keep="optional", keep_layers="refused", per_sample=True, sites=Sites(default=Site(1)))
+class PlanningTokens:
+    """A baseline that plans layers by itself, and routes tokens where there is a budget."""
+
+    @hookimpl
+    def route(self, embeds, text):
+        plan = LayerPlan({2: LayerAction.SKIP} if int(text.sum()) > 9 else {})
+        return Route(tokens=_likeness(embeds, text), plans=[plan])
+
+
 @strategy(routes=("layers",), keep_layers="refused", per_sample=True)
 class PlanningRouter:
     """A baseline that plans layers by itself: long prompts skip the third."""
@@ -305,9 +334,12 @@ KINDS: dict[str, tuple[type, dict[str, Any]]] = {
     "encoder-only": (EncoderOnly, {}), "tower-only": (TowerOnly, {}), "tower-merge": (TowerMerge, {}),
     "mid": (Mid, {}), "own-rows": (OwnRows, {}), "at-end": (AtEnd, {}), "pixels": (Contrast, {}),
     "video": (EarlyFrames, {}), "at-most": (Whole, {"at_most": True}), "keep-more": (Generous, {"may_keep_more": True}),
-    "own-count": (Threshold, {}), "extras": (Appending, {}), "tuples": (Tuples, {}), "sizes": (Sized, {}),
+    "own-count": (Threshold, {}), "unasked": (Unasked, {}), "extras": (Appending, {}), "tuples": (Tuples, {}),
+    "sizes": (Sized, {}),
     "drops-all": (Nothing, {}), "crop": (Cropping, {}), "schedule": (Scheduled, {"keep": {}}), "deep": (Deep, {}),
     "deep-in-tower": (DeepInTower, {}), "reading": (Reading, {}), "image": (Halves, {}), "layers": (EveryThird, {}),
     "token-router": (TokenRouter, {}), "layer-router": (LayerRouter, {}), "both-router": (BothRouter, {}),
     "planning-router": (PlanningRouter, {}),
+    "layers-first": (LayersFirst, {}), "tokens-first": (TokensFirst, {}),
+    "planning-tokens": (PlanningTokens, {}),
 }  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import unittest
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from broken import BROKEN
@@ -78,8 +80,8 @@ def test_which_rules_a_strategy_has_follows_from_what_it_is() -> None:
     def rules(kind):
         return {one.name for one in contract(f"kind-{kind}").rules()}
 
-    everyone = {"source", "frozen", "yaml-round-trip", "prefill", "decoding", "kv-lengths", "same-result", "rows-alone"}
-    everyone |= {"inputs-unchanged", "nothing-left", "nothing-left-after-an-exception"}
+    everyone = {"model", "source", "frozen", "yaml-round-trip", "prefill", "decoding", "kv-lengths", "same-result"}
+    everyone |= {"rows-alone", "inputs-unchanged", "nothing-left", "nothing-left-after-an-exception"}
     assert all(everyone <= rules(kind) for kind in KINDS)
     assert rules("tower-merge") - everyone == {
         "sites", "keep", "keep-all", "text-stays", "no-image", "after-others", "before-others", "finite",
@@ -89,6 +91,8 @@ def test_which_rules_a_strategy_has_follows_from_what_it_is() -> None:
     assert {"skipped-layers", "keep-layers"} <= rules("layer-router") and "keep" not in rules("layer-router")
     assert {"skipped-layers", "keep-layers", "keep", "sites"} <= rules("both-router")
     assert "keep-layers" not in rules("planning-router") and "sites" in rules("token-router")
+    assert "without-keep" in rules("unasked") & rules("layers-first") & rules("planning-tokens")
+    assert "without-keep" not in rules("own-count") | rules("mid") | rules("tokens-first") | rules("both-router")
     assert "videos" in rules("video") and "videos" not in rules("mid")
     assert Traits.of(CLASSES["kind-pixels"]).pixels and not Traits.of(CLASSES["kind-tower-only"]).pixels
 
@@ -107,9 +111,62 @@ def test_after_a_failure_the_model_is_another() -> None:
     made().hold(RULES["keep"])
 
 
-def test_options_that_are_wrong_are_told_by_the_rule_that_meets_them() -> None:
-    with pytest.raises(ContractFailure, match=r"SpecError: .*unknown key"):
-        contract("kind-mid", {"depth": 3})().hold(RULES["frozen"])
+def held(made: type[StrategyContract]) -> tuple[list[str], list[str]]:
+    """The failures of all rules, as one line each, and what those say that are not tried."""
+    failed, skipped = [], []
+    for rule in made.rules():
+        try:
+            made().hold(rule)
+        except ContractFailure as failure:
+            failed.append(" ".join(str(failure).split()))
+        except unittest.SkipTest as skip:
+            skipped.append(str(skip))
+    return failed, skipped
+
+
+class Deaf(StrategyContract):
+    """Its model is one that cannot be made."""
+
+    use = "kind-mid"
+
+    def model(self) -> Any:
+        raise RuntimeError("no such model")
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda: contract("kind-mid", {"depth": 3}), r"SpecError: .*unknown key.* `options` of the contract says what"),
+        (lambda: contract("broken-elsewhere"), r"a llava with 6 layers, is none for it: .*override `model\(\)`"),
+        (lambda: Deaf, r"found: `model\(\)` of the contract failed with RuntimeError: no such model"),
+    ],
+    ids=["options", "model", "none"],
+)
+def test_what_can_be_tried_on_no_model_is_one_failure(made: Any, found: str) -> None:
+    """And not one for each rule, of which all but the first would say the same in other words."""
+    failed, skipped = held(made())
+    assert len(failed) == 1 and re.search(found, failed[0]), failed
+    assert len(skipped) == len(made().rules()) - 1 and "as the rule `model` says, '" in skipped[0]
+
+
+def test_a_contract_says_what_it_is_of_in_words_that_there_are() -> None:
+    class Nothing(StrategyContract):
+        """Names no strategy."""
+
+    class Misspelt(StrategyContract):
+        use = "kind-mid"
+        option = {"order": 1}
+        _mine = 3
+        plain = 4
+
+        def test_of_my_own(self) -> None: ...
+
+    with pytest.raises(InputError, match=r"Nothing names no strategy: say `use = ...` in it, the name that"):
+        Nothing.rules()
+    with pytest.raises(InputError, match=r"says 'option', which means nothing \(did you mean 'options'\? yours"):
+        Misspelt.rules()
+    del Misspelt.option
+    assert Misspelt.rules()
 
 
 def test_a_rule_may_be_left_out_by_name_alone() -> None:

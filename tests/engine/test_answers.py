@@ -79,6 +79,18 @@ class Answers:
         amounts = torch.full(valid.shape, torch.nan) if self.what == "amounts" else None
         return Owners(owner, "mean" if amounts is None else "sum", amounts)
 
+    def _into_first(self, anchor, valid):
+        """Every token that is not kept goes into the first `anchor` of its row."""
+        first = torch.zeros_like(valid).scatter(-1, anchor.int().argmax(-1, keepdim=True), True)
+        rest = valid & (valid.cumsum(-1) > 3)
+        return torch.eye(valid.shape[-1]) + (first[..., :, None] & rest[..., None, :]) * 0.25
+
+    def _likenesses(self, valid):
+        """Rows for all tokens, as a softmax gives them."""
+        many = valid.shape[-1]
+        rows = torch.arange(many * many).reshape(many, many) % 7 + 1.0
+        return (rows * valid[..., None, :]) / 100
+
     @hookimpl
     def select_tokens(self, valid):
         keep = valid & (valid.cumsum(-1) <= 3)
@@ -97,6 +109,9 @@ class Answers:
             "size integers": lambda: Selection(keep, sizes=ones.long()),
             "weights nan": lambda: Selection(keep, square * torch.nan),
             "weights integers": lambda: Selection(keep, square.long()),
+            "transposed": lambda: Selection(keep, self._into_first(keep, valid).mT),
+            "not kept": lambda: Selection(keep, self._into_first(valid.cumsum(-1) == 5, valid)),
+            "by their cells": lambda: Selection(keep, self._likenesses(valid)),
             "only dropped": lambda: Selection(keep, square.masked_fill(~keep[..., None], torch.nan), ones / keep),
         }.get(self.what, lambda: Selection(keep, self._owners(keep, valid)))()
 
@@ -127,6 +142,8 @@ ANSWERS = {
     "size integers": "select_tokens (sizes) must return float, not torch.int64",
     "weights nan": "select_tokens (weights) gave NaN or infinity to a kept token",
     "weights integers": "select_tokens (weights) must return float",
+    "transposed": "select_tokens (weights) has entries in the row of a token that leaves, which do nothing: row i says",
+    "not kept": "select_tokens (weights) has entries in the row of a token that leaves",
     "beyond": "select_tokens (owner) must name tokens 0 to",
     "below": "select_tokens (owner) must name tokens 0 to",
     "dropped": "select_tokens (owner) names a token that is not kept",
@@ -149,7 +166,11 @@ def test_answers_that_cannot_be_carried_out(cls, what, message, at):
     assert "NoneType" not in str(caught.value) and "int64_t" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("cls", "what"), [(Scores, "nan on padding"), (Answers, "only dropped"), (Answers, "")])
+@pytest.mark.parametrize(
+    ("cls", "what"),
+    [(Scores, "nan on padding"), (Answers, "only dropped"), (Answers, ""),
+     (Answers, "by their cells"), (AnswersOne, "by their cells")],
+)  # fmt: skip
 def test_what_stands_on_padding_and_dropped_tokens_does_not_matter(cls, what):
     keep = {"keep": 0.5} if issubclass(cls, Scores) else {}
     with prunekit.apply(model_of(), piped((cls, {"at": 2, "what": what, **keep}))) as run:

@@ -78,7 +78,7 @@ def writer(site, writes, per_sample):
         count, width = given["keep"].shape[-1], given["extras"].shape[-2] if "extras" in given else 0
         weights = torch.eye(count, count + width, dtype=torch.float64) / 2
         weights = (weights + weights.roll(1, -1)).expand(*given["keep"].shape, -1).clone()
-        weights = weights.to(given["hidden"])
+        weights = weights.to(given["hidden"]) * given["keep"][..., None]  # a slot that leaves takes nothing
         finish(given)
         return weights
 

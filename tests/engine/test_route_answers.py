@@ -26,12 +26,12 @@ class Says:
         return ANSWERS[self.answer](len(embeds), embeds.shape[1])
 
 
-@strategy(keep_layers="refused")
+@strategy(keep="optional", keep_layers="refused")
 class Plans(Says):
     pass
 
 
-@strategy(per_sample=True, keep_layers="refused")
+@strategy(per_sample=True, keep="optional", keep_layers="refused")
 class OneByOne(Says):
     """The same, asked about each sample alone."""
 

@@ -194,7 +194,7 @@ class LeavesOut:
         return Route(plans=[LayerPlan({layer: LayerAction.SKIP}) for layer in self.layers])
 
 
-@strategy(keep="refused")
+@strategy(routes=("layers",))
 class Budget:
     """A router that would rather run the last layers."""
 

@@ -14,14 +14,15 @@ from lmms_eval.models.model_utils import load_video
 from prunekit_evals.lmms import harness, scoring, tasks
 from prunekit_evals.lmms.adapter import PruneKitChat, PruneKitSimple
 from prunekit_evals.lmms.requests import Settings
-from prunekit_evals.run import answering, videos
+from prunekit_evals.run import answering
 from prunekit_evals.run.generation import decoding
 from prunekit_evals.run.prompts import from_messages, from_visuals
-from prunekit_evals.run.videos import Clip, Sampling
 from video_models import FAMILIES, clip, video_model
 
 import prunekit
+from prunekit import video_files
 from prunekit.errors import InputError, Unsupported
+from prunekit.video_files import Clip, Sampling
 
 DENSE = {"name": "dense", "stages": [{"use": "dense"}]}
 FASTV = {"name": "fastv", "stages": [{"use": "fastv", "at": 2, "keep": 0.5}]}
@@ -82,21 +83,21 @@ def test_damaged_files_are_refused_by_name(tmp_path, films, monkeypatch):
             Clip(path, Sampling()).shown  # noqa: B018
     with pytest.raises(InputError, match=r"gone.mp4' cannot be read: No such file"):
         Clip(tmp_path / "gone.mp4", Sampling()).identity  # noqa: B018
-    monkeypatch.setattr(videos, "find_spec", lambda name: None)
+    monkeypatch.setattr(video_files, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"PyAV, which is not installed: pip install 'prunekit\[video\]'"):
         Clip(films[0], Sampling()).shown  # noqa: B018
 
 
 def test_a_few_frames_may_be_missing_at_the_end_and_no_more(films, monkeypatch):
-    pick = videos._pick
+    pick = video_files._pick
 
     def without(count):
         return lambda frames, wanted: pick(list(frames)[: 12 - count], wanted)
 
-    monkeypatch.setattr(videos, "_pick", without(2))
+    monkeypatch.setattr(video_files, "_pick", without(2))
     frames, origin = Clip(films[0], Sampling(4)).shown
     assert (len(frames), origin["frames_indices"]) == (4, [0, 3, 6, 9])
-    monkeypatch.setattr(videos, "_pick", without(6))
+    monkeypatch.setattr(video_files, "_pick", without(6))
     with pytest.raises(InputError, match="is not whole: 6 of its 12 frames"):
         Clip(films[0], Sampling(4)).shown  # noqa: B018
 
@@ -201,7 +202,7 @@ def test_a_journal_knows_videos_by_file_and_frames(films, tmp_path, monkeypatch)
         assert again.tally.journaled == 0
     last = adapter("qwen2_5_vl", rows, journal=tmp_path / "j.jsonl")
     last.tally.first_prompts.append(None)  # nothing is left to be timed, so nothing has to be decoded
-    monkeypatch.setattr(videos, "_decode", lambda clip: pytest.fail("decoded for nothing"))
+    monkeypatch.setattr(video_files, "_decode", lambda clip: pytest.fail("decoded for nothing"))
     assert texts(last.generate_until(requests(rows))) == said
 
 
@@ -336,7 +337,7 @@ def test_videos_that_are_nowhere_are_named_before_anything_is_fetched(tmp_path, 
 
 def test_what_a_task_lacks_is_said_before_its_data_is_looked_for(tmp_path, films, monkeypatch):
     data = tasks.data_at(video_root(tmp_path, "mlvu_dev", films))
-    monkeypatch.setattr(videos, "find_spec", lambda name: None)
+    monkeypatch.setattr(video_files, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="PyAV, which is not installed"):
         tasks.build(tasks.find(["mlvu_dev"])[0], data, None)
     monkeypatch.setitem(sys.modules, "cv2", None)

@@ -87,9 +87,9 @@ def test_no_layer_can_be_run_inside_another(model):
 
 def test_layers_that_a_router_skips():
     """A router is held to the layers that are read before; the engine would tell too, before layer 0."""
-    state = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP))
+    state = SimpleNamespace(actions=lambda number: (LayerAction.RUN, LayerAction.SKIP), has_visual=True)
     with said("a stage reads the attention of layer 1, which a router skips for some sample"):
-        Readings(state, Needs(read=frozenset({1})))._check_plans()
+        Readings(state, Needs(read=frozenset({1}))).check_plans()
 
 
 def test_the_words_of_a_prompt_without_a_processor(model):

@@ -28,7 +28,9 @@ def test_where_a_router_that_is_trained_cuts():
     router, other = SimpleNamespace(label="stages[0] par"), SimpleNamespace(label="stages[1] random")
 
     def bound(*cuts):
-        return SimpleNamespace(cuts=[SimpleNamespace(stage=stage, site=Site(layer)) for stage, layer in cuts])
+        before = lambda asked: False  # noqa: E731  the router is asked before all of them
+        made = [SimpleNamespace(stage=stage, site=Site(layer), comes_before=before) for stage, layer in cuts]
+        return SimpleNamespace(cuts=made)
 
     check_cuts(bound((router, 2), (other, 3)), router)
     check_cuts(bound((router, 2), (router, 4), (other, 5)), router)

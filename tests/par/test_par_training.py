@@ -212,7 +212,11 @@ def ragged(loaded):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"}]
+    "keys",
+    [
+        {"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"},
+        {"route_at": 2, "at": [2, 4], "keep": [0.5, 0.25]},
+    ],
 )
 def test_one_forward_over_prompt_and_answer_gives_what_decoding_gives(loaded, keys):
     """Padded on the left, of several lengths and numbers of images, with rows that skip different layers."""
@@ -226,7 +230,8 @@ def test_one_forward_over_prompt_and_answer_gives_what_decoding_gives(loaded, ke
     assert (found[True][0] - found[False][0]).abs().max() < 1e-5
     assert torch.equal(found[True][1].tokens, found[False][1].tokens)
     assert torch.equal(found[True][1].layers, found[False][1].layers)
-    assert torch.equal(found[True][2].embeds, found[False][2].embeds)
+    apart = (found[True][2].embeds - found[False][2].embeds).abs().max()
+    assert apart <= (1e-5 if "route_at" in keys else 0), "states inside the decoder are rounded, embeddings are not"
     model = loaded[0]
     logits = at_once(model, inputs, answers) - forced_logits(model, inputs, answers)
     assert logits[answers.valid].abs().max() < 1e-5

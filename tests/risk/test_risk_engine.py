@@ -82,7 +82,10 @@ def shape(model):
 
 
 INPUTS = tiny_inputs((1, 2, 1, 3), (9, 4, 12, 7))
-KINDS = pytest.mark.parametrize(("stage", "ladder"), [(PAR, ROUTED), (FASTV, LADDER)], ids=["router", "tokens"])
+LATER = {**PAR, "route_at": 1}
+KINDS = pytest.mark.parametrize(
+    ("stage", "ladder"), [(PAR, ROUTED), (LATER, ROUTED), (FASTV, LADDER)], ids=["router", "later", "tokens"]
+)
 
 
 def run(model, pipeline, inputs, steps=3):

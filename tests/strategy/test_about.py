@@ -116,7 +116,7 @@ def test_options_without_a_default_do_not_matter() -> None:
     ],
 )
 def test_counts(declared: dict[str, Any], count: str, servable: bool) -> None:
-    told = about(selecting("hidden", **declared))
+    told = about(selecting("hidden", "count", **declared))
     assert (told.count, told.servable) == (count, servable)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from prunekit import EncoderRows, Keys, Route, Rows, Site, Sites, hookimpl, strategy
+from prunekit import EncoderRows, Features, Keys, Route, Rows, Site, Sites, hookimpl, strategy
 from prunekit.errors import PluginError
 from prunekit.hookspecs import ImageHooks, LayerHooks, RouterHooks, StatementHooks, TokenHooks
 from prunekit.pipeline.build import build
@@ -51,6 +52,14 @@ def marked(name: str, *arguments: str) -> Any:
     return hookimpl(scope[name])
 
 
+def none_of() -> Any: ...
+
+
+def two_of(first: Any, second: Any) -> Any: ...
+
+
+NONE: Any = none_of
+TWO: Any = two_of
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "a keyword": (declared(site=Site(2)), "takes no 'site' (did you mean 'sites'? it takes sites, inputs, keep"),
     "another keyword": (declared(per_samples=True), "takes no 'per_samples' (did you mean 'per_sample'?"),
@@ -106,6 +115,50 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         with_names(select_tokens=hookimpl(lambda self, hidden=None: hidden)),
         "select_tokens would never get 'hidden', which has a default; write it without",
     ),
+    "a budget that nobody asks for": (
+        declared(type("S", (), {"select_tokens": marked("select_tokens", "valid")})),
+        "select_tokens does not name `count`, so what the file says in `keep` would do nothing: name it, or w",
+    ),
+    "a budget that scores alone know": (
+        declared(type("S", (Body,), {"select_tokens": marked("select_tokens", "scores")}), keep="optional"),
+        "select_tokens does not name `count`",
+    ),
+    "a schedule of three": (
+        declared(schedule=lambda self, layers, block: {Site(2): 0.5}),
+        "`schedule`: its function takes (self, layers, block); did you mean 'blocks'? it is called with the strategy "
+        "and the number of decoder layers, and gets `blocks` where it names that",
+    ),
+    "a schedule of one": (declared(schedule=lambda layers: {Site(2): 0.5}), "`schedule`: its function takes (layers);"),
+    "a schedule of blocks alone": (declared(schedule=lambda self, blocks: {}), "its function takes (self, blocks); it"),
+    "a schedule where it may not act": (
+        declared(schedule={Site.parse("vision.2"): 0.5}), "`schedule`: `sites` does not allow 'vision.2': it needs 'enc"
+    ),
+    "sites of two": (declared(sites=lambda self, layers: Sites()), "`sites`: its function takes (self, layers); it is"),
+    "inputs of nothing": (declared(inputs=NONE), "its function takes (); it is called with the strategy"),
+    "one site": (declared(sites=Site(2)), "write Sites(default=...) with it"),
+    "tokens that no router cuts": (
+        declared(RouterBody, routes=("tokens",), keep="refused"),
+        "a router scores tokens, and `keep` in the file says how many stay, so with keep='refused' none would leave: "
+        "leave out keep='refused'; what decides by itself how many stay is a token strategy with select_tokens",
+    ),
+    "tokens that a router cuts perhaps": (
+        declared(RouterBody, routes=("tokens",), keep="optional"), "so without it this router would do nothing: leave"
+    ),
+    "tokens beside layers that no router cuts": (
+        declared(RouterBody, keep="refused"), "none would leave: leave it out, or write routes=('layers',)"
+    ),
+    "layers that a router plans perhaps": (
+        declared(RouterBody, routes=("layers",), keep_layers="optional"), "a router without any budget would do nothing"
+    ),
+    "two budgets of which none is needed": (
+        declared(RouterBody, keep="optional", keep_layers="optional"), "a router without any budget would do nothing"
+    ),
+    "a budget of layers for tokens": (
+        declared(RouterBody, routes=("tokens",), keep_layers="required"), "`keep_layers` says nothing of a router of to"
+    ),
+    "a budget of tokens for layers": (
+        declared(RouterBody, routes=("layers",), keep="optional"), "`keep` says nothing of a router of layers (leave it"
+    ),
     "routes of a token strategy": (declared(routes=("tokens",)), "`routes` is for routers (leave it out)"),
     "layers of a token strategy": (declared(keep_layers="refused"), "`keep_layers` is for routers"),
     "extras of a router": (declared(RouterBody, extras=("cls",)), "`extras` is for strategies with token hooks (leave"),
@@ -128,6 +181,39 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "`forward` runs the whole batch; leave out per_sample",
     ),
 }  # fmt: skip
+
+
+REQUESTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "queries of nothing": (lambda: Rows(queries=NONE), "queries: its function takes (); it is called with Prompt"),
+    "a block of two": (lambda: EncoderRows(layer=TWO), "layer: its function takes (first, second); it is called"),
+    "features of nothing": (lambda: Features(layer=NONE), "layer: its function takes (); it is called with the nu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REQUESTED)
+def test_functions_in_requests_can_be_called(name: str) -> None:
+    make, said = REQUESTED[name]
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert said in str(caught.value), caught.value
+
+
+def test_functions_that_can_be_called_are_taken() -> None:
+    """With defaults, bound, from a library, or as a class: whatever takes what it is given."""
+    declared(schedule=lambda self, layers, blocks: {Site(2): 0.5})()
+    declared(schedule=lambda self, layers, *, blocks=1, more=2: {Site(2): 0.5})()
+    declared(schedule=lambda *both: {Site(2): 0.5}, inputs=dict)()
+    assert Features(layer=abs) and Sites(default=functools.partial(Site, place="layer"))
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyError, TypeError])
+def test_a_schedule_that_fails_is_told_as_the_plugin_s(error: type[Exception]) -> None:
+    def schedule(self: Any, layers: int) -> Any:
+        raise error("on purpose")
+
+    made = declared(schedule=schedule)()
+    with pytest.raises(PluginError, match=f"`schedule` of Mine failed with {error.__name__}: .*on purpose"):
+        made.__prunekit__.schedule_of(made(), 8, 1)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -23,6 +23,7 @@ from prunekit.engine.tokens import masks
 from prunekit.engine.tokens.layout import Layout, per_token, take
 from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
+from prunekit.strategy.sites import ENCODER
 from prunekit.upstream import CACHE
 
 # Whether the decoder itself runs in this thread, which asks its cache for what it really holds.
@@ -36,7 +37,7 @@ def prefill(current: Prefill, original: Callable[..., Any], kwargs: Mapping[str,
     """
     state, cutter = current.state, current.cutter
     current.readings.begin(kwargs["inputs_embeds"])
-    hidden = cutter.at_encoder(cutter.leave_tower(kwargs["inputs_embeds"]), Here(current, 0, kwargs))
+    hidden = cutter.at(ENCODER, cutter.leave_tower(kwargs["inputs_embeds"]), Here(current, 0, kwargs))
     if state.layout is None:
         return _run(original, {**kwargs, "inputs_embeds": hidden})
     local = {name: _local(state, name, value) for name, value in kwargs.items() if name != "inputs_embeds"}

@@ -25,9 +25,10 @@ from prunekit.engine.tokens.merges import merged
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower.record import dropped_in_tower
 from prunekit.errors import PluginError, Unsupported
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
-from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
+from prunekit.strategy.sites import PREFILL_END, Site
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,16 @@ class Cutter:
         counts = tuple((state.prompt.visual & ~dropped).sum(1).tolist())
         return take(hidden, state.narrow(Layout.full(state.prompt.ids), state.prompt.real & ~dropped, counts), 1)
 
-    def at_encoder(self, hidden: Tensor, here: Here) -> Tensor:
-        """Token stages in front of the decoder, then routers and their own cuts there."""
-        cuts = [cut for cut in self.state.bound.cuts if cut.site == ENCODER]
-        hidden = self._make([cut for cut in cuts if not cut.stage.is_router], hidden, here)
+    def at(self, site: Site, hidden: Tensor, here: Here) -> Tensor:
+        """All cuts at `site`; returns the states that remain. Routers are asked after all other stages there."""
+        cuts = [cut for cut in self.state.bound.cuts if cut.site == site]
+        hidden = self._make([cut for cut in cuts if not cut.routes_here], hidden, here)
         for router in self.state.bound.routers:
+            if router.route_at != site:
+                continue
             self._route(router, hidden, here)
             hidden = self._make([cut for cut in cuts if cut.stage is router], hidden, here)
         return hidden
-
-    def at(self, site: Site, hidden: Tensor, here: Here) -> Tensor:
-        """All cuts at `site`; returns the states that remain."""
-        return self._make([cut for cut in self.state.bound.cuts if cut.site == site], hidden, here)
 
     def _make(self, cuts: Sequence[Cut], hidden: Tensor, here: Here) -> Tensor:
         for cut in cuts:
@@ -69,8 +68,9 @@ class Cutter:
     def _route(self, router: Stage, hidden: Tensor, here: Here) -> None:
         state = self.state
         embeds = main_stream(hidden if state.layout is None else state.layout.expand(hidden), state.parts.stream)
-        view = self._view(Cut(ENCODER, router, router.keeps[0] if router.keeps else None, 0), hidden, here)
+        view = self._view(Cut(router.route_at, router, router.keeps[0] if router.keeps else None, 0), hidden, here)
         state.scores[router.index], state.plans = route(view, embeds)
+        self.readings.check_plans()
 
     def _view(self, cut: Cut, hidden: Tensor, here: Here) -> View:
         state = self.state
@@ -115,8 +115,11 @@ class Cutter:
             state.see(f"{cut.stage.label} at '{cut.site}'", answer.unsound)
         return answer
 
-    def _climb(self, cut: Cut, row: int, scores: Tensor) -> int:
-        """How many tokens a sample keeps under a budget of risk, by its scores, float (V,)."""
+    def _climb(self, cut: Cut, row: int | None, scores: Tensor) -> Any:
+        """How many tokens a sample keeps under a budget of risk, by its scores, float (V,); row None: all, (B, V)."""
+        if row is None:
+            rows = enumerate(zip(scores, self.state.counts, strict=True))
+            return tuple(self._climb(cut, b, own[:count]) if count else 0 for b, (own, count) in rows)
         choose(cut.stage, self.state, row, scores, None)
         return count_at(self.state, cut, row)
 

@@ -13,7 +13,7 @@ from prunekit.engine.decoder.forward_pass import Here
 from prunekit.engine.decoder.readings import Readings, taken
 from prunekit.engine.decoder.site_tokens import SiteTokens
 from prunekit.errors import PluginError, Unsupported
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy.decoder_requests import Rows
 
 

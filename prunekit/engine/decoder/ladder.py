@@ -16,7 +16,8 @@ from prunekit.errors import PluginError
 from prunekit.ops import top_k_mask
 from prunekit.ops.host import on_device
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut, Stage
+from prunekit.pipeline.cut import Cut
+from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import LayerAction
 
 

@@ -21,10 +21,10 @@ from prunekit.engine.decoder.mid import MidCuts
 from prunekit.engine.decoder.readings import Needs, Readings
 from prunekit.engine.tokens.layout import Layout
 from prunekit.errors import Unsupported
+from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.cuts import CAN_BE_CUT
-from prunekit.pipeline.stage import Cut
 from prunekit.strategy.decisions import LayerAction
-from prunekit.strategy.sites import PREFILL_END, Site
+from prunekit.strategy.sites import ENCODER, PREFILL_END, Site
 from prunekit.upstream import CACHE
 
 
@@ -61,7 +61,7 @@ class Prefill(ForwardPass):
             hidden = state.layout.gather(hidden)
         here, (before, _, after) = Here(self, number, kwargs), _sites(number)
         if number == 0:
-            hidden = self.cutter.at_encoder(self.cutter.leave_tower(hidden), here)
+            hidden = self.cutter.at(ENCODER, self.cutter.leave_tower(hidden), here)
         hidden = self.cutter.at(before, hidden, here)
         if number == state.last_only:
             hidden = hidden[:, -state.wanted :]

@@ -21,7 +21,7 @@ from prunekit.engine.tokens.layout import Layout, blank, leftmost, take
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.errors import PluginError, Unsupported
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
 from prunekit.strategy.decisions import LayerAction
@@ -145,8 +145,6 @@ class Readings:
         if not (state.has_visual and (self.needs.kernels or self.needs.entered)):
             yield
             return
-        if number == 0:
-            self._check_plans()
         self.heres[self.kind(number)] = here
         for earlier in [n for n in self.runs if n < number - (number in self.needs.behind)]:
             del self.runs[earlier]
@@ -161,9 +159,9 @@ class Readings:
         with recorded(Record(self.attention_of(number))) as run.record:
             yield
 
-    def _check_plans(self) -> None:
-        """Raise Unsupported when a router leaves out a layer whose attention is read, before any layer has run."""
-        for number in sorted(self.needs.read):
+    def check_plans(self) -> None:
+        """Raise Unsupported when a router leaves out a layer whose attention is read."""
+        for number in sorted(self.needs.read) if self.state.has_visual else ():
             if any(not action.attends for action in self.state.actions(number)):
                 raise Unsupported(
                     f"a stage reads the attention of layer {number}, which a router skips for some sample; "

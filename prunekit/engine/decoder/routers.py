@@ -1,4 +1,4 @@
-"""Asking a router: once per sample, before the decoder's first layer, about tokens and layers."""
+"""Asking a router, once for each sample, about tokens and layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from prunekit.strategy.decisions import LayerAction, LayerPlan, Route, Selection
 def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, ...]]:
     """What a router says of the prompt, and the layer plan of every sample with it.
 
-    embeds: float (B, S, H), logical, as the decoder gets them. Returns token scores (B, S) or None.
+    embeds: float (B, S, H), logical: the prompt's states where the router is asked.
+    Returns token scores (B, S) or None.
     """
     stage, state = view.place.stage, view.tokens.state
     with torch.set_grad_enabled(torch.is_grad_enabled() and stage.trainable):
@@ -94,6 +95,11 @@ def _checked_plans(stage: Stage, state: BatchState, plans: tuple[LayerPlan, ...]
     named = frozenset(layer for plan in plans for layer in plan.layers)
     if beyond := sorted(named - frozenset(range(layers))):
         raise PluginError(f"{stage.label}: route plans layers {beyond}, but the model has layers 0 to {layers - 1}")
+    if ran := sorted(named & frozenset(range(stage.route_at.reach))):
+        raise PluginError(
+            f"{stage.label}: route plans layers {ran}, which have run: the stage is asked before layer "
+            f"{stage.route_at.layer} (plan that layer and later ones)"
+        )
     if named and state.bound.shape.opaque:
         raise Unsupported(
             f"{stage.label}: route plans layers, but this decoder can be cut at its input only: "

@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitWarning, Unsupported
 from prunekit.families.base import Parts
 from prunekit.ops.host import on_device
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.records import StageEvent
 from prunekit.strategy.decisions import LayerAction, LayerPlan, Selection
 

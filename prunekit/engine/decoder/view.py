@@ -23,7 +23,7 @@ from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tokens.streams import main_stream
 from prunekit.engine.tower import record
 from prunekit.families.base import Parts
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy import decoder_requests
 from prunekit.strategy import inputs as table
 from prunekit.strategy.decisions import ModelShape

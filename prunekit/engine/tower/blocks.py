@@ -34,7 +34,7 @@ from prunekit.engine.tower.view import ImageView, TowerView
 from prunekit.engine.tracing import as_it_is
 from prunekit.errors import Unsupported
 from prunekit.families.base import Modality
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy.decisions import Selection
 
 Part = Literal["attention", "mlp"]

@@ -13,7 +13,7 @@ from prunekit.errors import Unsupported
 from prunekit.families.base import Parts
 from prunekit.families.tower_parts import Tower
 from prunekit.pipeline.bound import BoundPipeline
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy.inputs import OF_TOWER, requests
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import POOL, EncoderRows, EncoderSpec, Features, resolved

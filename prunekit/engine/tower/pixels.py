@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from prunekit.engine.tower.record import Decision, TowerRecord
 from prunekit.families.images import Images
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from prunekit.engine.tokens.layout import blank, take
 from prunekit.engine.tower.effort import Effort
 from prunekit.errors import Unsupported
 from prunekit.families.tower_parts import Tower
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.records import StageEvent
 from prunekit.strategy.inputs import request, requests
 from prunekit.strategy.tower_requests import EncoderSpec, resolved

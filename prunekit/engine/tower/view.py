@@ -18,7 +18,7 @@ from prunekit.engine.tower.encoding import Encoding
 from prunekit.engine.tower.record import of_declared, row_of_declared
 from prunekit.errors import Unsupported
 from prunekit.families.images import cells
-from prunekit.pipeline.stage import Cut
+from prunekit.pipeline.cut import Cut
 from prunekit.strategy.inputs import OF_TOWER, TOKEN_HOOKS, cut_for_sample, inputs_of, region_of
 from prunekit.strategy.sites import Site
 from prunekit.strategy.tower_requests import EncoderSpec

@@ -10,6 +10,7 @@ from prunekit.strategy.decisions import LayerAction
 from prunekit.strategy.sites import Site
 from prunekit.testing.check import check, expect
 from prunekit.testing.checks.exact import problems
+from prunekit.testing.checks.independent import alike_alone
 from prunekit.testing.subject import BATCHES, Subject
 from prunekit.testing.tiny import PATCH, tiny_inputs, tiny_llava
 from prunekit.verify.comparison import replayed
@@ -61,9 +62,23 @@ def keep(subject: Subject) -> None:
 def keep_all(subject: Subject) -> None:
     report, logits = subject.run("mixed", keep=1.0)
     expect(report.kept_tokens == report.visual_tokens, f"of {report.visual_tokens} tokens {report.kept_tokens} stay")
-    if not subject.traits.extras:
+    if not subject.traits.extras and not any(plan.layers for plan in report.plans):
         error = float((logits - subject.dense("mixed")).abs().max())
         expect(torch.equal(logits, subject.dense("mixed")), f"logits differ from the model's own by {error:.3g}")
+
+
+@check(
+    "Where the file need not say `keep`, it decides by itself without: exactly, and for each row of a batch as for the "
+    "row alone.",
+    "`count` that is taken for a number: it is None where the file says no `keep`. A strategy that always needs one "
+    "leaves out keep='optional'.",
+    lambda traits: traits.optional,
+)
+def without_keep(subject: Subject) -> None:
+    open_ = subject.unbudgeted()
+    found = subject.exact("ragged", open_)
+    expect(not (said := problems(found)), said)
+    alike_alone(subject, *subject.apply(open_, subject.batch("ragged")), open_)
 
 
 @check(

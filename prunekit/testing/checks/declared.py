@@ -14,6 +14,16 @@ from prunekit.testing.subject import Subject
 
 
 @check(
+    "It can be built and fits the contract's model, which has the layers, the tower and the inputs that it asks for. "
+    "Other rules are tried only where it does.",
+    "options that it needs (`options` of the contract); sites of a deeper model, or inputs that a LLaVA with a CLIP "
+    "tower does not have: override `model()` of the contract, and with another family `inputs()` and `row()`.",
+)
+def model(subject: Subject) -> None:
+    expect(not subject.misfit, subject.misfit)
+
+
+@check(
     "The docstring of the class or of its module links the paper, or says that it is a baseline, and the registered "
     "name has a one-line summary, which `prunekit list` shows.",
     "a missing docstring; `registry.strategy(name, target)` without `summary`.",

@@ -6,8 +6,9 @@ import random
 import warnings
 
 import torch
+from torch import Tensor
 
-from prunekit import PrunekitWarning
+from prunekit import Pipeline, PrunekitWarning, RunReport
 from prunekit.testing.check import check, expect
 from prunekit.testing.subject import Subject
 
@@ -44,9 +45,13 @@ def same_result(subject: Subject) -> None:
     "once for each sample, without padding.",
 )
 def rows_alone(subject: Subject) -> None:
-    together, logits = subject.run("ragged")
+    alike_alone(subject, *subject.run("ragged"), subject.build())
+
+
+def alike_alone(subject: Subject, together: RunReport, logits: Tensor, pipeline: Pipeline) -> None:
+    """Raises Broken unless what `pipeline` made of the ragged batch is what it makes of each of its rows."""
     for row in range(together.samples):
-        alone, single = subject.apply(subject.build(), subject.setting.row(subject.batch("ragged"), row))
+        alone, single = subject.apply(pipeline, subject.setting.row(subject.batch("ragged"), row))
         for event, own in zip(together.events, alone.events, strict=True):
             mine, kept = set(own.kept[0]), set(event.kept[row])
             expect(

@@ -1,4 +1,4 @@
-"""Videos of a prompt: which frames of a file are shown, and their decoding by PyAV."""
+"""Videos from files: which frames of one are shown, and their decoding by PyAV."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from prunekit.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     from av import VideoFrame
     from PIL.Image import Image
 
@@ -47,6 +46,8 @@ class Sampling:
 
         start, end: seconds between which the frames lie; None: the ends of the video. At least one frame is shown.
         """
+        import numpy as np
+
         first, last = 0, total - 1
         if rate:
             first = min(math.ceil((start or 0) * rate), last)
@@ -107,6 +108,22 @@ class Clip:
         return [Image.fromarray(frame) for frame in self.shown[0]]
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether the model has a way of its own for videos; others get the frames as images."""
+    return getattr(processor, "video_processor", None) is not None and bool(getattr(processor, "video_token", None))
+
+
+def as_videos(clips: Sequence[Clip]) -> dict[str, Any]:
+    """What a processor is told of the videos of its prompts, decoded; nothing where there are none."""
+    if not clips:
+        return {}
+    return {
+        "videos": [clip.shown[0] for clip in clips],
+        "video_metadata": [dict(clip.shown[1]) for clip in clips],
+        "do_sample_frames": False,  # they are chosen
+    }
+
+
 def check_installed() -> None:
     """Raise InputError, naming the way to install it, where PyAV is missing."""
     if find_spec("av") is None:
@@ -116,26 +133,33 @@ def check_installed() -> None:
 def _decode(clip: Clip) -> tuple[np.ndarray, dict[str, Any]]:
     import av
 
-    with av.open(os.fspath(clip.path)) as container:
+    container: Any = av.open(os.fspath(clip.path))
+    with container:
         if not container.streams.video:
             raise InputError(f"'{clip.path}' holds no video")
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        rate = float(stream.average_rate) if stream.average_rate else None
-        # Containers such as Matroska do not say how many frames they hold; then packets are counted, not decoded.
-        total = said = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        while True:
-            if not total:
-                raise InputError(f"video '{clip.path}' has no frames")
-            wanted = clip.sampling.frames(total, rate, clip.start, clip.end)
-            container.seek(0)
-            found, decoded = _pick(container.decode(stream), wanted)
-            if len(found) == len(wanted):
-                return np.stack(found), _origin(total, rate, wanted, *found[0].shape)
-            # Many whole files say a few frames more than they have. Where more than a second is missing, one is broken.
-            if said - decoded > (rate or 1):
-                raise InputError(f"video '{clip.path}' is not whole: {decoded} of its {said} frames are there")
-            total = decoded
+        return _frames(container, clip)
+
+
+def _frames(container: Any, clip: Clip) -> tuple[np.ndarray, dict[str, Any]]:
+    """The chosen frames, uint8 (frames, height, width, 3), and where they stood in the video."""
+    import numpy as np
+
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    rate = float(stream.average_rate) if stream.average_rate else None
+    # Containers such as Matroska do not say how many frames they hold; then packets are counted, not decoded.
+    total = said = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    while total:
+        wanted = clip.sampling.frames(total, rate, clip.start, clip.end)
+        container.seek(0)
+        found, decoded = _pick(container.decode(stream), wanted)
+        if len(found) == len(wanted):
+            return np.stack(found), _origin(total, rate, wanted, *found[0].shape)
+        # Many whole files say a few frames more than they have. Where more than a second is missing, one is broken.
+        if said - decoded > (rate or 1):
+            raise InputError(f"video '{clip.path}' is not whole: {decoded} of its {said} frames are there")
+        total = decoded
+    raise InputError(f"video '{clip.path}' has no frames")
 
 
 def _pick(frames: Iterable[VideoFrame], wanted: Sequence[int]) -> tuple[list[np.ndarray], int]:
