@@ -151,7 +151,9 @@ def estimate(model: Model, prompt: Prompt, pipeline: Pipeline | None) -> Estimat
     paper = None if model.mlp is None else (_paper(model, fewest, running), _paper(model, most, running))
     mean = sum(fewest) / layers, sum(most) / layers
     inputs = () if prompt.given is None else prompt.given.inputs
-    left = [visual_counts(bound.cuts, prompt.visual_tokens, decided, inputs)[1:] for decided in (False, True)]
+    cheapest = bound if bound.ladder is None else bound.ladder.rungs[-1]
+    ends = (cheapest, False), (bound, True)
+    left = [visual_counts(one.cuts, prompt.visual_tokens, decided, inputs)[1:] for one, decided in ends]
     cuts = tuple(
         (cut.stage.label, str(cut.site), both) for cut, both in zip(bound.cuts, zip(*left, strict=True), strict=True)
     )

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # (major, minor) of all that plugins implement and name: hooks, their arguments, what is declared. A minor version adds;
 # a major one takes away what a minor one before has marked as deprecated. tests/hookspecs.json records each.
-SPEC_VERSION = (1, 1)
+SPEC_VERSION = (1, 2)
 
 hookspec = pluggy.HookspecMarker("prunekit")
 hookimpl = pluggy.HookimplMarker("prunekit")
@@ -213,6 +213,22 @@ class StatementHooks:
         Returns: plain data for JSON. `prunekit calibrate` writes it with the model, the data and a digest, and the
         strategy reads it back by `read_artefact`.
         Stops at the first result that is not None.
+        """
+        raise NotImplementedError
+
+    @hookspec(firstresult=True)
+    def predict_harm(
+        self, scores: Tensor, keep: Tensor, layer_scores: Tensor, keep_layers: Tensor, state: dict[Any, Any]
+    ) -> Tensor:
+        """Predict, of one sample, how likely each rung of a budget of risk makes its answer another one.
+
+        Arguments: scores, float (V,), of the sample's visual tokens; keep, bool (R, V), those that each rung leaves, of
+        a router at its last site, of others at the first; layer_scores, float (N,), and keep_layers, bool (R, N), the
+        same of decoder layers, None where no rung is about layers; state, as the stage's other hooks get it.
+        Returns: float (R,), finite, at least 0, comparable between samples; any unit will do. A rung counts at least as
+        much as those before it.
+        Stops at the first result that is not None; without one it is the share of the scores that leaves. Called for
+        each sample, without padding, where a pipeline has `budget: {risk: ...}`.
         """
         raise NotImplementedError
 

@@ -172,6 +172,14 @@ def model_identity(where: Path | str) -> str | None:
     return Path(config).parent.name[:12] if isinstance(config, str) else None
 
 
+def identity_of(model: PreTrainedModel) -> str | None:
+    """As `model_identity`, of the folder or hub id that a model was loaded from; None for one made in memory."""
+    name = model.name_or_path or ""
+    if name and Path(name).is_dir():
+        return model_identity(Path(name))
+    return model_identity(name) if HUB_ID.fullmatch(name) else None
+
+
 @contextmanager
 def _explained(path: Path | str, download: bool) -> Iterator[None]:
     """Turn what transformers raises for a missing or unsuitable model into an InputError that says what to do."""

@@ -48,6 +48,8 @@ class RunReport:
     to choose by, and in logits; `notes` say where.
     last_only: the first of the layers that only the last tokens of each prompt entered, as none of them writes KV, and
     how many; None: there are none.
+    rungs: under a budget of risk, per sample, the rung that it took, 0 is dense; harms: per sample, what was predicted
+    for the others, empty for a sample without visual tokens.
     """
 
     pipeline: str
@@ -67,6 +69,8 @@ class RunReport:
     tower_tokens: tuple[tuple[int, ...], ...] = ()
     last_only: tuple[int, int] | None = None
     unsound: tuple[int, ...] = ()
+    rungs: tuple[int, ...] = ()
+    harms: tuple[tuple[float, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for `json.dump`."""
@@ -90,6 +94,8 @@ class RunReport:
         lines.append(
             f"  tokens entering each layer: {_runs(self.layer_tokens[0])}" + " (sample 0)" * (self.samples > 1)
         )
+        if self.rungs:
+            lines.append(f"  rung of the ladder: {_row(self.rungs)}" + " (0 is dense)" * (0 in self.rungs))
         flops, kv = self.cost.flops_fraction, self.cost.kv_fraction
         lines.append(f"  prefill FLOPs of the decoder {flops:.1%} of dense, KV {kv:.1%} of dense")
         if (whole := self.cost.whole_flops_fraction) is not None:

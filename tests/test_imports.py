@@ -168,8 +168,8 @@ def test_no_module_imports_itself_through_others(package: str) -> None:
 
 
 ENGINE = (
-    "tracing", "overrides", "patches", "callers", "tokens", "attention", "cache", "prompt", "asking", "details",
-    "tower", "decoder", "summary", "reporting", "keep_maps", "observers", "attach",
+    "tracing", "overrides", "patches", "callers", "calibrated", "tokens", "attention", "cache", "prompt", "asking",
+    "details", "tower", "decoder", "summary", "reporting", "keep_maps", "observers", "attach",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from prunekit.cli.arguments import add_common, positive
 
 if TYPE_CHECKING:
     from prunekit.errors import Fault
+    from prunekit.pipeline.bound import Ladder
     from prunekit.pipeline.build import BoundPipeline, Cut, Pipeline, Stage
     from prunekit.strategy.decisions import ModelShape
 
@@ -136,7 +138,7 @@ def _pipeline_data(pipeline: Pipeline) -> dict[str, Any]:
         "sha": pipeline.sha,
         "source": pipeline.source,
         "positions": pipeline.positions,
-        "budget": None if pipeline.budget is None else pipeline.budget.as_data(),
+        "budget": resolved.get("budget"),
         "stages": stages,
     }
 
@@ -155,6 +157,7 @@ def _bound_data(bound: BoundPipeline, text_tokens: int) -> dict[str, Any]:
         "cuts": [_cut_data(cut) for cut in bound.cuts],
         "routers": [_router_data(router, bound) for router in bound.routers],
         "plan": plan_data(bound.plan),
+        "ladder": None if bound.ladder is None else _ladder_data(bound.ladder),
     }
     if (figures := forecast(bound, text_tokens)) is not None:
         data |= {
@@ -178,6 +181,12 @@ def _cut_data(cut: Cut) -> dict[str, Any]:
     return {"stage": cut.stage.label, "site": str(cut.site), "keep": keep, "drops_all": cut.drops_all}
 
 
+def _ladder_data(ladder: Ladder) -> dict[str, Any]:
+    cuts = [(rung.cuts, rung.layer_budget) for rung in ladder.rungs[1:]]
+    kept = [{"keep": [str(cut.keep) for cut in row], "layers": layers} for row, layers in cuts]
+    return {"rungs": kept, "harm_below": None if math.isinf(ladder.threshold) else ladder.threshold}
+
+
 def _router_data(router: Stage, bound: BoundPipeline) -> dict[str, Any]:
     decides = router.decides_layers
     return {
@@ -195,16 +204,20 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
     data = _bound_data(bound, text_tokens)
     visual = data["visual_tokens"] or "image-dependent"
     print(f"\non {model} ({data['family']}, {data['layers']} layers, {visual} visual tokens an image)")
-    for cut in data["cuts"]:
+    if data["ladder"] is not None:
+        _print_ladder(data["ladder"], data["layers"])
+    for cut in () if data["ladder"] is not None else data["cuts"]:
         what = "drops all" if cut["drops_all"] else f"keeps {cut['keep'] or 'what it decides'}"
         print(f"  {cut['stage']}: at {cut['site']}, {what}")
-    for router in (router for router in data["routers"] if router["decides_layers"]):
+    routers = () if data["ladder"] is not None else data["routers"]
+    for router in (router for router in routers if router["decides_layers"]):
         print(f"  {router['stage']}: {_routed(router, data['layers'])}")
     for line in plan_lines(bound.plan):
         print(line)
     print(f"  positions: {'renumbered without gaps' if data['positions'] == 'renumber' else 'kept'}")
     if "layer_tokens" in data:
-        most = "at most, since a stage decides by itself, " if data["tokens_at_most"] else ""
+        why = "each sample takes its own rung" if data["ladder"] is not None else "a stage decides by itself"
+        most = f"at most, since {why}, " if data["tokens_at_most"] else ""
         print(f"  tokens entering each layer, {most}for one image and {text_tokens} text tokens:")
         print(f"    {' '.join(map(str, data['layer_tokens']))}")
         flops, kv = _percent(data["prefill_flops_fraction"]), _percent(data["kv_fraction"])
@@ -214,6 +227,15 @@ def _print_bound(model: str, bound: BoundPipeline, text_tokens: int) -> None:
         print(f"  prefill FLOPs of the decoder {flops} of dense{more}, KV {kv} of dense")
         if (whole := data["whole_prefill_flops_fraction"]) is not None:
             print(f"  whole-prefill FLOPs, with vision tower and projector, {_percent(whole)} of dense")
+
+
+def _print_ladder(ladder: dict[str, Any], layers: int) -> None:
+    below = "any" if ladder["harm_below"] is None else f"below {ladder['harm_below']:.4g}"
+    told = "takes no rung: it runs dense" if ladder["harm_below"] == 0 else f"takes rungs while their harm is {below}"
+    print(f"  each sample {told}")
+    for number, rung in enumerate(ladder["rungs"], start=1):
+        of_layers = "" if rung["layers"] is None else f", {rung['layers']} of {layers} layers"
+        print(f"    rung {number}: {', '.join(rung['keep'])}{of_layers}")
 
 
 def _routed(router: dict[str, Any], layers: int) -> str:

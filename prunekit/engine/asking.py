@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from prunekit.engine.tokens.merges import matrices_together
 from prunekit.errors import PluginError, PrunekitError
 from prunekit.pipeline.stage import Stage
 from prunekit.strategy.decisions import Owners, Selection
@@ -116,8 +117,14 @@ class Answer:
     scores: Tensor | None = None
 
 
-def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
+# The input `count` of sample b by its scores, float (V,); None: of all, (B, V).
+ByScores = Callable[[int | None, Tensor], Any]
+
+
+def decide(stage: Stage, view: View, traced: bool = False, budget: ByScores | None = None) -> Answer:
     """What the stage keeps of the visual tokens in `view`. traced: its scores are wanted, too.
+
+    budget: says how many tokens each sample keeps; None: the view knows that.
 
     Hooks run without gradients, unless the strategy says that it is `trainable`. Raises PluginError, naming stage and
     hook, for an answer that cannot be carried out; of unsound samples NaN is taken for the lowest score.
@@ -130,7 +137,10 @@ def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
                 for b, length in enumerate(view.counts)
                 if length
             }
-            answers = {b: _decide(stage, view.valid[b, : view.counts[b]], one, refusals) for b, one in given.items()}
+            answers = {
+                b: _decide(stage, view.valid[b, : view.counts[b]], one, refusals, budget and partial(budget, b))
+                for b, one in given.items()
+            }
             selection = _together(stage, view, answers)
             unsound = torch.zeros(len(view.counts), dtype=torch.bool, device=view.valid.device)
             for b, one in given.items():
@@ -138,7 +148,8 @@ def decide(stage: Stage, view: View, traced: bool = False) -> Answer:
             scored = _scores_together(view, given)
         else:
             batch = Given(view.get, view.valid, traced)
-            selection, unsound = _decide(stage, view.valid, batch, refusals), batch.unsound
+            of_all = budget and partial(budget, None)
+            selection, unsound = _decide(stage, view.valid, batch, refusals, of_all), batch.unsound
             scored = batch.scores
     refusals.settle()
     return Answer(selection, unsound, scored)
@@ -168,10 +179,15 @@ def factors(stage: Stage, get: Callable[[str], Any], images: int) -> list[float]
     return [float(scale) for scale in scales.tolist()]
 
 
-def _decide(stage: Stage, valid: Tensor, get: Given, refusals: Refusals) -> Selection:
+def _decide(
+    stage: Stage, valid: Tensor, get: Given, refusals: Refusals, budget: Callable[[Tensor], Any] | None = None
+) -> Selection:
+    """budget: the input `count` by the scores; None: it is among what the stage can get."""
     extra: dict[str, Any] = {}
     if "scores" in stage.requests("select_tokens"):
         extra["scores"] = scores(stage, "score_tokens", call(stage, "score_tokens", get, extra), valid, refusals, get)
+        if budget is not None:
+            extra["count"] = budget(extra["scores"])
         if get.traced:
             get.scores = extra["scores"].detach().clone()  # a hook may write to what it gets
     answer = call(stage, "select_tokens", get, extra)
@@ -290,7 +306,7 @@ def _together(stage: Stage, view: View, answers: dict[int, Selection]) -> Select
     matrices = {b: one for b, one in weights.items() if isinstance(one, Tensor)}
     if len({one.mode for one in owners.values()}) + bool(matrices) > 1:
         raise PluginError(f"{stage.label}: merges must be of one kind and mode for all samples of a batch")
-    merge = _owners_together(keep, owners) if owners else _matrices_together(keep, matrices) if matrices else None
+    merge = _owners_together(keep, owners) if owners else matrices_together(keep, matrices) if matrices else None
     sizes = None
     if any(one.sizes is not None for one in answers.values()):
         sizes = view.sizes.clone()
@@ -326,25 +342,6 @@ def _owners_together(keep: Tensor, owners: dict[int, Owners]) -> Owners:
 
 def _longer(x: Tensor, width: int, padding: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, width - len(x)), value=padding)
-
-
-def _matrices_together(keep: Tensor, matrices: dict[int, Tensor]) -> Tensor:
-    width = keep.shape[1]
-    extras = max(one.shape[1] - one.shape[0] for one in matrices.values())
-    some = next(iter(matrices.values()))
-    blank = torch.eye(width, width + extras, dtype=some.dtype, device=some.device)
-    return torch.stack([_padded(matrices.get(b), blank) for b in range(len(keep))])
-
-
-def _padded(weights: Tensor | None, blank: Tensor) -> Tensor:
-    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
-    if weights is None:
-        return blank
-    many, width = len(weights), blank.shape[0]
-    extras = weights.shape[1] - many
-    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
-    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
-    return torch.cat([top, blank[many:]])
 
 
 def call(stage: Stage, hook: str, get: Callable[[str], Any], extra: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prunekit.engine.cache import ragged, static
+from prunekit.engine.calibrated import check_calibration
 from prunekit.engine.callers import Callers
 from prunekit.engine.decoder import around, layers, logits
 from prunekit.engine.decoder.decoding import Decoding, passing
@@ -72,6 +73,7 @@ class Attached:
         self.pipeline = pipeline if self.outer is None else combine(self.outer.pipeline, pipeline, shape)
         self.bound: BoundPipeline = self.pipeline.bind(shape)
         self._check_processor()
+        check_calibration(self.bound, self.model)
         # One that changes nothing leaves the layers alone.
         self.active = self.bound.acts
         self.needs = Needs.of(self.bound)

@@ -31,6 +31,8 @@ def report_of(state: BatchState) -> RunReport:
         notes=(*state.notes, *_unsound_notes(unsound, str(state.parts.base.dtype).removeprefix("torch."))),
         unsound=tuple(sorted({row for rows in unsound.values() for row in rows})),
         tower_tokens=tower_tokens(state.prompt),
+        rungs=tuple(map(state.rung, range(len(state.counts)))) if state.bound.ladder else (),
+        harms=tuple(state.harms.get(row, ()) for row in range(len(state.counts))) if state.bound.ladder else (),
         works=tower_works(state.prompt),
         itemsize=state.itemsize,
         wanted=state.wanted,

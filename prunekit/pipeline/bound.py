@@ -8,8 +8,23 @@ from typing import Literal
 from prunekit.pipeline import layer_plans
 from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.stage import Stage
+from prunekit.strategy.artefact import Artefact
 from prunekit.strategy.decisions import LayerAction, LayerPlan, ModelShape
 from prunekit.strategy.sites import Site
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What a sample may keep under a budget of risk.
+
+    rungs: the same pipeline with a fixed budget each: the first one keeps all, each keeps less than the one before.
+    threshold: a sample takes rungs while their predicted harm is below it; 0: none. calibration: where it comes from;
+    None where a calibration itself runs, dense.
+    """
+
+    rungs: tuple[BoundPipeline, ...]
+    threshold: float
+    calibration: Artefact | None
 
 
 @dataclass(frozen=True)
@@ -21,6 +36,8 @@ class BoundPipeline:
     plan: what becomes of each decoder layer, for every sample alike.
     protected: layers that a router has to let run, because they have run before it is asked, a cut reads their
         attention or stands inside them, a later layer attends to their keys and values, or its own options say so.
+    ladder: under a budget of risk what each sample may keep, as it turns out; cuts and stages then are those of the
+        first rung. None: all samples keep the same.
     """
 
     name: str
@@ -31,6 +48,7 @@ class BoundPipeline:
     cuts: tuple[Cut, ...]
     plan: LayerPlan
     protected: frozenset[int] = frozenset()
+    ladder: Ladder | None = None
 
     @property
     def routers(self) -> tuple[Stage, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prunekit import plugins, version
 from prunekit.errors import Fault, SpecError, UnknownName, Unsupported
-from prunekit.pipeline import budget, cuts, layer_plans, statements
+from prunekit.pipeline import budget, cuts, layer_plans, risk, statements
 from prunekit.pipeline.bound import BoundPipeline
 from prunekit.pipeline.cut import Cut
 from prunekit.pipeline.site_faults import site_faults
@@ -20,6 +20,7 @@ from prunekit.registry import NAME, Registry
 from prunekit.spec import schema
 from prunekit.spec.budget_keys import Budget
 from prunekit.spec.compose import Source
+from prunekit.spec.risk_keys import RiskBudget
 from prunekit.spec.writing import to_yaml
 from prunekit.strategy.decisions import MASKED, ModelShape
 from prunekit.strategy.sites import ENCODER, Keep, Site
@@ -37,7 +38,9 @@ class Pipeline:
         of its strategies, and the files that they rest on.
     description: as the file has it; it is not in the hash.
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
-    budget: what the stages that are left open may keep together; None: there is none.
+    budget: what the stages that are left open may keep together, or what they may harm; None: there is none.
+    base: as `sha`, without name, risk, confidence and calibration: what a calibration of its risk belongs to; empty:
+        it has no budget of risk.
     """
 
     name: str
@@ -46,14 +49,17 @@ class Pipeline:
     resolved: str
     sha: str
     positions: Literal["keep", "renumber"] = "keep"
-    budget: Budget | None = None
+    budget: Budget | RiskBudget | None = None
     description: str = ""
+    base: str = ""
 
     def bind(self, shape: ModelShape) -> BoundPipeline:
         """The pipeline on a model with these numbers; what is accepted here, `apply` accepts.
 
         Raises SpecError with everything that does not fit, Unsupported for a model that no pipeline can prune.
         """
+        if isinstance(self.budget, RiskBudget):
+            return risk.with_ladder(self.budget, self._bound_rungs(self.budget, shape), self.base, self.source)
         faults: list[Fault] = []
         placed = cuts.on_tower(cuts.cuts_of(self.stages, shape.layers, shape.tower_depth), shape.tower)
         faults += site_faults(self.stages, placed, shape)
@@ -71,6 +77,27 @@ class Pipeline:
         if bound.acts:
             _check_attention(shape)
         return bound if self.budget is None else budget.solved(bound, self.budget)
+
+    def rungs(self) -> tuple[Pipeline, ...]:
+        """Under a budget of risk the same pipeline on each rung, with a fixed budget; the first one keeps all."""
+        assert isinstance(self.budget, RiskBudget), "only a budget of risk has a ladder"
+        rungs = []
+        for number, stage in enumerate(risk.rung_stages(self.stages[0], self.budget)):
+            data = {"name": f"{self.name}-rung-{number}", **_positions_data(self.positions)}
+            resolved, sha = _identity(data, (stage,))
+            rungs.append(Pipeline(data["name"], (stage,), self.source, resolved, sha, self.positions))
+        return tuple(rungs)
+
+    def _bound_rungs(self, ladder: RiskBudget, shape: ModelShape) -> list[BoundPipeline]:
+        """The rungs on a model. Faults of the first are those of the pipeline, of others those of their rung."""
+        dense, *others = self.rungs()
+        bound = [dataclasses.replace(dense.bind(shape), name=self.name, sha=self.sha)]
+        for number, rung in enumerate(others):
+            try:
+                bound.append(rung.bind(shape))
+            except SpecError as error:
+                raise SpecError([ladder.fault(f"ladder[{number}]", one.message) for one in error.faults]) from error
+        return bound
 
     def __str__(self) -> str:
         return f"# {self.sha}\n{self.resolved}"
@@ -95,16 +122,23 @@ def build(source: Source, overrides: Sequence[str] = (), registry: Registry | No
     faults += cuts.sequence_faults(stages, cuts.cuts_of(stages, None), None)
     faults += layer_plans.rival_faults(stages)
     faults += statements.file_faults(stages)
+    if isinstance(read.budget, RiskBudget) and len(stages) == len(read.stages):
+        faults += risk.file_faults(stages, read.budget)
     faults = [*early, *read.resolution.judge(faults)]
     if faults:
         raise SpecError(_sorted(faults))
-    data: dict[str, Any] = {"name": read.name}
-    if read.positions != "keep":
-        data["positions"] = read.positions
+    data: dict[str, Any] = {"name": read.name, **_positions_data(read.positions)}
+    base = ""
+    if isinstance(read.budget, RiskBudget):
+        _, base = _identity({**_positions_data(read.positions), "budget": read.budget.ladder_data()}, stages)
     if read.budget is not None:
         data["budget"] = read.budget.as_data()
     resolved, sha = _identity(data, stages)
-    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget, read.description)
+    return Pipeline(read.name, stages, read.source, resolved, sha, read.positions, read.budget, read.description, base)
+
+
+def _positions_data(positions: str) -> dict[str, Any]:
+    return {} if positions == "keep" else {"positions": positions}
 
 
 def _positions_faults(positions: str, shape: ModelShape) -> list[Fault]:
@@ -180,11 +214,23 @@ def _identity(data: Mapping[str, Any], stages: Sequence[Stage]) -> tuple[str, st
 
     In the hash a path is its last name, and the content of the file: where a checkout lies changes nothing.
     """
-    resolved = to_yaml({**data, "stages": [_stage_data(stage, str) for stage in stages]})
-    named = to_yaml({**data, "stages": [_stage_data(stage, lambda path: path.name) for stage in stages]})
+    resolved = to_yaml(_file_data(data, stages, str))
+    named = to_yaml(_file_data(data, stages, lambda path: path.name))
     origins = sorted({stage.origin for stage in stages})
-    parts = [named, f"prunekit {version.VERSION}", *origins, *statements.file_digests(stages)]
+    files = [*statements.file_digests(stages), *_calibration_digest(data)]
+    parts = [named, f"prunekit {version.VERSION}", *origins, *files]
     return resolved, hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _file_data(data: Mapping[str, Any], stages: Sequence[Stage], path: Callable[[Path], str]) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain(data, path)
+    return {**plain, "stages": [_stage_data(stage, path) for stage in stages]}
+
+
+def _calibration_digest(data: Mapping[str, Any]) -> list[str]:
+    """The content of a budget's calibration; nothing as long as there is none, which `bind` refuses."""
+    path = data.get("budget", {}).get("calibration")
+    return [] if path is None or not path.is_file() else [f"budget {hashlib.sha256(path.read_bytes()).hexdigest()}"]
 
 
 def _stage_data(stage: Stage, path: Callable[[Path], str]) -> dict[str, Any]:

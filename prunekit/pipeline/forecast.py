@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from prunekit import cost
 from prunekit.pipeline.bound import BoundPipeline
@@ -103,6 +104,8 @@ def forecast(bound: BoundPipeline, text_tokens: int, given: cost.TowerInput | No
     original = bound.shape.visual_tokens if given is None else given.visual
     if original is None:
         return None
+    if bound.ladder is not None:
+        return _between(*(forecast(bound.ladder.rungs[at], text_tokens, given) for at in (0, -1)))
     shape, tower = bound.shape, bound.shape.tower
     if given is None and tower is not None and tower.work is not None:
         given = one_size(tower, tower.work, original)
@@ -130,6 +133,16 @@ def forecast(bound: BoundPipeline, text_tokens: int, given: cost.TowerInput | No
         (fewest[1], all_of[1]),
         *_tower(bound, given, counts),
     )
+
+
+def _between(most: Forecast | None, least: Forecast | None) -> Forecast | None:
+    """Where each sample takes a rung of its own: from the cheapest one, `least`, to the dense one."""
+    if most is None or least is None:
+        return None
+    ranges = ("prefill", "decode", "kv_numbers", "selection", "routing", "vision", "projector")
+    pairs = {name: (getattr(least, name), getattr(most, name)) for name in ranges}
+    both: dict[str, Any] = {name: None if low is None else (low[0], high[1]) for name, (low, high) in pairs.items()}
+    return replace(most, least_tokens=least.least_tokens, at_most=True, **both)
 
 
 def _tower(

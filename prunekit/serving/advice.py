@@ -60,7 +60,7 @@ def _tokens(stage: Stage, bound: BoundPipeline) -> Advice:
     if inside:
         return Advice(stage.label, "no", f"it acts inside the decoder, at {', '.join(inside)}")
     told = about(type(stage.strategy))
-    if told.count == "own" or (told.count == "given" and not (stage.keeps or stage.open)):
+    if bound.ladder is not None or told.count == "own" or (told.count == "given" and not (stage.keeps or stage.open)):
         return Advice(stage.label, "no", "how many tokens stay depends on what the image shows, so no grid says it")
     if told.text_aware:
         return Advice(stage.label, "no", "it may see the question, and engines hand features to the next question")

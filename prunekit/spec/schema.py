@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunekit.errors import Fault, SpecError, Where, did_you_mean
-from prunekit.spec.budget_keys import Budget, read_budget, read_keeps, read_layers
+from prunekit.spec.budget_keys import Budget, read_keeps, read_layers
 from prunekit.spec.compose import Source, compose
 from prunekit.spec.interpolation import Resolution
 from prunekit.spec.places import Node
+from prunekit.spec.risk_keys import RiskBudget, read_any_budget
 from prunekit.strategy import meant
 from prunekit.strategy.options import STAGE_KEYS
 from prunekit.strategy.sites import ENCODER, Keep, Site
@@ -55,7 +56,7 @@ class PipelineSpec:
     """A pipeline as its file says it. `source` is the path, `<inline>` or `<dict>`.
 
     positions: of the tokens that stay: `keep` the original ones, or `renumber` them without gaps.
-    budget: what stages that name no `keep` may keep together.
+    budget: what stages that name no `keep` may keep together, or what their ladder may harm.
     resolution: what became of values that are not simply written in the file; it judges later faults.
     """
 
@@ -64,7 +65,7 @@ class PipelineSpec:
     source: str
     description: str = ""
     positions: Literal["keep", "renumber"] = "keep"
-    budget: Budget | None = None
+    budget: Budget | RiskBudget | None = None
     resolution: Resolution = field(default_factory=Resolution)
 
 
@@ -97,7 +98,7 @@ def read(source: Source, overrides: Sequence[str] = ()) -> tuple[PipelineSpec, t
     name = _name(values.get("name"), composed.name, later)
     description = _text(values.get("description"), "description", later) or ""
     positions = _positions(values.get("positions"), later)
-    budget = read_budget(values.get("budget"), later)
+    budget = read_any_budget(values.get("budget"), later)
     if "stages" in values:
         stages = _stages(values["stages"], later)
     else:

@@ -34,6 +34,7 @@ STATEMENTS: Mapping[str, tuple[str, ...]] = {
     "flops": ("shape", "text", "visual"),
     "learner": ("shape", "layers", "theta"),
     "calibrate": ("prompts", "shape"),
+    "predict_harm": ("scores", "keep", "layer_scores", "keep_layers", "state"),
 }
 HOOKS: Mapping[str, tuple[str, ...]] = {
     **{

@@ -106,6 +106,12 @@ class Par:
         return Route(tokens[0], layers[0], note=UNTRAINED if self.weights is None else None)
 
     @hookimpl
+    def predict_harm(self, scores: Tensor, keep: Tensor, layer_scores: Tensor | None, keep_layers: Tensor) -> Tensor:
+        """How much of the probabilities to keep leaves on each rung, of tokens and of layers, over their number."""
+        harm = (scores.sigmoid() * ~keep).mean(-1)
+        return harm if layer_scores is None else harm + (layer_scores.sigmoid() * ~keep_layers).mean(-1)
+
+    @hookimpl
     def learner(self, shape: ModelShape, layers: Sequence[nn.Module], theta: float) -> Learner:
         """The router as `prunekit train` starts with it, float32: that of `weights`, or a new one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache
 from prunekit.engine.asking import Answer, decide
 from prunekit.engine.cache import ragged
 from prunekit.engine.decoder.forward_pass import Here
+from prunekit.engine.decoder.ladder import choose, count_at, counts_at
 from prunekit.engine.decoder.readings import Readings
 from prunekit.engine.decoder.routers import by_scores, route
 from prunekit.engine.decoder.site_tokens import SiteTokens
@@ -71,11 +73,10 @@ class Cutter:
         self.readings.check_plans()
 
     def _view(self, cut: Cut, hidden: Tensor, here: Here) -> View:
-        state, count = self.state, None
+        state = self.state
         layout = state.full_layout()
         visual = layout.gather(state.prompt.visual) & layout.present
-        if cut.keep is not None:
-            count = tuple(map(cut.keep.count, state.prompt.visual_counts, state.counts))
+        count = None if cut.keep is None else counts_at(state, cut)
         return View(self.readings, here, cut, SiteTokens(state, layout, visual, state.counts), hidden, count)
 
     def cut(self, cut: Cut, hidden: Tensor, here: Here) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +93,8 @@ class Cutter:
         selection = answer.selection
         if cut.site == PREFILL_END:
             selection = Selection(selection.keep, crop=True)
-        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, view.count, answer.scores))
+        asked = self._asked(cut, view)
+        state.decisions.append(Decision(cut, state.counts, tokens.ordinals, selection, asked, answer.scores))
         if selection.weights is not None:
             self._check_merge(cut)
             hidden = _merge(hidden, view, selection, selection.weights)
@@ -107,10 +109,23 @@ class Cutter:
         state = self.state
         if cut.stage.is_router:
             return by_scores(view, state.scores[cut.stage.index])
-        answer = decide(cut.stage, view, state.traced)
+        open_ = view.count is None and cut.keep is not None
+        answer = decide(cut.stage, view, state.traced, partial(self._climb, cut) if open_ else None)
         if answer.unsound is not None:
             state.see(f"{cut.stage.label} at '{cut.site}'", answer.unsound)
         return answer
+
+    def _climb(self, cut: Cut, row: int | None, scores: Tensor) -> Any:
+        """How many tokens a sample keeps under a budget of risk, by its scores, float (V,); row None: all, (B, V)."""
+        if row is None:
+            rows = enumerate(zip(scores, self.state.counts, strict=True))
+            return tuple(self._climb(cut, b, own[:count]) if count else 0 for b, (own, count) in rows)
+        choose(cut.stage, self.state, row, scores, None)
+        return count_at(self.state, cut, row)
+
+    def _asked(self, cut: Cut, view: View) -> tuple[int, ...] | None:
+        """As `View.count`, once it is known."""
+        return view.count if cut.keep is None or view.count is not None else counts_at(self.state, cut)
 
     def _check_merge(self, cut: Cut) -> None:
         """Raise Unsupported for a merge between attention and MLP that the rest of the layer would not follow."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from prunekit.engine.asking import Answer, Given, call, checked, finite
+from prunekit.engine.decoder.ladder import choose, skipped
 from prunekit.engine.decoder.state import BatchState
 from prunekit.engine.decoder.view import View
 from prunekit.engine.tokens.layout import leftmost
 from prunekit.errors import PluginError, Unsupported
 from prunekit.ops import top_k_mask
-from prunekit.ops.host import on_device
 from prunekit.pipeline.cuts import CAN_BE_CUT, cut_inside
 from prunekit.pipeline.layer_plans import sharing_problem, without_kv
 from prunekit.pipeline.stage import Stage
@@ -36,7 +36,10 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
     tokens = answer.tokens
     if tokens is not None:
         tokens = finite(stage, "route (tokens)", tokens, state.alive_visual(), unsound)
-    own = _decided(stage, state, answer, unsound)
+    layers = _layer_scores(stage, state, answer, unsound)
+    if state.bound.ladder is not None and (tokens is not None or layers is not None):
+        _choose(view, tokens, layers)
+    own = _decided(stage, state, answer, layers)
     if own is None:
         return tokens, state.plans
     try:
@@ -49,8 +52,26 @@ def route(view: View, embeds: Tensor) -> tuple[Tensor | None, tuple[LayerPlan, .
     return tokens, plans
 
 
-def _decided(stage: Stage, state: BatchState, answer: Route, unsound: Tensor) -> tuple[LayerPlan, ...] | None:
-    """What the router alone decides about the layers of each sample; None: nothing. unsound: as `finite` takes it."""
+def _layer_scores(stage: Stage, state: BatchState, answer: Route, unsound: Tensor) -> Tensor | None:
+    """Scores by which a budget of layers is met; None: there is none to meet. unsound: as `finite` takes it."""
+    if answer.layers is None or stage.keep_layers is None or answer.plans is not None:
+        return None
+    shape = (len(state.lengths), state.bound.shape.layers)
+    every = torch.ones(shape, dtype=torch.bool, device=state.prompt.ids.device)
+    return finite(stage, "route (layers)", answer.layers, every, unsound)
+
+
+def _choose(view: View, tokens: Tensor | None, layers: Tensor | None) -> None:
+    """The rung of each sample, by token scores, float (B, S), and those of layers, (B, N)."""
+    visual = None if tokens is None else tokens.gather(1, view.tokens.positions)
+    for row, count in enumerate(view.counts):
+        if count:
+            scores, of_layers = (None if one is None else one[row] for one in (visual, layers))
+            choose(view.place.stage, view.tokens.state, row, scores if scores is None else scores[:count], of_layers)
+
+
+def _decided(stage: Stage, state: BatchState, answer: Route, layers: Tensor | None) -> tuple[LayerPlan, ...] | None:
+    """What the router alone decides about the layers of each sample; None: nothing. layers: scores of them."""
     if answer.plans is not None:
         if not stage.decides_layers:
             raise PluginError(
@@ -60,10 +81,8 @@ def _decided(stage: Stage, state: BatchState, answer: Route, unsound: Tensor) ->
         if stage.keep_layers is not None:
             raise PluginError(f"{stage.label}: route returned plans, but the stage has `keep_layers`: return scores")
         return _checked_plans(stage, state, tuple(answer.plans))
-    if answer.layers is not None and stage.keep_layers is not None:
-        shape = (len(state.lengths), state.bound.shape.layers)
-        every = torch.ones(shape, dtype=torch.bool, device=state.prompt.ids.device)
-        return _plans(stage, state, finite(stage, "route (layers)", answer.layers, every, unsound))
+    if layers is not None:
+        return _plans(state, layers)
     if stage.keep_layers is not None:
         raise PluginError(f"{stage.label}: it has a budget of layers, but route returned no layer scores")
     return None
@@ -180,18 +199,14 @@ def _together(stage: Stage, answers: list[Route], real: Tensor) -> Route:
     return Route(tokens, layers, plans, "; ".join(notes) or None)
 
 
-def _plans(stage: Stage, state: BatchState, scores: Tensor) -> tuple[LayerPlan, ...]:
-    """Skip the layers with the lowest scores until the stage's budget is met; protected ones run, and so do those about
-    which another stage has decided what that says.
-    """
-    total = state.bound.shape.layers
-    fixed = frozenset(state.bound.plan.layers)
-    wanted = state.bound.layer_budget or total
-    taken = {layer for layer in fixed if state.bound.plan[layer] is LayerAction.SKIP}
-    free = [layer for layer in range(total) if layer not in fixed and layer not in state.bound.protected]
-    drop = max(0, min(total - len(taken) - wanted, len(free)))
-    column = on_device(free, scores.device)
-    # Of equal scores the later layer goes, as of equal tokens the later one does.
-    order = scores[:, column].flip(1).argsort(dim=1, stable=True)[:, :drop]
-    chosen = column.flip(0)[order].tolist()
-    return tuple(LayerPlan(dict.fromkeys(sorted(row), LayerAction.SKIP)) for row in chosen)
+def _plans(state: BatchState, scores: Tensor) -> tuple[LayerPlan, ...]:
+    """Skip the layers with the lowest scores until the budget of each sample is met."""
+    bound = state.bound
+    if bound.ladder is None:
+        gone = skipped(bound, scores, bound.layer_budget)
+    else:
+        budgets = [bound.ladder.rungs[state.rung(row)].layer_budget for row in range(len(scores))]
+        gone = torch.stack([skipped(bound, row, budget) for row, budget in zip(scores, budgets, strict=True)])
+    return tuple(
+        LayerPlan({layer: LayerAction.SKIP for layer, leaves in enumerate(row) if leaves}) for row in gone.tolist()
+    )

@@ -70,8 +70,9 @@ class BatchState:
     simply runs. alike: all layers are given the same attention mask. scores: of routers, by the index of their stage.
     wanted: of how many tokens, the last ones, the caller wants logits; 0: of all. cropped: bool (B, S), tokens that
     leave the KV when the prefill is over; None: none. stage_states: the hooks' input `state`, by the index of the
-    stage. unsound: where something that the model computed is not finite, and of which samples, bool (B,); looks: how
-    often that was looked for.
+    stage. harms: under a budget of risk, by row, what was predicted for each rung below the dense one. unsound: where
+    something that the model computed is not finite, and of which samples, bool (B,); looks: how often that was looked
+    for.
     """
 
     bound: BoundPipeline
@@ -96,6 +97,7 @@ class BatchState:
     passing: frozenset[int] = frozenset()
     alike: bool = False
     stage_states: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    harms: dict[int, tuple[float, ...]] = field(default_factory=dict)
     unsound: dict[str, Tensor] = field(default_factory=dict)
     looks: int = 0
     _row_index: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
@@ -151,6 +153,11 @@ class BatchState:
                 f"this KV cache was pruned by pipeline '{own.name}' ({own.sha}); "
                 "continue under the same pipeline and model, or start with a new cache"
             )
+
+    def rung(self, row: int) -> int:
+        """The rung that a sample takes under a budget of risk; 0, the dense one, where it was not asked about."""
+        ladder = self.bound.ladder
+        return 0 if ladder is None else sum(harm < ladder.threshold for harm in self.harms.get(row, ()))
 
     def finish(self) -> None:
         """Let go of what only the prefill needs: the state lives on with the cache."""

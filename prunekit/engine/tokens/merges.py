@@ -39,3 +39,23 @@ def _by_owner(how: Owners, tokens: Tensor, sizes: Tensor) -> Tensor:
     rows = torch.arange(len(owner), device=owner.device)[:, None] * owner.shape[1]
     sums = parts.new_zeros(owner.numel(), parts.shape[-1]).index_add(0, (owner + rows).flatten(), parts.flatten(0, 1))
     return sums.view_as(tokens).to(tokens.dtype)
+
+
+def matrices_together(keep: Tensor, matrices: dict[int, Tensor]) -> Tensor:
+    """Weights of single samples, float (v, v + e) by row, as those of the batch. keep: what it keeps, bool (B, V)."""
+    width = keep.shape[1]
+    extras = max(one.shape[1] - one.shape[0] for one in matrices.values())
+    some = next(iter(matrices.values()))
+    blank = torch.eye(width, width + extras, dtype=some.dtype, device=some.device)
+    return torch.stack([_padded(matrices.get(b), blank) for b in range(len(keep))])
+
+
+def _padded(weights: Tensor | None, blank: Tensor) -> Tensor:
+    """One sample's weights (v, v + E) in the batch's (V, V + E); `blank` leaves every token as it is."""
+    if weights is None:
+        return blank
+    many, width = len(weights), blank.shape[0]
+    extras = weights.shape[1] - many
+    top = torch.cat([weights[:, :many], blank[:many, many:width], weights[:, many:]], dim=1)
+    top = torch.cat([top, top.new_zeros(many, blank.shape[1] - width - extras)], dim=1)
+    return torch.cat([top, blank[many:]])

@@ -1,0 +1,1 @@
+"""What a budget of risk promises, and what it saves."""
