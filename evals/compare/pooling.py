@@ -124,8 +124,7 @@ def family(cell: Cell) -> str:
 
     Without a seed among its options that is the pipeline itself.
     """
-    data = _read(cell)
-    return json.dumps(_unseeded(_bare(data)), default=str) if _seeded(data) else cell.pipeline.sha
+    return _unseeded_text(cell.pipeline.resolved) or cell.pipeline.sha
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -149,6 +148,13 @@ def _shortest(name: str) -> tuple[int, str]:
 
 def _read(cell: Cell) -> Mapping[str, Any]:
     return _parsed(cell.pipeline.resolved)
+
+
+@cache
+def _unseeded_text(resolved: str) -> str:
+    """A pipeline without its seeds and what is only said about it; empty for one that has none."""
+    data = _parsed(resolved)
+    return json.dumps(_unseeded(_bare(data)), default=str) if _seeded(data) else ""
 
 
 @cache

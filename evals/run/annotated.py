@@ -9,6 +9,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+PLAIN = (str, int)
 Check = Callable[[Any], str]  # where the value is not what it should be, and what it is; empty for a sound value
 
 
@@ -38,12 +39,17 @@ def check(hint: Any) -> Check:
 
 def _record(kind: Any) -> Check:
     hints = get_type_hints(kind)
-    checks = [(field.name, check(hints[field.name])) for field in fields(kind)]
+    checks = [(field.name, hints[field.name], check(hints[field.name])) for field in fields(kind)]
 
     def checked(value: Any) -> str:
         if not isinstance(value, kind):
             return _told(value)
-        return next((f".{name}{wrong}" for name, one in checks if (wrong := one(getattr(value, name)))), "")
+        for name, hint, one in checks:
+            item = getattr(value, name)
+            # Text and whole numbers, of which a cell has thousands, are sound by their type alone.
+            if not (type(item) is hint and hint in PLAIN) and (wrong := one(item)):
+                return f".{name}{wrong}"
+        return ""
 
     return checked
 
@@ -51,6 +57,9 @@ def _record(kind: Any) -> Check:
 def _union(inside: tuple[Any, ...]) -> Check:
     checks = [check(one) for one in inside if one is not NoneType]
     optional = NoneType in inside
+    if optional and len(checks) == 1:
+        (only,) = checks
+        return lambda value: "" if value is None else only(value)
 
     def checked(value: Any) -> str:
         if value is None and optional:
