@@ -264,28 +264,13 @@ def _matrix(
     matrix = _floats(stage, hook, weights, shape)
     wrong = keep.to(matrix.device)[..., None] & ~torch.isfinite(matrix)
     refusals.add(wrong.any(-1).to(keep.device), f"{stage.label}: {hook} gave NaN or infinity to a kept token", given)
+    taken = (matrix[..., keep.shape[-1] :].nan_to_num() != 0).any(-1)  # NaN is an average of none
     refusals.add(
-        valid & ~keep & _idle_rows(matrix, keep.to(matrix.device)).to(keep.device),
-        f"{stage.label}: {hook} has entries in the row of a token that leaves, which do nothing: row i says what "
-        "stands in the slot of token i, which therefore has to be kept (is it the transpose that you mean?)",
+        valid & ~keep & taken.to(keep.device),
+        f"{stage.label}: {hook} puts an extra into the slot of a token that leaves, where nothing is: keep that token",
         given,
     )
     return matrix
-
-
-def _idle_rows(matrix: Tensor, keep: Tensor) -> Tensor:
-    """Rows of a dense merge that were meant for something which cannot be, if their tokens leave: bool (B, V).
-
-    They take extras, or other tokens while no kept row takes their own: so does a matrix the other way round, and a
-    sum whose token is not kept. A matrix that is simply written for all tokens, such as the cells of a grid or
-    likenesses, has rows of dropped tokens, too, and kept ones that take these. NaN, as of an average of none, is no
-    entry.
-    """
-    said, many = (matrix != 0) & (matrix == matrix), keep.shape[-1]
-    among = said[..., :many]
-    others = among.sum(-1) > among.diagonal(dim1=-2, dim2=-1)
-    taken = (among & keep[..., None]).any(-2)
-    return (others & ~taken) | said[..., many:].any(-1)
 
 
 def _extras(stage: Stage, get: Callable[[str], Any]) -> int:

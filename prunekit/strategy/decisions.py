@@ -52,9 +52,8 @@ class Selection:
     weights: None when every slot simply is its anchor. `Owners` where each token joins one kept token. Else float
         (B, V, V + E): row `i` of a kept token says how the V tokens that entered, and after them the E declared extras,
         are summed into its slot. Rows of dropped tokens have no slot and are not read; such a row is refused where it
-        takes an extra, or other tokens while no kept row takes its own: the matrix is the other way round, or the
-        token should have been kept. Appending an extra is a row that takes the extra alone, in the slot of a token
-        that would else go.
+        takes an extra, which would be lost. Appending an extra is a row that takes the extra alone, in the slot of a
+        token that would else go.
     sizes: None leaves them as they are, 1 at first. Else float (B, V), above 0: how many tokens each kept slot stands
         for. From here on attention adds log(size) to the logits of that key, in prefill and decoding (ToMe,
         https://arxiv.org/abs/2210.09461, proportional attention).

@@ -79,12 +79,6 @@ class Answers:
         amounts = torch.full(valid.shape, torch.nan) if self.what == "amounts" else None
         return Owners(owner, "mean" if amounts is None else "sum", amounts)
 
-    def _into_first(self, anchor, valid):
-        """Every token that is not kept goes into the first `anchor` of its row."""
-        first = torch.zeros_like(valid).scatter(-1, anchor.int().argmax(-1, keepdim=True), True)
-        rest = valid & (valid.cumsum(-1) > 3)
-        return torch.eye(valid.shape[-1]) + (first[..., :, None] & rest[..., None, :]) * 0.25
-
     def _likenesses(self, valid):
         """Rows for all tokens, as a softmax gives them."""
         many = valid.shape[-1]
@@ -109,8 +103,6 @@ class Answers:
             "size integers": lambda: Selection(keep, sizes=ones.long()),
             "weights nan": lambda: Selection(keep, square * torch.nan),
             "weights integers": lambda: Selection(keep, square.long()),
-            "transposed": lambda: Selection(keep, self._into_first(keep, valid).mT),
-            "not kept": lambda: Selection(keep, self._into_first(valid.cumsum(-1) == 5, valid)),
             "by their cells": lambda: Selection(keep, self._likenesses(valid)),
             "only dropped": lambda: Selection(keep, square.masked_fill(~keep[..., None], torch.nan), ones / keep),
         }.get(self.what, lambda: Selection(keep, self._owners(keep, valid)))()
@@ -142,8 +134,6 @@ ANSWERS = {
     "size integers": "select_tokens (sizes) must return float, not torch.int64",
     "weights nan": "select_tokens (weights) gave NaN or infinity to a kept token",
     "weights integers": "select_tokens (weights) must return float",
-    "transposed": "select_tokens (weights) has entries in the row of a token that leaves, which do nothing: row i says",
-    "not kept": "select_tokens (weights) has entries in the row of a token that leaves",
     "beyond": "select_tokens (owner) must name tokens 0 to",
     "below": "select_tokens (owner) must name tokens 0 to",
     "dropped": "select_tokens (owner) names a token that is not kept",

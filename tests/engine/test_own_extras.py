@@ -112,7 +112,7 @@ WRONG = {
     "extras.* must return float": lambda x: Selection(all_of(x), wide(x, 1), extras=x[:, :1].long()),
     r"extras\) holds NaN or infinity": lambda x: Selection(all_of(x), wide(x, 1), extras=x[:, :1] / 0),
     "must be states of width 32, not 16": lambda x: Selection(all_of(x), wide(x, 1), extras=x[:, :1, :16]),
-    r"\(weights\) has entries in the row of a token that leaves": lambda x: Selection(
+    r"\(weights\) puts an extra into the slot of a token that leaves": lambda x: Selection(
         all_of(x) & (torch.arange(x.shape[1]) < 3), slot_weights(torch.tensor([3]), x.shape[1])[None], extras=x[:, :1]
     ),
     r"\(weights\) must return a tensor of shape": lambda x: Selection(all_of(x), wide(x, 2), extras=x[:, :1]),
