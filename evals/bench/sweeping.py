@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         root = Path(folder)
         from prunekit_evals.lmms.tasks import micro_data
 
-        data = micro_data(arguments.data or root / "micro")  # once for both, and in neither time
+        # Once for both, and in neither time. A folder `micro` beside the file would be taken for a router's weights.
+        data = micro_data(arguments.data or root / "questions")
         sweep = _sweep(root, Path(str(data.root)), names, tasks, arguments)
         calls = _calls(root, Path(str(data.root)), names, tasks, arguments) if arguments.cells else []
     cells = len(names) * len(tasks)
