@@ -15,8 +15,7 @@ from prunekit.errors import PluginError
 from prunekit.pipeline.forecast import forecast
 from prunekit.serving.advice import of_stage
 from prunekit.testing import assert_equivalent
-from prunekit.testing.tiny import row_of, tiny_inputs, tiny_llava
-from prunekit.verify.proof import proved_parts
+from prunekit.testing.tiny import row_of, tiny_inputs
 
 HARMS = {}
 ASKED = []
@@ -69,16 +68,6 @@ def registered():
     plugins.register(Plugin(), "foretold")
     yield
     plugins.unregister("foretold")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture(scope="module")
-def shape(model):
-    return proved_parts(model).shape()
 
 
 INPUTS = tiny_inputs((1, 2, 1, 3), (9, 4, 12, 7))

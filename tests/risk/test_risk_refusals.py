@@ -14,19 +14,8 @@ import prunekit
 from prunekit import Unsupported
 from prunekit.errors import SpecError
 from prunekit.testing.tiny import tiny_llava
-from prunekit.verify.proof import proved_parts
 
 TEXT = "budget: {%s}\nstages: [{use: fastv%s}]\n"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llava()
-
-
-@pytest.fixture(scope="module")
-def shape(model):
-    return proved_parts(model).shape()
 
 
 @pytest.mark.parametrize(
