@@ -24,7 +24,7 @@ class Recipe:
     seed: of the order of the data and of all noise. samples: how many prompts are seen; steps: of the optimizer, None
         for samples / batch. batch: prompts of one step. held_out: prompts that are only measured on.
     candidates: decisions tried for each prompt, the first without noise. noise: its deviation. noise_on: the router's
-        `attention` logits, or its `scores`.
+        `attention` logits, or its `scores`, there in units of their own deviation over the tokens and over the layers.
     answer_tokens: the most of the dense model's greedy answer that is compared. kl: `forward`, from the dense model's
         distribution, or `reverse`. temperature: of both distributions.
     pairing: the best candidate is preferred to the worst, `best_worst`, or to the one without noise, `best_plain`; or
@@ -35,6 +35,7 @@ class Recipe:
         as reference, beta in place of alpha and no bias. alpha, bias: None takes 5 and 1 with `normalised`, 0.1 and 0.5
         with `summed`. sparsity: weight of keeping mean probabilities at the budget.
     rounds: how often candidates come from a fresh copy of the router; 1: always from the one at the start.
+    replay: batches from which a step learns once more beside its own, drawn from the last `remember` ones.
     lr, copied_lr: of new parameters, and of those copied from the LVLM. warmup: share of the steps. clip: of gradients.
     router_dtype: in which the router computes; its parameters and the loss are float32.
     measure_every, save_every: steps between held-out measurements and between checkpoints.
@@ -60,6 +61,8 @@ class Recipe:
     beta: float = 0.1
     sparsity: float = 1.0
     rounds: int = 30
+    replay: int = 0
+    remember: int = 256
     lr: float = 1e-3
     copied_lr: float = 1e-5
     warmup: float = 0.03
@@ -70,8 +73,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least = {
-            "samples": 1, "batch": 1, "candidates": 2, "answer_tokens": 1, "rounds": 1, "measure_every": 1,
-            "save_every": 1, "held_out": 1, "steps": 0, "seed": 0, "bias": 0, "sparsity": 0, "least_gap": 0,
+            "samples": 1, "batch": 1, "candidates": 2, "answer_tokens": 1, "rounds": 1, "remember": 1,
+            "measure_every": 1, "save_every": 1, "held_out": 1, "steps": 0, "seed": 0, "replay": 0, "bias": 0,
+            "sparsity": 0, "least_gap": 0,
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)

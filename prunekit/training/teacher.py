@@ -140,12 +140,7 @@ class Teacher:
                 kl, actions, _ = self._decided(run, inputs, answers, fixed(scores, seen))
                 kls.append(kl)
                 tried.append(actions)
-        every = _finite(torch.stack(kls))
-        best = every.argmin(0)
-        worst = every.argmax(0) if self.recipe.pairing == "best_worst" else torch.zeros_like(best)
-        gap = every.gather(0, worst[None])[0] - every.gather(0, best[None])[0]
-        useful = gap >= self.recipe.least_gap
-        return Pairs(_chosen(tried, best), _chosen(tried, worst), useful, every, tuple(tried)), seen
+        return paired(tuple(tried), _finite(torch.stack(kls)), self.recipe), seen
 
     def _noisy(self, learner: Learner, seen: Shown, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scores of the router, disturbed where the recipe says, with one seed for each row."""
@@ -157,8 +152,8 @@ class Teacher:
             for row, (seed, length) in enumerate(zip(seeds, seen.lengths, strict=True)):
                 drawn = torch.randn(length + layers.shape[1], generator=torch.Generator().manual_seed(seed % 2**63))
                 drawn = (drawn * self.recipe.noise).to(tokens)
-                tokens[row, :length] += drawn[:length]
-                layers[row] += drawn[length:]
+                tokens[row, :length] += drawn[:length] * _spread(tokens[row][seen.visual[row]])
+                layers[row] += drawn[length:] * _spread(layers[row, list(self.free)])
         return tokens, layers
 
     def _actions(self, report: RunReport, seen: Shown) -> Actions:
@@ -181,6 +176,14 @@ class Teacher:
         stays = [torch.isin(alive, torch.tensor(report.events[n].kept[row], dtype=torch.int64)) for n in numbers]
         share = torch.stack(stays).float().mean(0)
         return torch.zeros(visual.shape, device=visual.device).masked_scatter(visual, share.to(visual.device))
+
+
+def paired(tried: tuple[Actions, ...], kl: Tensor, recipe: Recipe) -> Pairs:
+    """The pairs that candidates make, the first of which is without noise; kl: finite, float32 (candidates, B)."""
+    best = kl.argmin(0)
+    worst = kl.argmax(0) if recipe.pairing == "best_worst" else torch.zeros_like(best)
+    gap = kl.gather(0, worst[None])[0] - kl.gather(0, best[None])[0]
+    return Pairs(_chosen(tried, best), _chosen(tried, worst), gap >= recipe.least_gap, kl, tried)
 
 
 def plainly(learner: Learner) -> Decide:
@@ -209,6 +212,11 @@ def at_random(layers: int, seeds: Sequence[int]) -> Decide:
         return drawn[: len(visual)], drawn[len(visual) :]
 
     return decide
+
+
+def _spread(scores: Tensor) -> Tensor:
+    """Their deviation, a scalar, which is not 0: noise of any size draws lots among scores that are all alike."""
+    return scores.std(correction=0).clamp(min=1e-6) if len(scores) else scores.new_ones(())
 
 
 def _finite(kl: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from prunekit.training.checkpoint import Progress
 from prunekit.training.data import Source, encode, order
 from prunekit.training.forced import Decide, Shown
 from prunekit.training.learner import Learner, learner_of
+from prunekit.training.memory import Memory
 from prunekit.training.preference import Loss, loss_of
 from prunekit.training.processes import Processes
 from prunekit.training.recipe import Recipe, as_data
@@ -60,6 +61,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             [{"params": list(groups[name]), "name": name} for name in self.rates if groups[name]], weight_decay=0.0
         )
+        self.memory = Memory(
+            self.folder, self.recipe, self.processes.number, self.model.dtype, torch.device(self.model.device)
+        )
         rest = len(self.source) - self.recipe.held_out
         if rest < self.recipe.batch:
             raise InputError(
@@ -99,7 +103,7 @@ class Trainer:
         return progress
 
     def _step(self, step: int) -> Measured:
-        """One step of the optimizer on one batch; what was measured on the way."""
+        """Try candidates for one batch, and learn from it and from earlier ones; what was measured on the way."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[group["name"]] * self._rate(step)
         numbers = self.order[step * self.recipe.batch : (step + 1) * self.recipe.batch]
@@ -108,9 +112,17 @@ class Trainer:
         seeds = [self.recipe.seed * 2_147_483_647 + step * self.recipe.batch + numbers.index(one) for one in mine]
         with self.teacher.encoding_once():
             pairs, seen = self.teacher.pairs(self.base, inputs, self.teacher.answers(inputs), seeds)
+        self.memory.put(step, pairs, seen)
+        measured = self._learn(step + 1, pairs, seen)
+        for earlier in self.memory.draw(step):
+            self._learn(step + 1, *earlier)
+        return measured
+
+    def _learn(self, step: int, pairs: Pairs, seen: Shown) -> Measured:
+        """One step of the optimizer on one batch; what the batch said before it."""
         loss = self._loss(pairs, seen)
         useful = self.processes.sums([float(loss.pairs)])[0]
-        total = loss.preference / max(useful, 1.0) + self.recipe.sparsity * loss.sparsity / len(numbers)
+        total = loss.preference / max(useful, 1.0) + self.recipe.sparsity * loss.sparsity / self.recipe.batch
         self.optimizer.zero_grad(set_to_none=False)
         total.backward()  # type: ignore[no-untyped-call]
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -118,13 +130,14 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(parameters, self.recipe.clip))
         if not math.isfinite(norm):
             raise InputError(
-                f"step {step + 1}: the gradient is not finite ({norm}), and the step was not made (set "
+                f"step {step}: the gradient is not finite ({norm}), and the step was not made (set "
                 "lr lower, and begin anew with --restart)"
             )
         self.optimizer.step()
-        return self._measured(step + 1, loss, pairs, useful, norm, len(numbers))
+        return self._measured(step, loss, pairs, useful, norm)
 
-    def _measured(self, step: int, loss: Loss, pairs: Pairs, useful: float, norm: float, batch: int) -> Measured:
+    def _measured(self, step: int, loss: Loss, pairs: Pairs, useful: float, norm: float) -> Measured:
+        batch = self.recipe.batch
         difference = pairs.better.difference(pairs.worse)[pairs.useful].sum()
         parts = [loss.preference, loss.sparsity, difference, pairs.kl[0].sum(), pairs.kl.amin(0).sum()]
         preference, sparsity, changed, plain, best = self.processes.sums([float(part.detach()) for part in parts])
@@ -198,6 +211,7 @@ class Trainer:
             }  # fmt: skip
             self.learner.save_pretrained(self.folder, self.model_id, training, card_of(self.model_id, training))
             checkpoint.remove(self.folder)
+            self.memory.clear()
         self.processes.wait()
 
 

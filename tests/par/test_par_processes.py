@@ -24,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny_checkpoint import picture, save
 
 STAGE = {"use": "par", "weights": None, "seed": 0, "width": 16, "protect": [0], "keep": 0.25, "keep_layers": 4}
-RECIPE = {"steps": 3, "batch": 5, "held_out": 3, "candidates": 3, "answer_tokens": 2, "lr": 1e-3, "measure_every": 2}
+RECIPE = {
+    "steps": 3, "batch": 5, "held_out": 3, "candidates": 3, "answer_tokens": 2, "lr": 1e-3, "measure_every": 2,
+    "replay": 2,
+}  # fmt: skip
 
 
 @pytest.fixture

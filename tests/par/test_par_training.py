@@ -21,10 +21,11 @@ import prunekit
 from prunekit import loading, plugins
 from prunekit.errors import InputError, UnknownName, Unsupported
 from prunekit.testing.tiny import IMAGE_SIZE
-from prunekit.training import checkpoint
+from prunekit.training import checkpoint, memory
 from prunekit.training.answers import at_once, can_be_at_once, dense_answers, divergence, forced_logits
 from prunekit.training.data import JsonLines, Sample, encode, order, source
 from prunekit.training.forced import Shown
+from prunekit.training.memory import Memory
 from prunekit.training.preference import log_likelihood, loss_of
 from prunekit.training.recipe import Recipe, read_recipe
 from prunekit.training.teacher import Actions, Pairs, Teacher, plainly
@@ -214,7 +215,11 @@ def ragged(loaded):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"},
+        {"keep_layers": 6},
+        {},
+        {"at": [1, 3], "keep": [0.5, 0.25]},
+        {"at": "4.mid"},
+        {"at": "encoder"},
         {"route_at": 2, "at": [2, 4], "keep": [0.5, 0.25]},
     ],
 )
@@ -291,6 +296,20 @@ def test_noise_on_scores_is_seeded_by_the_prompt(loaded):
     assert (single.kl[:, 0] - pairs.kl[:, 1]).abs().max() < 1e-5
     kept = [one.tokens[0].nonzero()[:, 0].tolist() for one in pairs.tried]
     assert len({*map(tuple, kept)}) == 4
+
+
+def test_noise_on_scores_is_in_units_of_the_scores(loaded):
+    """What a ranking by scores keeps, no factor changes; nor, then, what noise makes of it."""
+    tell, made = teacher(loaded, noise_on="scores", noise=0.7, candidates=4)
+    inputs = batch(loaded)
+    answers = tell.answers(inputs)
+    plain, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
+    made.learner.module.score.weight.data.mul_(1024)
+    scaled, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
+    assert torch.equal(plain.kl, scaled.kl) and plain.useful.any()
+    made.learner.module.score.weight.data.zero_()
+    lots, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
+    assert len({tuple(one.layers[0].tolist()) for one in lots.tried}) > 1
 
 
 def test_a_model_in_bfloat16_is_trained(folder, tmp_path):
@@ -444,8 +463,50 @@ def test_no_steps_save_the_router_as_it_starts(loaded, tmp_path):
         loaded[0](**batch(loaded))
 
 
-def test_an_interrupted_training_gives_the_same_router_to_the_bit(loaded, tmp_path):
-    changes = {"steps": 4, "rounds": 2, "save_every": 1}
+def test_a_step_learns_again_from_the_batches_before_it(loaded, tmp_path):
+    """As many steps of the optimizer, of batches that are what they were."""
+    made = trainer(loaded, tmp_path / "r", replay=3, remember=2, steps=4, save_every=4)
+    held = {}
+    learn, put = made._learn, Memory.put
+
+    def kept(memory, step, pairs, seen):
+        held[step] = (pairs, seen)
+        put(memory, step, pairs, seen)
+
+    learned = []
+    made._learn = lambda step, pairs, seen: learned.append((step, pairs, seen)) or learn(step, pairs, seen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Memory, "put", kept)
+        made.run()
+    assert [step for step, *_ in learned] == [1] * 3 + [2] * 4 + [3] * 4 + [4] * 4
+    again = [(step - 1, pairs, seen) for step, pairs, seen in learned if held[step - 1][0] is not pairs]
+    assert len(again) == 11
+    for step, pairs, seen in again:
+        mine = [old for old in range(max(0, step - 1), step + 1) if torch.equal(held[old][0].kl, pairs.kl)]
+        assert len(mine) == 1
+        before, shown = held[mine[0]]
+        for name in ("embeds", "visual", "valid"):
+            assert torch.equal(getattr(shown, name), getattr(seen, name))
+        for one, two in zip(
+            (before.better, before.worse, *before.tried), (pairs.better, pairs.worse, *pairs.tried), strict=True
+        ):
+            assert torch.equal(one.tokens, two.tokens) and torch.equal(one.layers, two.layers)
+        assert torch.equal(before.useful, pairs.useful)
+    assert not (tmp_path / "r" / memory.NAME).exists(), "a router is all that stays"
+
+
+def test_a_batch_that_is_gone_ends_the_training(loaded, tmp_path):
+    made = trainer(loaded, tmp_path / "r", replay=2, steps=2)
+    made._step(0)
+    for file in (tmp_path / "r" / memory.NAME).iterdir():
+        file.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"cannot be read, and the training learns from it again.*--restart"):
+        list(made.memory.draw(0))
+
+
+@pytest.mark.parametrize("replay", [0, 2])
+def test_an_interrupted_training_gives_the_same_router_to_the_bit(loaded, tmp_path, replay):
+    changes = {"steps": 4, "rounds": 2, "save_every": 1, "replay": replay}
     trainer(loaded, tmp_path / "whole", **changes).run()
     for stop in (1, 3):  # before and after the second round begins
 

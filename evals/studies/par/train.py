@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 def command(name: str, out: Path, steps: int) -> list[str]:
     """The arguments of `prunekit` that train the router of this name."""
     return [
-        "train", str(PIPELINE), "--model", "micro", "--data", "micro-scenes", "--dtype", "bfloat16", "--out", str(out),
+        "train", str(PIPELINE), "--model", "micro", "--data", "micro-scenes", "--dtype", "float32", "--out", str(out),
         "--set", "stages[0].weights=null", "--set", f"{LAYERS}=7", "--train", f"steps={steps}", "--train", "rounds=6",
         "--train", f"measure_every={max(steps, 1)}", *OPTIONS[name],
     ]  # fmt: skip
