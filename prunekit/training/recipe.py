@@ -25,6 +25,8 @@ class Recipe:
         for samples / batch. batch: prompts of one step. held_out: prompts that are only measured on.
     candidates: decisions tried for each prompt, the first without noise. noise: its deviation. noise_on: the router's
         `attention` logits, or its `scores`, there in units of their own deviation over the tokens and over the layers.
+    vary: what noise changes of a candidate, tokens and layers `together`, or `apart`: layers alone in the first, third,
+        and so on, tokens alone in the others, so that a pair says which of them made the difference.
     answer_tokens: the most of the dense model's greedy answer that is compared. kl: `forward`, from the dense model's
         distribution, or `reverse`. temperature: of both distributions.
     pairing: the best candidate is preferred to the worst, `best_worst`, or to the one without noise, `best_plain`; or
@@ -49,6 +51,7 @@ class Recipe:
     candidates: int = 8
     noise: float = 1.0
     noise_on: Literal["attention", "scores"] = "attention"
+    vary: Literal["together", "apart"] = "together"
     answer_tokens: int = 64
     kl: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0

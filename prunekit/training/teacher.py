@@ -135,12 +135,20 @@ class Teacher:
             kl, actions, seen = self._decided(run, inputs, answers, plainly(learner))
             kls, tried = [kl], [actions]
             for number in range(1, self.recipe.candidates):
-                mine = [seed * 1_000_003 + number for seed in seeds]
-                scores = self._noisy(learner, seen, mine)
+                scores = self._candidate(learner, seen, seeds, number)
                 kl, actions, _ = self._decided(run, inputs, answers, fixed(scores, seen))
                 kls.append(kl)
                 tried.append(actions)
         return paired(tuple(tried), _finite(torch.stack(kls)), self.recipe), seen
+
+    def _candidate(self, learner: Learner, seen: Shown, seeds: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
+        """Scores (B, S) and (B, N) that decide for the candidate of this number, which is not 0."""
+        tokens, layers = self._noisy(learner, seen, [seed * 1_000_003 + number for seed in seeds])
+        if self.recipe.vary == "together" or not (self.cuts_tokens and self.skips_layers):
+            return tokens, layers
+        with torch.no_grad():
+            plain = learner.scores(seen.embeds, seen.visual, seen.valid)
+        return (plain[0], layers) if number % 2 else (tokens, plain[1])
 
     def _noisy(self, learner: Learner, seen: Shown, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scores of the router, disturbed where the recipe says, with one seed for each row."""

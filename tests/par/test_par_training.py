@@ -298,6 +298,22 @@ def test_noise_on_scores_is_seeded_by_the_prompt(loaded):
     assert len({*map(tuple, kept)}) == 4
 
 
+@pytest.mark.parametrize("noise_on", ["scores", "attention"])
+def test_candidates_that_vary_apart_differ_by_turns_in_layers_and_in_tokens(loaded, noise_on):
+    tell, made = teacher(loaded, noise_on=noise_on, noise=3.0, candidates=7, vary="apart")
+    inputs = batch(loaded)
+    plain, *others = tell.pairs(made.learner, inputs, tell.answers(inputs), [1, 2, 3])[0].tried
+    for number, one in enumerate(others, 1):
+        same = "tokens" if number % 2 else "layers"
+        assert torch.equal(getattr(one, same), getattr(plain, same)), number
+    assert any(not torch.equal(one.layers, plain.layers) for one in others[0::2])
+    assert any(not torch.equal(one.tokens, plain.tokens) for one in others[1::2])
+    tokens_only = prunekit.load({"stages": [{**ROUTER, "keep": 0.25}]})
+    alone, made = teacher(loaded, tokens_only, noise_on=noise_on, noise=3.0, candidates=3, vary="apart")
+    plain, *others = alone.pairs(made.learner, inputs, alone.answers(inputs), [1, 2, 3])[0].tried
+    assert all(not torch.equal(one.tokens, plain.tokens) for one in others), "what is not decided on takes no turns"
+
+
 def test_noise_on_scores_is_in_units_of_the_scores(loaded):
     """What a ranking by scores keeps, no factor changes; nor, then, what noise makes of it."""
     tell, made = teacher(loaded, noise_on="scores", noise=0.7, candidates=4)
