@@ -38,6 +38,7 @@ from prunekit.strategy import declare
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LONG = {"worked-examples.md": pytest.mark.slow}  # three whole contracts; the tutorial has one
 REFERENCE = ROOT / "docs" / "reference"
 ORDER = r"(?:<!-- (?P<order>file|not run): (?P<value>.*?) -->\s*\n)?"
 BLOCK = re.compile(ORDER + r"^```(?P<kind>\w+)\n(?P<text>.*?)^```", re.M | re.S)
@@ -80,7 +81,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=LONG.get(page.name, ())) for page in PAGES], ids=name_of)
 def test_blocks(page: Path, desk: Path) -> None:
     space: dict[str, Any] = {"__name__": "__docs__"}
     if page.name == "README.md":  # shows pieces, for a reader's own image

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunekit import Unsupported
 
 STD = 0.02
-LayerTokens = Literal["normal", "zeros"]
+LayerTokens = Literal["normal", "zeros", "distinct"]
 # Where a Llama-type decoder layer keeps what a router block has under another name.
 COPIED = {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
@@ -29,7 +29,8 @@ COPIED = {
 def random_router(config: RouterConfig, seed: int, layer_tokens: LayerTokens = "normal") -> Router:
     """Every matrix normal, float32, drawn on the CPU: with std 0.02, which suits blocks of a 7B model's width; in
     narrow blocks with one over the root of the inputs, else they would hardly mix tokens and noise would do nothing.
-    layer_tokens `zeros`: as in the released code; they then differ by position alone.
+    layer_tokens `zeros`: as in the released code; they then differ by position alone. `distinct`: with a deviation of
+    1, as large as what a block adds, so that the head tells layers apart from the first step on.
     """
     router = Router(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -40,8 +41,8 @@ def random_router(config: RouterConfig, seed: int, layer_tokens: LayerTokens = "
                 parameter.normal_(0, parameter.shape[1] ** -0.5 if mixing else STD, generator=generator)
             elif name.endswith("bias"):
                 parameter.zero_()
-    if layer_tokens == "zeros":
-        router.layer_tokens.data.zero_()
+    if layer_tokens != "normal":
+        router.layer_tokens.data.mul_({"zeros": 0.0, "distinct": 1 / STD}[layer_tokens])
     return router
 
 

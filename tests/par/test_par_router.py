@@ -121,6 +121,17 @@ def test_a_larger_deviation_moves_scores_further():
     assert 0 < small < large
 
 
+def test_distinct_layer_tokens_give_layers_scores_of_their_own():
+    """From the start: the same order for every prompt, where small ones are scored by what they attend to."""
+    config = RouterConfig(HIDDEN, LAYERS, 1, 16, 2, 2, 8, 24, "bidirectional")
+    spread = {}
+    for kind in ("normal", "distinct"):
+        made = random_router(config, 0, kind).requires_grad_(False)
+        _, layers = made(torch.randn(64, 9, HIDDEN), torch.ones(64, 9).bool(), torch.ones(64, 9).bool())
+        spread[kind] = float(layers.mean(0).std() / layers.std(0).mean())
+    assert spread["distinct"] > 3 * spread["normal"]
+
+
 def test_zero_layer_tokens_differ_by_position():
     config = RouterConfig(HIDDEN, LAYERS, 2, 16, 2, 2, 8, 24, "causal")
     made = random_router(config, 0, "zeros").double()

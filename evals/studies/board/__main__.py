@@ -1,6 +1,9 @@
-"""Score the shipped pipelines on the bundled model, and write docs/leaderboard: results, page and Markdown.
+"""Score what is shipped on a bundled model, and write docs/leaderboard: results, page and Markdown.
 
-make leaderboard    # cells that are there already are not computed again
+    make leaderboard                             # the shipped pipelines on prunekit-micro
+    make leaderboard BOARD_ARGS="--model smol"   # every strategy at 50, 25 and 11 % of the tokens on prunekit-smol
+
+Cells that are there already are not computed again, and the section of the other model stays as it is.
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prunekit_evals.studies.board import sweep
+
 if TYPE_CHECKING:
     from prunekit_evals.run.results import Cell
+    from prunekit_evals.runner import Plan
 
     from prunekit.pipeline.build import Pipeline
 
-BOARD = Path(__file__).resolve().parents[3] / "docs" / "leaderboard"
+DOCS = Path(__file__).resolve().parents[3] / "docs"
+BOARD, SWEEP = DOCS / "leaderboard", DOCS / "studies" / "board-smol.yaml"
 SHOWN = 21  # the scene of which keep maps are drawn, as in docs/trace.md
 SEEDED, SEEDS = "random-r11", 5  # the baseline at the cost of most shipped pipelines
 
@@ -29,14 +36,15 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m prunekit_evals.studies.board", description=(__doc__ or "").partition("\n\n")[0]
     )
-    made.add_argument("--limit", type=int, default=100, metavar="N", help="questions of each task (100)")
+    made.add_argument("--model", default="micro", choices=("micro", sweep.MODEL), help="whose section; default: micro")
+    made.add_argument("--limit", type=int, metavar="N", help=f"questions of each task (100; of smol {sweep.LIMIT})")
     made.add_argument("--out", type=Path, default=BOARD, metavar="DIR", help="default: docs/leaderboard")
     made.add_argument("--data", type=Path, default=Path("build/leaderboard"), metavar="DIR", help="for the benchmark")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compute what is missing, leave out what is out of date, and write."""
+    """Compute what is missing of one section, leave out what is out of date, and write the whole board."""
     arguments = parser().parse_args(argv)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         os.environ.setdefault(name, "1")
@@ -46,23 +54,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from prunekit_evals.cli import commands, leaderboard
     from prunekit_evals.leaderboard import board, pictures
-    from prunekit_evals.lmms import tasks
-    from prunekit_evals.run import results
-    from prunekit_evals.runner import Plan
+    from prunekit_evals.run import reading, results
 
     torch.set_num_threads(1)
-    plan = Plan(
-        tasks.MICRO, tuple(_pipelines()), tuple(tasks.find(commands.DEMO_TASKS)), tasks.micro_data(arguments.data),
-        arguments.out / "results", limit=arguments.limit,
-    )  # fmt: skip
+    plan = (_plan_of_micro if arguments.model == "micro" else _plan_of_sweep)(arguments)
+    others = (
+        [one for one in reading.read([plan.out]).cells if one.model != arguments.model] if plan.out.is_dir() else []
+    )
     outcome = commands.go(plan)
-    _tidy(plan.out, {results.path_of(plan.out, cell): cell for cell in outcome.cells})
+    _tidy(plan.out, {results.path_of(plan.out, cell): cell for cell in [*outcome.cells, *others]})
     maps = arguments.out / "keep-maps"
-    _draw(plan.pipelines, maps)
-    made = board.of_cells(outcome.cells)
+    if arguments.model == "micro":
+        _draw(plan.pipelines, maps)
+    made = board.of_cells([*outcome.cells, *others])
     leaderboard.show(made)
     leaderboard.write(made, arguments.out / "index.html", arguments.out / "board.md", pictures.read(maps).of)
     return 1 if outcome.failed else 0
+
+
+def _plan_of_micro(arguments: argparse.Namespace) -> Plan:
+    """The shipped pipelines on the demo's tasks."""
+    from prunekit_evals.cli import commands
+    from prunekit_evals.lmms import tasks
+    from prunekit_evals.runner import Plan
+
+    found, data = tuple(tasks.find(commands.DEMO_TASKS)), tasks.micro_data(arguments.data)
+    out, limit = arguments.out / "results", arguments.limit or 100
+    return Plan(tasks.MICRO, tuple(_pipelines()), found, data, out, limit=limit)
+
+
+def _plan_of_sweep(arguments: argparse.Namespace) -> Plan:
+    """What the sweep file asks for, once its calibrations are there."""
+    from prunekit_evals.sweep import calibrations, orders, spec
+
+    sweep.write(SWEEP)
+    limit = arguments.limit or sweep.LIMIT
+    asked = spec.load(SWEEP, [f"limit={limit}", f"data_root={arguments.data.resolve()}"])
+    for one in calibrations.missing(asked):
+        calibrations.make(asked, one, False)
+    (order,) = orders.ordered(asked, orders.Where((arguments.out / "results").resolve())).orders
+    return orders.plan_of(order)
 
 
 def _draw(pipelines: Sequence[Pipeline], folder: Path) -> None:

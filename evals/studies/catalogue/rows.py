@@ -80,9 +80,14 @@ def wanted(
             yield entry.name, reason
 
 
-def stages(name: str, cls: type[Any], told: About) -> Iterator[tuple[float | None, dict[str, Any]]]:
-    """The stages of a strategy, by share: with a budget where it takes one, by itself where it has a way of its own."""
-    base: dict[str, Any] = {"use": name, **OPTIONS.get(name, {})}
+def stages(
+    name: str, cls: type[Any], told: About, options: Mapping[str, Mapping[str, Any]] = OPTIONS
+) -> Iterator[tuple[float | None, dict[str, Any]]]:
+    """The stages of a strategy, by share: with a budget where it takes one, by itself where it has a way of its own.
+
+    options: of some strategies, by name.
+    """
+    base: dict[str, Any] = {"use": name, **options.get(name, {})}
     if any(field.name == "scale" for field in dataclasses.fields(cls)) and told.kind == "image":
         for share in SHARES:
             yield share, {**base, "scale": round(math.sqrt(share), 3)}
