@@ -9,7 +9,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-PLAIN = (str, int)
+PLAIN = (str, int, NoneType)
 Check = Callable[[Any], str]  # where the value is not what it should be, and what it is; empty for a sound value
 
 
@@ -39,19 +39,24 @@ def check(hint: Any) -> Check:
 
 def _record(kind: Any) -> Check:
     hints = get_type_hints(kind)
-    checks = [(field.name, hints[field.name], check(hints[field.name])) for field in fields(kind)]
+    checks = [(field.name, _sound(hints[field.name]), check(hints[field.name])) for field in fields(kind)]
 
     def checked(value: Any) -> str:
         if not isinstance(value, kind):
             return _told(value)
-        for name, hint, one in checks:
+        for name, sound, one in checks:
             item = getattr(value, name)
-            # Text and whole numbers, of which a cell has thousands, are sound by their type alone.
-            if not (type(item) is hint and hint in PLAIN) and (wrong := one(item)):
+            if type(item) not in sound and (wrong := one(item)):
                 return f".{name}{wrong}"
         return ""
 
     return checked
+
+
+def _sound(hint: Any) -> frozenset[Any]:
+    """Types by which alone a value is sound: text, whole numbers and None, of which a file has a hundred thousand."""
+    inside = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return frozenset(one for one in inside if one in PLAIN)
 
 
 def _union(inside: tuple[Any, ...]) -> Check:
