@@ -33,7 +33,7 @@ class Par:
     depth, width, heads, attention: of the router; null takes what the router's file says, for a new one 1 block, width
         512, a head for each 64 numbers, bidirectional. width `model`: blocks of the LVLM's own size.
     init: how a new router starts: at `random`, or, in training, as copies of the LVLM's first blocks, `llm_first`.
-        layer_tokens: they start as `normal` noise, as `zeros`, or as noise that is large enough to keep layers `distinct`.
+        layer_tokens: they start as `normal` noise, as `zeros`, or `distinct`, as noise that tells layers apart.
     eligible: layers that may be skipped: `all`, the `second_half`, or a list. protect: layers that always run, negative
         ones counted from the end.
     """
