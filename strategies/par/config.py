@@ -7,6 +7,7 @@ is prunekit's deviation: at the shape of a 7B model one full block costs more th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ class RouterConfig:
     hidden, layers: of the LVLM's decoder; there is one layer token for each of its layers. depth: blocks. width: of the
     blocks. heads, kv_heads, head_dim: of their attention. mlp: inner width of their gated MLP. attention: who
     attends to whom, see `router`. bias: the projections to queries, keys and values have one. theta: base of the
-    rotations. eps: of the norms.
+    rotations. eps: of the norms. scatter: how far their places alone set scores of visual tokens apart, see `router`.
     """
 
     hidden: int
@@ -39,6 +40,7 @@ class RouterConfig:
     bias: bool = False
     theta: float = 10000.0
     eps: float = 1e-5
+    scatter: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "depth", "width", "heads", "kv_heads", "head_dim", "mlp"):
@@ -49,6 +51,8 @@ class RouterConfig:
             raise ValueError("heads: heads have an even width, and are a multiple of the key-value heads")
         if self.attention not in ATTENTION:
             raise ValueError(f"attention: must be one of {', '.join(ATTENTION)}, not {self.attention!r}")
+        if not 0 <= self.scatter < math.inf:
+            raise ValueError(f"scatter: must be a number, at least 0, not {self.scatter!r}")
 
     @property
     def narrow(self) -> bool:
@@ -72,6 +76,7 @@ def config_of(
     width: int | Literal["model"] = WIDTH,
     heads: int | None = None,
     attention: Attention = "bidirectional",
+    scatter: float = 0.0,
 ) -> RouterConfig:
     """The architecture for a model. width `model`: blocks as large as the LVLM's own.
 
@@ -83,11 +88,14 @@ def config_of(
         if width % heads or width // heads % 2:
             raise ValueError(f"heads: {heads} heads do not share a width of {width} evenly in pairs")
         mlp = -(-8 * width // 3 // 8) * 8  # gated, so two thirds of the usual four times; a multiple of 8
-        return RouterConfig(shape.hidden, shape.layers, depth, width, heads, heads, width // heads, mlp, attention)
+        return RouterConfig(
+            shape.hidden, shape.layers, depth, width, heads, heads, width // heads, mlp, attention, scatter=scatter
+        )
     if heads not in (None, shape.heads):
         raise ValueError(f"heads: blocks of the model's width have its {shape.heads} heads; leave it out")
     kv_heads = shape.kv_width // (2 * shape.head_dim)
     mlp = max(1, shape.mlp_params // (3 * shape.hidden))
     return RouterConfig(
-        shape.hidden, shape.layers, depth, shape.hidden, shape.heads, kv_heads, shape.head_dim, mlp, attention
-    )
+        shape.hidden, shape.layers, depth, shape.hidden, shape.heads, kv_heads, shape.head_dim, mlp, attention,
+        scatter=scatter,
+    )  # fmt: skip

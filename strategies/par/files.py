@@ -109,7 +109,7 @@ def _architecture(data: Mapping[str, Any]) -> RouterConfig:
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"its architecture lacks '{name}'")
-    for name, kind in (("theta", float), ("eps", float), ("bias", bool)):
+    for name, kind in (("theta", float), ("eps", float), ("scatter", float), ("bias", bool)):
         if not isinstance(values.get(name, fields[name].default), (kind, int) if kind is float else kind):
             raise ValueError(f"its {name} is {values[name]!r}")
     return RouterConfig(**values)

@@ -9,6 +9,10 @@ Who attends to whom, `attention`:
         (ASGO-MM/Pruning-All-Rounder@1890d44, multimodal_selector/selector.py). Where the image comes before the
         question, the scores of its tokens then do not depend on the question.
     text_first: causal, but as if all text stood before all visual tokens.
+
+A ranking cannot say that of tokens alike one is enough: scored alike, they are kept or dropped together, and what is
+kept covers less of an image than chance does. `scatter` sets them apart: it times a sequence that covers evenly, the
+fractions of multiples of the golden ratio, is added by a visual token's place. prunekit's own; 0 in the released code.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from prunekit_strategies.par.config import RouterConfig
 from torch import Tensor, nn
+
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,12 @@ class Router(nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, rotation, mask if noise is None else self._noisy(mask, tokens, noise, number, x))
         scores = self.score(self.norm(x))[..., 0]
-        return scores[:, :-layers], scores[:, -layers:]
+        return scores[:, :-layers] + self._apart(visual, scores), scores[:, -layers:]
+
+    def _apart(self, visual: Tensor, like: Tensor) -> Tensor:
+        """What is added for the places of visual tokens among each other, float (B, S) from 0 to `scatter`."""
+        place = visual.cumsum(1).to(torch.promote_types(like.dtype, torch.float32))
+        return (self.config.scatter * (place * GOLDEN).frac()).to(like)
 
     def _positions(self, visual: Tensor, valid: Tensor) -> Tensor:
         """Position of every token, int64 (B, S + N); of padding, any value."""

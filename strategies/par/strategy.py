@@ -32,6 +32,8 @@ class Par:
         untrained one, which needs `seed`.
     depth, width, heads, attention: of the router; null takes what the router's file says, for a new one 1 block, width
         512, a head for each 64 numbers, bidirectional. width `model`: blocks of the LVLM's own size.
+    scatter: how far their places alone set scores of visual tokens apart, so that tokens alike are not kept or dropped
+        together; null takes what the router's file says, for a new one 0.
     init: how a new router starts: at `random`, or, in training, as copies of the LVLM's first blocks, `llm_first`.
         layer_tokens: they start as `normal` noise, as `zeros`, or `distinct`, as noise that tells layers apart.
     eligible: layers that may be skipped: `all`, the `second_half`, or a list. protect: layers that always run, negative
@@ -44,6 +46,7 @@ class Par:
     width: int | Literal["model"] | None = None
     heads: int | None = None
     attention: Attention | None = None
+    scatter: float | None = None
     init: Literal["random", "llm_first"] = "random"
     layer_tokens: LayerTokens = "normal"
     eligible: Literal["all", "second_half"] | tuple[int, ...] = "all"
@@ -131,11 +134,14 @@ class Par:
     def _config(self, shape: ModelShape) -> RouterConfig:
         """The architecture on a model: the file's, or that of the options. Raises ValueError."""
         if self.weights is None:
-            return config_of(shape, self.depth or 1, self.width or WIDTH, self.heads, self.attention or "bidirectional")
+            usual = self.depth or 1, self.width or WIDTH, self.heads, self.attention or "bidirectional"
+            return config_of(shape, *usual, self.scatter or 0.0)
         file = _at("weights", lambda: files.read(files.find(self.weights)))
         if (refusal := file.refusal(shape)) is not None:
             raise ValueError(f"weights: {refusal}")
-        mine: dict[str, Any] = {"depth": self.depth, "heads": self.heads, "attention": self.attention}
+        mine: dict[str, Any] = {
+            "depth": self.depth, "heads": self.heads, "attention": self.attention, "scatter": self.scatter,
+        }  # fmt: skip
         mine["width"] = shape.hidden if self.width == "model" else self.width
         for name, value in mine.items():
             if value is not None and value != getattr(file.architecture, name):

@@ -121,6 +121,25 @@ def test_a_larger_deviation_moves_scores_further():
     assert 0 < small < large
 
 
+def test_scatter_sets_visual_tokens_apart_by_their_place_among_each_other():
+    """What is kept of tokens that are all alike covers the image evenly: no gap is much longer than the mean."""
+    plain, apart = (
+        RouterConfig(HIDDEN, LAYERS, 1, 16, 2, 2, 8, 24, "bidirectional", scatter=one) for one in (0.0, 3.0)
+    )
+    given = prompt()
+    made, other = (random_router(one, 0).double().requires_grad_(False) for one in (plain, apart))
+    (tokens, layers), (moved, same) = made(*given), other(*given)
+    visual = given[1]
+    assert torch.equal(layers, same)
+    for row in range(len(visual)):
+        offset = (moved - tokens)[row][visual[row]]
+        golden = [3 * ((place + 1) * (5**0.5 - 1) / 2 % 1) for place in range(len(offset))]
+        assert torch.allclose(offset, torch.tensor(golden, dtype=offset.dtype), atol=1e-5)
+    alike = torch.ones(1, 145).bool()
+    kept = other._apart(alike, torch.zeros(1, 145))[0].topk(36).indices.sort().values
+    assert int(kept.diff().max()) <= 8
+
+
 def test_distinct_layer_tokens_give_layers_scores_of_their_own():
     """From the start: the same order for every prompt, where small ones are scored by what they attend to."""
     config = RouterConfig(HIDDEN, LAYERS, 1, 16, 2, 2, 8, 24, "bidirectional")

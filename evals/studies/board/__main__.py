@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prunekit.pipeline.build import Pipeline
 
 DOCS = Path(__file__).resolve().parents[3] / "docs"
-BOARD, SWEEP = DOCS / "leaderboard", DOCS / "studies" / "board-smol.yaml"
+BOARD, SWEEP = DOCS / "leaderboard", DOCS / "leaderboard" / "smol.yaml"
 SHOWN = 21  # the scene of which keep maps are drawn, as in docs/trace.md
 SEEDED, SEEDS = "random-r11", 5  # the baseline at the cost of most shipped pipelines
 
