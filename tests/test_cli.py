@@ -242,7 +242,7 @@ class TestShow:
 class TestValidate:
     def test_good_files(self, capsys: pytest.CaptureFixture[str]) -> None:
         every = sorted(PIPELINES.glob("*.yaml"))
-        files = [path for path in every if path.stem not in ANY_SIZE]
+        files = [path for path in every if path.stem not in (*ANY_SIZE, "par-smol")]
         out = run(capsys, "validate", *files, "--model", "micro")  # to which the router of par.yaml belongs
         assert out.splitlines() == [f"{path}: ok ({build.build(path).sha})" for path in files]
         data = json.loads(run(capsys, "validate", files[0], "--json"))

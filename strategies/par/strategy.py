@@ -6,8 +6,10 @@ that neither that code nor the paper's figures settle are options here; docs/par
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,7 @@ class Par:
     depth, width, heads, attention: of the router; null takes what the router's file says, for a new one 1 block, width
         512, a head for each 64 numbers, bidirectional. width `model`: blocks of the LVLM's own size.
     scatter: how far their places alone set scores of visual tokens apart, so that tokens alike are not kept or dropped
-        together; null takes what the router's file says, for a new one 0.
+        together; null takes what the router's file says, for a new one 0. No weight depends on it, so any will do.
     init: how a new router starts: at `random`, or, in training, as copies of the LVLM's first blocks, `llm_first`.
         layer_tokens: they start as `normal` noise, as `zeros`, or `distinct`, as noise that tells layers apart.
     eligible: layers that may be skipped: `all`, the `second_half`, or a list. protect: layers that always run, negative
@@ -123,6 +125,7 @@ class Par:
         config = self._config(shape)
         if self.weights is not None:
             trained = _whole(files.load, files.find(self.weights)).float().requires_grad_()
+            trained.config = config
             return Learner(trained, shape, frozenset())
         copied, seed = self.init == "llm_first", self.seed or 0
         if copied:
@@ -139,19 +142,18 @@ class Par:
         file = _at("weights", lambda: files.read(files.find(self.weights)))
         if (refusal := file.refusal(shape)) is not None:
             raise ValueError(f"weights: {refusal}")
-        mine: dict[str, Any] = {
-            "depth": self.depth, "heads": self.heads, "attention": self.attention, "scatter": self.scatter,
-        }  # fmt: skip
+        mine: dict[str, Any] = {"depth": self.depth, "heads": self.heads, "attention": self.attention}
         mine["width"] = shape.hidden if self.width == "model" else self.width
         for name, value in mine.items():
             if value is not None and value != getattr(file.architecture, name):
                 theirs = getattr(file.architecture, name)
                 raise ValueError(f"{name}: the router in '{self.weights}' has {theirs}; leave it out, or train another")
-        return file.architecture
+        return file.architecture if self.scatter is None else replace(file.architecture, scatter=self.scatter)
 
     def _router(self, shape: ModelShape, like: Tensor) -> Router:
         if self.weights is not None:
-            return _whole(files.loaded, files.find(self.weights), like.dtype, like.device)
+            trained = _whole(files.loaded, files.find(self.weights), like.dtype, like.device)
+            return trained if self.scatter is None else _scattered(trained, self.scatter)
         config = self._config(shape)
         if self.init == "llm_first":
             raise Unsupported(
@@ -166,6 +168,13 @@ def _untrained(
     config: RouterConfig, seed: int, layer_tokens: LayerTokens, dtype: torch.dtype, device: torch.device
 ) -> Router:
     return random_router(config, seed, layer_tokens).requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def _scattered(router: Router, scatter: float) -> Router:
+    """The router with other scatter than its file says; the weights are shared."""
+    other = copy.copy(router)
+    other.config = replace(router.config, scatter=scatter)
+    return other
 
 
 def _whole(load: Callable[..., Router], *arguments: Any) -> Router:

@@ -470,6 +470,25 @@ def test_a_trained_router_learns_on(loaded, tmp_path):
     assert not torch.equal(files.load(tmp_path / "second").score.weight, start["score.weight"])
 
 
+def test_a_trained_router_takes_any_scatter(loaded, tmp_path):
+    """No weight depends on it: at use, where the file stays as it is, and at the start of a training that saves it."""
+    trainer(loaded, tmp_path / "first").run()
+
+    def kept(**keys):
+        stage = {"use": "par", "weights": str(tmp_path / "first"), "keep": 0.25, **keys}
+        with prunekit.apply(loaded[0], {"name": "par", "stages": [stage]}) as run:
+            loaded[0](**batch(loaded, (1,)))
+        return run.report.events[0].kept[0]
+
+    own, even = kept(), kept(scatter=1e6)
+    golden = sorted(range(16), key=lambda place: -((place + 1) * (5**0.5 - 1) / 2 % 1))[:4]
+    assert even == tuple(sorted(golden)) != own == kept(scatter=0.0) == kept()
+    given = pipeline(weights=str(tmp_path / "first"), seed=None, width=None, scatter=2.0)
+    trainer(loaded, tmp_path / "second", given, steps=0).run()
+    assert files.read(tmp_path / "second").architecture.scatter == 2.0
+    assert files.read(tmp_path / "first").architecture.scatter == 0.0
+
+
 def test_no_steps_save_the_router_as_it_starts(loaded, tmp_path):
     given = pipeline(width="model", init="llm_first")
     made = trainer(loaded, tmp_path / "r", given, steps=0)

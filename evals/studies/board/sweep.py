@@ -14,7 +14,7 @@ from prunekit.strategy.about import about
 
 # Of the options that depend on the depth, what suits thirty layers.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "par": {"weights": "smol"},
+    "par": {"weights": "smol", "protect": [0, 1, 11, 19, -1], "keep_layers": 24},
     "skip_layers": {"layers": [4, 5, 6, 12]},
     "freeze_layers": {"layers": [24, 25, 26, 27, 28, 29]},
     "shortgpt": {"drop": 4},

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from prunekit_evals.micro.compose import CHECK_SEEDS, TOKENS, Scene, scene
 from prunekit_evals.micro.questions import FAMILIES
+from prunekit_evals.micro.scene_prompts import ScenePrompts
 from prunekit_evals.smol import assemble, base
 from prunekit_evals.smol.adapters import KINDS
 from prunekit_evals.studies.smol import card, record, rows
@@ -18,7 +19,11 @@ from prunekit_evals.studies.smol.decoder import SCALE, Decoder
 from prunekit_evals.studies.smol.tower import Vision
 from safetensors.torch import load_file
 
+import prunekit
 from prunekit import loading
+from prunekit.training.answers import dense_answers, divergence, forced_logits
+from prunekit.training.data import encode
+from prunekit.training.recipe import Recipe
 from prunekit.upstream import CACHE
 from prunekit.verify.equivalence import assert_equivalent
 
@@ -150,6 +155,24 @@ def test_pruning_it_is_exact(loaded, asked):
     inputs = inputs_of(processor, asked[0].shown, asked[0].rows[0])
     result = assert_equivalent(model, {"name": "both", "stages": stages}, inputs, steps=2, atol=2e-3)
     assert result.report.kept_tokens == (36,)
+
+
+def test_the_shipped_router_keeps_answers_better_than_lots(loaded):
+    """Of prompts held out from its training, within half of the prefill FLOPs; against a router that is untrained."""
+    model, processor = loaded
+    prompts = ScenePrompts()
+    inputs = encode(processor, [prompts[len(prompts) - number] for number in range(1, 13)])
+    answers = dense_answers(model, inputs, 4)
+
+    def divergences(*changes):
+        with prunekit.apply(model, "par-smol", overrides=list(changes)) as run:
+            found = divergence(answers, forced_logits(model, inputs, answers), Recipe())
+        assert run.report.cost.flops_fraction < 0.55
+        assert all(len(list(plan)) == 6 for plan in run.report.plans) and min(run.report.kept_tokens) > 40
+        return (found + 1e-3).log().mean().exp()
+
+    lots = divergences("stages.0.weights=null", "stages.0.seed=0", "stages.0.width=128")
+    assert divergences() < lots / 2
 
 
 def test_it_says_its_answer_and_ends(loaded, asked):
