@@ -1,7 +1,7 @@
 """What PAR is worth on a bundled model: runs the sweeps of docs/studies, and writes the study part of docs/par.md.
 
     make study                                             # of micro: everything that is missing
-    python -m prunekit_evals.studies.par smol vars.router=runs/par/smol
+    python -m prunekit_evals.studies.par smol               # some hours of one core
     python -m prunekit_evals.studies.par micro limit=4 --parts par-micro --page /tmp/page.md
     python -m prunekit_evals.studies.par micro --render    # computes nothing, writes the text anew
 
