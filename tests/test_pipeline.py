@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pluggy
 import pytest
 
-from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl, strategy
+from prunekit import LayerAction, LayerPlan, ModelShape, Rows, Site, Sites, hookimpl, loading, strategy
 from prunekit.errors import PluginError, SpecError
 from prunekit.pipeline import build as building
 from prunekit.registry import Registry
@@ -509,9 +509,17 @@ class TestBind:
 
 ANY_SIZE = {"pixelprune", "evs-r25"}  # for towers that take images of any size
 FILES = sorted((Path(__file__).parent.parent / "strategies" / "pipelines").glob("*.yaml"))
+DEEP = next(path for path in FILES if path.stem == "par-smol")  # a router of its own, and layers by number
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_pipeline_of_the_deep_bundled_model_fits_it() -> None:
+    built = building.build(DEEP)
+    assert built.name == DEEP.stem and built.bind(loading.load_shape("smol")).acts
+    with pytest.raises(SpecError, match="made for another model"):
+        built.bind(loading.load_shape("micro"))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != DEEP], ids=lambda path: path.stem)
 def test_the_pipeline_files_fit_the_bundled_model_and_llava(path: Path) -> None:
     built = building.build(path)
     assert built.name == path.stem
