@@ -223,7 +223,7 @@ def at_random(layers: int, seeds: Sequence[int]) -> Decide:
 
 
 def _spread(scores: Tensor) -> Tensor:
-    """Their deviation, a scalar, which is not 0: noise of any size draws lots among scores that are all alike."""
+    """Their deviation, a scalar, which is not 0: noise of any size orders scores at random that are all alike."""
     return scores.std(correction=0).clamp(min=1e-6) if len(scores) else scores.new_ones(())
 
 

@@ -1,6 +1,10 @@
 """The sweep behind the second section of the committed board: from what is registered, and without a fault."""
 
+from dataclasses import replace
+
 import pytest
+from board_cells import CONDITIONS, cell, dense, written
+from prunekit_evals.run import reading, results
 from prunekit_evals.studies.board import __main__ as study
 from prunekit_evals.studies.board import sweep
 from prunekit_evals.sweep import spec
@@ -31,15 +35,15 @@ def test_every_strategy_that_fits_is_in_it_at_three_shares():
     assert made == {f"{name}-smol.json" for name in ("fitprune", "shortgpt", "shortv")}
 
 
-def test_a_section_leaves_the_other_one_alone(tmp_path, monkeypatch):
+def test_a_section_leaves_the_other_one_alone(tmp_path):
     """Files of the other model's cells stay; those of its own that nothing asks for go."""
-    own, other, stale = (tmp_path / f"{name}.json" for name in ("own", "other", "stale"))
-    for path in (own, other, stale):
-        path.write_text("{}")
-
-    class Cell:
-        def to_json(self):
-            return {"kept": True}
-
-    study._tidy(tmp_path, {own: Cell(), other: Cell()})
-    assert own.read_text() == other.read_text() == '{"kept":true}\n' and not stale.exists()
+    other = replace(CONDITIONS, model="micro")
+    cells = [dense(), cell("kept"), cell("stale"), dense(conditions=other), cell("theirs", conditions=other)]
+    written(tmp_path, cells)
+    theirs = study._of_others(tmp_path, CONDITIONS.model)
+    assert sorted(one.pipeline.name for one in theirs) == ["dense", "theirs"]
+    assert study._of_others(tmp_path / "nothing", "micro") == []
+    study._tidy(tmp_path, {results.path_of(tmp_path, one): one for one in [*cells[:2], *theirs]})
+    found = {(one.conditions.model, one.pipeline.name) for one in reading.read([tmp_path]).cells}
+    ours = CONDITIONS.model
+    assert found == {(ours, "dense"), (ours, "kept"), ("micro", "dense"), ("micro", "theirs")}

@@ -215,11 +215,7 @@ def ragged(loaded):
 @pytest.mark.parametrize(
     "keys",
     [
-        {"keep_layers": 6},
-        {},
-        {"at": [1, 3], "keep": [0.5, 0.25]},
-        {"at": "4.mid"},
-        {"at": "encoder"},
+        {"keep_layers": 6}, {}, {"at": [1, 3], "keep": [0.5, 0.25]}, {"at": "4.mid"}, {"at": "encoder"},
         {"route_at": 2, "at": [2, 4], "keep": [0.5, 0.25]},
     ],
 )
@@ -324,8 +320,8 @@ def test_noise_on_scores_is_in_units_of_the_scores(loaded):
     scaled, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
     assert torch.equal(plain.kl, scaled.kl) and plain.useful.any()
     made.learner.module.score.weight.data.zero_()
-    lots, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
-    assert len({tuple(one.layers[0].tolist()) for one in lots.tried}) > 1
+    alike, _ = tell.pairs(made.learner, inputs, answers, [1, 2, 3])
+    assert len({tuple(one.layers[0].tolist()) for one in alike.tried}) > 1
 
 
 def test_a_model_in_bfloat16_is_trained(folder, tmp_path):

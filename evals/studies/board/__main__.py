@@ -54,13 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from prunekit_evals.cli import commands, leaderboard
     from prunekit_evals.leaderboard import board, pictures
-    from prunekit_evals.run import reading, results
+    from prunekit_evals.run import results
 
     torch.set_num_threads(1)
     plan = (_plan_of_micro if arguments.model == "micro" else _plan_of_sweep)(arguments)
-    others = (
-        [one for one in reading.read([plan.out]).cells if one.model != arguments.model] if plan.out.is_dir() else []
-    )
+    others = _of_others(plan.out, arguments.model)
     outcome = commands.go(plan)
     _tidy(plan.out, {results.path_of(plan.out, cell): cell for cell in [*outcome.cells, *others]})
     maps = arguments.out / "keep-maps"
@@ -70,6 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     leaderboard.show(made)
     leaderboard.write(made, arguments.out / "index.html", arguments.out / "board.md", pictures.read(maps).of)
     return 1 if outcome.failed else 0
+
+
+def _of_others(folder: Path, model: str) -> list[Cell]:
+    """The cells of other models that are there."""
+    from prunekit_evals.run import reading
+
+    there = reading.read([folder]).cells if folder.is_dir() else ()
+    return [cell for cell in there if cell.conditions.model != model]
 
 
 def _plan_of_micro(arguments: argparse.Namespace) -> Plan:
